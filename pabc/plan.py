@@ -12,21 +12,22 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-KINDS = ("spatial", "temporal", "full", "joint", "cross", "mlp", "other")
-"""Region kinds: the attention kinds, then `mlp`, then `other` (not on the latent stream)."""
+from pabc.validate import JSON_VERSION, as_timesteps, check_fields, parse_document
 
-JSON_VERSION = 1
+KINDS = ("spatial", "temporal", "full", "joint", "cross", "mlp", "other")
+"""Region kinds: attention on the latent stream, `mlp`, and `other` (attention elsewhere)."""
 
 
 class Action(enum.IntEnum):
     """What one step does with one slot; the numbers are those of `Plan.actions`."""
 
     COMPUTE = 0
-    """Compute the region; nothing later reads the value."""
+    """Compute the region; no later step reads the value."""
     STORE = 1
     """Compute the region and keep the value for a later step."""
     REUSE = 2
@@ -40,8 +41,9 @@ _SYMBOLS = {Action.COMPUTE: "#", Action.STORE: "+", Action.REUSE: "."}
 class SlotSpec:
     """One place where a cut is kept between steps.
 
-    `layer` is the ordinal, in execution order, of the slot's region among the regions of its kind.
-    `nbytes` is the size of one stored value. Raises `ValueError` on an unknown kind or a negative number.
+    `layer` is the ordinal, in execution order, of the slot's region among the regions of its kind;
+    the slots of one region share it. `nbytes` is the size of one stored value. Raises `ValueError`
+    on an unknown kind, or a number that is no integer of 0 or more.
     """
 
     name: str
@@ -50,15 +52,11 @@ class SlotSpec:
     nbytes: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(
-                f"kind of slot {self.name!r}: got {self.kind!r}, allowed: {', '.join(KINDS)}"
-            )
-        for field in ("layer", "nbytes"):
-            value = getattr(self, field)
+        check_kind(self.kind, f"slot {self.name!r}")
+        for field, value in (("layer", self.layer), ("nbytes", self.nbytes)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(
-                    f"{field} of slot {self.name!r}: got {value!r}, allowed: an integer of 0 or more"
+                    f"slot {self.name!r}: got {field} {value!r}, allowed: an integer of 0 or more"
                 )
 
 
@@ -66,10 +64,10 @@ class SlotSpec:
 class Phase:
     """Steps that reuse the same slots, and so run the same specialized module.
 
-    `reused` and `stored` are ascending slot indices. There is one phase per distinct *reused* set, not
-    per distinct action vector: `stored` joins what any of its steps stores, and at a step whose action
-    is `COMPUTE` the runtime drops the value. That gives fewer modules (a 2/4/6 pyramid has five) and
-    costs nothing, since the tensor at a cut is materialized anyway.
+    `reused` and `stored` are ascending slot indices. There is one phase per distinct *reused* set,
+    not per distinct action vector: `stored` joins what any of its steps stores, and at a step whose
+    action is `COMPUTE` the runtime drops the value. So there are fewer modules (five for a 2/4/6
+    pyramid), at no cost, since the tensor at a cut is materialized anyway.
     """
 
     index: int
@@ -82,14 +80,15 @@ class Phase:
 class Plan:
     """A schedule bound to slots: one action per step and slot. Build it with `Plan.from_reuse`.
 
-    Reuse never reads a slot that was not stored. A value is stored only if a later step reads it, and
-    is freed after its last read.
+    Reuse never reads a slot that was not stored. A value is stored only if a later step reads it,
+    and is freed after its last read.
 
     Attributes:
         timesteps: one per step, as they are run.
         slots: the columns of `actions` and `sources`.
         actions: int8 [num_steps, num_slots], values of `Action`; read-only.
-        sources: int32 [num_steps, num_slots], the step whose value a reuse reads, else -1; read-only.
+        sources: int32 [num_steps, num_slots], the step whose value a reuse reads, else -1;
+            read-only.
         frees: per step, the slots whose value is dead after that step.
         phases: in order of their first step.
         phase_of_step: int32 [num_steps], index into `phases`; read-only.
@@ -109,39 +108,19 @@ class Plan:
     ) -> Plan:
         """The plan in which step i reuses slot j where `reuse[i, j]`, and computes it elsewhere.
 
-        `reuse` is boolean [num_steps, num_slots]. Raises `ValueError` on a wrong shape, two slots of
-        one name, or reuse at step 0.
+        `reuse` is boolean [num_steps, num_slots]. Raises `ValueError` on a wrong shape, two slots
+        of one name, or reuse at step 0.
         """
-        slots, table = tuple(slots), np.asarray(reuse)
-        _check_slots(slots)
-        if (
-            table.dtype != np.bool_
-            or table.shape != (len(timesteps), len(slots))
-            or not len(timesteps)
-        ):
-            raise ValueError(
-                f"reuse: got {table.dtype} {list(table.shape)}, allowed: bool [num_steps >= 1, num_slots]"
-                f" = [{len(timesteps)}, {len(slots)}]"
-            )
-        if table[0].any():
-            name = slots[int(np.argmax(table[0]))].name
-            raise ValueError(f"reuse: slot {name!r} is reused at step 0, allowed: from step 1 on")
+        timesteps, slots, table = as_timesteps(timesteps), tuple(slots), np.asarray(reuse)
+        _check_table(timesteps, slots, table)
         sources = _find_sources(table)
         actions = np.where(table, Action.REUSE, Action.COMPUTE).astype(np.int8)
-        for step, slot in zip(*np.nonzero(table), strict=True):
-            actions[sources[step, slot], slot] = Action.STORE
+        actions[sources[table], np.nonzero(table)[1]] = Action.STORE
         phases, phase_of_step = _find_phases(actions)
         for array in (actions, sources, phase_of_step):
             array.setflags(write=False)
-        return cls(
-            timesteps=tuple(float(t) for t in timesteps),
-            slots=slots,
-            actions=actions,
-            sources=sources,
-            frees=_find_frees(sources),
-            phases=phases,
-            phase_of_step=phase_of_step,
-        )
+        frees = _find_frees(actions)
+        return cls(timesteps, slots, actions, sources, frees, phases, phase_of_step)
 
     @property
     def num_steps(self) -> int:
@@ -157,15 +136,12 @@ class Plan:
     def bytes_at(self) -> npt.NDArray[np.int64]:
         """Bytes of stored values at the fullest moment of each step, int64 [num_steps].
 
-        Counts the values that the step reads or stores, and those kept across it for a later step.
-        A slot counts once: a value that a store replaces is dead by then. Values that a phase
-        materializes and drops at once are activations, and not counted.
+        Counts what the step reads and what it stores; nothing else is alive, since the reads of a
+        value follow its store without a gap. Values that a phase materializes and drops at once
+        are activations, and not counted.
         """
-        live = np.zeros(self.actions.shape, dtype=bool)
-        for step, slot in zip(*np.nonzero(self.reuse), strict=True):
-            live[self.sources[step, slot] : step + 1, slot] = True
         sizes = np.array([slot.nbytes for slot in self.slots], dtype=np.int64)
-        return (live * sizes[None, :]).sum(axis=1, dtype=np.int64)
+        return np.where(self.actions == Action.COMPUTE, 0, sizes).sum(axis=1, dtype=np.int64)
 
     @property
     def peak_bytes(self) -> int:
@@ -173,17 +149,17 @@ class Plan:
         return int(self.bytes_at.max())
 
     def reuse_fraction(self, kind: str | None = None) -> float:
-        """Share of (step, slot) pairs of a kind, or of all, that reuse; 0.0 if there is no such slot."""
-        if kind is not None and kind not in KINDS:
-            raise ValueError(f"kind: got {kind!r}, allowed: {', '.join(KINDS)}")
+        """Share of (step, slot) pairs of a kind, or of all, that reuse; 0.0 without such a slot."""
+        if kind is not None:
+            check_kind(kind, "kind")
         columns = [j for j, slot in enumerate(self.slots) if kind in (None, slot.kind)]
         return float(self.reuse[:, columns].mean()) if columns else 0.0
 
     def digest(self) -> str:
         """SHA-256, as hex, of timesteps, slots and actions.
 
-        Ranks compare it to make sure that they follow one plan. Bytes per slot are left out: ranks may
-        hold shards of unequal size.
+        Ranks compare it to make sure that they follow one plan. Bytes per slot are left out: ranks
+        may hold shards of unequal size.
         """
         content = self._content()
         for slot in content["slots"]:
@@ -198,53 +174,35 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """The plan that `to_json` wrote. Raises `ValueError` on anything else."""
-        content = load_document(text, "plan", ("timesteps", "slots"))
-        slots, columns = [], []
+        content = parse_document(text, "plan", {"timesteps": list, "slots": list})
+        timesteps, slots, columns = as_timesteps(content["timesteps"]), [], []
         for index, entry in enumerate(content["slots"]):
             check_fields(entry, f"slots[{index}]", ("name", "kind", "layer", "nbytes", "actions"))
-            column = entry.pop("actions")
-            if not isinstance(column, str) or set(column) - set(_SYMBOLS.values()):
-                raise ValueError(
-                    f"slots[{index}].actions: got {column!r}, allowed: a string of '#', '+', '.'"
-                )
-            if len(column) != len(content["timesteps"]):
-                raise ValueError(
-                    f"slots[{index}].actions: got {len(column)} steps, allowed: one per timestep"
-                    f" ({len(content['timesteps'])})"
-                )
+            columns.append(_check_column(entry.pop("actions"), index, len(timesteps)))
             slots.append(SlotSpec(**entry))
-            columns.append([symbol == "." for symbol in column])
-        reuse = np.array(columns, dtype=bool).reshape(len(slots), len(content["timesteps"])).T
-        plan = cls.from_reuse(content["timesteps"], slots, reuse)
-        for index, entry in enumerate(plan._content()["slots"]):
-            stated = json.loads(text)["slots"][index]["actions"]
-            if entry["actions"] != stated:
+        reuse = np.array([[symbol == "." for symbol in column] for column in columns], dtype=bool)
+        plan = cls.from_reuse(timesteps, slots, reuse.reshape(len(slots), len(timesteps)).T)
+        for index, column in enumerate(columns):
+            if plan._column(index) != column:
                 raise ValueError(
-                    f"slots[{index}].actions: got {stated!r}, allowed: stores exactly where a later"
-                    f" step reads, {entry['actions']!r}"
+                    f"slots[{index}].actions: got {column!r}, allowed: '+' exactly where a later"
+                    f" step reads the value, {plan._column(index)!r}"
                 )
         return plan
 
-    def _content(self) -> dict:
-        columns = [_symbols(self.actions[:, j]) for j in range(len(self.slots))]
-        slots = [
-            {
-                "name": s.name,
-                "kind": s.kind,
-                "layer": s.layer,
-                "nbytes": s.nbytes,
-                "actions": column,
-            }
-            for s, column in zip(self.slots, columns, strict=True)
-        ]
-        return {
-            "pabc": "plan",
-            "version": JSON_VERSION,
-            "timesteps": list(self.timesteps),
-            "slots": slots,
-        }
+    def _column(self, slot: int) -> str:
+        return "".join(_SYMBOLS[Action(action)] for action in self.actions[:, slot])
 
-    def _key(self) -> tuple:
+    def _content(self) -> dict[str, Any]:
+        slots = [
+            {"name": slot.name, "kind": slot.kind, "layer": slot.layer, "nbytes": slot.nbytes}
+            | {"actions": self._column(index)}
+            for index, slot in enumerate(self.slots)
+        ]
+        head = {"pabc": "plan", "version": JSON_VERSION}
+        return {**head, "timesteps": list(self.timesteps), "slots": slots}
+
+    def _key(self) -> tuple[object, ...]:
         return self.timesteps, self.slots, self.actions.tobytes()
 
     def __eq__(self, other: object) -> bool:
@@ -253,85 +211,63 @@ class Plan:
     def __hash__(self) -> int:
         return hash(self._key())
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[object, ...]:
         return Plan.from_reuse, (self.timesteps, self.slots, self.reuse)
 
     def __str__(self) -> str:
-        return format_plan(self)
+        """A table: a row per kind (or per group of its slots that act alike), a column per step.
 
-
-def format_plan(plan: Plan) -> str:
-    """A table: a row per kind (or per group of its slots that act alike), a character per step.
-
-    `#` compute, `+` compute and store, `.` reuse; the last row gives each step's phase.
-    """
-    groups: dict[tuple[str, str], list[int]] = {}
-    for slot_index, slot in enumerate(plan.slots):
-        column = _symbols(plan.actions[:, slot_index])
-        groups.setdefault((slot.kind, column), []).append(slot.layer)
-    split = {kind for kind, _ in groups if sum(kind == other for other, _ in groups) > 1}
-    rows = [
-        (f"{kind} {_ranges(layers)}" if kind in split else kind, column)
-        for (kind, column), layers in groups.items()
-    ]
-    digits = "0123456789abcdefghijklmnopqrstuvwxyz"
-    rows.append(
-        ("phase", "".join(digits[p] if p < len(digits) else "*" for p in plan.phase_of_step))
-    )
-    width = max(len(label) for label, _ in rows)
-    kinds = sorted({slot.kind for slot in plan.slots}, key=KINDS.index)
-    reused = ", ".join(f"{kind} {plan.reuse_fraction(kind):.0%}" for kind in kinds) or "nothing"
-    first, last = plan.timesteps[0], plan.timesteps[-1]
-    return "\n".join(
-        [
-            f"plan: {plan.num_steps} steps (t = {first:g} to {last:g}), {len(plan.slots)} slots;"
-            " # compute, + compute and store, . reuse",
-            *(f"  {label:<{width}}  {column}" for label, column in rows),
-            f"  {len(plan.phases)} phases; reused: {reused}; peak {_format_bytes(plan.peak_bytes)}",
-        ]
-    )
-
-
-def load_document(text: str, name: str, fields: Sequence[str]) -> dict:
-    """Parse a JSON object that pabc wrote, and check its name, version and fields."""
-    try:
-        content = json.loads(text)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} JSON: not valid JSON ({error})") from error
-    check_fields(content, f"{name} JSON", ("pabc", "version", *fields))
-    if content["pabc"] != name:
-        raise ValueError(f"{name} JSON, pabc: got {content['pabc']!r}, allowed: {name!r}")
-    if content["version"] != JSON_VERSION:
-        raise ValueError(
-            f"{name} JSON, version: got {content['version']!r}, allowed: {JSON_VERSION}"
+        `#` compute, `+` compute and store, `.` reuse; the last row gives each step's phase.
+        """
+        rows = [*_table_rows(self), ("phase", "".join(map(_digit, self.phase_of_step)))]
+        width = max(len(label) for label, _ in rows)
+        kinds = sorted({slot.kind for slot in self.slots}, key=KINDS.index)
+        reused = ", ".join(f"{kind} {self.reuse_fraction(kind):.0%}" for kind in kinds)
+        return "\n".join(
+            [
+                f"plan: {self.num_steps} steps, t = {self.timesteps[0]:g} to"
+                f" {self.timesteps[-1]:g}, {len(self.slots)} slots;"
+                " # compute, + compute and store, . reuse",
+                *(f"  {label:<{width}}  {column}" for label, column in rows),
+                f"  {len(self.phases)} phases; reused: {reused or 'nothing'};"
+                f" peak {_format_bytes(self.peak_bytes)}",
+            ]
         )
-    for field in fields:
-        expected = {"masks": dict, "label": str}.get(field, list)
-        if not isinstance(content[field], expected):
-            raise ValueError(
-                f"{name} JSON, {field}: got {type(content[field]).__name__}, allowed: {expected.__name__}"
-            )
-    return content
 
 
-def check_fields(content: object, where: str, fields: Sequence[str]) -> None:
-    """Raise `ValueError` unless `content` is a JSON object with exactly these fields."""
-    if not isinstance(content, dict):
-        raise ValueError(f"{where}: got {type(content).__name__}, allowed: an object")
-    for field in content:
-        if field not in fields:
-            raise ValueError(f"{where}: unknown field {field!r}, allowed: {', '.join(fields)}")
-    for field in fields:
-        if field not in content:
-            raise ValueError(f"{where}: field {field!r} is missing, needed: {', '.join(fields)}")
+def check_kind(kind: object, name: str) -> None:
+    """Raise `ValueError` unless `kind` is one of `KINDS`."""
+    if kind not in KINDS:
+        raise ValueError(f"{name}: got kind {kind!r}, allowed: {', '.join(KINDS)}")
 
 
-def _check_slots(slots: tuple[SlotSpec, ...]) -> None:
-    seen: set[str] = set()
-    for slot in slots:
-        if slot.name in seen:
-            raise ValueError(f"slots: name {slot.name!r} occurs twice, allowed: one slot per name")
-        seen.add(slot.name)
+def _check_table(
+    timesteps: tuple[float, ...], slots: tuple[SlotSpec, ...], table: npt.NDArray[Any]
+) -> None:
+    names = [slot.name for slot in slots]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"slots: got name {name!r} twice, allowed: one slot per name")
+    shape = (len(timesteps), len(slots))
+    if table.dtype != np.bool_ or table.shape != shape:
+        raise ValueError(
+            f"reuse: got {table.dtype} {list(table.shape)}, allowed: bool [num_steps, num_slots]"
+            f" = {list(shape)}"
+        )
+    for slot in np.nonzero(table[0])[0]:
+        raise ValueError(f"reuse: got slot {names[slot]!r} reused at step 0, allowed: from step 1")
+
+
+def _check_column(column: object, index: int, num_steps: int) -> str:
+    if not isinstance(column, str) or set(column) - set(_SYMBOLS.values()):
+        raise ValueError(
+            f"slots[{index}].actions: got {column!r}, allowed: a string of '#', '+' and '.'"
+        )
+    if len(column) != num_steps:
+        raise ValueError(
+            f"slots[{index}].actions: got length {len(column)}, allowed: one per step ({num_steps})"
+        )
+    return column
 
 
 def _find_sources(reuse: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
@@ -340,14 +276,16 @@ def _find_sources(reuse: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
     return np.where(reuse, last_computed, -1).astype(np.int32)
 
 
-def _find_frees(sources: npt.NDArray[np.int32]) -> tuple[tuple[int, ...], ...]:
-    next_sources = np.concatenate([sources[1:], np.full_like(sources[:1], -1)])
-    # A value's reads are consecutive: the next step either reads it too, or no step ever does again.
-    last_reads = (sources >= 0) & (next_sources != sources)
+def _find_frees(actions: npt.NDArray[np.int8]) -> tuple[tuple[int, ...], ...]:
+    # The reads of a value follow its store without a gap, so the last one is where they stop.
+    following = np.concatenate([actions[1:], np.zeros_like(actions[:1])])
+    last_reads = (actions == Action.REUSE) & (following != Action.REUSE)
     return tuple(tuple(np.nonzero(row)[0].tolist()) for row in last_reads)
 
 
-def _find_phases(actions: npt.NDArray[np.int8]) -> tuple[tuple[Phase, ...], npt.NDArray[np.int32]]:
+def _find_phases(
+    actions: npt.NDArray[np.int8],
+) -> tuple[tuple[Phase, ...], npt.NDArray[np.int32]]:
     steps_of: dict[bytes, list[int]] = {}
     for step, row in enumerate(actions == Action.REUSE):
         steps_of.setdefault(row.tobytes(), []).append(step)
@@ -361,18 +299,27 @@ def _find_phases(actions: npt.NDArray[np.int8]) -> tuple[tuple[Phase, ...], npt.
     return tuple(phases), phase_of_step
 
 
-def _symbols(column: npt.NDArray[np.int8]) -> str:
-    return "".join(_SYMBOLS[Action(action)] for action in column)
+def _table_rows(plan: Plan) -> list[tuple[str, str]]:
+    groups: dict[tuple[str, str], set[int]] = {}
+    for index, slot in enumerate(plan.slots):
+        groups.setdefault((slot.kind, plan._column(index)), set()).add(slot.layer)
+    kinds = [kind for kind, _ in groups]
+    return [
+        (kind if kinds.count(kind) == 1 else f"{kind} {_format_numbers(layers)}", column)
+        for (kind, column), layers in groups.items()
+    ]
 
 
-def _ranges(numbers: Sequence[int]) -> str:
-    """`[0, 1, 2, 5]` as `0-2,5`."""
-    runs: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
+def _digit(phase: int) -> str:
+    digits = "0123456789abcdefghijklmnopqrstuvwxyz"
+    return digits[phase] if phase < len(digits) else "*"
+
+
+def _format_numbers(numbers: set[int]) -> str:
+    """`{0, 1, 2, 5}` as `0-2,5`."""
+    starts = sorted(n for n in numbers if n - 1 not in numbers)
+    ends = sorted(n for n in numbers if n + 1 not in numbers)
+    runs = zip(starts, ends, strict=True)
     return ",".join(f"{low}" if low == high else f"{low}-{high}" for low, high in runs)
 
 
