@@ -233,7 +233,7 @@ class Schedule:
         return tuple(missing)
 
     def plan(self, slots: Sequence[SlotSpec]) -> Plan:
-        """Bind this schedule to a model's slots, which gives actions, sources, lifetimes and phases."""
+        """Bind this schedule to a model's slots: actions, sources, lifetimes, phases."""
         columns = [self.mask_of(slot) for slot in slots]
         reuse = np.array(columns, dtype=bool).reshape(len(columns), self.num_steps).T
         return Plan.from_reuse(self.timesteps, slots, reuse)

@@ -1,0 +1,383 @@
+import copy
+import dataclasses
+import json
+import pickle
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pabc.plan import SlotSpec
+from pabc.schedule import KINDS, Override, Schedule
+
+RANGES = st.one_of(st.none(), st.integers(1, 9))
+STEPS = st.lists(st.floats(-50, 1100, allow_nan=False), min_size=1, max_size=40)
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> Schedule:
+    steps = draw(STEPS)
+    masks = st.lists(st.booleans(), min_size=len(steps) - 1, max_size=len(steps) - 1).map(
+        lambda rest: (False, *rest)
+    )
+    overrides = st.builds(
+        Override,
+        mask=masks,
+        kind=st.sampled_from(KINDS),
+        layers=st.none() | st.sets(st.integers(0, 5), min_size=1).map(tuple),
+        name=st.none() | st.sampled_from(["*", "blocks.0.*", "a"]),
+    )
+    return Schedule.from_masks(
+        steps,
+        draw(st.dictionaries(st.sampled_from(KINDS), masks)),
+        overrides=draw(st.lists(overrides, max_size=3)),
+    )
+
+
+@given(
+    steps=STEPS,
+    ranges=st.dictionaries(st.sampled_from(KINDS), RANGES),
+    window=st.none() | st.tuples(st.integers(-60, 500), st.integers(501, 1200)),
+)
+@pytest.mark.filterwarnings("ignore:window .* holds none")
+def test_pyramid_follows_the_published_rule(steps, ranges, window):
+    schedule = Schedule.pyramid(steps, window=window, **ranges)
+    low, high = window or (-1000, 2000)
+    for kind in KINDS:
+        every = ranges.get(kind) or 1
+        for i, t in enumerate(steps):
+            assert schedule.mask(kind)[i] == (i % every != 0 and low < int(t) < high)
+
+
+@given(
+    num_steps=st.integers(1, 200),
+    bounds=st.lists(st.integers(0, 1000), min_size=2, max_size=2, unique=True).map(sorted),
+)
+def test_fraction_is_exact_in_the_decimals_that_were_written(num_steps, bounds):
+    low, high = bounds
+    steps = range(num_steps)
+    schedule = Schedule.pyramid(steps, spatial=10**6, fraction=(low / 1000, high / 1000))
+    for i in steps[1:]:
+        inside = Fraction(low, 1000) * num_steps <= i < Fraction(high, 1000) * num_steps
+        assert schedule.mask("spatial")[i] == inside
+
+
+def test_fraction_survives_binary_rounding():
+    assert 0.29 * 100 < 29  # 28.999..., so plain floats would let step 29 count as outside
+    mask = Schedule.pyramid(range(100), spatial=10**6, fraction=(0.1, 0.29)).mask("spatial")
+    assert [i for i, reuse in enumerate(mask) if reuse] == list(range(10, 29))
+
+
+def test_first_step_always_computes():
+    schedule = Schedule.pyramid([500, 400], spatial=2, window=(100, 900))
+    assert schedule.mask("spatial") == (False, True)
+
+
+def test_window_bounds_are_strict():
+    schedule = Schedule.pyramid([950, 900, 899, 101, 100], cross=100, window=(100, 900))
+    assert schedule.mask("cross") == (False, False, True, True, False)
+
+
+def test_integral_window_truncates_timesteps():
+    schedule = Schedule.pyramid([999, 930.9, 450.5, 451.5, 929.9], cross=100, window=(450, 930))
+    assert schedule.mask("cross") == (False, False, False, True, True)
+
+
+def test_fractional_window_compares_timesteps_as_they_are():
+    schedule = Schedule.pyramid([1.0, 0.85, 0.8, 0.16, 0.15], cross=100, window=(0.15, 0.85))
+    assert schedule.mask("cross") == (False, False, True, True, False)
+
+
+def test_window_per_kind():
+    schedule = Schedule.pyramid(
+        range(9, -1, -1),
+        spatial=2,
+        cross=2,
+        temporal=2,
+        window={"spatial": (4, 9), "cross": (0, 4)},
+    )
+    assert [i for i in range(10) if schedule.mask("spatial")[i]] == [1, 3]
+    assert [i for i in range(10) if schedule.mask("cross")[i]] == [7]
+    assert [i for i in range(10) if schedule.mask("temporal")[i]] == [1, 3, 5, 7, 9]
+
+
+def test_window_without_steps_warns():
+    with pytest.warns(UserWarning, match=r"window \(100, 800\) holds none of the 3 timesteps"):
+        schedule = Schedule.pyramid([1.0, 0.5, 0.1], spatial=2, window=(100, 800))
+    assert schedule == Schedule.none([1.0, 0.5, 0.1])
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [(3, 2, 1), np.array([3, 2, 1]), np.array([3, 2, 1], dtype=np.float32), range(3, 0, -1)],
+)
+def test_timesteps_from_sequences_and_arrays(steps):
+    assert Schedule.none(steps).timesteps == (3.0, 2.0, 1.0)
+
+
+def test_timesteps_from_tensors():
+    torch = pytest.importorskip("torch")
+    assert Schedule.none(torch.tensor([3, 2, 1])).timesteps == (3.0, 2.0, 1.0)
+    assert Schedule.none(list(torch.tensor([3.5, 2, 1]))).timesteps == (3.5, 2.0, 1.0)
+
+
+def test_timesteps_may_repeat_and_rise():
+    assert Schedule.pyramid([1, 5, 5, 2], mlp=2).mask("mlp") == (False, True, False, True)
+
+
+def test_masks_without_reuse_are_dropped():
+    schedule = Schedule.from_masks([2, 1], {"mlp": [False, False], "cross": [False, True]})
+    assert dict(schedule.masks) == {"cross": (False, True)}
+    assert Schedule.pyramid([2, 1], spatial=1, cross=None) == Schedule.none([2, 1])
+
+
+def test_masks_from_arrays():
+    assert Schedule.from_masks([2, 1], {"mlp": np.array([False, True])}).mask("mlp") == (
+        False,
+        True,
+    )
+
+
+def test_last_matching_override_holds():
+    slots = [SlotSpec(f"blocks.{i}", "mlp", i) for i in range(3)]
+    schedule = (
+        Schedule.pyramid(range(4, 0, -1), mlp=2)
+        .override(kind="mlp", layers=(1, 2), every=1)
+        .override(name="*.2", mask=[False, True, True, True])
+    )
+    assert [schedule.mask_of(slot) for slot in slots] == [
+        (False, True, False, True),
+        (False, False, False, False),
+        (False, True, True, True),
+    ]
+
+
+def test_override_takes_one_layer_a_range_and_a_fraction():
+    schedule = Schedule.none(range(10)).override(kind="mlp", layers=3, every=2, fraction=(0.3, 0.8))
+    assert schedule.overrides[0].layers == (3,)
+    assert [i for i in range(10) if schedule.overrides[0].mask[i]] == [3, 5, 7]
+
+
+def test_override_leaves_the_original_alone():
+    schedule = Schedule.none([2, 1])
+    assert schedule.override(kind="mlp", every=2) != schedule
+    assert schedule == Schedule.none([2, 1])
+
+
+def test_unmatched_names_what_has_no_slot():
+    schedule = Schedule.pyramid([3, 2, 1], spatial=2, joint=2).override(
+        kind="mlp", layers=[7], every=2
+    )
+    slots = [SlotSpec("a", "spatial", 0), SlotSpec("b", "mlp", 0)]
+    assert schedule.unmatched(slots) == ("kind 'joint'", "override of kind 'mlp', layers (7,)")
+    assert schedule.unmatched([*slots, SlotSpec("c", "joint", 0), SlotSpec("d", "mlp", 7)]) == ()
+
+
+@given(schedules())
+def test_round_trips(schedule):
+    for copied in (
+        Schedule.from_json(schedule.to_json()),
+        pickle.loads(pickle.dumps(schedule)),
+        copy.deepcopy(schedule),
+    ):
+        assert copied == schedule
+        assert hash(copied) == hash(schedule)
+        assert copied.label == schedule.label
+
+
+def test_label_names_the_settings():
+    schedule = Schedule.pyramid([3, 2, 1], spatial=2, cross=6, window=(0, 4))
+    assert schedule.label == "pyramid spatial=2 cross=6 window=(0, 4)"
+
+
+def test_schedule_is_immutable():
+    schedule = Schedule.pyramid([2, 1], mlp=2)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        schedule.timesteps = ()
+    with pytest.raises(TypeError):
+        schedule.masks["mlp"] = (False, False)
+
+
+STEPS3 = [3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Schedule.none([]), "timesteps: got none, allowed: one per step, at least 1"),
+        (
+            lambda: Schedule.none([1.0, float("nan")]),
+            "timesteps: got nan at step 1, allowed: finite numbers",
+        ),
+        (
+            lambda: Schedule.none([float("inf")]),
+            "timesteps: got inf at step 0, allowed: finite numbers",
+        ),
+        (lambda: Schedule.none("321"), "timesteps: got '321', allowed: a flat sequence of numbers"),
+        (lambda: Schedule.none(7), "timesteps: got 7, allowed: a flat sequence of numbers"),
+        (lambda: Schedule.none(["7"]), "timesteps: got ['7'], allowed: a flat sequence of numbers"),
+        (
+            lambda: Schedule.none([[3, 2], [1, 0]]),
+            "timesteps: got [[3, 2], [1, 0]], allowed: a flat sequence of numbers",
+        ),
+        (
+            lambda: Schedule.pyramid(STEPS3, spatial=0),
+            "spatial: got range 0, allowed: an integer of 1 or more, or None",
+        ),
+        (
+            lambda: Schedule.pyramid(STEPS3, mlp=-2),
+            "mlp: got range -2, allowed: an integer of 1 or more, or None",
+        ),
+        (
+            lambda: Schedule.pyramid(STEPS3, cross=2.0),
+            "cross: got range 2.0, allowed: an integer of 1 or more, or None",
+        ),
+        (
+            lambda: Schedule.pyramid(STEPS3, cross=True),
+            "cross: got range True, allowed: an integer of 1 or more, or None",
+        ),
+        (
+            lambda: Schedule.pyramid(STEPS3, spatial=2, window=(5, 5)),
+            "window: got (5, 5), allowed: finite (low, high) with low < high",
+        ),
+        (
+            lambda: Schedule.pyramid(STEPS3, window=(5, 4)),
+            "window: got (5, 4), allowed: finite (low, high) with low < high",
+        ),
+        (
+            lambda: Schedule.pyramid(STEPS3, spatial=2, window=(0, float("inf"))),
+            "window: got (0, inf), allowed: finite (low, high) with low < high",
+        ),
+        (
+            lambda: Schedule.pyramid(STEPS3, spatial=2, window=5),
+            "window: got 5, allowed: a pair of numbers (low, high)",
+        ),
+        (
+            lambda: Schedule.pyramid(STEPS3, spatial=2, window={"mlp": (1, 2)}),
+            "window: got a pair for 'mlp', allowed: kinds with a range",
+        ),
+        (
+            lambda: Schedule.pyramid(STEPS3, spatial=2, window={"space": (1, 2)}),
+            f"window: got kind 'space', allowed: {', '.join(KINDS)}",
+        ),
+        (
+            lambda: Schedule.pyramid(STEPS3, spatial=2, fraction=(0.5, 1.5)),
+            "fraction: got (0.5, 1.5), allowed: 0 <= low < high <= 1",
+        ),
+        (
+            lambda: Schedule.pyramid(STEPS3, spatial=2, fraction=(0.9, 0.1)),
+            "fraction: got (0.9, 0.1), allowed: finite (low, high) with low < high",
+        ),
+        (
+            lambda: Schedule.pyramid(STEPS3, window=(0, 2), fraction=(0, 1)),
+            "window, fraction: got both, allowed: one of them",
+        ),
+        (
+            lambda: Schedule.pyramid(
+                STEPS3, spatial=2, window={"spatial": (0, 2)}, fraction=(0, 1)
+            ),
+            "window, fraction: got both, allowed: one of them",
+        ),
+        (
+            lambda: Schedule.from_masks(STEPS3, {"space": [False] * 3}),
+            f"masks: got kind 'space', allowed: {', '.join(KINDS)}",
+        ),
+        (
+            lambda: Schedule.from_masks(STEPS3, {"mlp": [False, True]}),
+            "mask of 'mlp': got length 2, allowed: one per step (3)",
+        ),
+        (
+            lambda: Schedule.from_masks(STEPS3, {"mlp": [True, True, False]}),
+            "mask of 'mlp': got True (reuse) at step 0, allowed: False, as nothing is stored yet",
+        ),
+        (
+            lambda: Schedule.from_masks(STEPS3, {"mlp": [False, 1, False]}),
+            "mask of 'mlp': got 1 at step 1, allowed: True (reuse) or False",
+        ),
+        (
+            lambda: Schedule.from_masks(STEPS3, {"mlp": 3}),
+            "mask of 'mlp': got 3, allowed: one bool per step",
+        ),
+        (
+            lambda: Schedule(STEPS3, masks=[]),
+            "masks: got [], allowed: a mapping from kind to mask",
+        ),
+        (
+            lambda: Schedule(STEPS3, overrides=({},)),
+            "overrides: got {}, allowed: Override objects",
+        ),
+        (lambda: Schedule(STEPS3, label=3), "label: got 3, allowed: a string"),
+        (
+            lambda: Schedule(STEPS3, overrides=(Override(kind="mlp", mask=(False,)),)),
+            "mask of override of kind 'mlp': got length 1, allowed: one per step (3)",
+        ),
+        (
+            lambda: Schedule.none(STEPS3).override(kind="mlp"),
+            "override: got mask None and every None, allowed: exactly one of them",
+        ),
+        (
+            lambda: Schedule.none(STEPS3).override(kind="mlp", mask=[False] * 3, fraction=(0, 1)),
+            "override: got window or fraction with mask, allowed: with every",
+        ),
+        (
+            lambda: Schedule.none(STEPS3).override(kind="mlp", mask=[False] * 2),
+            "override mask: got length 2, allowed: one per step (3)",
+        ),
+        (
+            lambda: Schedule.none(STEPS3).override(layers=[1], every=2),
+            "override: got neither kind nor name, allowed: one of them, or both",
+        ),
+        (
+            lambda: Schedule.none(STEPS3).override(kind="space", every=2),
+            f"override: got kind 'space', allowed: {', '.join(KINDS)}",
+        ),
+        (
+            lambda: Schedule.none(STEPS3).override(kind="mlp", layers=[-1], every=2),
+            "override layers: got [-1], allowed: integers of 0 or more, or None",
+        ),
+        (
+            lambda: Schedule.none(STEPS3).override(name=3, every=2),
+            "override name: got 3, allowed: a pattern, or None",
+        ),
+        (
+            lambda: Schedule.none(STEPS3).mask("space"),
+            f"mask: got kind 'space', allowed: {', '.join(KINDS)}",
+        ),
+    ],
+)
+def test_bad_values_are_named(build, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        build()
+    assert str(error.value) == message
+
+
+def changed(**changes) -> str:
+    return json.dumps({**json.loads(Schedule.pyramid(STEPS3, mlp=2).to_json()), **changes})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "schedule JSON: not valid JSON"),
+        ("[]", "schedule JSON: got list, allowed: an object"),
+        ("{}", "schedule JSON: field 'pabc' is missing"),
+        (changed(pabc="plan"), "schedule JSON, pabc: got 'plan', allowed: 'schedule'"),
+        (changed(version=2), "schedule JSON, version: got 2, allowed: 1"),
+        (changed(version=True), "schedule JSON, version: got True, allowed: 1"),
+        (changed(extra=1), "schedule JSON: unknown field 'extra', allowed: pabc, version, label"),
+        (changed(timesteps=3), "schedule JSON, timesteps: got int, allowed: list"),
+        (changed(timesteps=[]), "timesteps: got none"),
+        (changed(masks=[]), "schedule JSON, masks: got list, allowed: dict"),
+        (changed(masks={"space": "#.#"}), "masks: got kind 'space'"),
+        (changed(masks={"mlp": "#x#"}), "masks, mlp: got mask '#x#', allowed: '#' (compute)"),
+        (changed(masks={"mlp": [0]}), "masks, mlp: got mask [0], allowed: '#' (compute)"),
+        (changed(overrides=[3]), "overrides[0]: got int, allowed: an object"),
+        (changed(overrides=[{"kind": "mlp"}]), "overrides[0]: field 'layers' is missing"),
+    ],
+)
+def test_bad_json_is_named(text, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        Schedule.from_json(text)
+    assert str(error.value).startswith(message)
