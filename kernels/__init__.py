@@ -1,0 +1,1 @@
+"""Triton kernels, one a file, each with a plain PyTorch reference; imported as `pabc.kernels`."""
