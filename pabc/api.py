@@ -1,0 +1,242 @@
+"""What users call: :func:`compile` and :func:`explain`."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from pabc import passes
+from pabc.explanation import Explanation, describe
+from pabc.passes.capture import bind_arguments
+from pabc.pipeline import Config, analyze
+from pabc.plan import Plan
+from pabc.program import Backend, Program, slot_specs
+from pabc.schedule import Schedule
+from pabc.trajectory import Trajectory
+
+
+def compile(
+    model: nn.Module,
+    schedule: Schedule,
+    *,
+    backend: Backend = "inductor",
+    cut: passes.Cut = "attention",
+    kinds: Mapping[str, str] | None = None,
+    latents: str | None = None,
+    example_inputs: tuple[Sequence[Any], Mapping[str, Any]] | None = None,
+) -> CompiledModel:
+    """Makes a diffusion transformer reuse attention (and MLP) branches across diffusion steps.
+
+    Args:
+        model: the transformer, in eval mode; left as it is, its parameters shared.
+        schedule: which kinds of region are reused at which steps.
+        backend: `"inductor"`; `"eager"`: the specialized graphs, not compiled further, the model's
+            own bits where nothing is reused; `"oracle"`: the guarded graph, unspecialized.
+        cut: what is kept of a region. `"attention"`: the last value before the timestep's gate;
+            `"branch"`: the value added to the residual stream.
+        kinds: patterns of qualified module names (fnmatch) -> kind, where you know better.
+        latents: the name of the denoised input, where it is not the first that comes out again.
+        example_inputs: `(args, kwargs)` of a call: captures and compiles now, not at the first call.
+
+    Returns:
+        A module with the model's own call signature and output type. The calls of one generation
+        are its steps, in order.
+
+    Raises:
+        TypeError: `model` is no module, or `schedule` no :class:`pabc.Schedule`.
+        ValueError: an option is not among those allowed, or the model cannot be compiled; the
+            message names the node and the reason.
+
+    Source: Pyramid Attention Broadcast, arXiv 2408.12588.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
+    if not isinstance(schedule, Schedule):
+        raise TypeError(
+            f"schedule: expected a pabc.Schedule, found {type(schedule).__name__}; "
+            "see pabc.Schedule.pyramid and pabc.presets"
+        )
+    _check_choice("backend", backend, get_args(Backend))
+    _check_choice("cut", cut, get_args(passes.Cut))
+    config = Config(cut=cut, kinds=dict(kinds or {}), latents=latents)
+    compiled = CompiledModel(model, schedule, backend, config)
+    if example_inputs is not None:
+        args, kwargs = example_inputs
+        compiled.prepare(*args, **kwargs)
+    return compiled
+
+
+def explain(
+    model: nn.Module,
+    *args: Any,
+    kinds: Mapping[str, str] | None = None,
+    latents: str | None = None,
+    cut: passes.Cut = "attention",
+    **kwargs: Any,
+) -> Explanation:
+    """What :func:`compile` would find in `model` when called with these arguments; no schedule.
+
+    Raises: ValueError as :func:`compile` does.
+    """
+    config = Config(cut=cut, kinds=dict(kinds or {}), latents=latents)
+    bound = bind_arguments(inspect.signature(model.forward), args, kwargs)
+    guarded, _ = analyze(model, *bound, config)
+    return describe(guarded)
+
+
+class CompiledModel(nn.Module):
+    """A model that follows a schedule. Made by :func:`compile`; called like the model itself.
+
+    Attributes of the model (`config`, `dtype`, ...) and its state dict are passed through.
+    """
+
+    def __init__(
+        self, model: nn.Module, schedule: Schedule, backend: Backend, config: Config
+    ) -> None:
+        super().__init__()
+        self._orig_mod = model
+        self.training = model.training
+        self.schedule = schedule
+        self._backend = backend
+        self._config = config
+        self._call_signature = inspect.signature(model.forward)
+        self._programs: dict[Any, Program] = {}
+        self._program: Program | None = None
+        self._trajectory: Trajectory | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """One diffusion step, with the model's own arguments and result."""
+        program, inputs = self._select(args, kwargs)
+        trajectory = self._trajectory
+        if trajectory is None or trajectory.plan is not program.plan:
+            step = trajectory.step if trajectory is not None else 0
+            trajectory = self._trajectory = Trajectory(program.plan)
+            trajectory.step = step  # a call of another shape: same step, nothing stored
+        with torch.no_grad():
+            outputs = program.run(trajectory, inputs)
+        return pytree.tree_unflatten(list(outputs), program.signature.out_spec)
+
+    def prepare(self, *args: Any, **kwargs: Any) -> None:
+        """Captures this call's signature and compiles all of its phases, without running a step."""
+        program, inputs = self._select(args, kwargs)
+        program.prepare(inputs)
+
+    def reset(self) -> None:
+        """Starts a new generation: the next call is step 0 and finds nothing stored."""
+        if self._trajectory is not None:
+            self._trajectory.reset()
+
+    @property
+    def plan(self) -> Plan:
+        """The schedule bound to this model's slots."""
+        return self._captured("plan").plan
+
+    @property
+    def phases(self) -> tuple[GraphModule, ...]:
+        """The specialized modules, one per phase of the plan, in the plan's order.
+
+        Inputs: the model's flattened arguments, then the reused cuts; output: (the model's
+        flattened outputs, the stored cuts). Regions that are computed are called submodules.
+        """
+        return self._captured("phases").phases
+
+    def explain(self) -> Explanation:
+        """What was found in the model, and the plan."""
+        program = self._captured("explain()")
+        return describe(
+            program.guarded,
+            plan=program.plan,
+            unmatched=self.schedule.unmatched(program.plan.slots),
+            compile_seconds=program.compile_seconds,
+        )
+
+    def dump(self, folder: str | Path) -> Path:
+        """Writes what the compiler did: each stage's graph, the phases, the plan, the findings."""
+        program = self._captured("dump()")
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        for i, record in enumerate(program.records):
+            (target / f"{i}_{record.name}.py").write_text(record.code)
+        for region in program.regions:
+            code = program.guarded.get_submodule(region.name).code
+            (target / f"region_{region.name}.py").write_text(str(code))
+        for i, phase in enumerate(program.phases):
+            (target / f"phase_{i}.py").write_text(phase.code)
+        (target / "plan.json").write_text(program.plan.to_json())
+        (target / "explain.txt").write_text(f"{self.explain()}\n")
+        seconds = {record.name: record.seconds for record in program.records}
+        (target / "seconds.json").write_text(json.dumps(seconds, indent=1))
+        return target
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own state dict, keys unchanged."""
+        return self._orig_mod.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Loads into the model; takes effect at the next call, without a recompile."""
+        return self._orig_mod.load_state_dict(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("_orig_mod"), name)
+
+    def _captured(self, what: str) -> Program:
+        if self._program is None:
+            raise RuntimeError(
+                f"{what}: nothing is captured yet; call the model once, or give example_inputs"
+            )
+        return self._program
+
+    def _select(self, args: Any, kwargs: Any) -> tuple[Program, list[Any]]:
+        """The program for these arguments, captured if need be, and its flat inputs."""
+        model = self._orig_mod
+        if model.training:
+            raise RuntimeError(
+                "pabc runs inference: expected a model in eval mode, found training mode; "
+                "call .eval() on it first"
+            )
+        args, kwargs = bind_arguments(self._call_signature, args, kwargs)
+        inputs, spec = pytree.tree_flatten((args, kwargs))
+        for leaf in inputs:
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                raise RuntimeError(
+                    "pabc runs inference: expected inputs without gradients, found one of shape "
+                    f"{tuple(leaf.shape)} that requires grad; detach it"
+                )
+        key = (spec, *map(_leaf_key, inputs))
+        program = self._programs.get(key)
+        at_start = self._trajectory is None or self._trajectory.step == 0
+        if program is not None and at_start and not program.follow_weights(model):
+            program = None
+        if program is None:
+            program = self._programs[key] = Program(
+                model,
+                args,
+                kwargs,
+                schedule=self.schedule,
+                backend=self._backend,
+                config=self._config,
+            )
+        self._program = program
+        return program, inputs
+
+
+def _leaf_key(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return (leaf.shape, leaf.dtype, leaf.device)
+    return (type(leaf), leaf)
+
+
+def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {tuple(allowed)}, found {value!r}")

@@ -1,0 +1,173 @@
+"""What pabc found in a model, as data and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._guards import detect_fake_mode
+from torch.fx import GraphModule
+from torch.utils.flop_counter import FlopCounterMode
+
+from pabc.passes import Attention, Region
+from pabc.plan import Plan
+
+
+@dataclass(frozen=True)
+class RegionFacts:
+    """One region as it is shown: `flops` of one call, `nbytes` of its stored cuts."""
+
+    name: str
+    kind: str
+    path: str
+    cuts: tuple[tuple[int, ...], ...]
+    nbytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What was found; printed, it is a table.
+
+    Attributes:
+        attention: qualified module name of each attention -> its kind.
+        regions: in execution order.
+        flops: kind -> floating-point operations of one call; `"outside"`: everything else.
+        outside: attentions that no region holds, each with the reason.
+        inputs: the names of the graph's inputs; `latents` names the one that is denoised.
+        plan: the plan, where there is a schedule.
+        compile_seconds: spent on compiling phases so far.
+    """
+
+    attention: dict[str, str]
+    regions: tuple[RegionFacts, ...]
+    flops: dict[str, int]
+    outside: tuple[str, ...]
+    inputs: tuple[str, ...]
+    latents: str
+    plan: Plan | None = None
+    unmatched: tuple[str, ...] = ()
+    compile_seconds: float = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots together, were all of them held at once."""
+        return sum(region.nbytes for region in self.regions)
+
+    def __str__(self) -> str:
+        return "\n".join([*self._region_lines(), *self._kind_lines(), *self._plan_lines()])
+
+    def _region_lines(self) -> list[str]:
+        rows = [
+            (r.name, r.kind, r.path, " ".join(map(_format_shape, r.cuts)), _bytes(r.nbytes))
+            + (f"{r.flops / 1e6:.1f}",)
+            for r in self.regions
+        ]
+        held = {name for region in self.regions for name in (region.path,)}
+        others = [
+            f"  {name}: {kind}, never reused"
+            for name, kind in self.attention.items()
+            if kind == "other" and name not in held
+        ]
+        header = ("region", "kind", "module", "cut", "bytes", "MFLOP")
+        return [
+            f"{len(self.attention)} attentions, {len(self.regions)} regions; latents: {self.latents}",
+            *_table(header, rows),
+            *others,
+            *(f"  outside: {line}" for line in self.outside),
+        ]
+
+    def _kind_lines(self) -> list[str]:
+        total = sum(self.flops.values()) or 1
+        parts = [f"{kind} {count / total:.1%}" for kind, count in self.flops.items()]
+        return [f"{total / 1e9:.3f} GFLOP a call: {', '.join(parts)}; slots {_bytes(self.nbytes)}"]
+
+    def _plan_lines(self) -> list[str]:
+        if self.plan is None:
+            return []
+        missing = [
+            f"  the schedule also asks for {what}: nothing matches" for what in self.unmatched
+        ]
+        return [str(self.plan), *missing]
+
+
+def describe(guarded: GraphModule, **facts: Any) -> Explanation:
+    """Collects an :class:`Explanation` from a guarded graph; `facts` are passed on."""
+    regions: tuple[Region, ...] = guarded.meta["regions"]
+    flops = [_count_flops(guarded, region) for region in regions]
+    per_kind: dict[str, int] = {}
+    for region, count in zip(regions, flops, strict=True):
+        per_kind[region.kind] = per_kind.get(region.kind, 0) + count
+    per_kind["outside"] = _count_outside(guarded)
+    rows = tuple(
+        RegionFacts(r.name, r.kind, r.path, r.shapes, r.nbytes, count)
+        for r, count in zip(regions, flops, strict=True)
+    )
+    signature = guarded.meta["signature"]
+    return Explanation(
+        attention={a.name: a.kind for a in find_attentions(guarded)},
+        regions=rows,
+        flops=per_kind,
+        outside=guarded.meta["outside"],
+        inputs=signature.inputs,
+        latents=guarded.meta["latents"],
+        **facts,
+    )
+
+
+def find_attentions(guarded: GraphModule) -> list[Attention]:
+    """Every tagged attention, in regions in execution order, then those outside."""
+    graphs = [guarded.get_submodule(region.name) for region in guarded.meta["regions"]]
+    return [
+        node.meta["attention"]
+        for gm in (*graphs, guarded)
+        for node in gm.graph.nodes  # type: ignore[union-attr]
+        if "attention" in node.meta
+    ]
+
+
+def _count_flops(guarded: GraphModule, region: Region) -> int:
+    body = guarded.get_submodule(region.name)
+    assert isinstance(body, GraphModule)
+    return sum(_flops_of(node) for node in body.graph.nodes)
+
+
+def _count_outside(guarded: GraphModule) -> int:
+    return sum(_flops_of(node) for node in guarded.graph.nodes)
+
+
+def _flops_of(node: torch.fx.Node) -> int:
+    """FLOPs by PyTorch's own formulas, with the op run on its fake tensors."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return 0
+    operands = node.all_input_nodes
+    if sum(isinstance(n.meta.get("val"), torch.Tensor) for n in operands) < 2:
+        return 0  # only products of two tensors count
+    args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+    mode = detect_fake_mode([n.meta["val"] for n in operands])
+    assert mode is not None
+    with mode, FlopCounterMode(display=False) as counter:
+        node.target(*args, **kwargs)
+    return counter.get_total_flops()
+
+
+def _format_shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _bytes(count: int) -> str:
+    size, units = float(count), ["B", "KiB", "MiB", "GiB"]
+    while size >= 1024 and len(units) > 1:
+        size, _ = size / 1024, units.pop(0)
+    return f"{size:.1f} {units[0]}" if units[0] != "B" else f"{count} B"
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    return [
+        "  "
+        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [header, *rows]
+    ]

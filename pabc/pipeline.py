@@ -1,0 +1,95 @@
+"""The compiler as a list: which pass follows which, and what must hold after each.
+
+    capture -> canonicalize -> axes -> tag -> regions -> cache      once per signature
+    specialize -> inline -> lift -> Inductor                        once per phase
+
+Passes neither print, time nor check themselves: :func:`run_stages` does.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule
+
+from pabc import passes
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """What the user may decide about the analysis; the fields are arguments of :func:`pabc.compile`."""
+
+    cut: passes.Cut = "attention"
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    latents: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A pass with its name, its configuration taken from :class:`Config`, and its postcondition."""
+
+    name: str
+    run: Callable[[GraphModule, Config], GraphModule]
+    verify: Callable[[GraphModule], None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What the runner saw of one stage: seconds, nodes after it, the graph's code after it."""
+
+    name: str
+    seconds: float
+    num_nodes: int
+    code: str
+
+
+ANALYSIS: tuple[Stage, ...] = (
+    Stage("canonicalize", lambda gm, c: passes.canonicalize_pass(gm)),
+    Stage("axes", lambda gm, c: passes.name_axes_pass(gm, latents=c.latents), passes.verify_axes),
+    Stage("tag", lambda gm, c: passes.tag_attention_pass(gm, kinds=c.kinds), passes.verify_tags),
+    Stage(
+        "regions", lambda gm, c: passes.outline_regions_pass(gm, cut=c.cut), passes.verify_regions
+    ),
+    Stage("cache", lambda gm, c: passes.insert_cache_pass(gm), passes.verify_cache),
+)
+"""The stages between capture and specialization, in order."""
+
+
+def analyze(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: Config
+) -> tuple[GraphModule, tuple[Record, ...]]:
+    """Captures the model for these arguments and returns its guarded graph, and how it came about."""
+    start = perf_counter()
+    gm = passes.capture(model, args, kwargs)
+    first = _record("capture", start, gm)
+    gm, records = run_stages(ANALYSIS, gm, config)
+    return gm, (first, *records)
+
+
+def run_stages(
+    stages: tuple[Stage, ...], gm: GraphModule, config: Config
+) -> tuple[GraphModule, tuple[Record, ...]]:
+    """Runs each stage, lints and recompiles the graph, checks the postcondition, and times it."""
+    records = []
+    for stage in stages:
+        start = perf_counter()
+        gm = stage.run(gm, config)
+        gm.graph.lint()
+        gm.recompile()
+        if stage.verify is not None:
+            stage.verify(gm)
+        records.append(_record(stage.name, start, gm))
+    return gm, tuple(records)
+
+
+def _record(name: str, start: float, gm: GraphModule) -> Record:
+    record = Record(name, perf_counter() - start, len(gm.graph.nodes), gm.code)
+    logger.debug("%s: %.3f s, %d nodes", name, record.seconds, record.num_nodes)
+    return record

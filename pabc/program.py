@@ -1,0 +1,152 @@
+"""One captured call signature: its guarded graph, its plan, and one executable per phase."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from pabc import passes
+from pabc.pipeline import Config, analyze
+from pabc.plan import Plan, SlotSpec
+from pabc.schedule import Schedule
+from pabc.trajectory import Trajectory
+from pabc.weights import Weights
+
+Backend = Literal["inductor", "eager", "oracle"]
+Executable = Callable[..., tuple[Sequence[Any], Sequence[torch.Tensor]]]
+"""(inputs, then the reused cuts) -> (outputs, the stored cuts), as flat sequences."""
+
+
+def slot_specs(regions: Sequence[passes.Region]) -> tuple[SlotSpec, ...]:
+    """One slot per region, named by the user's module (and the region, where several share one)."""
+    paths = [region.path for region in regions]
+    return tuple(
+        SlotSpec(
+            name=region.path if paths.count(region.path) == 1 else f"{region.path}:{region.name}",
+            kind=region.kind,
+            layer=region.layer,
+            nbytes=region.nbytes,
+        )
+        for region in regions
+    )
+
+
+class Program:
+    """Everything that follows from a model, a schedule, and the shapes of one call.
+
+    Attributes:
+        guarded: the guarded, unspecialized graph; its first input is the trajectory.
+        regions: what may be reused; region i is slot i of the plan.
+        plan: the schedule bound to these slots.
+        records: what the pipeline did, stage by stage.
+        compile_seconds: time spent on specializing and compiling phases so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        schedule: Schedule,
+        backend: Backend,
+        config: Config,
+    ) -> None:
+        self.guarded, self.records = analyze(model, args, kwargs, config)
+        self.regions: tuple[passes.Region, ...] = self.guarded.meta["regions"]
+        self.signature: passes.Signature = self.guarded.meta["signature"]
+        self.backend = backend
+        self.plan: Plan = schedule.plan(slot_specs(self.regions))
+        self.compile_seconds = 0.0
+        self._weights = Weights(self.guarded)
+        self._stored = {phase.reused: phase.stored for phase in self.plan.phases}
+        # The phase that reuses nothing also stands in where a value is missing: it stores all.
+        self._stored[()] = tuple(sorted({s for p in self.plan.phases for s in p.stored}))
+        self._modules: dict[tuple[int, ...], GraphModule] = {}
+        self._executables: dict[tuple[int, ...], Executable] = {}
+
+    @property
+    def phases(self) -> tuple[GraphModule, ...]:
+        """One specialized module per phase, in the plan's order."""
+        return tuple(self._specialize(phase.reused) for phase in self.plan.phases)
+
+    def run(self, trajectory: Trajectory, inputs: Sequence[Any]) -> Sequence[Any]:
+        """One step: the model's flat outputs. Advances the trajectory unless it raises."""
+        if self.backend == "oracle":
+            outputs: Sequence[Any] = self.guarded(trajectory, *inputs)
+            trajectory.advance()
+            return outputs
+        reused = self.plan.phases[self.plan.phase_of_step[trajectory.step]].reused
+        cuts: list[torch.Tensor] = []
+        for slot in reused:
+            held = trajectory.slots[slot]
+            if held is None:
+                reused, cuts = (), []
+                break
+            cuts.extend(held)
+        execute = self._executables.get(reused) or self._compile(reused, inputs)
+        outputs, kept = execute(*inputs, *cuts)
+        start = 0
+        for slot in self._stored[reused]:
+            stop = start + len(self.regions[slot].cuts)
+            trajectory.write(slot, tuple(kept[start:stop]))
+            start = stop
+        trajectory.advance()
+        return outputs
+
+    def prepare(self, inputs: Sequence[Any]) -> None:
+        """Compiles every phase now, for inputs like these."""
+        for phase in self.plan.phases if self.backend != "oracle" else ():
+            if phase.reused not in self._executables:
+                self._compile(phase.reused, inputs)
+
+    def follow_weights(self, model: nn.Module) -> bool:
+        """Picks up tensors that were replaced in the model; False if the graphs no longer fit."""
+        replaced = self._weights.follow(model, (self.guarded, *self._modules.values()))
+        return replaced is not None
+
+    def _specialize(self, reused: tuple[int, ...]) -> GraphModule:
+        if reused not in self._modules:
+            stored = self._stored[reused]
+            gm = passes.specialize_phase_pass(self.guarded, reused=reused, stored=stored)
+            gm.graph.lint()
+            passes.verify_phase(gm, reused=reused)
+            self._modules[reused] = gm
+        return self._modules[reused]
+
+    def _compile(self, reused: tuple[int, ...], inputs: Sequence[Any]) -> Executable:
+        start = perf_counter()
+        gm = self._specialize(reused)
+        execute: Executable = gm if self.backend == "eager" else self._compile_inductor(gm, inputs)
+        self._executables[reused] = execute
+        self.compile_seconds += perf_counter() - start
+        return execute
+
+    def _compile_inductor(self, gm: GraphModule, inputs: Sequence[Any]) -> Executable:
+        flat = passes.lift_weights_pass(passes.inline_regions_pass(gm))
+        flat.graph.lint()
+        names: tuple[str, ...] = flat.meta["weights"]
+        outputs: tuple[Any, ...] = flat.meta["outputs"]
+        cuts = [n for n in flat.graph.nodes if n.op == "placeholder"][len(names) + len(inputs) :]
+        examples = [*self._weights.get(names), *inputs, *(_example(n.meta["val"]) for n in cuts)]
+        compiled = passes.compile_flat(flat, examples)
+        num_tensors = sum(isinstance(place, passes.Place) for place in outputs)
+
+        def execute(*args: Any) -> tuple[Sequence[Any], Sequence[torch.Tensor]]:
+            results = compiled(*self._weights.get(names), *args)
+            packed = [results[p.index] if isinstance(p, passes.Place) else p for p in outputs]
+            return packed, results[num_tensors:]
+
+        return execute
+
+
+def _example(fake: torch.Tensor) -> torch.Tensor:
+    """A tensor laid out as the cut will be when another phase has stored it."""
+    return torch.empty_strided(
+        tuple(fake.shape), fake.stride(), dtype=fake.dtype, device=fake.device
+    )

@@ -1,0 +1,69 @@
+"""The model's tensors that a graph reads, kept in step with the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from pabc.passes.ir import attribute
+
+
+class Weights:
+    """Parameters, buffers and constants by qualified name, shared with the model.
+
+    A change of values in place needs nothing. A tensor that the user replaced is picked up by
+    :meth:`follow`, which a program calls at the start of each generation.
+    """
+
+    def __init__(self, gm: GraphModule) -> None:
+        self._tensors: dict[str, torch.Tensor] = {}
+        for module in gm.modules():
+            if isinstance(module, GraphModule):
+                reads = [str(n.target) for n in module.graph.nodes if n.op == "get_attr"]
+                values = ((name, attribute(module, name)) for name in reads)
+                self._tensors.update((n, v) for n, v in values if isinstance(v, torch.Tensor))
+        self._layouts = {name: _layout(tensor) for name, tensor in self._tensors.items()}
+
+    def get(self, names: Iterable[str]) -> list[torch.Tensor]:
+        return [self._tensors[name] for name in names]
+
+    def follow(self, model: nn.Module, graphs: Sequence[GraphModule]) -> list[str] | None:
+        """Rebinds tensors that were replaced in the model, in `graphs` too; returns their names.
+
+        None if one changed its shape, strides, dtype or device, so that the graphs no longer fit.
+        """
+        replaced = {}
+        for name, old in self._tensors.items():
+            try:
+                new = attribute(model, name)
+            except AttributeError:
+                new = old  # a constant of the graph, or a table the model built while tracing
+            if new is not old:
+                replaced[name] = new
+            if _layout(new) != self._layouts[name]:
+                return None
+        for name, tensor in replaced.items():
+            self._tensors[name] = tensor
+            for gm in graphs:
+                _rebind(gm, name, tensor)
+        return list(replaced)
+
+
+def _layout(tensor: torch.Tensor) -> tuple[object, ...]:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+
+
+def _rebind(gm: GraphModule, name: str, tensor: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    for module in gm.modules():
+        if not isinstance(module, GraphModule):
+            continue
+        try:
+            holder = module.get_submodule(owner)
+        except AttributeError:
+            continue
+        if leaf in holder._parameters or leaf in holder._buffers:
+            setattr(holder, leaf, tensor)

@@ -1,0 +1,41 @@
+"""The passes, one a file: functions from graph to graph. :mod:`pabc.pipeline` lists them in order."""
+
+from .axes import name_axes_pass, verify_axes
+from .cache import cache_read, cache_write, compute_unless, insert_cache_pass, verify_cache
+from .canonicalize import canonicalize_pass
+from .capture import Signature, bind_arguments, capture
+from .emit import Place, compile_flat, inline_regions_pass, lift_weights_pass
+from .ir import Attention, Axis, Factor, Region
+from .regions import Cut, outline_regions_pass, verify_regions
+from .specialize import specialize_phase_pass, verify_phase
+from .tag import tag_attention_pass, tagged, verify_tags
+
+__all__ = [
+    "Attention",
+    "Axis",
+    "Cut",
+    "Factor",
+    "Place",
+    "Region",
+    "Signature",
+    "bind_arguments",
+    "cache_read",
+    "cache_write",
+    "canonicalize_pass",
+    "capture",
+    "compile_flat",
+    "compute_unless",
+    "inline_regions_pass",
+    "insert_cache_pass",
+    "lift_weights_pass",
+    "name_axes_pass",
+    "outline_regions_pass",
+    "specialize_phase_pass",
+    "tag_attention_pass",
+    "tagged",
+    "verify_axes",
+    "verify_cache",
+    "verify_phase",
+    "verify_regions",
+    "verify_tags",
+]

@@ -1,0 +1,415 @@
+"""axes: follows every tensor dimension back to the axes of the model's inputs.
+
+A dimension is a product of factors, each along an axis of an input (the latents' frames, say) or
+along none. Rules exist per kind of op; an op without a rule loses the provenance of the dimensions it
+changes and says so in the factor's `reason`, which later messages show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from .factors import anonymous, blur, combine, join, length, narrow, regroup, unknown
+from .ir import (
+    FUSED_ATTENTION,
+    GETITEM,
+    Axis,
+    Dims,
+    Factor,
+    aten,
+    is_tensor,
+    output_node,
+    user_inputs,
+    value,
+)
+
+_Rule = Callable[[Node, list[Dims]], Dims]
+
+
+def name_axes_pass(gm: GraphModule, *, latents: str | None = None) -> GraphModule:
+    """Gives every tensor node `meta["axes"]` and the graph `meta["latents"]`.
+
+    Requires: a canonical ATen graph whose nodes carry fake tensors.
+    Ensures: each tensor node has one tuple of factors per dimension whose sizes multiply to the
+    dimension's; `gm.meta["latents"]` names the input that is denoised: `latents` where given, else
+    the first floating-point input whose axes (but for channels) come out again in the first output.
+    Raises: ValueError if `latents` names no input, or no input qualifies.
+
+        # before                                # after
+        %h = view(%x, [B*T, S, C])              axes: ((B, T), (H, W), (none,))
+    """
+    names = [node.name for node in user_inputs(gm.graph)]
+    if latents is not None and latents not in names:
+        raise ValueError(f"latents: expected one of the inputs {names}, found {latents!r}")
+    candidates = [latents] if latents is not None else _floating_inputs(gm)
+    for name in candidates:
+        _propagate(gm, {name})
+        if latents is not None or _comes_out_again(gm, name):
+            gm.meta["latents"] = name
+            _propagate(gm, set(names), first=name)
+            return gm
+    raise ValueError(
+        f"latents: expected an input whose axes come out again in the model's output, found none "
+        f"among {candidates}; name the denoised input with latents="
+    )
+
+
+def verify_axes(gm: GraphModule) -> None:
+    """Every tensor node's factors multiply to its shape."""
+    for node in gm.graph.nodes:
+        if is_tensor(node):
+            sizes = tuple(length(product) for product in node.meta["axes"])
+            assert sizes == tuple(value(node).shape), (
+                f"axes of {node.name} ({node.target}) multiply to {sizes}, its shape is "
+                f"{tuple(value(node).shape)}"
+            )
+
+
+def _floating_inputs(gm: GraphModule) -> list[str]:
+    nodes = [node for node in user_inputs(gm.graph) if is_tensor(node)]
+    return [n.name for n in nodes if value(n).is_floating_point() and value(n).ndim >= 3]
+
+
+def _comes_out_again(gm: GraphModule, name: str) -> bool:
+    """Whether the first output has all of the input's dimensions but at most one: its channels."""
+    outputs = [n for n in output_node(gm.graph).all_input_nodes if is_tensor(n)]
+    if not outputs:
+        return False
+    found = {
+        axis for product in outputs[0].meta["axes"] for factor in product for axis in factor.axes()
+    }
+    source = next(n for n in user_inputs(gm.graph) if n.name == name)
+    return len(found) >= value(source).ndim - 1
+
+
+def _propagate(gm: GraphModule, named: set[str], first: str | None = None) -> None:
+    for node in gm.graph.nodes:
+        if not is_tensor(node):
+            if isinstance(node.meta.get("val"), (tuple, list)):
+                node.meta["axes"] = _several(node, first)
+            continue
+        shape = tuple(value(node).shape)
+        if node.op == "placeholder" and node.name in named:
+            dims: Dims = tuple((Factor(s, Axis(node.name, i)),) for i, s in enumerate(shape))
+        elif node.op == "call_function":
+            dims = _apply(node, first)
+        else:
+            dims = unknown(shape)
+        node.meta["axes"] = dims
+
+
+def _operands(node: Node, first: str | None) -> list[Dims]:
+    """The operands' dimensions, those on the latents before all others."""
+    dims = [n.meta["axes"] for n in _flat_nodes(node.args) if is_tensor(n)]
+    return sorted(dims, key=lambda d: not _mentions(d, first))
+
+
+def _mentions(dims: Dims, source: str | None) -> bool:
+    return any(a.source == source for product in dims for f in product for a in f.axes())
+
+
+def _flat_nodes(args: Any) -> list[Node]:
+    flat: list[Node] = []
+    torch.fx.node.map_arg(args, flat.append)
+    return flat
+
+
+def _apply(node: Node, first: str | None) -> Dims:
+    if node.target is GETITEM:
+        return node.args[0].meta["axes"][node.args[1]]
+    rule = _RULES.get(node.target)
+    shape = tuple(value(node).shape)
+    if rule is not None:
+        operands = [n.meta["axes"] for n in _flat_nodes(node.args) if is_tensor(n)]
+        return rule(node, operands)
+    operands = _operands(node, first)
+    inputs = [n for n in _flat_nodes(node.args) if is_tensor(n)]
+    try:
+        broadcast = torch.broadcast_shapes(*(tuple(value(n).shape) for n in inputs))
+    except RuntimeError:
+        broadcast = torch.Size()
+    if inputs and tuple(broadcast) == shape:
+        return combine(shape, operands)
+    return unknown(shape, f"{node.name} ({node.target}) has no rule for axes" if inputs else "")
+
+
+def _several(node: Node, first: str | None) -> tuple[Dims, ...]:
+    """Ops with several results: splits by their sizes, others (norms with statistics) by shape."""
+    vals = node.meta["val"]
+    if node.target in _SPLITS:
+        (source,) = [n.meta["axes"] for n in _flat_nodes(node.args[0])]
+        dim = _dim(node, 2, 0, len(source))
+        results, start = [], 0
+        for val in vals:
+            stop = start + val.shape[dim]
+            part = narrow(source[dim], start, stop, _lost(node))
+            results.append(source[:dim] + (part,) + source[dim + 1 :])
+            start = stop
+        return tuple(results)
+    if node.target is aten.unbind.int:
+        (source,) = [n.meta["axes"] for n in _flat_nodes(node.args[0])]
+        dim = _dim(node, 1, 0, len(source))
+        return tuple(source[:dim] + source[dim + 1 :] for _ in vals)
+    if node.target in FUSED_ATTENTION:
+        q, _, v = (n.meta["axes"] for n in _flat_nodes(node.args)[:3])
+        return (q[:-1] + v[-1:], *(unknown(val.shape) for val in vals[1:] if _has_shape(val)))
+    operands = _operands(node, first)
+    shapes = [tuple(val.shape) if _has_shape(val) else () for val in vals]
+    return tuple(combine(shape, operands[:1]) for shape in shapes)
+
+
+def _has_shape(val: Any) -> bool:
+    return isinstance(val, torch.Tensor)
+
+
+def _lost(node: Node) -> str:
+    return f"{node.name} ({node.target}) mixes positions"
+
+
+def _argument(node: Node, index: int, default: Any) -> Any:
+    return node.args[index] if len(node.args) > index else default
+
+
+def _dim(node: Node, index: int, default: int, rank: int) -> int:
+    dim = _argument(node, index, node.kwargs.get("dim", default))
+    return int(dim) % rank
+
+
+def _view(node: Node, operands: list[Dims]) -> Dims:
+    return regroup(operands[0], tuple(value(node).shape), _lost(node))
+
+
+def _permute(node: Node, operands: list[Dims]) -> Dims:
+    return tuple(operands[0][d] for d in node.args[1])
+
+
+def _transpose(node: Node, operands: list[Dims]) -> Dims:
+    dims = list(operands[0])
+    a, b = (int(d) % len(dims) for d in node.args[1:3])
+    dims[a], dims[b] = dims[b], dims[a]
+    return tuple(dims)
+
+
+def _t(node: Node, operands: list[Dims]) -> Dims:
+    return operands[0][::-1]
+
+
+def _unsqueeze(node: Node, operands: list[Dims]) -> Dims:
+    dims = list(operands[0])
+    dims.insert(int(node.args[1]) % (len(dims) + 1), anonymous(1))
+    return tuple(dims)
+
+
+def _squeeze(node: Node, operands: list[Dims]) -> Dims:
+    rank = len(operands[0])
+    chosen = _argument(node, 1, tuple(range(rank)))
+    chosen = (chosen,) if isinstance(chosen, int) else chosen
+    gone = {d % rank for d in chosen if length(operands[0][d % rank]) == 1}
+    return tuple(product for d, product in enumerate(operands[0]) if d not in gone)
+
+
+def _expand(node: Node, operands: list[Dims]) -> Dims:
+    shape = tuple(value(node).shape)
+    return combine(shape, operands)
+
+
+def _slice(node: Node, operands: list[Dims]) -> Dims:
+    dims = operands[0]
+    dim = _dim(node, 1, 0, len(dims))
+    size, step = length(dims[dim]), _argument(node, 4, 1)
+    start = _argument(node, 2, None) or 0
+    start = min(start + size if start < 0 else start, size)
+    count = value(node).shape[dim]
+    if step == 1:
+        part = narrow(dims[dim], start, start + count, _lost(node))
+    else:
+        part = blur(dims[dim], count, _lost(node))
+    return dims[:dim] + (part,) + dims[dim + 1 :]
+
+
+def _select(node: Node, operands: list[Dims]) -> Dims:
+    dim = int(node.args[1]) % len(operands[0])
+    return operands[0][:dim] + operands[0][dim + 1 :]
+
+
+def _cat(node: Node, operands: list[Dims]) -> Dims:
+    rank = value(node).ndim
+    operands = [dims for dims in operands if len(dims) == rank]
+    dim = _dim(node, 1, 0, rank)
+    joined = join([dims[dim] for dims in operands])
+    shape = tuple(value(node).shape)
+    rest = combine(shape[:dim] + (1,) + shape[dim + 1 :], [_unit(d, dim) for d in operands])
+    return rest[:dim] + (joined,) + rest[dim + 1 :]
+
+
+def _unit(dims: Dims, dim: int) -> Dims:
+    return dims[:dim] + (anonymous(1),) + dims[dim + 1 :]
+
+
+def _stack(node: Node, operands: list[Dims]) -> Dims:
+    dim = _dim(node, 1, 0, value(node).ndim)
+    shape = tuple(value(node).shape)
+    dims = list(combine(shape[:dim] + shape[dim + 1 :], operands))
+    dims.insert(dim, anonymous(shape[dim]))
+    return tuple(dims)
+
+
+def _repeat_interleave(node: Node, operands: list[Dims]) -> Dims:
+    dim = _argument(node, 2, node.kwargs.get("dim"))
+    if dim is None:
+        return unknown(tuple(value(node).shape), _lost(node))
+    dims = list(operands[0])
+    dim = dim % len(dims)
+    dims[dim] += anonymous(int(node.args[1]))
+    return tuple(dims)
+
+
+def _repeat(node: Node, operands: list[Dims]) -> Dims:
+    repeats: Sequence[int] = node.args[1]
+    dims = tuple(anonymous(1) for _ in range(len(repeats) - len(operands[0]))) + operands[0]
+    return tuple(
+        anonymous(n) + product if n > 1 else product
+        for n, product in zip(repeats, dims, strict=True)
+    )
+
+
+def _same(node: Node, operands: list[Dims]) -> Dims:
+    return operands[0]
+
+
+def _reduce(node: Node, operands: list[Dims]) -> Dims:
+    """Reductions over `dim`: reduced dimensions shrink to one position or vanish."""
+    dims, rank = operands[0], len(operands[0])
+    chosen = _argument(node, 1, None)
+    chosen = range(rank) if chosen is None else (chosen,) if isinstance(chosen, int) else chosen
+    gone = {d % rank for d in chosen} if rank else set()
+    if value(node).ndim == rank:
+        return tuple(anonymous(1) if d in gone else p for d, p in enumerate(dims))
+    return tuple(p for d, p in enumerate(dims) if d not in gone)
+
+
+def _linear(node: Node, operands: list[Dims]) -> Dims:
+    return operands[0][:-1] + (anonymous(value(node).shape[-1]),)
+
+
+def _addmm(node: Node, operands: list[Dims]) -> Dims:
+    return operands[1][:-1] + operands[2][-1:]
+
+
+def _baddbmm(node: Node, operands: list[Dims]) -> Dims:
+    return _matmul(node, operands[1:])
+
+
+def _matmul(node: Node, operands: list[Dims]) -> Dims:
+    a, b = operands
+    shape = tuple(value(node).shape)
+    if len(a) < 2 or len(b) < 2:
+        kept = (a[:-1] if len(a) >= len(b) else b[:-2] + b[-1:])[: len(shape)]
+        return kept if len(kept) == len(shape) else unknown(shape, _lost(node))
+    return combine(shape[:-2], [a[:-2], b[:-2]]) + (a[-2], b[-1])
+
+
+def _einsum(node: Node, operands: list[Dims]) -> Dims:
+    """Each letter of the result takes the operand's dimension that knows most."""
+    shape = tuple(value(node).shape)
+    inputs, _, output = str(node.args[0]).replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if "." in inputs or not output or len(terms) != len(operands):
+        return unknown(shape, _lost(node))
+    letters = [
+        dict(zip(term, dims, strict=True)) for term, dims in zip(terms, operands, strict=True)
+    ]
+    columns = [[known[letter] for known in letters if letter in known] for letter in output]
+    return tuple(
+        combine((size,), [(product,) for product in column])[0]
+        for size, column in zip(shape, columns, strict=True)
+    )
+
+
+def _conv(node: Node, operands: list[Dims]) -> Dims:
+    """Strided windows keep the axis of the dimension they slide over."""
+    dims, shape = operands[0], tuple(value(node).shape)
+    slid = tuple(
+        product if length(product) == size else _strided(product, size, node)
+        for product, size in zip(dims[2:], shape[2:], strict=True)
+    )
+    return (dims[0], anonymous(shape[1]), *slid)
+
+
+def _strided(product: tuple[Factor, ...], size: int, node: Node) -> tuple[Factor, ...]:
+    return blur(product, size, _lost(node))
+
+
+def _index_select(node: Node, operands: list[Dims]) -> Dims:
+    dims = operands[0]
+    dim = int(node.args[1]) % len(dims)
+    size = value(node).shape[dim]
+    return dims[:dim] + (blur(dims[dim], size, _lost(node)),) + dims[dim + 1 :]
+
+
+def _pad(node: Node, operands: list[Dims]) -> Dims:
+    shape = tuple(value(node).shape)
+    return tuple(
+        product if length(product) == size else blur(product, size, _lost(node))
+        for product, size in zip(operands[0], shape, strict=True)
+    )
+
+
+def _embedding(node: Node, operands: list[Dims]) -> Dims:
+    return operands[1] + (anonymous(value(node).shape[-1]),)
+
+
+def _attend(node: Node, operands: list[Dims]) -> Dims:
+    q, k, v = operands[:3]
+    return combine(tuple(value(node).shape)[:-2], [q[:-2], k[:-2]]) + (q[-2], v[-1])
+
+
+_SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default})
+_RULES: dict[Any, _Rule] = {
+    aten.view.default: _view,
+    aten._unsafe_view.default: _view,
+    aten.reshape.default: _view,
+    aten.permute.default: _permute,
+    aten.transpose.int: _transpose,
+    aten.t.default: _t,
+    aten.unsqueeze.default: _unsqueeze,
+    aten.squeeze.default: _squeeze,
+    aten.squeeze.dim: _squeeze,
+    aten.squeeze.dims: _squeeze,
+    aten.expand.default: _expand,
+    aten.slice.Tensor: _slice,
+    aten.select.int: _select,
+    aten.cat.default: _cat,
+    aten.stack.default: _stack,
+    aten.repeat_interleave.self_int: _repeat_interleave,
+    aten.repeat.default: _repeat,
+    aten.roll.default: _same,
+    aten.flip.default: _same,
+    aten.sum.dim_IntList: _reduce,
+    aten.mean.dim: _reduce,
+    aten.mean.default: _reduce,
+    aten.var.correction: _reduce,
+    aten.amax.default: _reduce,
+    aten.linear.default: _linear,
+    aten.mm.default: _matmul,
+    aten.bmm.default: _matmul,
+    aten.matmul.default: _matmul,
+    aten.addmm.default: _addmm,
+    aten.baddbmm.default: _baddbmm,
+    aten.einsum.default: _einsum,
+    aten.convolution.default: _conv,
+    aten.conv1d.default: _conv,
+    aten.conv2d.default: _conv,
+    aten.conv3d.default: _conv,
+    aten.index_select.default: _index_select,
+    aten.constant_pad_nd.default: _pad,
+    aten.embedding.default: _embedding,
+    aten.layer_norm.default: _same,
+    aten.rms_norm.default: _same,
+    aten.group_norm.default: _same,
+    **dict.fromkeys(FUSED_ATTENTION, _attend),
+}

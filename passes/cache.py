@@ -1,0 +1,81 @@
+"""cache: guards every region with a cache read and a cache write, driven by the step index.
+
+The graph that comes out runs as it is. It takes the trajectory as its first input, asks it at every
+region, and is the oracle that each specialized module is compared with.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from .ir import Region, copy_into, derived
+
+Cuts = tuple[torch.Tensor, ...]
+
+
+class Slots(Protocol):
+    """What a guarded graph asks of the state of one generation; slots are region ordinals."""
+
+    def read(self, slot: int) -> Cuts | None:
+        """The cuts to reuse at the current step, or None if the region must be computed."""
+
+    def write(self, slot: int, cuts: Cuts) -> None:
+        """Offers freshly computed cuts; the trajectory keeps them if a later step reads them."""
+
+
+def cache_read(trajectory: Slots, slot: int) -> Cuts | None:
+    """The guard and the read: cuts where the plan reuses the slot at this step, else None."""
+    return trajectory.read(slot)
+
+
+def compute_unless(cached: Cuts | None, region: GraphModule, *inputs: torch.Tensor) -> Cuts:
+    """Runs the region only where there is nothing to reuse."""
+    return region(*inputs) if cached is None else cached
+
+
+def cache_write(trajectory: Slots, slot: int, cached: Cuts | None, cuts: Cuts) -> Cuts:
+    """Stores freshly computed cuts where the plan says so; passes the cuts on."""
+    if cached is None:
+        trajectory.write(slot, cuts)
+    return cuts
+
+
+def insert_cache_pass(gm: GraphModule) -> GraphModule:
+    """Puts a read, a guarded call and a write in place of every region's call.
+
+    Requires: regions (:func:`outline_regions_pass`).
+    Ensures: the first input is the trajectory; with one that never reuses, outputs bitwise as
+    before; region i is touched only through slot i.
+
+        # before                                # after
+        %r = call_module[spatial_0](%x)         %c = cache_read(%trajectory, 0)
+                                                %u = compute_unless(%c, spatial_0, %x)
+                                                %r = cache_write(%trajectory, 0, %c, %u)
+    """
+    slots = {region.name: slot for slot, region in enumerate(gm.meta["regions"])}
+    graph = Graph()
+    trajectory = graph.placeholder("trajectory")
+    mapping: dict[Node, Node] = {}
+    for node in gm.graph.nodes:
+        if node.op != "call_module":
+            copy_into(graph, [node], mapping)
+            continue
+        slot = slots[str(node.target)]
+        cached = graph.call_function(cache_read, (trajectory, slot))
+        region = graph.get_attr(str(node.target))
+        inputs = tuple(mapping[n] for n in node.args)
+        computed = graph.call_function(compute_unless, (cached, region, *inputs))
+        mapping[node] = graph.call_function(cache_write, (trajectory, slot, cached, computed))
+        mapping[node].meta.update(node.meta)
+    return derived(gm, graph)
+
+
+def verify_cache(gm: GraphModule) -> None:
+    """Every region has exactly one read and one write."""
+    regions: tuple[Region, ...] = gm.meta["regions"]
+    for target in (cache_read, cache_write):
+        slots = [n.args[1] for n in gm.graph.nodes if n.target is target]
+        assert sorted(slots) == list(range(len(regions))), (target.__name__, slots)

@@ -1,0 +1,138 @@
+"""Arithmetic on factors: how splitting, merging, slicing and joining dimensions moves provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from .ir import Dims, Factor
+
+Product = tuple[Factor, ...]
+
+
+def anonymous(size: int, reason: str = "") -> Product:
+    return (Factor(size, reason=reason),)
+
+
+def unknown(shape: Sequence[int], reason: str = "") -> Dims:
+    return tuple(anonymous(size, reason) for size in shape)
+
+
+def length(product: Product) -> int:
+    return prod(factor.size for factor in product)
+
+
+def is_named(product: Product) -> bool:
+    return any(True for factor in product for _ in factor.axes())
+
+
+def blur(product: Product, size: int, reason: str) -> Product:
+    """A dimension of `size` that draws on `product` in an order that is no longer known."""
+    axes = {axis for factor in product for axis in factor.axes()}
+    if not axes:
+        return anonymous(size, reason)
+    if len(axes) == 1:
+        return (Factor(size, axis=axes.pop()),)
+    parts = tuple((Factor(1, axis=axis),) for axis in sorted(axes, key=str))
+    return (Factor(size, parts=parts, reason=reason),)
+
+
+def regroup(dims: Dims, shape: Sequence[int], reason: str) -> Dims:
+    """Provenance after a view: the row-major sequence of factors, cut anew into `shape`.
+
+    A factor that a boundary falls into is split into an outer and an inner one along the same axis.
+    Factors of size one go to a dimension of size one where there is one, else to the dimension
+    that ends before them.
+
+        ((B 2, T 8), (S 16,), (C 64,)) -> [2, 128, 64] gives ((B 2,), (T 8, S 16), (C 64,))
+    """
+    queue = [factor for product in dims for factor in product]
+    result: list[Product] = []
+    for i, size in enumerate(shape):
+        taken = _take(queue, size)
+        if taken is None:
+            return tuple(
+                _blurred(dims, n, reason) if n > 1 else anonymous(1, reason) for n in shape
+            )
+        next_is_one = i + 1 < len(shape) and shape[i + 1] == 1
+        while not next_is_one and size > 1 and queue and queue[0].size == 1:
+            taken.append(queue.pop(0))
+        result.append(tuple(taken) or anonymous(1))
+    if result:
+        result[-1] += tuple(queue)
+    return tuple(result)
+
+
+def _take(queue: list[Factor], size: int) -> list[Factor] | None:
+    """Pops factors whose sizes multiply to `size`, splitting the last one; None if they cannot."""
+    taken: list[Factor] = []
+    rest = size
+    if size == 1:
+        return [queue.pop(0)] if queue and queue[0].size == 1 else []
+    while rest > 1:
+        if not queue:
+            return None
+        factor = queue.pop(0)
+        if rest % factor.size == 0:
+            taken.append(factor)
+            rest //= factor.size
+        elif factor.size % rest == 0:
+            inner = factor.size // rest
+            taken.append(Factor(rest, factor.axis, factor.parts, factor.reason))
+            queue.insert(0, Factor(inner, factor.axis, factor.parts, factor.reason))
+            rest = 1
+        else:
+            return None
+    return taken
+
+
+def _blurred(dims: Dims, size: int, reason: str) -> Product:
+    return blur(tuple(f for product in dims for f in product), size, reason)
+
+
+def join(products: Sequence[Product]) -> Product:
+    """The dimension of a concatenation; joins of joins are flattened."""
+    parts: list[Product] = []
+    for product in products:
+        single = product[0] if len(product) == 1 else None
+        parts.extend(single.parts if single is not None and is_join(single) else (product,))
+    if not any(is_named(part) for part in parts):
+        return anonymous(sum(length(part) for part in parts))
+    return (Factor(sum(length(part) for part in parts), parts=tuple(parts)),)
+
+
+def is_join(factor: Factor) -> bool:
+    """Whether the parts lie one after another, so that a slice can tell them apart."""
+    return bool(factor.parts) and sum(length(part) for part in factor.parts) == factor.size
+
+
+def narrow(product: Product, start: int, stop: int, reason: str) -> Product:
+    """The positions `start` to `stop` of a dimension: whole parts of a join are taken exactly."""
+    size = stop - start
+    if size == length(product):
+        return product
+    single = product[0] if len(product) == 1 else None
+    if single is None or not is_join(single):
+        return blur(product, size, reason)
+    kept: list[Product] = []
+    offset = 0
+    for part in single.parts:
+        low, high = max(start - offset, 0), min(stop - offset, length(part))
+        if low < high:
+            kept.append(narrow(part, low, high, reason))
+        offset += length(part)
+    return kept[0] if len(kept) == 1 else join(kept)
+
+
+def combine(shape: Sequence[int], operands: Sequence[Dims]) -> Dims:
+    """Provenance of a broadcast: per dimension the operand that knows most, earlier ones first."""
+    result: list[Product] = []
+    for i, size in enumerate(shape):
+        candidates = []
+        for dims in operands:
+            j = i - (len(shape) - len(dims))
+            if j >= 0 and length(dims[j]) == size:
+                candidates.append(dims[j])
+        named = [product for product in candidates if is_named(product)]
+        result.append((named or candidates or [anonymous(size)])[0])
+    return tuple(result)

@@ -1,0 +1,267 @@
+"""What the passes share: the facts they leave on nodes and graphs, and the questions they ask of a graph.
+
+A graph here is a flat :class:`torch.fx.Graph` of ATen ops. Facts about one node lie in ``node.meta``
+(``"val"``: its fake tensor, ``"axes"``: its :data:`Dims`, ``"attention"``: an :class:`Attention`);
+facts about the whole graph in ``gm.meta`` (``"signature"``, ``"latents"``, ``"regions"``).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+
+aten = torch.ops.aten
+
+# One primitive op per line of thought: what an op may do to values, not what models call it.
+CONTRACTIONS = frozenset(
+    {
+        aten.linear.default,
+        aten.mm.default,
+        aten.bmm.default,
+        aten.addmm.default,
+        aten.baddbmm.default,
+        aten.matmul.default,
+        aten.convolution.default,
+        aten.conv1d.default,
+        aten.conv2d.default,
+        aten.conv3d.default,
+    }
+)
+LAYOUTS = frozenset(
+    {
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.reshape.default,
+        aten.permute.default,
+        aten.transpose.int,
+        aten.t.default,
+        aten.unsqueeze.default,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.clone.default,
+        aten.contiguous.default,
+        aten.alias.default,
+        aten.detach.default,
+        aten._to_copy.default,
+    }
+)
+FUSED_ATTENTION = frozenset(
+    {
+        aten.scaled_dot_product_attention.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        aten._scaled_dot_product_attention_math.default,
+    }
+)
+SOFTMAXES = frozenset({aten.softmax.int, aten._softmax.default, aten._safe_softmax.default})
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """A dimension of a model input: where a token axis comes from."""
+
+    source: str
+    dim: int
+
+    def __str__(self) -> str:
+        return f"{self.source}[{self.dim}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """One factor of a dimension: `size` consecutive positions along `axis`.
+
+    `axis` None means that the positions name no token of an input: features, heads, parameters,
+    repeats. A concatenation has `parts` instead, each the factors of one operand.
+    `reason` says which node lost the provenance, where one did.
+    """
+
+    size: int
+    axis: Axis | None = None
+    parts: tuple[tuple[Factor, ...], ...] = ()
+    reason: str = ""
+
+    def axes(self) -> Iterator[Axis]:
+        if self.axis is not None:
+            yield self.axis
+        for part in self.parts:
+            for factor in part:
+                yield from factor.axes()
+
+
+Dims = tuple[tuple[Factor, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """One attention call: the node with its output, and the axes its softmax mixes.
+
+    `query` and `key` are the factors of the sequence dimension of Q and of K.
+    """
+
+    name: str
+    kind: str
+    node: str
+    query: tuple[Factor, ...]
+    key: tuple[Factor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """One residual branch, outlined to a submodule whose outputs are its cuts.
+
+    `name` is the submodule's attribute, `path` the user's module it came from, `layer` its ordinal
+    among regions of its kind, `shapes` and `nbytes` describe the cut tensors.
+    """
+
+    name: str
+    kind: str
+    layer: int
+    path: str
+    attentions: tuple[str, ...]
+    cuts: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(
+            dtype.itemsize * torch.Size(shape).numel()
+            for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
+        )
+
+
+class Reach:
+    """Which node depends on which, answered by one bit set per node."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.nodes = list(graph.nodes)
+        self.index = {node: i for i, node in enumerate(self.nodes)}
+        self._ancestors: list[int] = []
+        for node in self.nodes:
+            bits = 0
+            for source in node.all_input_nodes:
+                i = self.index[source]
+                bits |= self._ancestors[i] | (1 << i)
+            self._ancestors.append(bits)
+
+    def depends(self, node: Node, source: Node) -> bool:
+        """Whether `node` is computed from `source`; no node depends on itself."""
+        return bool(self._ancestors[self.index[node]] >> self.index[source] & 1)
+
+    def between(self, source: Node, sink: Node) -> list[Node]:
+        """Nodes on a path from `source` (excluded) to `sink` (included), in graph order."""
+        start, stop = self.index[source], self.index[sink]
+        bits = self._ancestors[stop] | (1 << stop)
+        return [
+            self.nodes[i]
+            for i in range(start + 1, stop + 1)
+            if bits >> i & 1 and self._ancestors[i] >> start & 1
+        ]
+
+    def mask(self, nodes: Iterable[Node]) -> int:
+        return sum(1 << self.index[node] for node in nodes)
+
+    def touches(self, node: Node, mask: int) -> bool:
+        """Whether `node` is, or depends on, one of the nodes in `mask`."""
+        i = self.index[node]
+        return bool((self._ancestors[i] | (1 << i)) & mask)
+
+
+def is_call(node: Any, targets: Iterable[Any]) -> bool:
+    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def is_contraction(node: Node) -> bool:
+    """Whether the op sums over products of two tensors: a projection, a convolution, a product."""
+    if is_call(node, (aten.einsum.default,)):
+        return len(node.all_input_nodes) > 1
+    return is_call(node, CONTRACTIONS)
+
+
+def is_pointwise(node: Node) -> bool:
+    """Whether each output element depends on one element of each (broadcast) tensor operand."""
+    tags = getattr(node.target, "tags", ())
+    return node.op == "call_function" and torch.Tag.pointwise in tags
+
+
+def value(node: Node) -> torch.Tensor:
+    """The fake tensor a node yields: its shape, dtype and device."""
+    val = node.meta["val"]
+    assert isinstance(val, torch.Tensor), f"{node.name} yields {type(val).__name__}, not a tensor"
+    return val
+
+
+def is_tensor(node: Any) -> bool:
+    return isinstance(node, Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def user_inputs(graph: Graph) -> list[Node]:
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def output_node(graph: Graph) -> Node:
+    return next(node for node in reversed(graph.nodes) if node.op == "output")
+
+
+def module_path(node: Node) -> str:
+    """The user's qualified module name of a node; for messages and tables, never for decisions."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values()]
+    return str(paths[-1]) if paths else ""
+
+
+def dead_without(graph: Graph, cuts: Iterable[Node]) -> list[Node]:
+    """The nodes, cuts included, that nothing else needs once the cuts' values are given."""
+    blocked = set(cuts)
+    live: set[Node] = set()
+    stack = [output_node(graph)]
+    while stack:
+        node = stack.pop()
+        if node in live or node in blocked:
+            continue
+        live.add(node)
+        stack.extend(node.all_input_nodes)
+    return [n for n in graph.nodes if n not in live and n.op not in ("placeholder", "output")]
+
+
+def remove_dead_code(graph: Graph) -> None:
+    """Erases calls and attribute reads without users; inputs stay, for they are the signature."""
+    for node in reversed(list(graph.nodes)):
+        if node.op not in ("placeholder", "output") and not node.users:
+            graph.erase_node(node)
+
+
+def copy_into(
+    graph: Graph, nodes: Iterable[Node], mapping: dict[Node, Node], *, prefix: str = ""
+) -> None:
+    """Copies `nodes` with their metadata to the end of `graph`; `mapping` gains old -> new."""
+    for node in nodes:
+        mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+        if prefix:
+            mapping[node].target = f"{prefix}.{node.target}"
+
+
+def attribute(gm: nn.Module, name: str) -> Any:
+    """The parameter, buffer or submodule of `gm` under a qualified name."""
+    owner, _, leaf = name.rpartition(".")
+    return getattr(gm.get_submodule(owner), leaf)
+
+
+def derived(gm: GraphModule, graph: Graph) -> GraphModule:
+    """A graph module over `graph` with the attributes and graph-wide facts of `gm`."""
+    result = GraphModule(gm, graph)
+    result.meta.update(gm.meta)
+    return result
+
+
+GETITEM = operator.getitem

@@ -1,0 +1,411 @@
+"""regions: outlines every residual branch to a called submodule whose outputs are its cuts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from os.path import commonprefix
+from typing import Literal
+
+from torch.fx import Graph, GraphModule, Node
+
+from .ir import (
+    GETITEM,
+    LAYOUTS,
+    Attention,
+    Reach,
+    Region,
+    aten,
+    attribute,
+    copy_into,
+    dead_without,
+    derived,
+    is_call,
+    is_contraction,
+    is_pointwise,
+    is_tensor,
+    module_path,
+    user_inputs,
+    value,
+)
+from .tag import tagged
+
+Cut = Literal["attention", "branch"]
+_ADDS = (aten.add.Tensor,)
+
+
+@dataclass(frozen=True)
+class _Residual:
+    """stream + branch, where the branch reads the stream."""
+
+    add: Node
+    stream: Node
+    branch: Node
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """What becomes one region: its kind, its cut nodes, the attentions that go with it."""
+
+    kind: str
+    cuts: tuple[Node, ...]
+    attentions: tuple[Node, ...]
+    nodes: tuple[Node, ...]
+
+
+def outline_regions_pass(gm: GraphModule, *, cut: Cut = "attention") -> GraphModule:
+    """Moves each residual branch, up to its cut, into a submodule.
+
+    `cut="attention"`: the last value before the gate, so that what follows from the timestep stays
+    fresh. `cut="branch"`: the value that is added to the residual stream.
+
+    Requires: tags (:func:`tag_attention_pass`).
+    Ensures: outputs bitwise as before; `gm.meta["regions"]` lists the regions in execution order;
+    region i is one `call_module` node that returns the tuple of its cuts and holds every node that
+    only they need; `gm.meta["outside"]` lists attentions that no region holds, each with a reason.
+
+        # before                                # after
+        %n = layer_norm(%x)                     %r = call_module[spatial_0](%x, %shift, %scale)
+        %o = sdpa(linear(%n), ...)              %c = getitem(%r, 0)
+        %p = linear(%o)                         %g = mul(%gate, %c)
+        %g = mul(%gate, %p)                     %y = add(%x, %g)
+        %y = add(%x, %g)
+    """
+    if cut not in ("attention", "branch"):
+        raise ValueError(f"cut: expected 'attention' or 'branch', found {cut!r}")
+    reach = Reach(gm.graph)
+    attentions = tagged(gm)
+    residuals = find_residuals(gm.graph, reach)
+    branches, outside = _find_attention_branches(gm.graph, reach, attentions, residuals, cut)
+    claimed = {node for branch in branches for node in branch.nodes}
+    branches += _find_mlp_branches(gm, reach, residuals, claimed, cut)
+    branches.sort(key=lambda b: reach.index[b.cuts[0]])
+    result = _outline(gm, branches)
+    result.meta["outside"] = tuple(outside)
+    return result
+
+
+def verify_regions(gm: GraphModule) -> None:
+    """Each region is called once, and no tagged attention of a region is left outside."""
+    calls = [node.target for node in gm.graph.nodes if node.op == "call_module"]
+    regions: tuple[Region, ...] = gm.meta["regions"]
+    assert sorted(calls) == sorted(r.name for r in regions), (calls, regions)
+    inside = {name for region in regions for name in region.attentions}
+    for node in tagged(gm):
+        assert node.meta["attention"].name not in inside, f"{node.name} is alive outside its region"
+
+
+def find_residuals(graph: Graph, reach: Reach) -> list[_Residual]:
+    """Additions of two equal shapes of which one operand is computed from the other by a product."""
+    streams: dict[Node, Node] = {}
+    found = []
+    for node in graph.nodes:
+        if not is_call(node, _ADDS) or len(node.all_input_nodes) != 2:
+            continue
+        a, b = node.all_input_nodes
+        if not value(a).shape == value(b).shape == value(node).shape:
+            continue
+        for branch, other in ((a, b), (b, a)):
+            stream = _shared_stream(reach, streams, branch, other)
+            if stream is not None:
+                streams[node] = stream
+                found.append(_Residual(node, stream, branch))
+                break
+    return found
+
+
+def _shared_stream(
+    reach: Reach, streams: dict[Node, Node], branch: Node, other: Node
+) -> Node | None:
+    """The value that `branch` reads and `other` carries on: `other`, or what it was added to."""
+    candidate: Node | None = _through_layouts(other)
+    while candidate is not None and not reach.depends(branch, candidate):
+        candidate = streams.get(candidate)
+    if candidate is None or reach.depends(other, branch):
+        return None
+    crossed = any(is_contraction(n) for n in reach.between(candidate, branch))
+    return candidate if crossed else None
+
+
+def _through_layouts(node: Node) -> Node:
+    while is_call(node, LAYOUTS) and is_tensor(node.args[0]):
+        node = node.args[0]
+    return node
+
+
+def _find_attention_branches(
+    graph: Graph,
+    reach: Reach,
+    attentions: Sequence[Node],
+    residuals: Sequence[_Residual],
+    cut: Cut,
+) -> tuple[list[_Branch], list[str]]:
+    groups: dict[tuple[Node, ...], list[Node]] = {}
+    for attention in attentions:
+        if attention.meta["attention"].kind != "other":
+            exits = tuple(r.add for r in _exits(reach, residuals, attention))
+            groups.setdefault(exits or (attention,), []).append(attention)
+    by_add = {r.add: r for r in residuals}
+    branches: list[_Branch] = []
+    outside: list[str] = []
+    for exits, group in groups.items():
+        branch = None
+        if exits[0] in by_add and len({n.meta["attention"].kind for n in group}) == 1:
+            branch = _cut_at(graph, reach, [by_add[add] for add in exits], group, cut)
+        if branch is not None:
+            branches.append(branch)
+            continue
+        for attention in group:
+            raw = _cut_raw(graph, attention)
+            if raw is not None:
+                branches.append(raw)
+            else:
+                fact: Attention = attention.meta["attention"]
+                outside.append(f"{fact.name}: its output cannot be separated from its inputs")
+    return branches, outside
+
+
+def _exits(reach: Reach, residuals: Sequence[_Residual], attention: Node) -> list[_Residual]:
+    """The innermost residual adds that the attention's output reaches, one per stream."""
+    exits: list[_Residual] = []
+    for residual in residuals:
+        reached = residual.branch is attention or reach.depends(residual.branch, attention)
+        if not reached or not _projects(reach, residual.stream, attention):
+            continue
+        if not any(reach.depends(residual.add, earlier.add) for earlier in exits):
+            exits.append(residual)
+    return exits
+
+
+def _projects(reach: Reach, stream: Node, attention: Node) -> bool:
+    """Whether the attention reads the stream through a product: a query is not a stream."""
+    return reach.depends(attention, stream) and any(
+        is_contraction(n) for n in reach.between(stream, attention)[:-1]
+    )
+
+
+def _cut_at(
+    graph: Graph,
+    reach: Reach,
+    residuals: Sequence[_Residual],
+    attentions: Sequence[Node],
+    cut: Cut,
+) -> _Branch | None:
+    """The branch with its cuts at the residual adds, or None where that would freeze too much."""
+    mask = reach.mask(attentions)
+    cuts = []
+    for residual in residuals:
+        node = residual.branch
+        if cut == "attention" or _joins_fresh(reach, node, mask):
+            node = _before_gate(reach, node, mask)
+        if _merges_fresh(reach, node, attentions, mask):
+            return None
+        cuts.append(node)
+    nodes = tuple(dead_without(graph, cuts))
+    if not set(attentions) <= set(nodes):
+        return None
+    kind = attentions[0].meta["attention"].kind
+    return _Branch(kind, tuple(cuts), tuple(attentions), nodes)
+
+
+def _fresh_operands(reach: Reach, node: Node, mask: int) -> list[Node]:
+    """Operands not computed from the attention but from an input: gates, other branches."""
+    inputs = reach.mask(user_inputs(reach.nodes[0].graph))
+    return [
+        n for n in node.all_input_nodes if not reach.touches(n, mask) and reach.touches(n, inputs)
+    ]
+
+
+def _before_gate(reach: Reach, node: Node, mask: int) -> Node:
+    """Walks back from a branch's end over gates and other branches added; layouts go with them."""
+    best = node
+    while node.op == "call_function" and (is_pointwise(node) or node.target in LAYOUTS):
+        carried = [n for n in node.all_input_nodes if reach.touches(n, mask)]
+        if len(carried) != 1 or value(carried[0]).numel() != value(node).numel():
+            break
+        if _fresh_operands(reach, node, mask):
+            best = carried[0]
+        node = carried[0]
+    return best
+
+
+def _joins_fresh(reach: Reach, node: Node, mask: int) -> bool:
+    """Whether the branch's last node adds a value that owes nothing to the attention."""
+    return is_call(node, _ADDS) and bool(_fresh_operands(reach, node, mask))
+
+
+def _merges_fresh(reach: Reach, cut: Node, attentions: Sequence[Node], mask: int) -> bool:
+    """Whether, before the cut, the attention's output is concatenated with something fresh."""
+    return any(
+        is_call(node, (aten.cat.default,)) and _fresh_operands(reach, node, mask)
+        for attention in attentions
+        for node in (reach.between(attention, cut) if cut is not attention else [])
+    )
+
+
+def _cut_raw(graph: Graph, attention: Node) -> _Branch | None:
+    """The attention's own output as the cut, where no residual add can serve."""
+    node = attention
+    if not is_tensor(node):
+        items = [u for u in node.users if u.target is GETITEM and u.args[1] == 0]
+        if not items:
+            return None
+        node = items[0]
+    while len(node.users) == 1 and is_call(next(iter(node.users)), LAYOUTS):
+        node = next(iter(node.users))
+    nodes = tuple(dead_without(graph, [node]))
+    if attention not in nodes:
+        return None
+    return _Branch(attention.meta["attention"].kind, (node,), (attention,), nodes)
+
+
+def _find_mlp_branches(
+    gm: GraphModule,
+    reach: Reach,
+    residuals: Iterable[_Residual],
+    claimed: set[Node],
+    cut: Cut,
+) -> list[_Branch]:
+    """Residual branches with a product and without attention; several exits of one product join."""
+    latents = gm.meta["latents"]
+    groups: dict[frozenset[Node], list[_Residual]] = {}
+    for residual in residuals:
+        inner = [n for n in reach.between(residual.stream, residual.branch) if n not in claimed]
+        products = [n for n in inner if is_contraction(n)]
+        whole = not any(
+            n in claimed or "attention" in n.meta
+            for n in reach.between(residual.stream, residual.branch)
+        )
+        if products and whole and _on_latents(residual.branch, latents):
+            groups.setdefault(frozenset(products), []).append(residual)
+    branches: list[_Branch] = []
+    for products, group in groups.items():
+        if any(products > other for other in groups):
+            continue
+        mask = reach.mask(products)
+        cuts = tuple(
+            _before_gate(reach, r.branch, mask) if cut == "attention" else r.branch for r in group
+        )
+        nodes = tuple(dead_without(gm.graph, cuts))
+        if products <= set(nodes):
+            branches.append(_Branch("mlp", cuts, (), nodes))
+    return branches
+
+
+def _on_latents(node: Node, latents: str) -> bool:
+    return any(
+        axis.source == latents
+        for product in node.meta["axes"]
+        for factor in product
+        for axis in factor.axes()
+    )
+
+
+def _outline(gm: GraphModule, branches: Sequence[_Branch]) -> GraphModule:
+    """Builds the graph anew with one call in place of each branch's nodes."""
+    position = {node: i for i, node in enumerate(gm.graph.nodes)}
+    branches = [
+        replace(b, nodes=tuple(sorted(b.nodes, key=position.__getitem__))) for b in branches
+    ]
+    owner = {node: branch for branch in branches for node in branch.nodes}
+    counts: dict[str, int] = {}
+    bodies: dict[str, GraphModule] = {}
+    regions: list[Region] = []
+    graph = Graph()
+    mapping: dict[Node, Node] = {}
+    pending = {id(branch): branch for branch in branches}
+
+    def ready(branch: _Branch) -> bool:
+        return all(n in mapping for n in _region_inputs(branch))
+
+    def emit(branch: _Branch) -> None:
+        del pending[id(branch)]
+        layer = counts[branch.kind] = counts.get(branch.kind, -1) + 1
+        region = _describe(branch, layer)
+        bodies[region.name] = _body(gm, branch)
+        regions.append(region)
+        call = graph.call_module(region.name, tuple(mapping[n] for n in _region_inputs(branch)))
+        call.meta["val"] = tuple(n.meta["val"] for n in branch.cuts)
+        for i, node in enumerate(branch.cuts):
+            mapping[node] = graph.call_function(GETITEM, (call, i))
+            mapping[node].meta.update(node.meta)
+            mapping[node].meta.pop("attention", None)
+
+    for node in _in_order(gm.graph, owner):
+        if isinstance(node, _Branch):
+            assert ready(node), f"region {node.kind} is called before its inputs"
+            emit(node)
+        else:
+            copy_into(graph, [node], mapping)
+    root = {str(n.target): attribute(gm, str(n.target)) for n in graph.nodes if n.op == "get_attr"}
+    result = GraphModule({**root, **bodies}, graph)
+    result.meta.update(gm.meta)
+    result.meta["regions"] = tuple(regions)
+    return result
+
+
+def _in_order(graph: Graph, owner: dict[Node, _Branch]) -> list[Node | _Branch]:
+    """Nodes and branches such that each follows its inputs; the graph's order where that does."""
+    order: list[Node | _Branch] = []
+    done: set[int] = set()
+
+    def visit(item: Node | _Branch) -> None:
+        stack: list[tuple[Node | _Branch, bool]] = [(item, False)]
+        while stack:
+            current, expanded = stack.pop()
+            if id(current) in done:
+                continue
+            if expanded:
+                done.add(id(current))
+                order.append(current)
+                continue
+            stack.append((current, True))
+            inputs = (
+                _region_inputs(current) if isinstance(current, _Branch) else current.all_input_nodes
+            )
+            stack.extend((owner.get(n, n), False) for n in reversed(inputs))
+
+    for node in graph.nodes:
+        if node in owner and node not in owner[node].cuts:
+            continue
+        visit(owner.get(node, node))
+    return order
+
+
+def _region_inputs(branch: _Branch) -> list[Node]:
+    inside = set(branch.nodes)
+    inputs = [n for node in branch.nodes for n in node.all_input_nodes if n not in inside]
+    return list(dict.fromkeys(inputs))
+
+
+def _body(gm: GraphModule, branch: _Branch) -> GraphModule:
+    graph = Graph()
+    mapping: dict[Node, Node] = {}
+    for node in _region_inputs(branch):
+        mapping[node] = graph.placeholder(node.name)
+        mapping[node].meta.update(node.meta)
+    copy_into(graph, branch.nodes, mapping)
+    graph.output(tuple(mapping[n] for n in branch.cuts))
+    return derived(gm, graph)
+
+
+def _describe(branch: _Branch, layer: int) -> Region:
+    shapes = tuple(tuple(value(n).shape) for n in branch.cuts)
+    names = tuple(n.meta["attention"].name for n in branch.attentions)
+    return Region(
+        name=f"{branch.kind}_{layer}",
+        kind=branch.kind,
+        layer=layer,
+        path=_common_path(branch),
+        attentions=names,
+        cuts=tuple(n.name for n in branch.cuts),
+        shapes=shapes,
+        dtypes=tuple(value(n).dtype for n in branch.cuts),
+    )
+
+
+def _common_path(branch: _Branch) -> str:
+    """The innermost user module that holds the attentions, else the products; for messages."""
+    anchors = branch.attentions or [n for n in branch.nodes if is_contraction(n)]
+    parts = [module_path(n).split(".") for n in anchors]
+    return ".".join(commonprefix(parts)) if parts else ""
