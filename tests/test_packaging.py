@@ -74,7 +74,10 @@ for name in ("passes", "kernels"):
 
 
 def test_inner_packages_import(installed):
-    code = "import pabc, pabc.passes, pabc.kernels as k; print(pabc.__file__, pabc.passes.__file__, k.__file__)"
+    code = """
+import pabc, pabc.passes, pabc.kernels
+print(pabc.__file__, pabc.passes.__file__, pabc.kernels.__file__)
+"""
     for path in run_installed(installed, code).split():
         assert Path(path).is_relative_to(installed)
 

@@ -4,7 +4,7 @@ import pickle
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pabc.plan import KINDS, Action, Phase, Plan, SlotSpec
@@ -38,6 +38,7 @@ def plans(draw: st.DrawFn) -> Plan:
     return Plan.from_reuse(draw(st.permutations(range(num_steps))), slots, reuse)
 
 
+@settings(deadline=None)
 @given(plans())
 def test_plan_runs_in_a_simulator_that_keeps_only_what_it_says(plan):
     """Every read finds the last computed value; nothing is stored in vain or kept too long."""
@@ -64,6 +65,7 @@ def test_plan_runs_in_a_simulator_that_keeps_only_what_it_says(plan):
     assert not kept
 
 
+@settings(deadline=None)
 @given(plans())
 def test_phases_partition_the_steps_by_what_they_reuse(plan):
     assert sorted(step for phase in plan.phases for step in phase.steps) == list(
@@ -80,6 +82,7 @@ def test_phases_partition_the_steps_by_what_they_reuse(plan):
         assert phase.stored == tuple(sorted(stored))
 
 
+@settings(deadline=None)
 @given(plans())
 def test_round_trips(plan):
     for copied in (
@@ -95,6 +98,7 @@ def test_round_trips(plan):
         assert not copied.actions.flags.writeable
 
 
+@settings(deadline=None)
 @given(plans())
 def test_timeline_reads_back(plan):
     lines = str(plan).splitlines()

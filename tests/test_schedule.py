@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pabc.plan import SlotSpec
@@ -36,6 +36,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
     )
 
 
+@settings(deadline=None)
 @given(
     steps=STEPS,
     ranges=st.dictionaries(st.sampled_from(KINDS), RANGES),
@@ -51,6 +52,7 @@ def test_pyramid_follows_the_published_rule(steps, ranges, window):
             assert schedule.mask(kind)[i] == (i % every != 0 and low < int(t) < high)
 
 
+@settings(deadline=None)
 @given(
     num_steps=st.integers(1, 200),
     bounds=st.lists(st.integers(0, 1000), min_size=2, max_size=2, unique=True).map(sorted),
@@ -175,6 +177,7 @@ def test_unmatched_names_what_has_no_slot():
     assert schedule.unmatched([*slots, SlotSpec("c", "joint", 0), SlotSpec("d", "mlp", 7)]) == ()
 
 
+@settings(deadline=None)
 @given(schedules())
 def test_round_trips(schedule):
     for copied in (
