@@ -35,9 +35,9 @@ def test_every_phrase_parses_back_to_its_caption() -> None:
 @pytest.mark.parametrize(
     ("caption", "message"),
     [
-        ("a purple seven moving left", "unknown words \\['purple'\\]"),
+        ("a purple seven moving left", r"unknown words \['purple'\]"),
         ("a digit moving left", "expected one digit"),
-        ("a seven or nine moving left".replace("or ", ""), "expected one digit"),
+        ("a seven nine moving left", "expected one digit"),
         ("a bold seven", "expected one direction"),
     ],
 )
@@ -48,14 +48,19 @@ def test_parse_names_what_is_wrong(caption: str, message: str) -> None:
 
 def test_splits_share_no_digit() -> None:
     train, held_out = digits.load_digits("train")[0], digits.load_digits("held-out")[0]
-    assert len(train) == 1198 and len(held_out) == 599
+    assert len(train) == 1198
+    assert len(held_out) == 599
     assert torch.cdist(train.flatten(1), held_out.flatten(1)).min() > 0
 
 
 def test_clips_keep_the_digit_on_the_canvas() -> None:
     image = torch.ones(240, digits.NATIVE, digits.NATIVE)
-    clips = digits.render_captions(image, list(digits.all_captions()), torch.Generator().manual_seed(0))
-    assert clips.shape == (240, 8, 16, 16) and clips.min() >= 0 and clips.max() <= 1
+    clips = digits.render_captions(
+        image, list(digits.all_captions()), torch.Generator().manual_seed(0)
+    )
+    assert clips.shape == (240, 8, 16, 16)
+    assert clips.min() >= 0
+    assert clips.max() <= 1
     ink = clips.sum((2, 3))
     assert torch.allclose(ink, ink[:, :1].expand_as(ink), rtol=0.1)
 
@@ -66,7 +71,8 @@ def test_judge_reads_real_clips(referee: judge.Judge) -> None:
     captions = digits.random_captions(labels, random.Random(1))
     clips = digits.render_captions(images, captions, torch.Generator().manual_seed(5))
     score = referee.accuracy(clips, [str(caption) for caption in captions])
-    assert score["digit_accuracy"] > 0.97 and score["direction_accuracy"] > 0.995
+    assert score["digit_accuracy"] > 0.97
+    assert score["direction_accuracy"] > 0.995
 
 
 def test_judge_sees_no_direction_in_noise(referee: judge.Judge) -> None:
@@ -77,7 +83,9 @@ def test_judge_sees_no_direction_in_noise(referee: judge.Judge) -> None:
 def test_psnr_and_ssim_of_known_clips() -> None:
     clip = torch.rand(2, 8, 16, 16, generator=torch.Generator().manual_seed(0)) * 0.9
     assert torch.allclose(judge.ssim(clip, clip), torch.ones(2, dtype=torch.float64))
-    assert torch.allclose(judge.psnr(clip, clip + 0.1), torch.full((2,), 20.0, dtype=torch.float64), atol=1e-4)
+    assert torch.allclose(
+        judge.psnr(clip, clip + 0.1), torch.full((2,), 20.0, dtype=torch.float64), atol=1e-4
+    )
     assert judge.psnr(clip, clip).isinf().all()
     assert (judge.ssim(clip, 0.9 - clip) < 0).all()
 
@@ -85,16 +93,17 @@ def test_psnr_and_ssim_of_known_clips() -> None:
 def test_text_pads_captions_and_refuses_unknown_words(demo: latte.Demo) -> None:
     tokens = demo.text.tokenize(["a bold seven moving left, fast", ""])
     assert tokens.shape == (2, latte.MAX_TOKENS)
-    assert (tokens[0] > 0).sum() == 6 and (tokens[1] == 0).all()
+    assert (tokens[0] > 0).sum() == 6
+    assert (tokens[1] == 0).all()
     assert demo.text.encode(["a seven moving left"]).shape == (1, latte.MAX_TOKENS, latte.TEXT_DIM)
-    with pytest.raises(ValueError, match="unknown words \\['zebra'\\]"):
+    with pytest.raises(ValueError, match=r"unknown words \['zebra'\]"):
         demo.text.encode(["a zebra moving left"])
     with pytest.raises(ValueError, match="13 words"):
         demo.text.encode(["a " * 13])
 
 
 def test_load_names_missing_files(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="transformer/config.json"):
+    with pytest.raises(FileNotFoundError, match=r"transformer/config\.json"):
         latte.load(tmp_path)
 
 
@@ -102,25 +111,41 @@ def test_save_then_load_keeps_the_weights(tmp_path: Path) -> None:
     fresh = latte.build()
     latte.save(fresh, tmp_path)
     again = latte.load(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(fresh.transformer.parameters(), again.transformer.parameters()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(fresh.transformer.parameters(), again.transformer.parameters(), strict=True)
+    )
     assert torch.equal(fresh.text.encode(["a seven"]), again.text.encode(["a seven"]))
 
 
 def test_replacement_sees_a_doubled_batch_and_the_announced_timesteps(demo: latte.Demo) -> None:
     seen: list[int] = []
 
-    def replacement(hidden_states, timestep, encoder_hidden_states, *, return_dict):
-        assert hidden_states.shape == (4, 1, 8, 16, 16) and timestep.shape == (4,) and return_dict is False
+    def replacement(
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        *,
+        return_dict: bool,
+    ) -> tuple[torch.Tensor]:
+        assert hidden_states.shape == (4, 1, 8, 16, 16)
+        assert timestep.shape == (4,)
+        assert return_dict is False
         assert encoder_hidden_states.shape == (4, latte.MAX_TOKENS, latte.TEXT_DIM)
         seen.append(int(timestep[0]))
         return (torch.zeros_like(hidden_states),)
 
     done: list[tuple[int, int]] = []
     clips = sampling.sample(
-        demo, list(digits.PROMPTS[:2]), transformer=replacement, steps=7, progress=lambda i, n: done.append((i, n))
+        demo,
+        list(digits.PROMPTS[:2]),
+        transformer=replacement,
+        steps=7,
+        progress=lambda i, n: done.append((i, n)),
     )
     assert tuple(seen) == sampling.timesteps(demo, 7)
-    assert done[-1] == (7, 7) and clips.shape == (2, 8, 16, 16)
+    assert done[-1] == (7, 7)
+    assert clips.shape == (2, 8, 16, 16)
 
 
 def test_noise_of_a_clip_depends_on_seed_and_place_alone() -> None:
@@ -129,5 +154,9 @@ def test_noise_of_a_clip_depends_on_seed_and_place_alone() -> None:
 
 
 def test_sampling_is_deterministic(demo: latte.Demo) -> None:
-    first, second = (sampling.sample(demo, list(digits.PROMPTS[:2]), steps=4, seed=5) for _ in range(2))
-    assert torch.equal(first, second) and first.min() >= 0 and first.max() <= 1
+    first, second = (
+        sampling.sample(demo, list(digits.PROMPTS[:2]), steps=4, seed=5) for _ in range(2)
+    )
+    assert torch.equal(first, second)
+    assert first.min() >= 0
+    assert first.max() <= 1

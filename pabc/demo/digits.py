@@ -1,7 +1,8 @@
 """Clips of real handwritten digits moving on a canvas, and the captions that describe them.
 
-The digits are scikit-learn's `load_digits` (1797 images of 8x8 pixels from the UCI "Optical Recognition of
-Handwritten Digits" test set). Every third one is held out: the video model never sees it, the judge is fitted on it.
+The digits are scikit-learn's `load_digits` (1797 images of 8x8 pixels from the test set of UCI's
+"Optical Recognition of Handwritten Digits"). Every third one is held out: the video model never
+sees it, the judge is fitted on it.
 
 Shapes: N clips, F frames, H = W = 16 pixels.
 """
@@ -13,7 +14,7 @@ import math
 import random
 import re
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ Direction = Literal["left", "right", "up", "down"]
 Speed = Literal["slow", "fast"]
 Shade = Literal["bold", "plain", "faint"]
 Split = Literal["train", "held-out"]
+Word = TypeVar("Word", bound=str)
 
 FRAMES = 8
 CANVAS = 16
@@ -95,11 +97,16 @@ def split_words(caption: str) -> list[str]:
 
 
 def parse(caption: str) -> Caption:
-    """Read a caption back. Raises ValueError without exactly one digit and one direction, or at an unknown word."""
+    """Read a caption back; no speed means slow, no shade plain.
+
+    Raises ValueError without exactly one digit and one direction, or at an unknown word.
+    """
     words = split_words(caption)
     unknown = [word for word in words if word not in WORDS]
     if unknown:
-        raise ValueError(f"caption {caption!r}: unknown words {unknown}; allowed: {', '.join(WORDS)}")
+        raise ValueError(
+            f"caption {caption!r}: unknown words {unknown}; allowed: {', '.join(WORDS)}"
+        )
     meanings = [_SYNONYMS[word] for word in words if word in _SYNONYMS]
     return Caption(
         digit=DIGITS.index(_find_one(caption, "digit", DIGITS, meanings)),
@@ -109,18 +116,29 @@ def parse(caption: str) -> Caption:
     )
 
 
-def _find_one(caption: str, kind: str, allowed: tuple[str, ...], meanings: list[str], default: str | None = None) -> str:
-    found = [meaning for meaning in meanings if meaning in allowed]
+def _find_one(
+    caption: str,
+    kind: str,
+    allowed: tuple[Word, ...],
+    meanings: list[str],
+    default: Word | None = None,
+) -> Word:
+    found = [word for word in allowed for meaning in meanings if word == meaning]
     if not found and default is not None:
         return default
     if len(found) != 1:
-        raise ValueError(f"caption {caption!r}: expected one {kind} of {', '.join(allowed)}; got {found or 'none'}")
+        got = ", ".join(found) or "none"
+        raise ValueError(
+            f"caption {caption!r}: expected one {kind} of {', '.join(allowed)}; got {got}"
+        )
     return found[0]
 
 
 def all_captions() -> tuple[Caption, ...]:
     """The 240 different meanings: digit x direction x speed x shade."""
-    return tuple(Caption(*parts) for parts in itertools.product(range(10), DIRECTIONS, SPEEDS, SHADES))
+    return tuple(
+        Caption(*parts) for parts in itertools.product(range(10), DIRECTIONS, SPEEDS, SHADES)
+    )
 
 
 def load_digits(split: Split) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,7 +146,9 @@ def load_digits(split: Split) -> tuple[torch.Tensor, torch.Tensor]:
     try:
         from sklearn.datasets import load_digits as load_bundle
     except ImportError as error:
-        raise ImportError("the handwritten digits need scikit-learn: pip install 'pabc[demo]'") from error
+        raise ImportError(
+            "the handwritten digits need scikit-learn: pip install 'pabc[demo]'"
+        ) from error
     if split not in get_args(Split):
         raise ValueError(f"split: got {split!r}, allowed {get_args(Split)}")
     bundle = load_bundle()
@@ -139,12 +159,17 @@ def load_digits(split: Split) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def render(
-    images: torch.Tensor, start: torch.Tensor, velocity: torch.Tensor, gain: torch.Tensor, frames: int = FRAMES
+    images: torch.Tensor,
+    start: torch.Tensor,
+    velocity: torch.Tensor,
+    gain: torch.Tensor,
+    frames: int = FRAMES,
 ) -> torch.Tensor:
     """Clips (N, F, 16, 16) in [0, 1] of `images` (N, 8, 8) moving in a straight line.
 
-    `start` (N, 2) is the (y, x) pixel of the image's corner in frame 0, `velocity` (N, 2) its pixels per frame,
-    `gain` (N,) the factor on the ink. Positions between pixels are interpolated bicubically.
+    `start` (N, 2) is the (y, x) pixel of the image's corner in frame 0, `velocity` (N, 2) its
+    pixels per frame, `gain` (N,) the factor on the ink. Positions between pixels are interpolated
+    bicubically.
     """
     num = images.shape[0]
     corner = start[:, None] + velocity[:, None] * torch.arange(frames)[None, :, None]
@@ -154,17 +179,19 @@ def render(
     shape = (num, frames, CANVAS, CANVAS)
     grid = torch.stack([x[..., None, :].expand(shape), y[..., :, None].expand(shape)], dim=-1)
     source = images[:, None].expand(-1, frames, -1, -1).reshape(num * frames, 1, NATIVE, NATIVE)
-    ink = F.grid_sample(source, grid.flatten(0, 1), mode="bicubic", padding_mode="zeros", align_corners=False)
+    ink = F.grid_sample(
+        source, grid.flatten(0, 1), mode="bicubic", padding_mode="zeros", align_corners=False
+    )
     return (ink.view(shape) * gain[:, None, None, None]).clamp(0, 1)
 
 
 def draw_clips(
-    captions: list[Caption], generator: torch.Generator, split: Split = "train", frames: int = FRAMES
+    captions: list[Caption], generator: torch.Generator, split: Split = "train"
 ) -> torch.Tensor:
-    """Real clips (N, F, 16, 16) in [0, 1], one for each caption: a random digit of the split on a random track."""
+    """Real clips (N, F, 16, 16) in [0, 1], one for each caption, on random tracks."""
     images, labels = load_digits(split)
     picks = [_pick(labels, caption.digit, generator) for caption in captions]
-    return render_captions(images[picks], captions, generator, frames)
+    return render_captions(images[picks], captions, generator)
 
 
 def _pick(labels: torch.Tensor, digit: int, generator: torch.Generator) -> int:
@@ -173,37 +200,44 @@ def _pick(labels: torch.Tensor, digit: int, generator: torch.Generator) -> int:
 
 
 def render_captions(
-    images: torch.Tensor, captions: list[Caption], generator: torch.Generator, frames: int = FRAMES
+    images: torch.Tensor,
+    captions: list[Caption],
+    generator: torch.Generator,
+    only: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`render` with the motion and shade of each caption, starting anywhere that keeps the digit on the canvas.
+    """`render` with the motion and shade of each caption, the digit on the canvas throughout.
 
-    With `frames` = 1 the one frame lies anywhere on such a track.
+    `only` (N,) picks one frame of each clip: the result is then (N, 1, 16, 16).
     """
     unit = torch.tensor([VELOCITY[caption.direction] for caption in captions])
-    velocity = unit * torch.tensor([PIXELS_PER_FRAME[caption.speed] for caption in captions])[:, None]
+    speed = torch.tensor([PIXELS_PER_FRAME[caption.speed] for caption in captions])
     gain = torch.tensor([GAIN[caption.shade] for caption in captions])
+    velocity = unit * speed[:, None]
     room = CANVAS - NATIVE
     travel = velocity * (FRAMES - 1)
     free = torch.rand(len(captions), 2, generator=generator)
     along = free * (room - travel.abs()) + (-travel).clamp(min=0)
     across = room / 4 + free * room / 2
     start = torch.where(unit.abs() > 0, along, across)
-    if frames == 1:
-        start = start + velocity * torch.randint(FRAMES, (len(captions), 1), generator=generator)
-    return render(images, start, velocity, gain, frames)
+    if only is None:
+        return render(images, start, velocity, gain)
+    return render(images, start + velocity * only[:, None], velocity, gain, frames=1)
 
 
 def random_captions(labels: torch.Tensor, rng: random.Random) -> list[Caption]:
     """One caption for each label (N,), its other words drawn evenly."""
     return [
-        Caption(digit, rng.choice(DIRECTIONS), rng.choice(SPEEDS), rng.choice(SHADES)) for digit in labels.tolist()
+        Caption(digit, rng.choice(DIRECTIONS), rng.choice(SPEEDS), rng.choice(SHADES))
+        for digit in labels.tolist()
     ]
 
 
 def rephrase(caption: Caption, rng: random.Random) -> str:
-    """The caption by a random template, half of its words replaced by synonyms where there are any."""
+    """The caption by a random template, half of its words replaced by synonyms if any."""
     words = split_words(caption.phrase(rng.randrange(len(_TEMPLATES))))
-    return " ".join(rng.choice(_SYNONYM_LISTS[word]) if word in _SYNONYM_LISTS else word for word in words)
+    return " ".join(
+        rng.choice(_SYNONYM_LISTS[word]) if word in _SYNONYM_LISTS else word for word in words
+    )
 
 
 _SYNONYM_LISTS = {

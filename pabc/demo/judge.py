@@ -1,7 +1,9 @@
 """Reading generated clips with classical tools, and comparing clips pixel by pixel.
 
-The digit is read by a support vector machine fitted on digits the video model never saw; the direction is the way
-the center of mass goes. Shapes: N clips, F frames, H = W = 16 pixels, values in [0, 1].
+The digit is read by a support vector machine fitted on digits the video model never saw; the
+direction is the way the center of mass goes.
+
+Shapes: N clips, F frames, H = W = 16 pixels, values in [0, 1].
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ WINDOW = 10
 COPIES = 8
 """Renderings of each held-out digit that the classifier is fitted on."""
 MIN_TRAVEL = 1.5
-"""Pixels the center of mass must travel, first to last frame, for the clip to count as moving (slow clips: 3.5)."""
+"""Pixels the center of mass must travel for the clip to count as moving; a slow digit makes 3.5."""
 
 
 def find_centers(clips: torch.Tensor) -> torch.Tensor:
@@ -25,18 +27,25 @@ def find_centers(clips: torch.Tensor) -> torch.Tensor:
     ink = clips.clamp(min=0) + 1e-6
     places = torch.arange(CANVAS, dtype=clips.dtype)
     mass = ink.sum((2, 3))
-    return torch.stack([(ink.sum(3) * places).sum(2) / mass, (ink.sum(2) * places).sum(2) / mass], dim=-1)
+    return torch.stack(
+        [(ink.sum(3) * places).sum(2) / mass, (ink.sum(2) * places).sum(2) / mass], dim=-1
+    )
 
 
 def crop_digits(clips: torch.Tensor) -> torch.Tensor:
-    """The digit of each clip (N, 10, 10), peak 1: a window about each frame's center of mass, averaged over frames."""
+    """The digit of each clip (N, 10, 10), peak 1.
+
+    A window about each frame's center of mass, averaged over the frames.
+    """
     num, frames = clips.shape[:2]
     offsets = torch.arange(WINDOW) - (WINDOW - 1) / 2
     spots = (find_centers(clips)[:, :, None] + offsets[:, None] + 0.5) * (2 / CANVAS) - 1
     y, x = spots.flatten(0, 1).unbind(-1)
     shape = (num * frames, WINDOW, WINDOW)
     grid = torch.stack([x[:, None].expand(shape), y[:, :, None].expand(shape)], dim=-1)
-    crops = F.grid_sample(clips.reshape(-1, 1, CANVAS, CANVAS), grid, mode="bicubic", align_corners=False)
+    crops = F.grid_sample(
+        clips.reshape(-1, 1, CANVAS, CANVAS), grid, mode="bicubic", align_corners=False
+    )
     crops = crops.view(num, frames, WINDOW, WINDOW).mean(1).clamp(min=0)
     return crops / crops.amax((1, 2), keepdim=True).clamp(min=1e-6)
 
@@ -50,21 +59,27 @@ class Judge:
         except ImportError as error:
             raise ImportError("the judge needs scikit-learn: pip install 'pabc[demo]'") from error
         clips, labels = _render_held_out(seed)
-        self._classifier = SVC(C=10, gamma="scale").fit(crop_digits(clips).flatten(1).numpy(), labels.numpy())
+        self._classifier = SVC(C=10, gamma="scale").fit(
+            crop_digits(clips).flatten(1).numpy(), labels.numpy()
+        )
 
     def read(self, clips: torch.Tensor) -> tuple[list[int], list[Direction | None]]:
-        """The digit and the direction in each of `clips` (N, F, H, W); direction None where nothing moves straight."""
+        """The digit and the direction in each of `clips` (N, F, H, W); None where nothing moves."""
         values = self._classifier.predict(crop_digits(clips).flatten(1).numpy())
         return values.tolist(), [_read_direction(path) for path in find_centers(clips)]
 
     def accuracy(self, clips: torch.Tensor, captions: list[str]) -> dict[str, float]:
-        """Share of `clips` (N, F, H, W) whose digit, and whose direction, is what the caption asks for."""
+        """Share of `clips` (N, F, H, W) whose digit, and direction, is what the caption says."""
         if len(captions) != len(clips):
             raise ValueError(f"captions: got {len(captions)} for {len(clips)} clips")
         wanted = [digits.parse(caption) for caption in captions]
         values, directions = self.read(clips)
-        right_digit = [value == caption.digit for value, caption in zip(values, wanted, strict=True)]
-        right_way = [way == caption.direction for way, caption in zip(directions, wanted, strict=True)]
+        right_digit = [
+            value == caption.digit for value, caption in zip(values, wanted, strict=True)
+        ]
+        right_way = [
+            way == caption.direction for way, caption in zip(directions, wanted, strict=True)
+        ]
         return {
             "digit_accuracy": sum(right_digit) / len(wanted),
             "direction_accuracy": sum(right_way) / len(wanted),
@@ -82,7 +97,7 @@ def _render_held_out(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _read_direction(path: torch.Tensor) -> Direction | None:
-    """The direction of a path (F, 2) of centers, by the slope of the line fitted to it; None below MIN_TRAVEL."""
+    """The direction of the line fitted to a path (F, 2) of centers; None below MIN_TRAVEL."""
     time = torch.arange(len(path), dtype=path.dtype) - (len(path) - 1) / 2
     slope = (time[:, None] * path).sum(0) / (time * time).sum()
     scores = {way: float(slope @ torch.tensor(VELOCITY[way])) for way in DIRECTIONS}
@@ -91,7 +106,7 @@ def _read_direction(path: torch.Tensor) -> Direction | None:
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio (N,) in dB of clips (N, F, H, W) in [0, 1]; infinite for equal clips."""
+    """Peak signal-to-noise ratio (N,) in dB of clips (N, F, H, W) in [0, 1]; inf if equal."""
     error = (a.double() - b.double()).square().flatten(1).mean(1)
     return -10 * torch.log10(error)
 
@@ -99,8 +114,9 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def ssim(a: torch.Tensor, b: torch.Tensor, window: int = 11, sigma: float = 1.5) -> torch.Tensor:
     """Structural similarity (N,) of clips (N, F, H, W) in [0, 1], the mean over pixels and frames.
 
-    Wang, Bovik, Sheikh and Simoncelli, "Image quality assessment: from error visibility to structural similarity",
-    2004: Gaussian window of 11 pixels, sigma 1.5, K1 = 0.01, K2 = 0.03, only where the window fits in the frame.
+    Wang, Bovik, Sheikh and Simoncelli, "Image quality assessment: from error visibility to
+    structural similarity", 2004: Gaussian window of 11 pixels, sigma 1.5, K1 = 0.01, K2 = 0.03,
+    only where the window fits in the frame.
     """
     offsets = torch.arange(window, dtype=torch.float64) - (window - 1) / 2
     weights = torch.exp(-offsets.square() / (2 * sigma**2))

@@ -1,4 +1,4 @@
-"""The demo's video diffusion transformer: diffusers' `LatteTransformer3DModel` with small trained weights."""
+"""The demo's video model: diffusers' `LatteTransformer3DModel` with small trained weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, LatteTransformer3DModel
+from diffusers.models.transformers.latte_transformer_3d import LatteTransformer3DModel
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -28,16 +29,23 @@ class Text(nn.Module):
         self.embedding = nn.Embedding(len(vocab), dim)
 
     def tokenize(self, captions: list[str]) -> torch.Tensor:
-        """Token numbers (B, 12), padded; "" is the null caption. Raises ValueError at unknown or too many words."""
+        """Token numbers (B, 12), padded; "" is the null caption.
+
+        Raises ValueError at unknown or too many words.
+        """
         return torch.tensor([self._tokenize_one(caption) for caption in captions])
 
     def _tokenize_one(self, caption: str) -> list[int]:
         words = split_words(caption)
         unknown = [word for word in words if word not in self.vocab]
         if unknown:
-            raise ValueError(f"caption {caption!r}: unknown words {unknown}; allowed: {', '.join(WORDS)}")
+            raise ValueError(
+                f"caption {caption!r}: unknown words {unknown}; allowed: {', '.join(WORDS)}"
+            )
         if len(words) > MAX_TOKENS:
-            raise ValueError(f"caption {caption!r}: {len(words)} words, at most {MAX_TOKENS} allowed")
+            raise ValueError(
+                f"caption {caption!r}: {len(words)} words, at most {MAX_TOKENS} allowed"
+            )
         return [self.vocab[word] for word in words] + [self.vocab[PAD]] * (MAX_TOKENS - len(words))
 
     def encode(self, captions: list[str]) -> torch.Tensor:
@@ -55,7 +63,7 @@ class Demo:
 
 
 def build_transformer() -> LatteTransformer3DModel:
-    """The untrained model: 6 spatial and 6 temporal blocks of width 128 on 8 frames of 4x4 patches."""
+    """The untrained model: 6 spatial and 6 temporal blocks of width 128, patches of 4x4 pixels."""
     return LatteTransformer3DModel(
         num_attention_heads=4,
         attention_head_dim=32,
@@ -93,7 +101,7 @@ def build() -> Demo:
 
 
 def save(demo: Demo, weights: Path) -> None:
-    """Write `demo` in diffusers' folder layout: `transformer/`, `scheduler/` and the demo's own `text/`."""
+    """Write `demo` in diffusers' folder layout, with a folder `text/` of the demo's own."""
     demo.transformer.save_pretrained(weights / "transformer")
     demo.scheduler.save_pretrained(weights / "scheduler")
     folder = weights / "text"
@@ -103,15 +111,22 @@ def save(demo: Demo, weights: Path) -> None:
 
 
 def load(weights: Path | None = None, device: str | torch.device = "cpu") -> Demo:
-    """The trained demo in eval mode, from `weights` or from the package. Raises FileNotFoundError if files lack."""
+    """The trained demo in eval mode, from `weights` or from the package.
+
+    Raises FileNotFoundError where files are missing.
+    """
     folder = Path(weights) if weights is not None else WEIGHTS
     _check_files(folder)
-    transformer = LatteTransformer3DModel.from_pretrained(folder / "transformer", low_cpu_mem_usage=False)
+    transformer = LatteTransformer3DModel.from_pretrained(
+        folder / "transformer", low_cpu_mem_usage=False
+    )
     scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
     text = Text(tuple(json.loads((folder / "text" / "vocab.json").read_text())))
     text.load_state_dict(load_file(folder / "text" / "embedding.safetensors"))
     return Demo(
-        transformer.to(device).eval().requires_grad_(False), scheduler, text.to(device).eval().requires_grad_(False)
+        transformer.to(device).eval().requires_grad_(False),
+        scheduler,
+        text.to(device).eval().requires_grad_(False),
     )
 
 
@@ -131,5 +146,6 @@ def _check_files(folder: Path) -> None:
     missing = [name for name in wanted if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"demo weights: {folder} lacks {', '.join(missing)}; reinstall pabc or make them with bench/train_demo.py"
+            f"demo weights: {folder} lacks {', '.join(missing)}; "
+            "reinstall pabc or make them with bench/train_demo.py"
         )

@@ -1,4 +1,4 @@
-"""Sampling clips from the demo model: DDIM with classifier-free guidance, one transformer call a step.
+"""Sampling clips: DDIM with classifier-free guidance, one transformer call a step.
 
 Shapes: B prompts, F = 8 frames, H = W = 16 pixels, L tokens, C channels of a token.
 """
@@ -18,7 +18,7 @@ GUIDANCE = 3.0
 
 
 class Transformer(Protocol):
-    """The call that `sample` makes at every step; any replacement of the demo's transformer must take it."""
+    """What `sample` calls at every step."""
 
     def __call__(
         self,
@@ -27,7 +27,9 @@ class Transformer(Protocol):
         encoder_hidden_states: torch.Tensor,
         *,
         return_dict: bool,
-    ) -> tuple[torch.Tensor, ...]: ...
+    ) -> tuple[torch.Tensor, ...]:
+        """The velocity, shaped like `hidden_states`, as a tuple of one."""
+        ...
 
 
 def timesteps(demo: Demo, steps: int = 50) -> tuple[int, ...]:
@@ -59,8 +61,12 @@ def sample(
     """Clips (B, F, H, W) in [0, 1] on the CPU, one for each prompt.
 
     Args:
-        transformer: called instead of `demo.transformer` with hidden_states (2B, 1, F, H, W), the first half
-            conditional, timestep (2B,), encoder_hidden_states (2B, L, C) and return_dict=False.
+        demo: the model, its scheduler and its text embedding.
+        prompts: captions of known words, see `pabc.demo.digits.WORDS`.
+        transformer: called instead of `demo.transformer` with hidden_states (2B, 1, F, H, W), the
+            first half conditional, timestep (2B,), encoder_hidden_states (2B, L, C) and
+            return_dict=False.
+        steps: DDIM steps.
         guidance: scale of classifier-free guidance; 1 is none (the batch is doubled all the same).
         seed: of the initial noise, whatever the transformer.
         progress: called with (steps done, steps) after each step.
@@ -82,7 +88,7 @@ def sample(
         velocity = denoise(batch, when, text, return_dict=False)[0]
         conditional, unconditional = velocity.chunk(2)
         guided = unconditional + guidance * (conditional - unconditional)
-        latents = scheduler.step(guided, timestep, latents).prev_sample
+        (latents, *_) = scheduler.step(guided, timestep, latents, return_dict=False)
         if callback is not None:
             callback(index, timestep, latents)
         if progress is not None:
