@@ -1,5 +1,12 @@
 """pabc: a compiler pass that makes diffusion transformers reuse work across diffusion steps."""
 
+from pathlib import Path
+
+# In a checkout that is on the path without being installed, `passes` and `kernels` lie beside this
+# folder; setup.py maps them inside.
+if (Path(__file__).parents[1] / "setup.py").is_file():
+    __path__.append(str(Path(__file__).parents[1]))
+
 from pabc import presets
 from pabc.api import CompiledModel, compile, explain
 from pabc.explanation import Explanation

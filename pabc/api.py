@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,7 +18,7 @@ from pabc.explanation import Explanation, describe
 from pabc.passes.capture import bind_arguments
 from pabc.pipeline import Config, analyze
 from pabc.plan import Plan
-from pabc.program import Backend, Program, slot_specs
+from pabc.program import Backend, Program
 from pabc.schedule import Schedule
 from pabc.trajectory import Trajectory
 
@@ -44,7 +44,7 @@ def compile(
             `"branch"`: the value added to the residual stream.
         kinds: patterns of qualified module names (fnmatch) -> kind, where you know better.
         latents: the name of the denoised input, where it is not the first that comes out again.
-        example_inputs: `(args, kwargs)` of a call: captures and compiles now, not at the first call.
+        example_inputs: `(args, kwargs)` of a call: captures and compiles now, not when called.
 
     Returns:
         A module with the model's own call signature and output type. The calls of one generation

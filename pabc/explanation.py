@@ -73,7 +73,8 @@ class Explanation:
         ]
         header = ("region", "kind", "module", "cut", "bytes", "MFLOP")
         return [
-            f"{len(self.attention)} attentions, {len(self.regions)} regions; latents: {self.latents}",
+            f"{len(self.attention)} attentions, {len(self.regions)} regions;"
+            f" latents: {self.latents}",
             *_table(header, rows),
             *others,
             *(f"  outside: {line}" for line in self.outside),

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """What the user may decide about the analysis; the fields are arguments of :func:`pabc.compile`."""
+    """What the user may decide about the analysis; arguments of :func:`pabc.compile`."""
 
     cut: passes.Cut = "attention"
     kinds: Mapping[str, str] = field(default_factory=dict)
@@ -65,7 +65,7 @@ ANALYSIS: tuple[Stage, ...] = (
 def analyze(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: Config
 ) -> tuple[GraphModule, tuple[Record, ...]]:
-    """Captures the model for these arguments and returns its guarded graph, and how it came about."""
+    """Captures the model for these arguments: its guarded graph, and how it came about."""
     start = perf_counter()
     gm = passes.capture(model, args, kwargs)
     first = _record("capture", start, gm)

@@ -28,6 +28,7 @@ class Weights:
         self._layouts = {name: _layout(tensor) for name, tensor in self._tensors.items()}
 
     def get(self, names: Iterable[str]) -> list[torch.Tensor]:
+        """The tensors of these names, as they are now."""
         return [self._tensors[name] for name in names]
 
     def follow(self, model: nn.Module, graphs: Sequence[GraphModule]) -> list[str] | None:

@@ -1,4 +1,4 @@
-"""The passes, one a file: functions from graph to graph. :mod:`pabc.pipeline` lists them in order."""
+"""The passes, one a file: functions from graph to graph, in the order of :mod:`pabc.pipeline`."""
 
 from .axes import name_axes_pass, verify_axes
 from .cache import cache_read, cache_write, compute_unless, insert_cache_pass, verify_cache

@@ -1,8 +1,8 @@
 """axes: follows every tensor dimension back to the axes of the model's inputs.
 
 A dimension is a product of factors, each along an axis of an input (the latents' frames, say) or
-along none. Rules exist per kind of op; an op without a rule loses the provenance of the dimensions it
-changes and says so in the factor's `reason`, which later messages show.
+along none. Rules exist per kind of op; an op without a rule loses the provenance of the dimensions
+it changes and says so in the factor's `reason`, which later messages show.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""capture: the model's forward as one graph of ATen ops, its parameters shared, itself untouched."""
+"""capture: the model's forward as one graph of ATen ops; parameters shared, model untouched."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def bind_arguments(
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Undoes what tracing leaves in a model: tables built at a first call would hold fake tensors."""
+    """Undoes what tracing leaves in a model: lazily built tables would hold fake tensors."""
     before = [(m, dict(m.__dict__), dict(m._buffers), dict(m._parameters)) for m in model.modules()]
     try:
         yield

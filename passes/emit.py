@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -106,4 +106,4 @@ def compile_flat(gm: GraphModule, example_inputs: Sequence[Any]) -> Flat:
     from torch._inductor.compile_fx import compile_fx
 
     with torch.no_grad():
-        return compile_fx(gm, list(example_inputs))
+        return cast(Flat, compile_fx(gm, list(example_inputs)))

@@ -1,4 +1,4 @@
-"""Arithmetic on factors: how splitting, merging, slicing and joining dimensions moves provenance."""
+"""Arithmetic on factors: what splitting, merging, slicing and joining do to provenance."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ Product = tuple[Factor, ...]
 
 
 def anonymous(size: int, reason: str = "") -> Product:
+    """A dimension along no axis of an input."""
     return (Factor(size, reason=reason),)
 
 
 def unknown(shape: Sequence[int], reason: str = "") -> Dims:
+    """Dimensions along no axis of an input."""
     return tuple(anonymous(size, reason) for size in shape)
 
 
 def length(product: Product) -> int:
+    """The size of a dimension."""
     return prod(factor.size for factor in product)
 
 
 def is_named(product: Product) -> bool:
+    """Whether a dimension lies along any axis of an input."""
     return any(True for factor in product for _ in factor.axes())
 
 

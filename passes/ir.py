@@ -1,6 +1,6 @@
-"""What the passes share: the facts they leave on nodes and graphs, and the questions they ask of a graph.
+"""What the passes share: the facts they leave on graphs, and the questions they ask of them.
 
-A graph here is a flat :class:`torch.fx.Graph` of ATen ops. Facts about one node lie in ``node.meta``
+A graph here is a :class:`torch.fx.Graph` of ATen ops. Facts about one node lie in ``node.meta``
 (``"val"``: its fake tensor, ``"axes"``: its :data:`Dims`, ``"attention"``: an :class:`Attention`);
 facts about the whole graph in ``gm.meta`` (``"signature"``, ``"latents"``, ``"regions"``).
 """
@@ -91,6 +91,7 @@ class Factor:
     reason: str = ""
 
     def axes(self) -> Iterator[Axis]:
+        """The axes it lies along, those of its parts included."""
         if self.axis is not None:
             yield self.axis
         for part in self.parts:
@@ -134,6 +135,7 @@ class Region:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the cut tensors."""
         return sum(
             dtype.itemsize * torch.Size(shape).numel()
             for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
@@ -169,6 +171,7 @@ class Reach:
         ]
 
     def mask(self, nodes: Iterable[Node]) -> int:
+        """A set of nodes, for :meth:`touches`."""
         return sum(1 << self.index[node] for node in nodes)
 
     def touches(self, node: Node, mask: int) -> bool:
@@ -178,6 +181,7 @@ class Reach:
 
 
 def is_call(node: Any, targets: Iterable[Any]) -> bool:
+    """Whether `node` calls one of `targets`."""
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
 
@@ -202,14 +206,17 @@ def value(node: Node) -> torch.Tensor:
 
 
 def is_tensor(node: Any) -> bool:
+    """Whether `node` yields one tensor."""
     return isinstance(node, Node) and isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def user_inputs(graph: Graph) -> list[Node]:
+    """The graph's inputs, in order."""
     return [node for node in graph.nodes if node.op == "placeholder"]
 
 
 def output_node(graph: Graph) -> Node:
+    """The node that returns."""
     return next(node for node in reversed(graph.nodes) if node.op == "output")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Literal
 
 from torch.fx import Graph, GraphModule, Node
@@ -96,7 +96,7 @@ def verify_regions(gm: GraphModule) -> None:
 
 
 def find_residuals(graph: Graph, reach: Reach) -> list[_Residual]:
-    """Additions of two equal shapes of which one operand is computed from the other by a product."""
+    """Additions of equal shapes of which one operand is computed from the other by a product."""
     streams: dict[Node, Node] = {}
     found = []
     for node in graph.nodes:
@@ -279,15 +279,15 @@ def _find_mlp_branches(
         if products and whole and _on_latents(residual.branch, latents):
             groups.setdefault(frozenset(products), []).append(residual)
     branches: list[_Branch] = []
-    for products, group in groups.items():
-        if any(products > other for other in groups):
+    for shared, group in groups.items():
+        if any(shared > other for other in groups):
             continue
-        mask = reach.mask(products)
+        mask = reach.mask(shared)
         cuts = tuple(
             _before_gate(reach, r.branch, mask) if cut == "attention" else r.branch for r in group
         )
         nodes = tuple(dead_without(gm.graph, cuts))
-        if products <= set(nodes):
+        if shared <= set(nodes):
             branches.append(_Branch("mlp", cuts, (), nodes))
     return branches
 
@@ -407,5 +407,5 @@ def _describe(branch: _Branch, layer: int) -> Region:
 def _common_path(branch: _Branch) -> str:
     """The innermost user module that holds the attentions, else the products; for messages."""
     anchors = branch.attentions or [n for n in branch.nodes if is_contraction(n)]
-    parts = [module_path(n).split(".") for n in anchors]
-    return ".".join(commonprefix(parts)) if parts else ""
+    levels = zip(*(module_path(n).split(".") for n in anchors), strict=False)
+    return ".".join(names[0] for names in takewhile(lambda names: len(set(names)) == 1, levels))

@@ -9,8 +9,8 @@ from torch.fx.node import map_arg
 
 from .cache import cache_read, cache_write, compute_unless
 from .ir import (
-    GETITEM,
     FUSED_ATTENTION,
+    GETITEM,
     Region,
     copy_into,
     derived,

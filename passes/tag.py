@@ -57,7 +57,7 @@ class TokenAxes:
 def tag_attention_pass(gm: GraphModule, *, kinds: Mapping[str, str] | None = None) -> GraphModule:
     """Puts an :class:`Attention` into `meta["attention"]` of every attention's output node.
 
-    `kinds` maps patterns (fnmatch, on the qualified module name) to kinds the user states; they win.
+    `kinds` maps patterns (fnmatch, on the qualified module name) to kinds the user states.
 
     Requires: axes (:func:`name_axes_pass`).
     Ensures: every fused attention op, and every product-softmax-product chain, is tagged.
@@ -69,9 +69,9 @@ def tag_attention_pass(gm: GraphModule, *, kinds: Mapping[str, str] | None = Non
         # axes of q, k: ((B, S), heads, T, C)       kind="temporal", ...)
     """
     stated = dict(kinds or {})
-    for pattern, kind in stated.items():
-        if kind not in KINDS:
-            raise ValueError(f"kinds[{pattern!r}]: expected one of {KINDS}, found {kind!r}")
+    for key, wanted in stated.items():
+        if wanted not in KINDS:
+            raise ValueError(f"kinds[{key!r}]: expected one of {KINDS}, found {wanted!r}")
     found = [*_find_fused(gm), *_find_chains(gm)]
     tokens = find_token_axes(gm, found)
     names: dict[str, int] = {}
@@ -99,6 +99,7 @@ def verify_tags(gm: GraphModule) -> None:
 
 
 def tagged(gm: GraphModule) -> list[Node]:
+    """The output nodes of all tagged attentions, in graph order."""
     return [node for node in gm.graph.nodes if "attention" in node.meta]
 
 
