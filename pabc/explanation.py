@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch._guards import detect_fake_mode
 from torch.fx import GraphModule
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from pabc.passes import Attention, Region
+from pabc.passes.ir import FUSED_ATTENTION, is_call, value
 from pabc.plan import Plan
 
 
@@ -146,6 +147,8 @@ def _flops_of(node: torch.fx.Node) -> int:
     operands = node.all_input_nodes
     if sum(isinstance(n.meta.get("val"), torch.Tensor) for n in operands) < 2:
         return 0  # only products of two tensors count
+    if is_call(node, FUSED_ATTENTION):  # its CPU kernel has no formula
+        return int(sdpa_flop_count(*(value(n).shape for n in node.args[:3])))
     args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
     mode = detect_fake_mode([n.meta["val"] for n in operands])
     assert mode is not None

@@ -130,7 +130,7 @@ def _find_chains(gm: GraphModule) -> list[_Found]:
         mixed = _walk(next(iter(node.users), None), lambda n: list(n.users))
         if scores is None or mixed is None:
             continue
-        query, key = (n.meta["axes"] for n in scores.all_input_nodes[-2:])
+        query, key = (n.meta["axes"] for n in _factors_of(scores))
         found.append(
             _Found(
                 mixed,
@@ -140,6 +140,14 @@ def _find_chains(gm: GraphModule) -> list[_Found]:
             )
         )
     return found
+
+
+def _factors_of(product: Node) -> tuple[Node, Node]:
+    """The two operands that a product multiplies."""
+    start = 1 if product.target is aten.baddbmm.default else 0
+    a, b = product.args[start : start + 2]
+    assert isinstance(a, Node) and isinstance(b, Node)
+    return a, b
 
 
 def _walk(node: Node | None, following: object) -> Node | None:
