@@ -1,0 +1,138 @@
+"""How much each region's output changes from one diffusion step to the next, measured."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from pabc.passes import Cut, Region, bind_arguments
+from pabc.passes.cache import Cuts
+from pabc.pipeline import Config, analyze
+
+
+class Differences:
+    """A stand-in for a model that measures, per region and step, how much its cuts change.
+
+    It is called as the model is, once a step, computes everything and returns the model's own
+    bits. What it records is the mean squared difference of a region's cuts (what :func:`compile`
+    would keep, all cuts of the region together) to the same cuts one call earlier. Curves that are
+    flat and low over many steps are what a schedule can exploit.
+
+    Args:
+        model: the transformer, in eval mode; left as it is, its parameters shared.
+        cut: which value of a region is looked at, as for :func:`pabc.compile`.
+        kinds: as for :func:`pabc.compile`.
+        latents: as for :func:`pabc.compile`.
+
+    Source: the analysis behind Pyramid Attention Broadcast, arXiv 2408.12588, section 3.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        cut: Cut = "attention",
+        kinds: Mapping[str, str] | None = None,
+        latents: str | None = None,
+    ) -> None:
+        self._model = model
+        self._config = Config(cut=cut, kinds=dict(kinds or {}), latents=latents)
+        self._graphs: dict[Any, GraphModule] = {}
+        self._key: Any = None
+        self._recorder = _Recorder()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """One diffusion step, with the model's own arguments and result.
+
+        Raises:
+            ValueError: the inputs' shapes, dtypes or constants differ from those of the step
+                before (call :meth:`reset` first), or the model cannot be captured.
+            RuntimeError: the model is in training mode.
+        """
+        guarded, inputs = self._select(args, kwargs)
+        with torch.no_grad():
+            outputs = guarded(self._recorder, *inputs)
+        self._recorder.steps += 1
+        return pytree.tree_unflatten(list(outputs), guarded.meta["signature"].out_spec)
+
+    def reset(self) -> None:
+        """Forgets what was measured: the next call is step 0 of a new generation."""
+        self._key = None
+        self._recorder = _Recorder()
+
+    def curves(self) -> dict[str, npt.NDArray[np.float64]]:
+        """Kind -> float64 [num_layers, num_steps - 1].
+
+        Column i holds the differences between steps i and i + 1; rows are the regions of the kind
+        in execution order. Raises `RuntimeError` before the second step.
+        """
+        if self._recorder.steps < 2:
+            raise RuntimeError(
+                f"differences: got {self._recorder.steps} steps, needed: two or more; "
+                "call it in place of the model for a whole generation first"
+            )
+        regions: tuple[Region, ...] = self._graphs[self._key].meta["regions"]
+        rows: dict[str, list[npt.NDArray[np.float64]]] = {}
+        for slot, region in enumerate(regions):
+            measured = torch.stack(self._recorder.errors[slot]).double().cpu().numpy()
+            rows.setdefault(region.kind, []).append(measured)
+        return {kind: np.stack(measured) for kind, measured in rows.items()}
+
+    def _select(self, args: Any, kwargs: Any) -> tuple[GraphModule, list[Any]]:
+        """The guarded graph for these arguments, captured if need be, and its flat inputs."""
+        if self._model.training:
+            raise RuntimeError(
+                "differences: got a model in training mode, needed: eval mode; call .eval() first"
+            )
+        signature = inspect.signature(self._model.forward)
+        bound_args, bound_kwargs = bind_arguments(signature, args, kwargs)
+        inputs, spec = pytree.tree_flatten((bound_args, bound_kwargs))
+        key = (spec, *map(_leaf_key, inputs))
+        if self._key not in (None, key):
+            raise ValueError(
+                "differences: the inputs differ in shape, dtype or constants from those of the "
+                "step before, allowed: one signature per generation; call reset() first"
+            )
+        if key not in self._graphs:
+            self._graphs[key], _ = analyze(self._model, bound_args, bound_kwargs, self._config)
+        self._key = key
+        return self._graphs[key], inputs
+
+
+class _Recorder:
+    """Stands in for a trajectory: reuses nothing, compares what is offered with the step before."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.errors: dict[int, list[torch.Tensor]] = {}
+        self._last: dict[int, Cuts] = {}
+
+    def read(self, slot: int) -> Cuts | None:
+        return None
+
+    def write(self, slot: int, cuts: Cuts) -> None:
+        if slot in self._last:
+            self.errors.setdefault(slot, []).append(_mean_square(cuts, self._last[slot]))
+        self._last[slot] = cuts
+
+
+def _mean_square(cuts: Cuts, before: Cuts) -> torch.Tensor:
+    """The mean over all elements of all cuts, on their device: it does not synchronize."""
+    total = torch.stack(
+        [(a.float() - b.float()).square().sum() for a, b in zip(cuts, before, strict=True)]
+    )
+    return total.sum() / sum(cut.numel() for cut in cuts)
+
+
+def _leaf_key(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return (leaf.shape, leaf.dtype, leaf.device)
+    return (type(leaf), leaf)
