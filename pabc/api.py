@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -219,16 +220,43 @@ class CompiledModel(nn.Module):
         if program is not None and at_start and not program.follow_weights(model):
             program = None
         if program is None:
-            program = self._programs[key] = Program(
-                model,
-                args,
-                kwargs,
-                schedule=self.schedule,
-                backend=self._backend,
-                config=self._config,
-            )
+            program = self._programs[key] = self._capture(args, kwargs, inputs, key)
         self._program = program
         return program, inputs
+
+    def _capture(self, args: Any, kwargs: Any, inputs: list[Any], key: Any) -> Program:
+        program = Program(
+            self._orig_mod,
+            args,
+            kwargs,
+            schedule=self.schedule,
+            backend=self._backend,
+            config=self._config,
+        )
+        for other in self._programs:
+            changed = [
+                i for i, (a, b) in enumerate(zip(key[1:], other[1:], strict=False)) if a != b
+            ]
+            if key[0] == other[0] and all(_is_number(inputs[i]) for i in changed):
+                names = [program.signature.inputs[i] for i in changed]
+                warnings.warn(
+                    f"pabc captured the model anew because the number passed as {names} changed; "
+                    "pass a tensor where a value changes from call to call",
+                    stacklevel=5,
+                )
+                break
+        if missing := self.schedule.unmatched(program.plan.slots):
+            kinds = sorted({slot.kind for slot in program.plan.slots})
+            warnings.warn(
+                f"pabc: the schedule asks for {', '.join(missing)}, which this model does not have; "
+                f"it has {kinds}",
+                stacklevel=5,
+            )
+        return program
+
+
+def _is_number(leaf: Any) -> bool:
+    return isinstance(leaf, (int, float)) and not isinstance(leaf, bool)
 
 
 def _leaf_key(leaf: Any) -> Any:

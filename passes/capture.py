@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,7 +66,9 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         model(x, t)                             %w = get_attr[blocks.0.attn.to_q.weight]
                                                 %q = aten.linear(%x, %w)
     """
-    with torch.no_grad(), untouched(model):
+    with torch.no_grad(), untouched(model), warnings.catch_warnings():
+        # torch.export's own copies of tree specs warn about torch's own classes.
+        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
         try:
             program = torch.export.export(model, args, kwargs, strict=False)
             # No table: the default one would break fused attention into its parts.

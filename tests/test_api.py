@@ -209,3 +209,18 @@ def test_another_shape_mid_generation_computes(model, inputs):
     fast(x, t)
     other = torch.randn(2, 4, 4)
     assert torch.equal(fast(other, t), model(other, t)), "nothing stored for this shape"
+
+
+def test_changing_number_warns(model, inputs):
+    fast = pabc.compile(model, SCHEDULE, backend="eager")
+    fast(*inputs, scale=1.0)
+    with pytest.warns(UserWarning, match=r"captured the model anew.*\['scale'\]"):
+        fast(*inputs, scale=2.0)
+
+
+def test_kinds_asked_for_in_vain_warn(model, inputs):
+    schedule = pabc.Schedule.pyramid(STEPS, full=2, temporal=3)
+    fast = pabc.compile(model, schedule, backend="eager")
+    with pytest.warns(UserWarning, match=r"kind 'temporal'.*it has \['full', 'mlp'\]"):
+        fast(*inputs)
+    assert "nothing matches" in str(fast.explain())
