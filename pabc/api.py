@@ -233,26 +233,31 @@ class CompiledModel(nn.Module):
             backend=self._backend,
             config=self._config,
         )
-        for other in self._programs:
-            changed = [
-                i for i, (a, b) in enumerate(zip(key[1:], other[1:], strict=False)) if a != b
-            ]
-            if key[0] == other[0] and all(_is_number(inputs[i]) for i in changed):
-                names = [program.signature.inputs[i] for i in changed]
-                warnings.warn(
-                    f"pabc captured the model anew because the number passed as {names} changed; "
-                    "pass a tensor where a value changes from call to call",
-                    stacklevel=5,
-                )
-                break
+        if names := self._changed_numbers(program, inputs, key):
+            warnings.warn(
+                f"pabc captured the model anew because the number passed as {names} changed; "
+                "pass a tensor where a value changes from call to call",
+                stacklevel=5,
+            )
         if missing := self.schedule.unmatched(program.plan.slots):
             kinds = sorted({slot.kind for slot in program.plan.slots})
             warnings.warn(
-                f"pabc: the schedule asks for {', '.join(missing)}, which this model does not have; "
-                f"it has {kinds}",
+                f"pabc: the schedule asks for {', '.join(missing)}, which this model does not "
+                f"have; it has {kinds}",
                 stacklevel=5,
             )
         return program
+
+    def _changed_numbers(self, program: Program, inputs: list[Any], key: Any) -> list[str]:
+        """The arguments, all of them numbers, in which this call differs from one captured before."""
+        spec, *leaves = key
+        for other_spec, *others in self._programs:
+            if spec != other_spec:
+                continue
+            changed = [i for i, (a, b) in enumerate(zip(leaves, others, strict=True)) if a != b]
+            if changed and all(_is_number(inputs[i]) for i in changed):
+                return [program.signature.inputs[i] for i in changed]
+        return []
 
 
 def _is_number(leaf: Any) -> bool:
