@@ -249,7 +249,7 @@ class CompiledModel(nn.Module):
         return program
 
     def _changed_numbers(self, program: Program, inputs: list[Any], key: Any) -> list[str]:
-        """The arguments, all of them numbers, in which this call differs from one captured before."""
+        """The arguments, all of them numbers, in which this call differs from an earlier one."""
         spec, *leaves = key
         for other_spec, *others in self._programs:
             if spec != other_spec:
