@@ -1,0 +1,278 @@
+"""The command line: `pabc demo` and `pabc explain`, also as `python -m pabc`."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+import torch
+from torch import nn
+
+import pabc
+from pabc.passes import Cut
+from pabc.plan import KINDS
+
+EXTRA = ("diffusers", "safetensors", "sklearn", "PIL", "tqdm")
+"""What `pip install 'pabc[demo]'` adds, by import name."""
+EXAMPLE = "pabc.demo.run:example"
+
+_TARGET_HELP = f"""\
+module:callable, called without arguments. It returns (model, args, kwargs): the model and the
+arguments of one call; or the model alone, with --input for the arguments. Default: {EXAMPLE},
+the demo's model."""
+
+_EXPLAIN_EPILOG = """\
+examples:
+  pabc explain
+  pabc explain my_models:video_model
+  pabc explain my_models:Transformer --input 'x=[2,4,8,16,16]' --input 'timestep=[2]:int64'
+"""
+
+
+class UsageError(Exception):
+    """Something the user asked for that cannot be done; the message says what is allowed."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status. A usage error exits with status 2."""
+    parser = _make_parser()
+    options = parser.parse_args(argv)
+    if "run" not in options:
+        parser.print_help()
+        return 0
+    # PyTorch's own, raised inside torch.export; nothing to be done about it here.
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    try:
+        options.run(options)
+    except (UsageError, ValueError, FileNotFoundError) as error:
+        fail(f"pabc {options.command}: error: {error}")
+    return 0
+
+
+def fail(message: str) -> NoReturn:
+    """Prints to stderr and exits with status 2, as argparse does."""
+    print(message, file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("pabc", description=pabc.__doc__)
+    parser.add_argument("--version", action="version", version=f"pabc {pabc.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    _add_demo(commands.add_parser("demo", help="generate, time and compare clips; write a report"))
+    explain = commands.add_parser(
+        "explain",
+        help="print what is found in a model",
+        epilog=_EXPLAIN_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_explain(explain)
+    return parser
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Generates clips with a small trained video model: in full, with torch.compile, and with"
+        " pabc. Prints a table and writes metrics.json, clips.gif, clips.png and report.html."
+    )
+    add = parser.add_argument
+    add("--device", type=_parse_device, default="cpu", help="cpu, cuda, cuda:1, ... (cpu)")
+    add("--steps", type=_at_least(2), default=50, help="diffusion steps (50)")
+    add(
+        "--prompts",
+        nargs="+",
+        default=["4"],
+        metavar="CAPTION",
+        help="captions, or how many of the built-in ones (4); they are one batch",
+    )
+    add("--repeats", type=_at_least(1), default=5, help="times each variant, at least (5)")
+    add("--clips", type=_at_least(1), default=40, help="clips to judge per variant (40)")
+    add("--out", type=Path, default=Path("pabc-demo"), help="folder to write (pabc-demo)")
+    add("--seed", type=_at_least(0), default=0, help="of the initial noise (0)")
+    add("--backend", choices=("inductor", "eager"), default="inductor", help="eager: a quick look")
+    add("--mlp", action="store_true", help="also the Latte preset with its MLP broadcast")
+    add("--weights", type=Path, help="folder of a model trained with bench/train_demo.py")
+    parser.set_defaults(run=run_demo)
+
+
+def _add_explain(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("target", nargs="?", default=EXAMPLE, metavar="module:callable", help=_TARGET_HELP)
+    add(
+        "--input",
+        action="append",
+        type=_parse_pair,
+        default=[],
+        metavar="NAME=VALUE",
+        help="an argument: [2,4,16,16] or [2]:int64 is a tensor of zeros, else a Python literal",
+    )
+    add(
+        "--kinds",
+        action="append",
+        type=_parse_kind,
+        default=[],
+        metavar="PATTERN=KIND",
+        help=f"modules whose kind you know better; KIND is one of {', '.join(KINDS)}",
+    )
+    add("--latents", metavar="NAME", help="the denoised input, if not found by itself")
+    add("--cut", choices=get_args(Cut), default="attention", help="what is kept (attention)")
+    parser.set_defaults(run=run_explain)
+
+
+def run_demo(options: argparse.Namespace) -> None:
+    """`pabc demo`."""
+    _check_extra()
+    from pabc.demo.run import Options, run
+
+    prompts = options.prompts
+    if len(prompts) == 1 and re.fullmatch(r"[+-]?\d+", prompts[0]):
+        if int(prompts[0]) < 1:
+            raise UsageError(f"--prompts: got {prompts[0]}, allowed: 1 or more, or captions")
+        chosen: int | tuple[str, ...] = int(prompts[0])
+    else:
+        chosen = tuple(prompts)
+    names = ("device", "steps", "repeats", "clips", "out", "seed", "backend", "weights", "mlp")
+    run(Options(prompts=chosen, **{name: getattr(options, name) for name in names}))
+
+
+def run_explain(options: argparse.Namespace) -> None:
+    """`pabc explain`."""
+    if options.target == EXAMPLE:
+        _check_extra()
+    model, args, kwargs = load_target(options.target, dict(options.input))
+    if model.training:
+        print("note: the model was in training mode; explained in eval mode", file=sys.stderr)
+        model.eval()
+    try:
+        found = pabc.explain(
+            model,
+            *args,
+            kinds=dict(options.kinds),
+            latents=options.latents,
+            cut=options.cut,
+            **kwargs,
+        )
+    except TypeError as error:
+        raise UsageError(
+            f"{options.target}: the model does not take these inputs: {error}"
+        ) from error
+    print(found)
+
+
+def load_target(
+    target: str, inputs: Mapping[str, str]
+) -> tuple[nn.Module, Sequence[Any], Mapping[str, Any]]:
+    """Model, args and kwargs of `module:callable`; `inputs` are added to kwargs, unparsed.
+
+    Raises UsageError where the target is not there, or returns something else.
+    """
+    result = _find_callable(target)()
+    if isinstance(result, nn.Module):
+        if not inputs:
+            raise UsageError(
+                f"{target} returned a model without inputs: return (model, args, kwargs), or give"
+                " each input with --input NAME=VALUE"
+            )
+        result = (result, (), {})
+    match result:
+        case (nn.Module() as model, (tuple() | list()) as args, Mapping() as kwargs):
+            dtype = next((p.dtype for p in model.parameters()), torch.float32)
+            given = {name: _parse_input(name, text, dtype) for name, text in inputs.items()}
+            return model, args, {**kwargs, **given}
+    raise UsageError(
+        f"{target}: got {type(result).__name__}, allowed: a torch.nn.Module, or a tuple (model,"
+        " args, kwargs)"
+    )
+
+
+def _find_callable(target: str) -> Callable[[], Any]:
+    module, colon, name = target.partition(":")
+    if not (module and colon and name):
+        raise UsageError(f"target: got {target!r}, allowed: module:callable")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does
+    try:
+        found: Any = importlib.import_module(module)
+    except ImportError as error:
+        raise UsageError(f"target {target!r}: cannot import {module}: {error}") from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise UsageError(f"target {target!r}: {module} has no {name}")
+        found = getattr(found, part)
+    if not callable(found) or isinstance(found, nn.Module):
+        raise UsageError(f"target {target!r}: got {type(found).__name__}, allowed: a callable")
+    return found
+
+
+def _parse_input(name: str, text: str, dtype: torch.dtype) -> Any:
+    """A tensor of zeros for `[2,4]` or `[2]:int64`, else a Python literal."""
+    shape, _, suffix = text.partition("]:") if text.startswith("[") else (text, "", "")
+    try:
+        value = ast.literal_eval(f"{shape}]" if suffix else shape)
+    except (ValueError, SyntaxError) as error:
+        raise UsageError(
+            f"--input {name}: got {text!r}, allowed: a shape such as [2,4,16,16], with a dtype as"
+            " in [2]:int64, or a Python literal"
+        ) from error
+    if not isinstance(value, list):
+        return value
+    wanted = getattr(torch, suffix, None) if suffix else dtype
+    if not isinstance(wanted, torch.dtype) or not all(isinstance(n, int) for n in value):
+        raise UsageError(f"--input {name}: got {text!r}, allowed: integers, and a torch dtype")
+    return torch.zeros(value, dtype=wanted)
+
+
+def _check_extra() -> None:
+    for name in EXTRA:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UsageError(f"the demo needs {name}: pip install 'pabc[demo]'") from error
+
+
+def _parse_pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed: NAME=VALUE")
+    return name, value
+
+
+def _parse_kind(text: str) -> tuple[str, str]:
+    pattern, _, kind = text.rpartition("=")
+    if not pattern or kind not in KINDS:
+        allowed = f"PATTERN=KIND with KIND one of {', '.join(KINDS)}"
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed: {allowed}")
+    return pattern, kind
+
+
+def _parse_device(text: str) -> str:
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        message = f"got {text!r}, allowed on this machine: {', '.join(here)}"
+        raise argparse.ArgumentTypeError(message) from error
+    return text
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[+-]?\d+", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(
+                f"got {text!r}, allowed: an integer of {least} or more"
+            )
+        return int(text)
+
+    return parse
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""Charts as inline SVG: a plan over its steps, and difference curves on a logarithmic axis."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+
+import numpy as np
+import numpy.typing as npt
+
+from pabc.plan import KINDS, Action, Plan
+
+COLORS = {
+    "spatial": "#0072b2",
+    "temporal": "#d55e00",
+    "cross": "#009e73",
+    "mlp": "#b0679a",
+    "full": "#0072b2",
+    "joint": "#e69f00",
+    "other": "#7f7f7f",
+}
+"""A color per kind, told apart with color-blind eyes too."""
+_WORDS = {Action.COMPUTE: "compute", Action.STORE: "compute and store", Action.REUSE: "reuse"}
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+Curves = Mapping[str, npt.NDArray[np.float64]]
+"""Kind -> [num_layers, num_steps - 1], as :meth:`pabc.differences.Differences.curves` gives."""
+
+
+def draw_timeline(plan: Plan) -> str:
+    """The plan as a table of colored cells, kinds by steps, its phases below."""
+    left, top, height = 96, 6, 24
+    width = max(5.0, min(26.0, 800 / plan.num_steps))
+    rows = _group_rows(plan)
+    parts = []
+    for row, (label, slot) in enumerate(rows):
+        y = top + row * (height + 3)
+        parts.append(_text(left - 8, y + 16, label, "end"))
+        for step, action in enumerate(plan.actions[:, slot]):
+            word = _WORDS[Action(action)]
+            parts.append(
+                f'<rect x="{left + step * width:.1f}" y="{y}" width="{width - 1:.1f}"'
+                f' height="{height}" class="{word.split()[-1]}"><title>{label}, step {step},'
+                f" t = {plan.timesteps[step]:g}: {word}</title></rect>"
+            )
+    y = top + len(rows) * (height + 3) + 14
+    parts.append(_text(left - 8, y, "phase", "end"))
+    for step, phase in enumerate(plan.phase_of_step):
+        parts.append(_text(left + (step + 0.5) * width - 0.5, y, f"{phase}", "middle", "small"))
+    parts.append(_text(left - 8, y + 20, "step", "end", "faint"))
+    parts.append(_text(left - 8, y + 36, "timestep", "end", "faint"))
+    for step in _ticks(plan.num_steps):
+        x = left + (step + 0.5) * width
+        parts.append(_text(x, y + 20, f"{step}", "middle", "faint"))
+        parts.append(_text(x, y + 36, f"{plan.timesteps[step]:g}", "middle", "faint"))
+    return _svg(left + plan.num_steps * width + 12, y + 44, parts, "plan")
+
+
+def draw_means(curves: Curves, window: tuple[float, float]) -> str:
+    """The mean curve of each kind in one chart; `window`, in steps, is shaded."""
+    means = {kind: curve.mean(axis=0, keepdims=True) for kind, curve in curves.items()}
+    return _draw_panel(means, window, _decades(means), size=(880, 300), legend=True)
+
+
+def draw_kinds(curves: Curves, window: tuple[float, float]) -> dict[str, str]:
+    """One chart per kind: its layers as thin lines, their mean as a bold one; axes alike."""
+    decades = _decades(curves)
+    return {
+        kind: _draw_panel({kind: curve}, window, decades, size=(430, 210), legend=False)
+        for kind, curve in curves.items()
+    }
+
+
+def _draw_panel(
+    curves: Curves,
+    window: tuple[float, float],
+    decades: tuple[int, int],
+    *,
+    size: tuple[int, int],
+    legend: bool,
+) -> str:
+    width, height = size
+    left, right, top, bottom = 48, (92 if legend else 12), 10, 36
+    num_steps = next(iter(curves.values())).shape[1] + 1
+
+    def x_of(step: float) -> float:
+        return left + step / max(1, num_steps - 1) * (width - left - right)
+
+    def y_of(value: float) -> float:
+        low, high = decades
+        place = (math.log10(max(value, 10.0**low)) - low) / (high - low)
+        return height - bottom - place * (height - top - bottom)
+
+    start, end = x_of(window[0]), x_of(min(window[1], num_steps - 1))
+    parts = [
+        f'<rect x="{start:.1f}" y="{top}" width="{max(0.0, end - start):.1f}"'
+        f' height="{height - top - bottom}" class="window"/>'
+    ]
+    for power in range(decades[0], decades[1] + 1):
+        y = y_of(10.0**power)
+        parts.append(f'<path d="M{left} {y:.1f}H{width - right}" class="grid"/>')
+        label = f"10{str(power).translate(_SUPERSCRIPTS)}"
+        parts.append(_text(left - 6, y + 4, label, "end", "faint"))
+    for step in _ticks(num_steps):
+        parts.append(_text(x_of(step), height - bottom + 16, f"{step}", "middle", "faint"))
+    parts.append(_text((left + width - right) / 2, height - 4, "step", "middle", "faint"))
+    for kind, curve in curves.items():
+        thin = curve if len(curve) > 1 else curve[:0]
+        lines = [("thin", line) for line in thin] + [("bold", curve.mean(axis=0))]
+        for name, line in lines:
+            spots = [f"{x_of(i + 1):.1f} {y_of(float(v)):.1f}" for i, v in enumerate(line)]
+            path = f'<path d="M{"L".join(spots)}" class="{name}" stroke="{COLORS[kind]}">'
+            parts.append(f"{path}<title>{kind}</title></path>")
+    if legend:
+        parts += _draw_legend(curves, width - right + 10, y_of)
+    return _svg(width, height, parts, "differences")
+
+
+def _draw_legend(curves: Curves, x: float, y_of: object) -> list[str]:
+    """The kinds' names at the right end of their curves, moved apart where they would overlap."""
+    assert callable(y_of)
+    ends = sorted((y_of(float(curve[:, -1].mean())) + 4, kind) for kind, curve in curves.items())
+    parts, last = [], -math.inf
+    for y, kind in ends:
+        last = max(y, last + 16)
+        parts.append(
+            f'<text x="{x:.1f}" y="{last:.1f}" style="fill:{COLORS[kind]};font-weight:600">'
+            f"{kind}</text>"
+        )
+    return parts
+
+
+def _group_rows(plan: Plan) -> list[tuple[str, int]]:
+    """A label and one slot for each group of slots of a kind that act alike."""
+    groups: dict[tuple[str, bytes], list[int]] = {}
+    for slot, spec in enumerate(plan.slots):
+        groups.setdefault((spec.kind, plan.actions[:, slot].tobytes()), []).append(slot)
+    kinds = [kind for kind, _ in groups]
+    rows = []
+    for (kind, _), slots in sorted(groups.items(), key=lambda item: KINDS.index(item[0][0])):
+        layers = [plan.slots[slot].layer for slot in slots]
+        label = kind if kinds.count(kind) == 1 else f"{kind} {min(layers)}-{max(layers)}"
+        rows.append((label, slots[0]))
+    return rows
+
+
+def _decades(curves: Curves) -> tuple[int, int]:
+    """Powers of ten around all positive values."""
+    values = np.concatenate([curve.ravel() for curve in curves.values()])
+    values = values[values > 0]
+    if not len(values):
+        return -1, 0
+    low, high = math.floor(math.log10(values.min())), math.ceil(math.log10(values.max()))
+    return low, max(high, low + 1)
+
+
+def _ticks(num_steps: int) -> Sequence[int]:
+    return range(0, num_steps, max(1, round(num_steps / 10)))
+
+
+def _text(x: float, y: float, text: str, anchor: str, name: str = "label") -> str:
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{name}">{escape(text)}</text>'
+    )
+
+
+def _svg(width: float, height: float, parts: Sequence[str], label: str) -> str:
+    box = f"0 0 {width:.0f} {height:.0f}"
+    head = f'<svg viewBox="{box}" width="{width:.0f}" role="img" aria-label="{label}">'
+    return head + "".join(parts) + "</svg>"

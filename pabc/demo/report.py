@@ -1,0 +1,140 @@
+"""The demo's report: one HTML page that needs nothing beside itself."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from pabc.demo import charts, metrics
+from pabc.explanation import Explanation
+from pabc.plan import Plan
+
+TEMPLATE = Path(__file__).with_name("report.html")
+HIGHLIGHT = "pabc 2/4/6"
+_MACHINE = ("device", "cpus", "threads", "backend", "seed", "pabc", "torch", "diffusers", "python")
+
+
+def render(
+    content: Mapping[str, Any],
+    *,
+    method: str,
+    pictures: Mapping[str, bytes],
+    plans: Mapping[str, tuple[Plan, Explanation]],
+    curves: charts.Curves,
+    window: tuple[float, float],
+) -> str:
+    """The page.
+
+    Args:
+        content: what `metrics.json` holds.
+        method: how the figures came about.
+        pictures: the bytes of `clips.gif` and `clips.png`.
+        plans: variant -> its plan, and what was found in the model.
+        curves: differences from step to step, see `pabc.differences`.
+        window: first and last step of the band that is shaded in the curves.
+    """
+    found = next(found for _, found in plans.values())
+    panels = charts.draw_kinds(curves, window)
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        headline=escape(_headline(content["variants"][HIGHLIGHT])),
+        subtitle=escape(_subtitle(content)),
+        warnings="".join(f'<p class="warning">{escape(w)}</p>' for w in content["warnings"]),
+        table=_draw_table(content["variants"]),
+        method=escape(method),
+        limits=_draw_limits(content["variants"]),
+        gif=_embed(pictures["clips.gif"], "image/gif"),
+        still=_embed(pictures["clips.png"], "image/png"),
+        plans="".join(
+            _draw_plan(name, content["variants"][name]["about"], *plans[name]) for name in plans
+        ),
+        means=charts.draw_means(curves, window),
+        kinds="".join(f"<div><h3>{escape(kind)}</h3>{svg}</div>" for kind, svg in panels.items()),
+        found=escape(_describe_found(found)),
+        explanation=escape(_explain_model(found)),
+        machine=_draw_rows([[key, str(content[key])] for key in _MACHINE]),
+    )
+
+
+def _headline(row: Mapping[str, Any]) -> str:
+    quality = "identical clips" if row["psnr"] is None else f"PSNR {row['psnr']:.1f} dB"
+    return (
+        f"{row['speedup_vs_torch_compile']:.2f}x over torch.compile,"
+        f" {row['speedup_vs_eager']:.2f}x over eager, {quality}"
+    )
+
+
+def _subtitle(content: Mapping[str, Any]) -> str:
+    return (
+        f"pabc 2/4/6 (spatial, temporal and cross attention computed every 2nd, 4th and 6th step"
+        f" in the middle 70 % of {content['steps']}) on the embedded video model,"
+        f" {content['device']}, {content['date'][:10]}."
+    )
+
+
+def _draw_table(table: Mapping[str, Mapping[str, Any]]) -> str:
+    header, rows = metrics.format_table(table)
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join(
+        f'<tr class="{"best" if row[0] == HIGHLIGHT else "plain"}"'
+        f' title="{escape(table[row[0]]["about"])}">'
+        + "".join(f"<td>{escape(cell)}</td>" for cell in row)
+        + "</tr>"
+        for row in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _draw_limits(table: Mapping[str, Mapping[str, Any]]) -> str:
+    """What no implementation of these schedules could exceed if time followed operations."""
+    bounds = [
+        f"{escape(name)}: {row['flop_share']:.0%} of the operations still run, so"
+        f" {1 / row['flop_share']:.2f}x if time followed operations"
+        for name, row in table.items()
+        if row["schedule"] is not None and row["flop_share"] > 0
+    ]
+    return f'<p class="faint">Limits. {"; ".join(bounds)}.</p>' if bounds else ""
+
+
+def _draw_plan(name: str, about: str, plan: Plan, found: Explanation) -> str:
+    shares = metrics.flop_shares(plan, found)
+    rows = [["phase", "steps", "reuses", "operations that run"]]
+    for phase in plan.phases:
+        kinds = list(dict.fromkeys(plan.slots[slot].kind for slot in phase.reused))
+        share = f"{shares[phase.steps[0]]:.0%}"
+        rows.append([str(phase.index), str(len(phase.steps)), ", ".join(kinds) or "nothing", share])
+    return (
+        f'<h3>{escape(name)}</h3><p class="faint">{escape(about)};'
+        f" {len(plan.phases)} phases, at most {plan.peak_bytes / 2**20:.1f} MiB stored</p>"
+        f'<div class="wide">{charts.draw_timeline(plan)}</div>'
+        f"<details><summary>Its phases</summary>{_draw_rows(rows[1:], rows[0])}</details>"
+    )
+
+
+def _describe_found(found: Explanation) -> str:
+    total = sum(found.flops.values()) or 1
+    shares = ", ".join(f"{kind} {count / total:.0%}" for kind, count in found.flops.items())
+    return (
+        f"{len(found.attention)} attentions and {len(found.regions)} reusable branches, named by"
+        f" dataflow alone. {total / 1e9:.2f} GFLOP a call: {shares}."
+    )
+
+
+def _explain_model(found: Explanation) -> str:
+    lines = str(found).splitlines()
+    return "\n".join(line for line in lines[: len(found.regions) + 2])
+
+
+def _draw_rows(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _embed(data: bytes, media: str) -> str:
+    return f"data:{media};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,230 @@
+"""The main job: one trained video model run in full, with torch.compile, and with pabc.
+
+:func:`run` generates the same clips with each, times them in turn, compares them, and writes
+`metrics.json`, `clips.gif`, `clips.png` and `report.html`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tqdm import tqdm
+
+import pabc
+from pabc import presets
+from pabc.api import CompiledModel
+from pabc.demo import digits, latte, metrics, pictures, report, sampling
+from pabc.demo.timing import Round, Run, Variant, race
+from pabc.differences import Differences
+from pabc.schedule import Schedule
+
+FRACTION = (0.15, 0.85)
+"""The middle 70 % of the steps, where the 2/4/6 variant reuses."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to run; the command line's options of `pabc demo`.
+
+    Attributes:
+        prompts: captions, or how many of the built-in ones. They are one batch.
+        repeats: how often each variant is timed, at least.
+        clips: how many clips per variant accuracy and fidelity are measured on, at least.
+        weights: folder of the trained model; None: the one in the package.
+        mlp: adds the Latte preset with its MLP broadcast.
+    """
+
+    device: str = "cpu"
+    steps: int = 50
+    prompts: int | tuple[str, ...] = 4
+    repeats: int = 5
+    clips: int = 40
+    out: Path = Path("pabc-demo")
+    seed: int = 0
+    backend: Literal["inductor", "eager"] = "inductor"
+    weights: Path | None = None
+    mlp: bool = False
+
+
+def example() -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """The demo's trained transformer and the arguments of one call, for `pabc explain`."""
+    demo = latte.load()
+    latents, text = sampling.draw_noise(2), demo.text.encode([digits.PROMPTS[0], ""])
+    return demo.transformer, (latents, torch.full((2,), 999), text), {"return_dict": False}
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Runs the demo, prints its table, writes its files; returns what `metrics.json` holds.
+
+    Raises ValueError at captions of unknown words, FileNotFoundError without the model's weights.
+    """
+    demo = latte.load(options.weights, options.device)
+    rounds = plan_rounds(options)
+    for caption in rounds[0].captions:
+        digits.parse(caption)  # before minutes are spent
+    options.out.mkdir(parents=True, exist_ok=True)
+    variants = make_variants(demo, options)
+    warnings = metrics.find_busy_machine()
+    _warn(warnings)
+    runs = race(demo, variants, rounds, steps=options.steps, progress=make_bar)
+    differences = Differences(demo.transformer)
+    with make_bar(options.steps, "measure differences") as done:
+        sampling.sample(
+            demo,
+            list(rounds[0].captions),
+            transformer=differences,
+            steps=options.steps,
+            seed=rounds[0].seed,
+            progress=lambda *_: done.update(1),
+        )
+    table = metrics.measure(variants, runs, rounds)
+    concerns = metrics.find_concerns(table)
+    _warn(concerns)
+    content = {
+        "variants": table,
+        "steps": options.steps,
+        "batch": len(rounds[0].captions),
+        "clips": len(rounds) * len(rounds[0].captions),
+        "rounds": len(rounds),
+        "backend": options.backend,
+        "seed": options.seed,
+        "guidance": sampling.GUIDANCE,
+        "prompts": list(rounds[0].captions),
+        **metrics.describe_machine(torch.device(options.device)),
+        "warnings": [*warnings, *concerns],
+    }
+    _write(options.out, content, variants, runs, differences)
+    print(format_text(content))
+    print("\nwrote " + ", ".join(str(options.out / name) for name in FILES))
+    return content
+
+
+FILES = ("metrics.json", "clips.gif", "clips.png", "report.html")
+
+
+def plan_rounds(options: Options) -> list[Round]:
+    """The batches to generate: the prompts first; then, unless they were given, other captions.
+
+    The number of rounds serves both `repeats` and `clips`, as every generation is timed and judged.
+    """
+    given = options.prompts if isinstance(options.prompts, tuple) else None
+    first = given or _pick_prompts(int(options.prompts))  # type: ignore[arg-type]
+    size = len(first)
+    num_rounds = max(options.repeats, ceil(options.clips / size))
+    others = list(map(str, digits.all_captions()))
+    random.Random(options.seed).shuffle(others)
+    batches = [first]
+    for index in range(num_rounds - 1):
+        spots = range(index * size, (index + 1) * size)
+        batches.append(given or tuple(others[spot % len(others)] for spot in spots))
+    return [Round(batch, options.seed + index) for index, batch in enumerate(batches)]
+
+
+def _pick_prompts(count: int) -> tuple[str, ...]:
+    more = [str(caption) for caption in digits.all_captions()]
+    return tuple([*digits.PROMPTS, *more][:count])
+
+
+def make_variants(demo: latte.Demo, options: Options) -> list[Variant]:
+    """The full model, torch.compile of it, and pabc with two or three schedules."""
+    model = demo.transformer
+    steps = sampling.timesteps(demo, options.steps)
+    schedules = {
+        "pabc 2/3/6": presets.latte(steps, mlp=False),
+        "pabc 2/4/6": Schedule.pyramid(steps, spatial=2, temporal=4, cross=6, fraction=FRACTION),
+    }
+    about = {
+        "pabc 2/3/6": "the published Latte preset, attention only",
+        "pabc 2/4/6": "in the middle 70 % of the steps",
+    }
+    if options.mlp:
+        schedules["pabc 2/3/6 + mlp"] = presets.latte(steps)
+        about["pabc 2/3/6 + mlp"] = "the published Latte preset with its MLP broadcast"
+    whole = torch.compile(model, fullgraph=True, backend=options.backend)
+    return [
+        Variant(metrics.FULL, model, "the full model, eager", is_compiled=False),
+        Variant(metrics.TORCH_COMPILE, whole, "torch.compile of the full model, fullgraph=True"),
+        *(
+            Variant(name, pabc.compile(model, schedule, backend=options.backend), about[name])
+            for name, schedule in schedules.items()
+        ),
+    ]
+
+
+def format_text(content: dict[str, Any]) -> str:
+    """The table as it is printed, and how to read it."""
+    header, rows = metrics.format_table(content["variants"])
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = []
+    for row in [header, *rows]:
+        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells]))
+    return "\n".join(["", *lines, "", *textwrap.wrap(describe_method(content), 100)])
+
+
+def describe_method(content: dict[str, Any]) -> str:
+    """How the figures came about, in a few sentences."""
+    return (
+        f"{content['steps']} steps, batches of {content['batch']} clips with guidance, on"
+        f" {content['device']}, {content['threads']} threads. Medians over {content['rounds']}"
+        " interleaved rounds; every variant starts from the same noise. PSNR and SSIM: against the"
+        f" full model's clips, means over {content['clips']} clips; digit and direction: share of"
+        " these clips in which a classifier reads what the caption says. Compile seconds: wall time"
+        " of the first generation, capture included, less that of a steady one, from an empty"
+        " cache. FLOPs: share of the full model's that still runs."
+    )
+
+
+def _write(
+    out: Path,
+    content: dict[str, Any],
+    variants: Sequence[Variant],
+    runs: dict[str, Run],
+    differences: Differences,
+) -> None:
+    (out / "metrics.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    columns = [
+        pictures.Column(v.name, _note(content["variants"][v.name]), runs[v.name].batches[0])
+        for v in variants
+    ]
+    pictures.save_gif(out / "clips.gif", content["prompts"], columns)
+    pictures.save_still(out / "clips.png", content["prompts"], columns)
+    plans = {
+        v.name: (v.transformer.plan, v.transformer.explain())
+        for v in variants
+        if isinstance(v.transformer, CompiledModel)
+    }
+    page = report.render(
+        content,
+        method=describe_method(content),
+        pictures={name: (out / name).read_bytes() for name in ("clips.gif", "clips.png")},
+        plans=plans,
+        curves=differences.curves(),
+        window=(FRACTION[0] * content["steps"], FRACTION[1] * content["steps"]),
+    )
+    (out / "report.html").write_text(page, encoding="utf-8")
+
+
+def _note(row: dict[str, Any]) -> str:
+    speed = f"{row['speedup_vs_torch_compile']:.2f}x"
+    return speed if row["psnr"] is None else f"{speed}, {row['psnr']:.0f} dB"
+
+
+def make_bar(length: int, label: str) -> Any:
+    """A progress bar; where no one watches, a line now and then."""
+    interval = 0.1 if sys.stderr.isatty() else 10
+    return tqdm(total=length, desc=label, leave=False, mininterval=interval)
+
+
+def _warn(messages: Sequence[str]) -> None:
+    for message in messages:
+        print(f"warning: {message}", file=sys.stderr)

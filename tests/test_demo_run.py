@@ -1,0 +1,151 @@
+"""The demo from end to end, on an untrained model with few steps."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("sklearn")
+pytest.importorskip("PIL")
+pytest.importorskip("tqdm")
+
+from PIL import Image
+
+from pabc.__main__ import main
+from pabc.demo import charts, digits, latte, metrics
+from pabc.demo.run import FILES, Options, plan_rounds
+from pabc.demo.timing import Run
+from pabc.plan import Plan, SlotSpec
+
+VARIANTS = ("full", "torch.compile", "pabc 2/3/6", "pabc 2/4/6")
+PROMPTS = ("a bold seven moving left, fast", "a <three> & moving up, slow")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("weights")
+    latte.save(latte.build(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def out(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    options = ["--steps", "4", "--clips", "3", "--repeats", "2", "--backend", "eager"]
+    options += ["--weights", str(weights), "--out", str(folder)]
+    assert main(["demo", *options, "--prompts", *PROMPTS]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def content(out: Path) -> dict[str, Any]:
+    return json.loads((out / "metrics.json").read_text())
+
+
+def test_metrics_hold_every_figure(content: dict[str, Any]) -> None:
+    assert tuple(content["variants"]) == VARIANTS
+    assert (content["steps"], content["batch"], content["clips"]) == (4, 2, 4)
+    for name, row in content["variants"].items():
+        seconds = row["seconds_per_clip"]
+        assert 0 < seconds["min"] <= seconds["median"] <= seconds["max"]
+        for key in ("digit_accuracy", "direction_accuracy", "flop_share"):
+            assert 0 <= row[key] <= 1
+        for key in ("speedup_vs_eager", "speedup_vs_torch_compile"):
+            assert 0 < row[key] < math.inf
+        assert row["ssim"] <= 1 + 1e-9
+        assert (row["compile_seconds"] > 0) == (name != "full")
+    assert content["variants"]["full"]["speedup_vs_eager"] == 1
+    assert content["variants"]["torch.compile"]["speedup_vs_torch_compile"] == 1
+    assert {"device", "torch", "pabc", "python", "cpus", "date", "warnings"} <= content.keys()
+
+
+def test_full_equals_itself_and_reuse_does_not(content: dict[str, Any]) -> None:
+    rows = content["variants"]
+    assert rows["full"]["psnr"] is None
+    assert rows["full"]["ssim"] == pytest.approx(1)
+    assert rows["full"]["cache_bytes"] == rows["full"]["phases"] == 0
+    for name in VARIANTS[2:]:
+        assert math.isfinite(rows[name]["psnr"])
+        assert rows[name]["flop_share"] < 1
+        assert rows[name]["cache_bytes"] > 0
+        assert rows[name]["phases"] >= 2
+        assert rows[name]["schedule"].startswith("pyramid spatial=2")
+
+
+def test_poor_accuracy_is_warned_of(content: dict[str, Any]) -> None:
+    assert any("the full model's digit accuracy" in warning for warning in content["warnings"])
+
+
+def test_pictures_show_every_frame(out: Path) -> None:
+    assert {path.name for path in out.iterdir()} == set(FILES)
+    with Image.open(out / "clips.gif") as gif:
+        assert gif.n_frames == digits.FRAMES
+        assert gif.info["loop"] == 0
+    with Image.open(out / "clips.png") as still:
+        assert still.width > 4 * 3 * digits.CANVAS * 4
+
+
+def test_report_needs_nothing_beside_itself(out: Path) -> None:
+    page = (out / "report.html").read_text()
+    assert "http" not in page
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert not re.findall(r"\$\w+", page)
+    assert page.count("<svg") == 2 + 1 + 4  # plans, means, kinds
+    for name in VARIANTS:
+        assert f"<td>{name}</td>" in page
+
+
+@pytest.mark.parametrize(("prompts", "clips", "rounds"), [(4, 40, 10), (3, 40, 14), (4, 4, 5)])
+def test_rounds_serve_repeats_and_clips(prompts: int, clips: int, rounds: int) -> None:
+    planned = plan_rounds(Options(prompts=prompts, clips=clips, repeats=5))
+    assert len(planned) == rounds
+    assert {len(batch.captions) for batch in planned} == {prompts}
+    assert len({batch.seed for batch in planned}) == rounds
+    assert planned[0].captions == digits.PROMPTS[:prompts]
+    captions = [digits.parse(caption) for batch in planned[1:] for caption in batch.captions]
+    assert len(set(captions)) == len(captions)
+
+
+def test_given_captions_are_kept_in_every_round() -> None:
+    planned = plan_rounds(Options(prompts=("a two moving up",), clips=3, repeats=1))
+    assert [batch.captions for batch in planned] == [("a two moving up",)] * 3
+    assert [batch.seed for batch in planned] == [0, 1, 2]
+
+
+def test_compile_seconds_exclude_a_steady_generation() -> None:
+    assert Run(first_seconds=9.0, seconds=[2.0, 2.5, 2.0]).compile_seconds == 7.0
+    assert Run(first_seconds=1.0, seconds=[2.0]).compile_seconds == 0.0
+
+
+def test_wide_spread_is_warned_of() -> None:
+    row = {
+        "seconds_per_clip": {"median": 1.0, "min": 0.9, "max": 1.3},
+        "digit_accuracy": 1.0,
+        "direction_accuracy": 1.0,
+        "psnr": 20.0,
+    }
+    steady = {**row, "seconds_per_clip": {"median": 1.0, "min": 0.95, "max": 1.05}}
+    concerns = metrics.find_concerns({"full": {**steady, "psnr": None}, "torch.compile": row})
+    assert [concern.partition(":")[0] for concern in concerns] == [
+        "torch.compile",
+        "torch.compile of the full model is off",
+    ]
+    assert "spread over 40%" in concerns[0]
+
+
+def test_timeline_has_a_cell_per_step_and_group() -> None:
+    slots = [SlotSpec("a", "spatial", 0), SlotSpec("b", "spatial", 1), SlotSpec("c", "mlp", 0)]
+    reuse = [[False] * 3, [True, True, False], [False, False, True]]
+    svg = charts.draw_timeline(Plan.from_reuse((3, 2, 1), slots, reuse))
+    assert svg.count("<rect") == 2 * 3  # the two spatial slots act alike
+    assert svg.count('class="reuse"') == 2
+    assert svg.count('class="store"') == 2
+    assert "spatial, step 1, t = 2: reuse" in svg
