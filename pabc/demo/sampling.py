@@ -14,7 +14,7 @@ import torch
 from pabc.demo.digits import CANVAS, FRAMES
 from pabc.demo.latte import Demo
 
-GUIDANCE = 3.0
+GUIDANCE = 1.5
 
 
 class Transformer(Protocol):
