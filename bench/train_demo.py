@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,28 +52,22 @@ class Trainee(nn.Module):
         self.text = latte.Text()
 
     def forward(
-        self,
-        noisy: torch.Tensor,
-        timestep: torch.Tensor,
-        tokens: torch.Tensor,
-        frame: torch.Tensor | None,
+        self, noisy: torch.Tensor, timestep: torch.Tensor, tokens: torch.Tensor, frame: torch.Tensor
     ) -> torch.Tensor:
         """Velocity (N, 1, F, 16, 16) of `noisy`.
 
-        `frame` (N,), with F = 1, says where in its clip each single frame lies.
+        With F = 1 the temporal blocks are left out, and `frame` (N,) says where in its clip each
+        frame lies: the spatial blocks then see the same positions as they will in whole clips.
         """
-        handle = None
-        if frame is not None:
-            row = self.transformer.temp_pos_embed[0, frame][:, None]
-            first = self.transformer.transformer_blocks[0]
-            handle = first.register_forward_hook(lambda _module, _args, output: output + row)
         text = self.text.embedding(tokens)
-        (velocity,) = self.transformer(
-            noisy, timestep, text, enable_temporal_attentions=frame is None, return_dict=False
-        )
-        if handle is not None:
-            handle.remove()
-        return velocity
+        if noisy.shape[2] > 1:
+            return self.transformer(noisy, timestep, text, return_dict=False)[0]
+        position = self.transformer.temp_pos_embed[0, frame][:, None]
+        first = self.transformer.transformer_blocks[0]
+        with first.register_forward_hook(lambda _module, _args, output: output + position):
+            return self.transformer(
+                noisy, timestep, text, enable_temporal_attentions=False, return_dict=False
+            )[0]
 
 
 def zero_temporal_outputs(trainee: Trainee) -> None:
@@ -88,41 +83,21 @@ def build_optimizers(trainee: Trainee, args: argparse.Namespace) -> list[torch.o
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in trainee.named_parameters():
-        is_matrix = "transformer_blocks" in name and parameter.ndim == 2
-        is_matrix = is_matrix and "scale_shift" not in name
-        (matrices if is_matrix else others).append(parameter)
-    muon = torch.optim.Muon(
-        [{"params": matrices, "lr": args.muon_lr, "initial_lr": args.muon_lr}],
-        weight_decay=0.01,
-        adjust_lr_fn="match_rms_adamw",
-    )
-    adamw = torch.optim.AdamW(
-        [{"params": others, "lr": args.adamw_lr, "initial_lr": args.adamw_lr}],
-        betas=(0.9, 0.98),
-        weight_decay=0.0,
-    )
+        is_matrix = parameter.ndim == 2 and "scale_shift" not in name
+        (matrices if is_matrix and "blocks" in name else others).append(parameter)
+    muon = torch.optim.Muon(matrices, args.muon_lr, 0.01, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(others, args.adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)
     return [muon, adamw]
 
 
-@dataclass(slots=True)
-class Batch:
+class Batch(NamedTuple):
     """What one step trains on: N clips, F frames (1 in stage 1), L tokens."""
 
     clips: torch.Tensor  # (N, 1, F, 16, 16) in [-1, 1]
     noise: torch.Tensor  # (N, 1, F, 16, 16)
     timesteps: torch.Tensor  # (N,)
     tokens: torch.Tensor  # (N, L)
-    frame: torch.Tensor | None  # (N,) which frame of its clip each one is, in stage 1
-
-    def to(self, device: str) -> Batch:
-        """The batch on a device."""
-        return Batch(
-            self.clips.to(device),
-            self.noise.to(device),
-            self.timesteps.to(device),
-            self.tokens.to(device),
-            None if self.frame is None else self.frame.to(device),
-        )
+    frame: torch.Tensor  # (N,) which frame of its clip each one is, in stage 1
 
 
 def draw_batch(
@@ -132,9 +107,10 @@ def draw_batch(
     images, labels = data
     generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
     picks = torch.randint(len(images), (size,), generator=generator)
-    frame = torch.randint(digits.FRAMES, (size,), generator=generator) if stage == 0 else None
+    frame = torch.randint(digits.FRAMES, (size,), generator=generator)
     captions = digits.random_captions(labels[picks], rng)
-    clips = digits.render_captions(images[picks], captions, generator, frame)[:, None] * 2 - 1
+    only = frame if stage == 0 else None
+    clips = digits.render_captions(images[picks], captions, generator, only)[:, None] * 2 - 1
     words = [
         "" if rng.random() < NULL_CAPTION else digits.rephrase(caption, rng) for caption in captions
     ]
@@ -243,23 +219,24 @@ def train_stage(run: Run) -> None:
     alphas = latte.build_scheduler().alphas_cumprod.to(args.device)
     step_fn = torch.compile(run.trainee, dynamic=False) if args.compile else run.trainee
     saved = clock = time.perf_counter()
-    total = torch.zeros((), device=args.device)
+    total = 0.0
     while (done := run.stage_done()) < 1:
         step = progress.steps[stage]
         seed = (args.seed * 2 + stage) * 10_000_000 + step
-        batch = draw_batch(data, run.trainee.text, args.batch[stage], stage, seed)
-        loss = compute_loss(step_fn, batch.to(args.device), alphas)
+        drawn = draw_batch(data, run.trainee.text, args.batch[stage], stage, seed)
+        batch = Batch(*(part.to(args.device) for part in drawn))
+        loss = compute_loss(step_fn, batch, alphas)
         take_step(run, loss, learning_rate_factor(done, step))
         update_ema(run.ema, run.trainee, step)
-        total += loss.detach()
+        total += loss.item()
         now = time.perf_counter()
         progress.seconds[stage] += now - clock
         progress.steps[stage] += 1
         progress.samples[stage] += args.batch[stage]
         clock = now
         if progress.steps[stage] % args.log_every == 0:
-            report(progress, float(total) / args.log_every)
-            total.zero_()
+            report(progress, total / args.log_every)
+            total = 0.0
         if now - saved > 60 * args.save_minutes:
             run.save()
             saved = now
@@ -271,7 +248,7 @@ def take_step(run: Run, loss: torch.Tensor, factor: float) -> None:
     nn.utils.clip_grad_norm_(run.trainee.parameters(), 1.0)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -279,12 +256,9 @@ def take_step(run: Run, loss: torch.Tensor, factor: float) -> None:
 def report(progress: Progress, loss: float) -> None:
     """Print the stage, its steps, minutes, recent loss and mean speed."""
     stage = progress.stage
-    seconds = progress.seconds[stage]
-    print(
-        f"stage {stage + 1} step {progress.steps[stage]} {seconds / 60:.1f} min "
-        f"loss {loss:.4f} {progress.samples[stage] / seconds:.0f}/s",
-        flush=True,
-    )
+    step, seconds = progress.steps[stage], progress.seconds[stage]
+    start = f"stage {stage + 1} step {step} {seconds / 60:.1f} min"
+    print(f"{start} loss {loss:.4f} {progress.samples[stage] / seconds:.0f}/s", flush=True)
 
 
 def export(checkpoint: Path, weights: Path) -> None:
@@ -317,10 +291,7 @@ def main() -> None:
     add("--log-every", type=int, default=50)
     add("--save-minutes", type=float, default=3.0)
     args = parser.parse_args()
-    if args.export:
-        export(args.out / "checkpoint.pt", args.export)
-    else:
-        train(args)
+    export(args.out / "checkpoint.pt", args.export) if args.export else train(args)
 
 
 if __name__ == "__main__":

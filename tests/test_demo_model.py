@@ -32,6 +32,12 @@ def test_every_phrase_parses_back_to_its_caption() -> None:
         assert digits.parse(digits.rephrase(caption, rng)) == caption
 
 
+def test_shuffled_captions_hold_each_meaning_once_a_round() -> None:
+    captions = digits.shuffled_captions(300, seed=1)
+    assert len(captions) == 300
+    assert set(captions[:240]) == set(digits.all_captions())
+
+
 @pytest.mark.parametrize(
     ("caption", "message"),
     [

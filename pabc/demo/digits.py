@@ -141,6 +141,13 @@ def all_captions() -> tuple[Caption, ...]:
     )
 
 
+def shuffled_captions(num: int, seed: int = 0) -> list[Caption]:
+    """`num` captions in a random order; each of the 240 comes once before any comes again."""
+    rounds = -(-num // len(all_captions()))
+    rng = random.Random(seed)
+    return [c for _ in range(rounds) for c in rng.sample(all_captions(), len(all_captions()))][:num]
+
+
 def load_digits(split: Split) -> tuple[torch.Tensor, torch.Tensor]:
     """Images (N, 8, 8) in [0, 1] and labels (N,) of one split. Needs scikit-learn."""
     try:

@@ -1,17 +1,20 @@
 """Reading generated clips with classical tools, and comparing clips pixel by pixel.
 
 The digit is read by a support vector machine fitted on digits the video model never saw; the
-direction is the way the center of mass goes.
+direction is the way the center of mass goes. `python -m pabc.demo.judge` measures the shipped
+weights on clips of all captions.
 
 Shapes: N clips, F frames, H = W = 16 pixels, values in [0, 1].
 """
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 import torch.nn.functional as F
 
-from pabc.demo import digits
+from pabc.demo import digits, latte, sampling
 from pabc.demo.digits import CANVAS, DIRECTIONS, VELOCITY, Caption, Direction
 
 WINDOW = 10
@@ -133,3 +136,28 @@ def ssim(a: torch.Tensor, b: torch.Tensor, window: int = 11, sigma: float = 1.5)
     similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
     similarity = similarity / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
     return similarity.reshape(len(a), -1).mean(1)
+
+
+def main() -> None:
+    """Sample one clip for each of the first captions, in a fixed shuffled order, and judge them."""
+    parser = argparse.ArgumentParser(description="Measure the demo's video model.")
+    parser.add_argument("--clips", type=int, default=240)
+    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--guidance", type=float, default=sampling.GUIDANCE)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    demo, judge = latte.load(), Judge()
+    captions = [str(caption) for caption in digits.shuffled_captions(args.clips, args.seed)]
+    parts = []
+    for first in range(0, args.clips, args.batch):
+        seed = args.seed * args.clips + first
+        prompts = captions[first : first + args.batch]
+        parts.append(
+            sampling.sample(demo, prompts, steps=args.steps, guidance=args.guidance, seed=seed)
+        )
+    print({"clips": args.clips, **judge.accuracy(torch.cat(parts), captions)})
+
+
+if __name__ == "__main__":
+    main()

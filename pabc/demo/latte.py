@@ -108,6 +108,8 @@ def save(demo: Demo, weights: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(list(demo.text.vocab), indent=1) + "\n")
     save_file(demo.text.state_dict(), folder / "embedding.safetensors")
+    for file in weights.rglob("*.safetensors"):
+        file.chmod(0o644)  # safetensors writes them for their owner alone
 
 
 def load(weights: Path | None = None, device: str | torch.device = "cpu") -> Demo:
