@@ -7,7 +7,7 @@ it changes and says so in the factor's `reason`, which later messages show.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,10 +47,10 @@ def name_axes_pass(gm: GraphModule, *, latents: str | None = None) -> GraphModul
         raise ValueError(f"latents: expected one of the inputs {names}, found {latents!r}")
     candidates = [latents] if latents is not None else _floating_inputs(gm)
     for name in candidates:
-        _propagate(gm, {name})
+        _propagate(gm, {name: 0})
         if latents is not None or _comes_out_again(gm, name):
             gm.meta["latents"] = name
-            _propagate(gm, set(names), first=name)
+            _propagate(gm, {n: int(n != name) for n in names})
             return gm
     raise ValueError(
         f"latents: expected an input whose axes come out again in the model's output, found none "
@@ -86,30 +86,26 @@ def _comes_out_again(gm: GraphModule, name: str) -> bool:
     return len(found) >= value(source).ndim - 1
 
 
-def _propagate(gm: GraphModule, named: set[str], first: str | None = None) -> None:
+def _propagate(gm: GraphModule, ranks: Mapping[str, int]) -> None:
+    """Computes every node's dimensions; only the inputs in `ranks` have axes of their own."""
     for node in gm.graph.nodes:
         if not is_tensor(node):
             if isinstance(node.meta.get("val"), (tuple, list)):
-                node.meta["axes"] = _several(node, first)
+                node.meta["axes"] = _several(node)
             continue
         shape = tuple(value(node).shape)
-        if node.op == "placeholder" and node.name in named:
-            dims: Dims = tuple((Factor(s, Axis(node.name, i)),) for i, s in enumerate(shape))
+        if node.op == "placeholder" and node.name in ranks:
+            axes = [Axis(node.name, i, ranks[node.name]) for i in range(len(shape))]
+            dims: Dims = tuple((Factor(s, a),) for s, a in zip(shape, axes, strict=True))
         elif node.op == "call_function":
-            dims = _apply(node, first)
+            dims = _apply(node)
         else:
             dims = unknown(shape)
         node.meta["axes"] = dims
 
 
-def _operands(node: Node, first: str | None) -> list[Dims]:
-    """The operands' dimensions, those on the latents before all others."""
-    dims = [n.meta["axes"] for n in _flat_nodes(node.args) if is_tensor(n)]
-    return sorted(dims, key=lambda d: not _mentions(d, first))
-
-
-def _mentions(dims: Dims, source: str | None) -> bool:
-    return any(a.source == source for product in dims for f in product for a in f.axes())
+def _operands(node: Node) -> list[Dims]:
+    return [n.meta["axes"] for n in _flat_nodes(node.args) if is_tensor(n)]
 
 
 def _flat_nodes(args: Any) -> list[Node]:
@@ -118,15 +114,16 @@ def _flat_nodes(args: Any) -> list[Node]:
     return flat
 
 
-def _apply(node: Node, first: str | None) -> Dims:
+def _apply(node: Node) -> Dims:
     if node.target is GETITEM:
         return node.args[0].meta["axes"][node.args[1]]
-    rule = _RULES.get(node.target)
     shape = tuple(value(node).shape)
+    operands = _operands(node)
+    if 0 in shape or any(length(product) == 0 for dims in operands for product in dims):
+        return unknown(shape, f"{node.name} has an empty dimension")
+    rule = _RULES.get(node.target)
     if rule is not None:
-        operands = [n.meta["axes"] for n in _flat_nodes(node.args) if is_tensor(n)]
         return rule(node, operands)
-    operands = _operands(node, first)
     inputs = [n for n in _flat_nodes(node.args) if is_tensor(n)]
     try:
         broadcast = torch.broadcast_shapes(*(tuple(value(n).shape) for n in inputs))
@@ -137,7 +134,7 @@ def _apply(node: Node, first: str | None) -> Dims:
     return unknown(shape, f"{node.name} ({node.target}) has no rule for axes" if inputs else "")
 
 
-def _several(node: Node, first: str | None) -> tuple[Dims, ...]:
+def _several(node: Node) -> tuple[Dims, ...]:
     """Ops with several results: splits by their sizes, others (norms with statistics) by shape."""
     vals = node.meta["val"]
     if node.target in _SPLITS:
@@ -157,7 +154,7 @@ def _several(node: Node, first: str | None) -> tuple[Dims, ...]:
     if node.target in FUSED_ATTENTION:
         q, _, v = (n.meta["axes"] for n in _flat_nodes(node.args)[:3])
         return (q[:-1] + v[-1:], *(unknown(val.shape) for val in vals[1:] if _has_shape(val)))
-    operands = _operands(node, first)
+    operands = _operands(node)
     shapes = [tuple(val.shape) if _has_shape(val) else () for val in vals]
     return tuple(combine(shape, operands[:1]) for shape in shapes)
 
@@ -256,6 +253,25 @@ def _stack(node: Node, operands: list[Dims]) -> Dims:
     dims = list(combine(shape[:dim] + shape[dim + 1 :], operands))
     dims.insert(dim, anonymous(shape[dim]))
     return tuple(dims)
+
+
+def _scatter(node: Node, operands: list[Dims]) -> Dims:
+    """A part written into a whole: what the whole knows, else what the part knows."""
+    shape = tuple(value(node).shape)
+    whole, part = operands[:2]
+    return combine(shape, [whole, part] if len(part) == len(whole) else [whole])
+
+
+def _copy(node: Node, operands: list[Dims]) -> Dims:
+    return combine(tuple(value(node).shape), operands[1:2])
+
+
+def _as_complex(node: Node, operands: list[Dims]) -> Dims:
+    return operands[0][:-1]
+
+
+def _as_real(node: Node, operands: list[Dims]) -> Dims:
+    return (*operands[0], anonymous(2))
 
 
 def _repeat_interleave(node: Node, operands: list[Dims]) -> Dims:
@@ -385,6 +401,11 @@ _RULES: dict[Any, _Rule] = {
     aten.select.int: _select,
     aten.cat.default: _cat,
     aten.stack.default: _stack,
+    aten.slice_scatter.default: _scatter,
+    aten.select_scatter.default: _scatter,
+    aten.copy.default: _copy,
+    aten.view_as_complex.default: _as_complex,
+    aten.view_as_real.default: _as_real,
     aten.repeat_interleave.self_int: _repeat_interleave,
     aten.repeat.default: _repeat,
     aten.roll.default: _same,

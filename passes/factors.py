@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
+from math import inf, prod
 
 from .ir import Dims, Factor
 
@@ -129,7 +129,10 @@ def narrow(product: Product, start: int, stop: int, reason: str) -> Product:
 
 
 def combine(shape: Sequence[int], operands: Sequence[Dims]) -> Dims:
-    """Provenance of a broadcast: per dimension the operand that knows most, earlier ones first."""
+    """Provenance of a broadcast: per dimension the operand that knows most.
+
+    That is the one along an axis of lowest rank, the earlier one of several.
+    """
     result: list[Product] = []
     for i, size in enumerate(shape):
         candidates = []
@@ -137,6 +140,9 @@ def combine(shape: Sequence[int], operands: Sequence[Dims]) -> Dims:
             j = i - (len(shape) - len(dims))
             if j >= 0 and length(dims[j]) == size:
                 candidates.append(dims[j])
-        named = [product for product in candidates if is_named(product)]
-        result.append((named or candidates or [anonymous(size)])[0])
+        result.append(min(candidates, key=_rank, default=anonymous(size)))
     return tuple(result)
+
+
+def _rank(product: Product) -> float:
+    return min((axis.rank for factor in product for axis in factor.axes()), default=inf)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -67,10 +67,14 @@ SOFTMAXES = frozenset({aten.softmax.int, aten._softmax.default, aten._safe_softm
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """A dimension of a model input: where a token axis comes from."""
+    """A dimension of a model input: where a token axis comes from.
+
+    Where operands disagree about a dimension, the axis of lower `rank` is kept: the latents' own.
+    """
 
     source: str
     dim: int
+    rank: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
         return f"{self.source}[{self.dim}]"

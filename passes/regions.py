@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Literal
@@ -151,12 +151,12 @@ def _find_attention_branches(
     for exits, group in groups.items():
         branch = None
         if exits[0] in by_add and len({n.meta["attention"].kind for n in group}) == 1:
-            branch = _cut_at(graph, reach, [by_add[add] for add in exits], group, cut)
+            branch = _cut_at(graph, reach, [by_add[add] for add in exits], group, cut, by_add)
         if branch is not None:
             branches.append(branch)
             continue
         for attention in group:
-            raw = _cut_raw(graph, attention)
+            raw = _cut_raw(graph, attention, by_add)
             if raw is not None:
                 branches.append(raw)
             else:
@@ -190,6 +190,7 @@ def _cut_at(
     residuals: Sequence[_Residual],
     attentions: Sequence[Node],
     cut: Cut,
+    adds: Collection[Node],
 ) -> _Branch | None:
     """The branch with its cuts at the residual adds, or None where that would freeze too much."""
     mask = reach.mask(attentions)
@@ -201,7 +202,7 @@ def _cut_at(
         if _merges_fresh(reach, node, attentions, mask):
             return None
         cuts.append(node)
-    nodes = tuple(dead_without(graph, cuts))
+    nodes = _owned(graph, cuts, adds)
     if not set(attentions) <= set(nodes):
         return None
     kind = attentions[0].meta["attention"].kind
@@ -243,7 +244,7 @@ def _merges_fresh(reach: Reach, cut: Node, attentions: Sequence[Node], mask: int
     )
 
 
-def _cut_raw(graph: Graph, attention: Node) -> _Branch | None:
+def _cut_raw(graph: Graph, attention: Node, adds: Collection[Node]) -> _Branch | None:
     """The attention's own output as the cut, where no residual add can serve."""
     node = attention
     if not is_tensor(node):
@@ -253,7 +254,7 @@ def _cut_raw(graph: Graph, attention: Node) -> _Branch | None:
         node = items[0]
     while len(node.users) == 1 and is_call(next(iter(node.users)), LAYOUTS):
         node = next(iter(node.users))
-    nodes = tuple(dead_without(graph, [node]))
+    nodes = _owned(graph, [node], adds)
     if attention not in nodes:
         return None
     return _Branch(attention.meta["attention"].kind, (node,), (attention,), nodes)
@@ -262,22 +263,20 @@ def _cut_raw(graph: Graph, attention: Node) -> _Branch | None:
 def _find_mlp_branches(
     gm: GraphModule,
     reach: Reach,
-    residuals: Iterable[_Residual],
+    residuals: Sequence[_Residual],
     claimed: set[Node],
     cut: Cut,
 ) -> list[_Branch]:
     """Residual branches with a product and without attention; several exits of one product join."""
     latents = gm.meta["latents"]
+    adds = {r.add for r in residuals}
     groups: dict[frozenset[Node], list[_Residual]] = {}
     for residual in residuals:
-        inner = [n for n in reach.between(residual.stream, residual.branch) if n not in claimed]
-        products = [n for n in inner if is_contraction(n)]
-        whole = not any(
-            n in claimed or "attention" in n.meta
-            for n in reach.between(residual.stream, residual.branch)
-        )
-        if products and whole and _on_latents(residual.branch, latents):
-            groups.setdefault(frozenset(products), []).append(residual)
+        inner = _inside(reach, residual, adds)
+        products = frozenset(n for n in inner if is_contraction(n))
+        free = not any(n in claimed or "attention" in n.meta for n in inner)
+        if products and free and _on_latents(residual.branch, latents):
+            groups.setdefault(products, []).append(residual)
     branches: list[_Branch] = []
     for shared, group in groups.items():
         if any(shared > other for other in groups):
@@ -286,10 +285,41 @@ def _find_mlp_branches(
         cuts = tuple(
             _before_gate(reach, r.branch, mask) if cut == "attention" else r.branch for r in group
         )
-        nodes = tuple(dead_without(gm.graph, cuts))
+        nodes = _owned(gm.graph, cuts, adds)
         if shared <= set(nodes):
             branches.append(_Branch("mlp", cuts, (), nodes))
     return branches
+
+
+def _inside(reach: Reach, residual: _Residual, adds: set[Node]) -> list[Node]:
+    """What a branch computes from its stream, back to the residual adds before it."""
+    inside: list[Node] = []
+    seen: set[Node] = set()
+    stack = [residual.branch]
+    while stack:
+        node = stack.pop()
+        if node not in seen and node not in adds and reach.depends(node, residual.stream):
+            seen.add(node)
+            inside.append(node)
+            stack.extend(node.all_input_nodes)
+    return inside
+
+
+def _owned(graph: Graph, cuts: Sequence[Node], adds: Collection[Node]) -> tuple[Node, ...]:
+    """The nodes that only the cuts need, back to the residual stream that the branch reads.
+
+    Earlier residual adds that nothing else needs stay outside: they belong to the stream, and dead
+    code elimination finds them where the cuts are reused.
+    """
+    dead = set(dead_without(graph, cuts))
+    owned: set[Node] = set()
+    stack = list(cuts)
+    while stack:
+        node = stack.pop()
+        if node in dead and node not in owned and (node in cuts or node not in adds):
+            owned.add(node)
+            stack.extend(node.all_input_nodes)
+    return tuple(node for node in graph.nodes if node in owned)
 
 
 def _on_latents(node: Node, latents: str) -> bool:

@@ -203,12 +203,10 @@ def name_kind(found: _Found, tokens: TokenAxes) -> str:
         return "other"
     if not q_latent:
         return _degenerate(found, tokens)
-    if _has_other_tokens(found.query, tokens) or (
-        k_latent and _has_other_tokens(found.key, tokens)
-    ):
-        return "joint"
     if not k_latent:
         return "cross"
+    if _has_other_tokens(found.query, tokens) or _has_other_tokens(found.key, tokens):
+        return "joint"
     if tokens.time is None:
         covers = set(tokens.space) <= q_latent and not _latent_space(found.outer, tokens)
         return "full" if covers else "spatial"
