@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import inspect
 import os
 import re
 import sys
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     try:
         options.run(options)
-    except (UsageError, ValueError, FileNotFoundError) as error:
+    except (UsageError, FileNotFoundError) as error:
         fail(f"pabc {options.command}: error: {error}")
     return 0
 
@@ -130,6 +131,7 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
 def run_demo(options: argparse.Namespace) -> None:
     """`pabc demo`."""
     _check_extra()
+    from pabc.demo import digits
     from pabc.demo.run import Options, run
 
     prompts = options.prompts
@@ -139,6 +141,11 @@ def run_demo(options: argparse.Namespace) -> None:
         chosen: int | tuple[str, ...] = int(prompts[0])
     else:
         chosen = tuple(prompts)
+        for caption in chosen:
+            try:
+                digits.parse(caption)
+            except ValueError as error:
+                raise UsageError(f"--prompts: {error}") from error
     names = ("device", "steps", "repeats", "clips", "out", "seed", "backend", "weights", "mlp")
     run(Options(prompts=chosen, **{name: getattr(options, name) for name in names}))
 
@@ -160,6 +167,8 @@ def run_explain(options: argparse.Namespace) -> None:
             cut=options.cut,
             **kwargs,
         )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     except TypeError as error:
         raise UsageError(
             f"{options.target}: the model does not take these inputs: {error}"
@@ -209,6 +218,12 @@ def _find_callable(target: str) -> Callable[[], Any]:
         found = getattr(found, part)
     if not callable(found) or isinstance(found, nn.Module):
         raise UsageError(f"target {target!r}: got {type(found).__name__}, allowed: a callable")
+    try:
+        inspect.signature(found).bind()
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"target {target!r}: cannot be called without arguments: {error}"
+        ) from error
     return found
 
 

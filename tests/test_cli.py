@@ -50,6 +50,10 @@ def tiny():
     return Tiny().eval(), (torch.zeros(1, 4, 8, 8), torch.zeros(1)), {}
 
 
+def choosy(size):
+    return Tiny()
+
+
 def wrong():
     return 3
 
@@ -117,6 +121,7 @@ def test_explain_a_model_with_given_inputs(
         ("some_models:nothing", "some_models has no nothing"),
         ("some_models:model", "got Tiny, allowed: a callable"),
         ("some_models:wrong", r"got int, allowed: a torch.nn.Module, or a tuple"),
+        ("some_models:choosy", "cannot be called without arguments: missing a required argument"),
         ("some_models:Tiny", "returned a model without inputs"),
     ],
 )

@@ -30,7 +30,7 @@ Curves = Mapping[str, npt.NDArray[np.float64]]
 
 def draw_timeline(plan: Plan) -> str:
     """The plan as a table of colored cells, kinds by steps, its phases below."""
-    left, top, height = 96, 6, 24
+    left, top, height = 102, 6, 24
     width = max(5.0, min(26.0, 800 / plan.num_steps))
     rows = _group_rows(plan)
     parts = []
@@ -48,8 +48,8 @@ def draw_timeline(plan: Plan) -> str:
     parts.append(_text(left - 8, y, "phase", "end"))
     for step, phase in enumerate(plan.phase_of_step):
         parts.append(_text(left + (step + 0.5) * width - 0.5, y, f"{phase}", "middle", "small"))
-    parts.append(_text(left - 8, y + 20, "step", "end", "faint"))
-    parts.append(_text(left - 8, y + 36, "timestep", "end", "faint"))
+    parts.append(_text(left - 14, y + 20, "step", "end", "faint"))
+    parts.append(_text(left - 14, y + 36, "timestep", "end", "faint"))
     for step in _ticks(plan.num_steps):
         x = left + (step + 0.5) * width
         parts.append(_text(x, y + 20, f"{step}", "middle", "faint"))

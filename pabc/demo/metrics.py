@@ -117,13 +117,13 @@ def find_busy_machine() -> list[str]:
 def find_concerns(table: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What a reader should know before believing the figures."""
     concerns = []
-    for name, row in table.items():
-        seconds = row["seconds_per_clip"]
-        spread = (seconds["max"] - seconds["min"]) / seconds["median"]
-        if spread > MAX_SPREAD:
-            concerns.append(
-                f"{name}: timings spread over {spread:.0%} of the median; is other work running?"
-            )
+    spreads = {name: _spread(row["seconds_per_clip"]) for name, row in table.items()}
+    wide = [f"{name} {spread:.0%}" for name, spread in spreads.items() if spread > MAX_SPREAD]
+    if wide:
+        concerns.append(
+            f"timings spread widely, in shares of the median: {', '.join(wide)}; is other work"
+            " running?"
+        )
     for what in ("digit_accuracy", "direction_accuracy"):
         if table[FULL][what] < MIN_ACCURACY:
             concerns.append(
@@ -134,6 +134,10 @@ def find_concerns(table: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if compiled is not None and compiled < MIN_COMPILED_PSNR:
         concerns.append(f"torch.compile of the full model is off: PSNR {compiled:.1f} dB")
     return concerns
+
+
+def _spread(seconds: Mapping[str, float]) -> float:
+    return (seconds["max"] - seconds["min"]) / seconds["median"]
 
 
 def format_table(table: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:

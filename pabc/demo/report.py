@@ -44,6 +44,7 @@ def render(
         subtitle=escape(_subtitle(content)),
         warnings="".join(f'<p class="warning">{escape(w)}</p>' for w in content["warnings"]),
         table=_draw_table(content["variants"]),
+        about="".join(["<ul>", *_list_variants(content["variants"]), "</ul>"]),
         method=escape(method),
         limits=_draw_limits(content["variants"]),
         gif=_embed(pictures["clips.gif"], "image/gif"),
@@ -79,13 +80,18 @@ def _draw_table(table: Mapping[str, Mapping[str, Any]]) -> str:
     header, rows = metrics.format_table(table)
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join(
-        f'<tr class="{"best" if row[0] == HIGHLIGHT else "plain"}"'
-        f' title="{escape(table[row[0]]["about"])}">'
+        f'<tr class="{"best" if row[0] == HIGHLIGHT else "plain"}">'
         + "".join(f"<td>{escape(cell)}</td>" for cell in row)
         + "</tr>"
         for row in rows
     )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _list_variants(table: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return [
+        f"<li><b>{escape(name)}</b>: {escape(row['about'])}</li>" for name, row in table.items()
+    ]
 
 
 def _draw_limits(table: Mapping[str, Mapping[str, Any]]) -> str:
