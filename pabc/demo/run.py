@@ -72,6 +72,8 @@ def run(options: Options) -> dict[str, Any]:
     options.out.mkdir(parents=True, exist_ok=True)
     variants = make_variants(demo, options)
     warnings = metrics.find_busy_machine()
+    if options.backend == "eager":
+        warnings.append("backend eager: nothing is compiled to kernels, so speeds are only a hint")
     _warn(warnings)
     runs = race(demo, variants, rounds, steps=options.steps, progress=make_bar)
     differences = Differences(demo.transformer)
@@ -150,7 +152,11 @@ def make_variants(demo: latte.Demo, options: Options) -> list[Variant]:
     whole = torch.compile(model, fullgraph=True, backend=options.backend)
     return [
         Variant(metrics.FULL, model, "the full model, eager", is_compiled=False),
-        Variant(metrics.TORCH_COMPILE, whole, "torch.compile of the full model, fullgraph=True"),
+        Variant(
+            metrics.TORCH_COMPILE,
+            whole,
+            f"torch.compile of the full model, fullgraph=True, backend={options.backend}",
+        ),
         *(
             Variant(name, pabc.compile(model, schedule, backend=options.backend), about[name])
             for name, schedule in schedules.items()
