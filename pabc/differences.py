@@ -59,7 +59,7 @@ class Differences:
         """
         guarded, inputs = self._select(args, kwargs)
         with torch.no_grad():
-            outputs = guarded(self._recorder, *inputs)
+            outputs = guarded(self._recorder, *inputs, *guarded.meta["prologue"](*inputs))
         self._recorder.steps += 1
         return pytree.tree_unflatten(list(outputs), guarded.meta["signature"].out_spec)
 

@@ -35,7 +35,8 @@ class Explanation:
     Attributes:
         attention: qualified module name of each attention -> its kind.
         regions: in execution order.
-        flops: kind -> floating-point operations of one call; `"outside"`: everything else.
+        flops: kind -> floating-point operations of one call; `"outside"`: everything else that is
+            done at every call; `"prologue"`: what is done once a generation.
         outside: attentions that no region holds, each with the reason.
         inputs: the names of the graph's inputs; `latents` names the one that is denoised.
         plan: the plan, where there is a schedule.
@@ -102,7 +103,8 @@ def describe(guarded: GraphModule, **facts: Any) -> Explanation:
     per_kind: dict[str, int] = {}
     for region, count in zip(regions, flops, strict=True):
         per_kind[region.kind] = per_kind.get(region.kind, 0) + count
-    per_kind["outside"] = _count_outside(guarded)
+    per_kind["outside"] = sum(map(_flops_of, guarded.graph.nodes))
+    per_kind["prologue"] = sum(map(_flops_of, guarded.meta["prologue"].graph.nodes))
     rows = tuple(
         RegionFacts(r.name, r.kind, r.path, r.shapes, r.nbytes, count)
         for r, count in zip(regions, flops, strict=True)
@@ -120,9 +122,9 @@ def describe(guarded: GraphModule, **facts: Any) -> Explanation:
 
 
 def find_attentions(guarded: GraphModule) -> list[Attention]:
-    """Every tagged attention, in regions in execution order, then those outside."""
+    """Every tagged attention: in the prologue, in regions in execution order, then outside."""
     graphs = [guarded.get_submodule(region.name) for region in guarded.meta["regions"]]
-    return [
+    return guarded.meta["prologue"].meta["attentions"] + [
         node.meta["attention"]
         for gm in (*graphs, guarded)
         for node in gm.graph.nodes  # type: ignore[union-attr]
@@ -134,10 +136,6 @@ def _count_flops(guarded: GraphModule, region: Region) -> int:
     body = guarded.get_submodule(region.name)
     assert isinstance(body, GraphModule)
     return sum(_flops_of(node) for node in body.graph.nodes)
-
-
-def _count_outside(guarded: GraphModule) -> int:
-    return sum(_flops_of(node) for node in guarded.graph.nodes)
 
 
 def _flops_of(node: torch.fx.Node) -> int:

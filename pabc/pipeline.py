@@ -1,7 +1,8 @@
 """The compiler as a list: which pass follows which, and what must hold after each.
 
-    capture -> canonicalize -> axes -> tag -> regions -> cache      once per signature
-    specialize -> inline -> lift -> Inductor                        once per phase
+    capture -> canonicalize -> axes -> tag -> regions -> hoist -> outline -> cache
+                                                             once per signature
+    specialize -> inline -> lift -> Inductor                 once per phase
 
 Passes neither print, time nor check themselves: :func:`run_stages` does.
 """
@@ -54,9 +55,9 @@ ANALYSIS: tuple[Stage, ...] = (
     Stage("canonicalize", lambda gm, c: passes.canonicalize_pass(gm)),
     Stage("axes", lambda gm, c: passes.name_axes_pass(gm, latents=c.latents), passes.verify_axes),
     Stage("tag", lambda gm, c: passes.tag_attention_pass(gm, kinds=c.kinds), passes.verify_tags),
-    Stage(
-        "regions", lambda gm, c: passes.outline_regions_pass(gm, cut=c.cut), passes.verify_regions
-    ),
+    Stage("regions", lambda gm, c: passes.mark_regions_pass(gm, cut=c.cut), passes.verify_marks),
+    Stage("hoist", lambda gm, c: passes.hoist_invariants_pass(gm), passes.verify_hoist),
+    Stage("outline", lambda gm, c: passes.outline_regions_pass(gm), passes.verify_outline),
     Stage("cache", lambda gm, c: passes.insert_cache_pass(gm), passes.verify_cache),
 )
 """The stages between capture and specialization, in order."""

@@ -14,12 +14,12 @@ from pabc import passes
 from pabc.pipeline import Config, analyze
 from pabc.plan import Plan, SlotSpec
 from pabc.schedule import Schedule
-from pabc.trajectory import Trajectory
+from pabc.trajectory import Hoisted, Trajectory
 from pabc.weights import Weights
 
 Backend = Literal["inductor", "eager", "oracle"]
 Executable = Callable[..., tuple[Sequence[Any], Sequence[torch.Tensor]]]
-"""(inputs, then the reused cuts) -> (outputs, the stored cuts), as flat sequences."""
+"""(inputs, hoisted values, the reused cuts) -> (outputs, the stored cuts), as flat sequences."""
 
 
 def slot_specs(regions: Sequence[passes.Region]) -> tuple[SlotSpec, ...]:
@@ -63,7 +63,12 @@ class Program:
         self.backend = backend
         self.plan: Plan = schedule.plan(slot_specs(self.regions))
         self.compile_seconds = 0.0
-        self._weights = Weights(self.guarded)
+        self._prologue: GraphModule = self.guarded.meta["prologue"]
+        self._steady: tuple[int, ...] = self.guarded.meta["steady"]
+        self._hoisted_weights = [
+            str(n.target) for n in self._prologue.graph.nodes if n.op == "get_attr"
+        ]
+        self._weights = Weights((self.guarded, self._prologue))
         self._stored = {phase.reused: phase.stored for phase in self.plan.phases}
         # The phase that reuses nothing also stands in where a value is missing: it stores all.
         self._stored[()] = tuple(sorted({s for p in self.plan.phases for s in p.stored}))
@@ -78,7 +83,7 @@ class Program:
     def run(self, trajectory: Trajectory, inputs: Sequence[Any]) -> Sequence[Any]:
         """One step: the model's flat outputs. Advances the trajectory unless it raises."""
         if self.backend == "oracle":
-            outputs: Sequence[Any] = self.guarded(trajectory, *inputs)
+            outputs: Sequence[Any] = self.guarded(trajectory, *inputs, *self._prologue(*inputs))
             trajectory.advance()
             return outputs
         reused = self.plan.phases[self.plan.phase_of_step[trajectory.step]].reused
@@ -90,7 +95,7 @@ class Program:
                 break
             cuts.extend(held)
         execute = self._executables.get(reused) or self._compile(reused, inputs)
-        outputs, kept = execute(*inputs, *cuts)
+        outputs, kept = execute(*inputs, *self._hoist(trajectory, inputs), *cuts)
         start = 0
         for slot in self._stored[reused]:
             stop = start + len(self.regions[slot].cuts)
@@ -98,6 +103,15 @@ class Program:
             start = stop
         trajectory.advance()
         return outputs
+
+    def _hoist(self, trajectory: Trajectory, inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+        """The prologue's results, computed anew only where something it reads has changed."""
+        sources = (*(inputs[i] for i in self._steady), *self._weights.get(self._hoisted_weights))
+        held = trajectory.hoisted
+        if held is None or not held.holds_for(sources):
+            versions = tuple(0 if t.is_inference() else t._version for t in sources)
+            held = trajectory.hoisted = Hoisted(sources, versions, self._prologue(*inputs))
+        return held.values
 
     def prepare(self, inputs: Sequence[Any]) -> None:
         """Compiles every phase now, for inputs like these."""
@@ -107,7 +121,8 @@ class Program:
 
     def follow_weights(self, model: nn.Module) -> bool:
         """Picks up tensors that were replaced in the model; False if the graphs no longer fit."""
-        replaced = self._weights.follow(model, (self.guarded, *self._modules.values()))
+        graphs = (self.guarded, self._prologue, *self._modules.values())
+        replaced = self._weights.follow(model, graphs)
         return replaced is not None
 
     def _specialize(self, reused: tuple[int, ...]) -> GraphModule:
@@ -132,8 +147,8 @@ class Program:
         flat.graph.lint()
         names: tuple[str, ...] = flat.meta["weights"]
         outputs: tuple[Any, ...] = flat.meta["outputs"]
-        cuts = [n for n in flat.graph.nodes if n.op == "placeholder"][len(names) + len(inputs) :]
-        examples = [*self._weights.get(names), *inputs, *(_example(n.meta["val"]) for n in cuts)]
+        others = [n for n in flat.graph.nodes if n.op == "placeholder"][len(names) + len(inputs) :]
+        examples = [*self._weights.get(names), *inputs, *(_example(n.meta["val"]) for n in others)]
         compiled = passes.compile_flat(flat, examples)
         num_tensors = sum(isinstance(place, passes.Place) for place in outputs)
 
@@ -146,7 +161,7 @@ class Program:
 
 
 def _example(fake: torch.Tensor) -> torch.Tensor:
-    """A tensor laid out as the cut will be when another phase has stored it."""
+    """A tensor laid out as the cut, or hoisted value, will be when it is passed in."""
     return torch.empty_strided(
         tuple(fake.shape), fake.stride(), dtype=fake.dtype, device=fake.device
     )

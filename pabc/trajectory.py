@@ -2,8 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
 from pabc.passes.cache import Cuts
 from pabc.plan import Action, Plan
+
+
+@dataclass(frozen=True)
+class Hoisted:
+    """A prologue's results, and the tensors (with their versions) that they were computed from."""
+
+    sources: tuple[torch.Tensor, ...]
+    versions: tuple[int, ...]
+    values: tuple[torch.Tensor, ...]
+
+    def holds_for(self, sources: Sequence[torch.Tensor]) -> bool:
+        """Whether these are the same tensors, unchanged; never so for inference tensors."""
+        return all(
+            new is old and not new.is_inference() and new._version == version
+            for new, old, version in zip(sources, self.sources, self.versions, strict=True)
+        )
 
 
 class Trajectory:
@@ -16,6 +37,7 @@ class Trajectory:
         self.plan = plan
         self.step = 0
         self.slots: list[Cuts | None] = [None] * len(plan.slots)
+        self.hoisted: Hoisted | None = None
 
     def read(self, slot: int) -> Cuts | None:
         """The stored cuts where the plan reuses the slot at this step; None: compute."""
@@ -45,8 +67,9 @@ class Trajectory:
             self.reset()
 
     def reset(self) -> None:
-        """Starts a new generation: step 0, all slots empty."""
+        """Starts a new generation: step 0, all slots empty, nothing hoisted."""
         self.step = 0
+        self.hoisted = None
         self.slots = [None] * len(self.plan.slots)
 
     @property

@@ -18,9 +18,9 @@ class Weights:
     :meth:`follow`, which a program calls at the start of each generation.
     """
 
-    def __init__(self, gm: GraphModule) -> None:
+    def __init__(self, graphs: Sequence[GraphModule]) -> None:
         self._tensors: dict[str, torch.Tensor] = {}
-        for module in gm.modules():
+        for module in (m for gm in graphs for m in gm.modules()):
             if isinstance(module, GraphModule):
                 reads = [str(n.target) for n in module.graph.nodes if n.op == "get_attr"]
                 values = ((name, attribute(module, name)) for name in reads)

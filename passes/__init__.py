@@ -5,8 +5,10 @@ from .cache import cache_read, cache_write, compute_unless, insert_cache_pass, v
 from .canonicalize import canonicalize_pass
 from .capture import Signature, bind_arguments, capture
 from .emit import Place, compile_flat, inline_regions_pass, lift_weights_pass
+from .hoist import hoist_invariants_pass, verify_hoist
 from .ir import Attention, Axis, Factor, Region
-from .regions import Cut, outline_regions_pass, verify_regions
+from .outline import outline_regions_pass, verify_outline
+from .regions import Cut, mark_regions_pass, verify_marks
 from .specialize import specialize_phase_pass, verify_phase
 from .tag import tag_attention_pass, tagged, verify_tags
 
@@ -25,9 +27,11 @@ __all__ = [
     "capture",
     "compile_flat",
     "compute_unless",
+    "hoist_invariants_pass",
     "inline_regions_pass",
     "insert_cache_pass",
     "lift_weights_pass",
+    "mark_regions_pass",
     "name_axes_pass",
     "outline_regions_pass",
     "specialize_phase_pass",
@@ -35,7 +39,9 @@ __all__ = [
     "tagged",
     "verify_axes",
     "verify_cache",
+    "verify_hoist",
+    "verify_marks",
+    "verify_outline",
     "verify_phase",
-    "verify_regions",
     "verify_tags",
 ]

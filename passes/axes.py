@@ -356,6 +356,20 @@ def _conv(node: Node, operands: list[Dims]) -> Dims:
     return (dims[0], anonymous(shape[1]), *slid)
 
 
+def _transposed_conv(node: Node, operands: list[Dims]) -> Dims:
+    """Each position spreads over a window: the axis is kept, an inner factor added."""
+    dims, shape = operands[0], tuple(value(node).shape)
+    return (dims[0], anonymous(shape[1]), *map(_spread(node), dims[2:], shape[2:]))
+
+
+def _spread(node: Node) -> Callable[[tuple[Factor, ...], int], tuple[Factor, ...]]:
+    def spread(product: tuple[Factor, ...], size: int) -> tuple[Factor, ...]:
+        times, rest = divmod(size, length(product))
+        return blur(product, size, _lost(node)) if rest else product + anonymous(times)
+
+    return spread
+
+
 def _strided(product: tuple[Factor, ...], size: int, node: Node) -> tuple[Factor, ...]:
     return blur(product, size, _lost(node))
 
@@ -426,6 +440,8 @@ _RULES: dict[Any, _Rule] = {
     aten.conv1d.default: _conv,
     aten.conv2d.default: _conv,
     aten.conv3d.default: _conv,
+    aten.conv_transpose2d.input: _transposed_conv,
+    aten.conv_transpose3d.input: _transposed_conv,
     aten.index_select.default: _index_select,
     aten.constant_pad_nd.default: _pad,
     aten.embedding.default: _embedding,

@@ -1,10 +1,9 @@
-"""regions: outlines every residual branch to a called submodule whose outputs are its cuts."""
+"""regions: finds every residual branch and its cut, the value to keep between steps."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
-from itertools import takewhile
+from dataclasses import dataclass
 from typing import Literal
 
 from torch.fx import Graph, GraphModule, Node
@@ -14,17 +13,12 @@ from .ir import (
     LAYOUTS,
     Attention,
     Reach,
-    Region,
     aten,
-    attribute,
-    copy_into,
     dead_without,
-    derived,
     is_call,
     is_contraction,
     is_pointwise,
     is_tensor,
-    module_path,
     user_inputs,
     value,
 )
@@ -53,23 +47,22 @@ class _Branch:
     nodes: tuple[Node, ...]
 
 
-def outline_regions_pass(gm: GraphModule, *, cut: Cut = "attention") -> GraphModule:
-    """Moves each residual branch, up to its cut, into a submodule.
+def mark_regions_pass(gm: GraphModule, *, cut: Cut = "attention") -> GraphModule:
+    """Marks the nodes of every residual branch, up to its cut.
 
     `cut="attention"`: the last value before the gate, so that what follows from the timestep stays
     fresh. `cut="branch"`: the value that is added to the residual stream.
 
     Requires: tags (:func:`tag_attention_pass`).
-    Ensures: outputs bitwise as before; `gm.meta["regions"]` lists the regions in execution order;
-    region i is one `call_module` node that returns the tuple of its cuts and holds every node that
-    only they need; `gm.meta["outside"]` lists attentions that no region holds, each with a reason.
+    Ensures: `gm.meta["branches"]` has the kind and the attentions of each region; a node that only
+    region i needs has `meta["region"] == i`, its cuts `meta["cut"]` as well, their ordinal; no node
+    is in two regions; `gm.meta["outside"]` lists attentions that no region holds, with the reason.
 
         # before                                # after
-        %n = layer_norm(%x)                     %r = call_module[spatial_0](%x, %shift, %scale)
-        %o = sdpa(linear(%n), ...)              %c = getitem(%r, 0)
-        %p = linear(%o)                         %g = mul(%gate, %c)
-        %g = mul(%gate, %p)                     %y = add(%x, %g)
-        %y = add(%x, %g)
+        %n = layer_norm(%x)                     %n: region 0
+        %o = sdpa(linear(%n), ...)              %o: region 0
+        %p = linear(%o)                         %p: region 0, cut 0
+        %y = add(%x, mul(%gate, %p))            %y: the residual stream
     """
     if cut not in ("attention", "branch"):
         raise ValueError(f"cut: expected 'attention' or 'branch', found {cut!r}")
@@ -80,19 +73,27 @@ def outline_regions_pass(gm: GraphModule, *, cut: Cut = "attention") -> GraphMod
     claimed = {node for branch in branches for node in branch.nodes}
     branches += _find_mlp_branches(gm, reach, residuals, claimed, cut)
     branches.sort(key=lambda b: reach.index[b.cuts[0]])
-    result = _outline(gm, branches)
-    result.meta["outside"] = tuple(outside)
-    return result
+    for i, branch in enumerate(branches):
+        for node in branch.nodes:
+            assert "region" not in node.meta, f"{node.name} is in two regions"
+            node.meta["region"] = i
+        for ordinal, node in enumerate(branch.cuts):
+            node.meta["cut"] = ordinal
+    gm.meta["branches"] = tuple(
+        (b.kind, tuple(n.meta["attention"].name for n in b.attentions)) for b in branches
+    )
+    gm.meta["outside"] = tuple(outside)
+    return gm
 
 
-def verify_regions(gm: GraphModule) -> None:
-    """Each region is called once, and no tagged attention of a region is left outside."""
-    calls = [node.target for node in gm.graph.nodes if node.op == "call_module"]
-    regions: tuple[Region, ...] = gm.meta["regions"]
-    assert sorted(calls) == sorted(r.name for r in regions), (calls, regions)
-    inside = {name for region in regions for name in region.attentions}
+def verify_marks(gm: GraphModule) -> None:
+    """Every region has a cut; every attention on the latents is in a region, or named outside."""
+    cuts = {node.meta["region"] for node in gm.graph.nodes if "cut" in node.meta}
+    assert cuts == set(range(len(gm.meta["branches"]))), cuts
     for node in tagged(gm):
-        assert node.meta["attention"].name not in inside, f"{node.name} is alive outside its region"
+        attention: Attention = node.meta["attention"]
+        held = "region" in node.meta or attention.kind == "other"
+        assert held or any(attention.name in line for line in gm.meta["outside"]), attention.name
 
 
 def find_residuals(graph: Graph, reach: Reach) -> list[_Residual]:
@@ -329,113 +330,3 @@ def _on_latents(node: Node, latents: str) -> bool:
         for factor in product
         for axis in factor.axes()
     )
-
-
-def _outline(gm: GraphModule, branches: Sequence[_Branch]) -> GraphModule:
-    """Builds the graph anew with one call in place of each branch's nodes."""
-    position = {node: i for i, node in enumerate(gm.graph.nodes)}
-    branches = [
-        replace(b, nodes=tuple(sorted(b.nodes, key=position.__getitem__))) for b in branches
-    ]
-    owner = {node: branch for branch in branches for node in branch.nodes}
-    counts: dict[str, int] = {}
-    bodies: dict[str, GraphModule] = {}
-    regions: list[Region] = []
-    graph = Graph()
-    mapping: dict[Node, Node] = {}
-    pending = {id(branch): branch for branch in branches}
-
-    def ready(branch: _Branch) -> bool:
-        return all(n in mapping for n in _region_inputs(branch))
-
-    def emit(branch: _Branch) -> None:
-        del pending[id(branch)]
-        layer = counts[branch.kind] = counts.get(branch.kind, -1) + 1
-        region = _describe(branch, layer)
-        bodies[region.name] = _body(gm, branch)
-        regions.append(region)
-        call = graph.call_module(region.name, tuple(mapping[n] for n in _region_inputs(branch)))
-        call.meta["val"] = tuple(n.meta["val"] for n in branch.cuts)
-        for i, node in enumerate(branch.cuts):
-            mapping[node] = graph.call_function(GETITEM, (call, i))
-            mapping[node].meta.update(node.meta)
-            mapping[node].meta.pop("attention", None)
-
-    for node in _in_order(gm.graph, owner):
-        if isinstance(node, _Branch):
-            assert ready(node), f"region {node.kind} is called before its inputs"
-            emit(node)
-        else:
-            copy_into(graph, [node], mapping)
-    root = {str(n.target): attribute(gm, str(n.target)) for n in graph.nodes if n.op == "get_attr"}
-    result = GraphModule({**root, **bodies}, graph)
-    result.meta.update(gm.meta)
-    result.meta["regions"] = tuple(regions)
-    return result
-
-
-def _in_order(graph: Graph, owner: dict[Node, _Branch]) -> list[Node | _Branch]:
-    """Nodes and branches such that each follows its inputs; the graph's order where that does."""
-    order: list[Node | _Branch] = []
-    done: set[int] = set()
-
-    def visit(item: Node | _Branch) -> None:
-        stack: list[tuple[Node | _Branch, bool]] = [(item, False)]
-        while stack:
-            current, expanded = stack.pop()
-            if id(current) in done:
-                continue
-            if expanded:
-                done.add(id(current))
-                order.append(current)
-                continue
-            stack.append((current, True))
-            inputs = (
-                _region_inputs(current) if isinstance(current, _Branch) else current.all_input_nodes
-            )
-            stack.extend((owner.get(n, n), False) for n in reversed(inputs))
-
-    for node in graph.nodes:
-        if node in owner and node not in owner[node].cuts:
-            continue
-        visit(owner.get(node, node))
-    return order
-
-
-def _region_inputs(branch: _Branch) -> list[Node]:
-    inside = set(branch.nodes)
-    inputs = [n for node in branch.nodes for n in node.all_input_nodes if n not in inside]
-    return list(dict.fromkeys(inputs))
-
-
-def _body(gm: GraphModule, branch: _Branch) -> GraphModule:
-    graph = Graph()
-    mapping: dict[Node, Node] = {}
-    for node in _region_inputs(branch):
-        mapping[node] = graph.placeholder(node.name)
-        mapping[node].meta.update(node.meta)
-    copy_into(graph, branch.nodes, mapping)
-    graph.output(tuple(mapping[n] for n in branch.cuts))
-    return derived(gm, graph)
-
-
-def _describe(branch: _Branch, layer: int) -> Region:
-    shapes = tuple(tuple(value(n).shape) for n in branch.cuts)
-    names = tuple(n.meta["attention"].name for n in branch.attentions)
-    return Region(
-        name=f"{branch.kind}_{layer}",
-        kind=branch.kind,
-        layer=layer,
-        path=_common_path(branch),
-        attentions=names,
-        cuts=tuple(n.name for n in branch.cuts),
-        shapes=shapes,
-        dtypes=tuple(value(n).dtype for n in branch.cuts),
-    )
-
-
-def _common_path(branch: _Branch) -> str:
-    """The innermost user module that holds the attentions, else the products; for messages."""
-    anchors = branch.attentions or [n for n in branch.nodes if is_contraction(n)]
-    levels = zip(*(module_path(n).split(".") for n in anchors), strict=False)
-    return ".".join(names[0] for names in takewhile(lambda names: len(set(names)) == 1, levels))

@@ -1,0 +1,127 @@
+"""hoist: moves what stays the same over a generation into a prologue that runs once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import Graph, GraphModule, Node
+
+from .ir import LAYOUTS, copy_into, dead_without, derived, is_tensor, user_inputs, value
+
+
+@dataclass(frozen=True)
+class _Invariants:
+    """Nodes that no varying input reaches, and those of them that the rest of the graph reads."""
+
+    nodes: tuple[Node, ...]
+    frontier: tuple[Node, ...]
+
+
+def hoist_invariants_pass(gm: GraphModule) -> GraphModule:
+    """Splits off the ops that depend on weights and steady inputs alone: text projections, cross
+    attention's keys and values, position tables, masks.
+
+    An input counts as steady if it is not the latents and has two dimensions or more: timesteps
+    have one. That is a guess about cost, never about results: whoever runs the prologue runs it
+    again when a steady input or a weight has changed (:class:`pabc.program.Program` does).
+
+    Requires: `gm.meta["latents"]` (:func:`name_axes_pass`); regions are marked, since a stream that
+    is hoisted could no longer be found.
+    Ensures: `gm.meta["prologue"]` maps the model's inputs to a tuple of tensors, which are the
+    last inputs of the graph; `gm.meta["steady"]` lists the positions of the inputs that the
+    prologue reads; outputs bitwise as before. Views of weights and constants are left in place.
+
+        # before                                # after
+        %e = linear(%text, %w)                  %hoisted_0 = placeholder
+        %k = linear(%e, %wk)                    %o = sdpa(%q, %hoisted_0, %v)
+        %o = sdpa(%q, %k, %v)                   # prologue: %e, %k; return (%k,)
+    """
+    inputs = user_inputs(gm.graph)
+    steady = [n for n in inputs if _is_steady(n, gm.meta["latents"])]
+    found = find_invariants(gm.graph, steady)
+    prologue = _build_prologue(gm, inputs, found)
+    graph = Graph()
+    mapping: dict[Node, Node] = {}
+    copy_into(graph, inputs, mapping)
+    for i, node in enumerate(found.frontier):
+        mapping[node] = graph.placeholder(f"hoisted_{i}")
+        mapping[node].meta.update(node.meta)
+        for mark in ("attention", "region", "cut"):
+            mapping[node].meta.pop(mark, None)
+    stays = _needed_without(gm.graph, found.frontier)
+    copy_into(graph, [n for n in gm.graph.nodes if n in stays], mapping)
+    result = derived(gm, graph)
+    result.meta["prologue"] = prologue
+    used = {n.name for n in user_inputs(prologue.graph) if n.users}
+    result.meta["steady"] = tuple(i for i, n in enumerate(inputs) if n.name in used)
+    return result
+
+
+def verify_hoist(gm: GraphModule) -> None:
+    """The prologue reads nothing that varies, and its results are the graph's last inputs."""
+    prologue: GraphModule = gm.meta["prologue"]
+    for node in user_inputs(prologue.graph):
+        assert not node.users or _is_steady(node, gm.meta["latents"]), f"{node.name} varies"
+    hoisted = [n for n in user_inputs(gm.graph) if n.name.startswith("hoisted_")]
+    assert user_inputs(gm.graph)[len(gm.meta["signature"].inputs) :] == hoisted
+
+
+def _is_steady(node: Node, latents: str) -> bool:
+    return is_tensor(node) and node.name != latents and value(node).ndim >= 2
+
+
+def find_invariants(graph: Graph, steady: list[Node]) -> _Invariants:
+    """Which nodes to hoist: those with an op that computes from a weight or a steady input."""
+    invariant: set[Node] = set()
+    rooted: set[Node] = set(steady)  # depend on a weight or a steady input
+    computed: set[Node] = set()  # and hold a value of their own, not a view
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            rooted.add(node)
+            invariant.add(node)
+        elif node.op == "call_function":
+            sources = node.all_input_nodes
+            if all(n in invariant or n in steady for n in sources):
+                invariant.add(node)
+                if any(n in rooted for n in sources):
+                    rooted.add(node)
+                    if node.target not in LAYOUTS or any(n in computed for n in sources):
+                        computed.add(node)
+    frontier = [
+        node
+        for node in graph.nodes
+        if node in computed and is_tensor(node) and any(u not in computed for u in node.users)
+    ]
+    return _Invariants(_needed_by(frontier), tuple(frontier))
+
+
+def _needed_by(frontier: list[Node]) -> tuple[Node, ...]:
+    """The frontier and its ancestors, inputs excluded, in graph order."""
+    needed: set[Node] = set()
+    stack = list(frontier)
+    while stack:
+        node = stack.pop()
+        if node not in needed and node.op != "placeholder":
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
+    graph = frontier[0].graph if frontier else Graph()
+    return tuple(node for node in graph.nodes if node in needed)
+
+
+def _needed_without(graph: Graph, frontier: tuple[Node, ...]) -> set[Node]:
+    """What the outputs need once the frontier's values are given, inputs excluded."""
+    dead = set(dead_without(graph, frontier))
+    return {n for n in graph.nodes if n not in dead and n.op != "placeholder"}
+
+
+def _build_prologue(gm: GraphModule, inputs: list[Node], found: _Invariants) -> GraphModule:
+    graph = Graph()
+    mapping: dict[Node, Node] = {}
+    copy_into(graph, inputs, mapping)
+    copy_into(graph, found.nodes, mapping)
+    graph.output(tuple(mapping[n] for n in found.frontier))
+    prologue = GraphModule(gm, graph)
+    prologue.meta["attentions"] = [
+        n.meta["attention"] for n in found.nodes if "attention" in n.meta
+    ]
+    return prologue

@@ -1,0 +1,165 @@
+"""outline: moves every marked residual branch into a submodule that returns its cuts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+from torch.fx import Graph, GraphModule, Node
+
+from .ir import (
+    GETITEM,
+    Region,
+    attribute,
+    copy_into,
+    derived,
+    is_contraction,
+    module_path,
+    value,
+)
+from .tag import tagged
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """The nodes of one region, in graph order, and those of them that are its cuts."""
+
+    kind: str
+    attentions: tuple[str, ...]
+    nodes: tuple[Node, ...]
+    cuts: tuple[Node, ...]
+
+
+def outline_regions_pass(gm: GraphModule) -> GraphModule:
+    """Builds the graph anew with one call in place of each region's nodes.
+
+    Requires: marks (:func:`mark_regions_pass`).
+    Ensures: outputs bitwise as before; `gm.meta["regions"]` lists the regions in execution order;
+    region i is one `call_module` node that returns the tuple of its cuts.
+
+        # before                                # after
+        %n = layer_norm(%x)                     %r = call_module[spatial_0](%x, %shift, %scale)
+        %o = sdpa(linear(%n), ...)              %c = getitem(%r, 0)
+        %p = linear(%o)                         %g = mul(%gate, %c)
+        %g = mul(%gate, %p)                     %y = add(%x, %g)
+        %y = add(%x, %g)
+    """
+    return _outline(gm, _collect(gm))
+
+
+def verify_outline(gm: GraphModule) -> None:
+    """Each region is called once, and no tagged attention of a region is left outside."""
+    calls = [node.target for node in gm.graph.nodes if node.op == "call_module"]
+    regions: tuple[Region, ...] = gm.meta["regions"]
+    assert sorted(calls) == sorted(r.name for r in regions), (calls, regions)
+    inside = {name for region in regions for name in region.attentions}
+    for node in tagged(gm):
+        assert node.meta["attention"].name not in inside, f"{node.name} is alive outside its region"
+
+
+def _collect(gm: GraphModule) -> list[_Branch]:
+    nodes: dict[int, list[Node]] = {}
+    for node in gm.graph.nodes:
+        if "region" in node.meta:
+            nodes.setdefault(node.meta["region"], []).append(node)
+    branches = []
+    for i, (kind, attentions) in enumerate(gm.meta["branches"]):
+        cuts = sorted((n for n in nodes[i] if "cut" in n.meta), key=lambda n: n.meta["cut"])
+        branches.append(_Branch(kind, attentions, tuple(nodes[i]), tuple(cuts)))
+    return branches
+
+
+def _outline(gm: GraphModule, branches: Sequence[_Branch]) -> GraphModule:
+    owner = {node: branch for branch in branches for node in branch.nodes}
+    counts: dict[str, int] = {}
+    root: dict[str, object] = {}
+    regions: list[Region] = []
+    graph = Graph()
+    mapping: dict[Node, Node] = {}
+    for item in _in_order(gm.graph, owner):
+        if not isinstance(item, _Branch):
+            copy_into(graph, [item], mapping)
+            continue
+        layer = counts[item.kind] = counts.get(item.kind, -1) + 1
+        region = _describe(item, layer)
+        regions.append(region)
+        root[region.name] = _body(gm, item)
+        inputs = _region_inputs(item)
+        assert all(n in mapping for n in inputs), f"{region.name} is called before its inputs"
+        call = graph.call_module(region.name, tuple(mapping[n] for n in inputs))
+        for i, node in enumerate(item.cuts):
+            mapping[node] = graph.call_function(GETITEM, (call, i))
+            mapping[node].meta.update(val=node.meta["val"], axes=node.meta["axes"])
+    reads = (str(n.target) for n in graph.nodes if n.op == "get_attr")
+    root.update((name, attribute(gm, name)) for name in reads)
+    result = GraphModule(root, graph)
+    result.meta.update(gm.meta)
+    result.meta["regions"] = tuple(regions)
+    return result
+
+
+def _in_order(graph: Graph, owner: dict[Node, _Branch]) -> list[Node | _Branch]:
+    """Nodes and branches such that each follows its inputs; the graph's order where that does."""
+    order: list[Node | _Branch] = []
+    done: set[int] = set()
+
+    def visit(item: Node | _Branch) -> None:
+        stack: list[tuple[Node | _Branch, bool]] = [(item, False)]
+        while stack:
+            current, expanded = stack.pop()
+            if id(current) in done:
+                continue
+            if expanded:
+                done.add(id(current))
+                order.append(current)
+                continue
+            stack.append((current, True))
+            inputs = (
+                _region_inputs(current) if isinstance(current, _Branch) else current.all_input_nodes
+            )
+            stack.extend((owner.get(n, n), False) for n in reversed(inputs))
+
+    for node in graph.nodes:
+        if node in owner and node not in owner[node].cuts:
+            continue
+        visit(owner.get(node, node))
+    return order
+
+
+def _region_inputs(branch: _Branch) -> list[Node]:
+    inside = set(branch.nodes)
+    inputs = [n for node in branch.nodes for n in node.all_input_nodes if n not in inside]
+    return list(dict.fromkeys(inputs))
+
+
+def _body(gm: GraphModule, branch: _Branch) -> GraphModule:
+    graph = Graph()
+    mapping: dict[Node, Node] = {}
+    for node in _region_inputs(branch):
+        mapping[node] = graph.placeholder(node.name)
+        mapping[node].meta.update(node.meta)
+    copy_into(graph, branch.nodes, mapping)
+    graph.output(tuple(mapping[n] for n in branch.cuts))
+    return derived(gm, graph)
+
+
+def _describe(branch: _Branch, layer: int) -> Region:
+    return Region(
+        name=f"{branch.kind}_{layer}",
+        kind=branch.kind,
+        layer=layer,
+        path=_common_path(branch),
+        attentions=branch.attentions,
+        cuts=tuple(n.name for n in branch.cuts),
+        shapes=tuple(tuple(value(n).shape) for n in branch.cuts),
+        dtypes=tuple(value(n).dtype for n in branch.cuts),
+    )
+
+
+def _common_path(branch: _Branch) -> str:
+    """The innermost user module that holds the attentions, else the products; for messages."""
+    attentions = [n for n in branch.nodes if "attention" in n.meta]
+    anchors = attentions or [n for n in branch.nodes if is_contraction(n)]
+    levels = zip(*(module_path(n).split(".") for n in anchors), strict=False)
+    return ".".join(names[0] for names in takewhile(lambda names: len(set(names)) == 1, levels))
