@@ -83,9 +83,14 @@ class Explanation:
         ]
 
     def _kind_lines(self) -> list[str]:
-        total = sum(self.flops.values()) or 1
-        parts = [f"{kind} {count / total:.1%}" for kind, count in self.flops.items()]
-        return [f"{total / 1e9:.3f} GFLOP a call: {', '.join(parts)}; slots {_bytes(self.nbytes)}"]
+        per_call = {kind: n for kind, n in self.flops.items() if kind != "prologue"}
+        total = sum(per_call.values()) or 1
+        parts = [f"{kind} {count / total:.1%}" for kind, count in per_call.items()]
+        return [
+            f"{total / 1e9:.3f} GFLOP a call: {', '.join(parts)};"
+            f" {self.flops['prologue'] / 1e9:.3f} GFLOP once a generation",
+            f"slots {_bytes(self.nbytes)}",
+        ]
 
     def _plan_lines(self) -> list[str]:
         if self.plan is None:

@@ -1,0 +1,304 @@
+"""What each op does to the axes of its operands: one rule per op that is not pointwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch.fx import Node
+
+from .factors import anonymous, blur, combine, join, length, narrow, regroup, unknown
+from .ir import FUSED_ATTENTION, Dims, Factor, aten, value
+
+Rule = Callable[[Node, list[Dims]], Dims]
+"""(node, the dimensions of its tensor operands in order) -> the dimensions of its result."""
+
+
+def lost(node: Node) -> str:
+    """Why positions are no longer known after `node`."""
+    return f"{node.name} ({node.target}) mixes positions"
+
+
+def _argument(node: Node, index: int, default: Any) -> Any:
+    return node.args[index] if len(node.args) > index else default
+
+
+def dim_of(node: Node, index: int, default: int, rank: int) -> int:
+    """The `dim` argument, positional at `index` or by keyword, counted from the front."""
+    dim = _argument(node, index, node.kwargs.get("dim", default))
+    return int(dim) % rank
+
+
+def _view(node: Node, operands: list[Dims]) -> Dims:
+    return regroup(operands[0], tuple(value(node).shape), lost(node))
+
+
+def _permute(node: Node, operands: list[Dims]) -> Dims:
+    return tuple(operands[0][d] for d in node.args[1])
+
+
+def _transpose(node: Node, operands: list[Dims]) -> Dims:
+    dims = list(operands[0])
+    a, b = (int(d) % len(dims) for d in node.args[1:3])
+    dims[a], dims[b] = dims[b], dims[a]
+    return tuple(dims)
+
+
+def _t(node: Node, operands: list[Dims]) -> Dims:
+    return operands[0][::-1]
+
+
+def _unsqueeze(node: Node, operands: list[Dims]) -> Dims:
+    dims = list(operands[0])
+    dims.insert(int(node.args[1]) % (len(dims) + 1), anonymous(1))
+    return tuple(dims)
+
+
+def _squeeze(node: Node, operands: list[Dims]) -> Dims:
+    rank = len(operands[0])
+    chosen = _argument(node, 1, tuple(range(rank)))
+    chosen = (chosen,) if isinstance(chosen, int) else chosen
+    gone = {d % rank for d in chosen if length(operands[0][d % rank]) == 1}
+    return tuple(product for d, product in enumerate(operands[0]) if d not in gone)
+
+
+def _expand(node: Node, operands: list[Dims]) -> Dims:
+    shape = tuple(value(node).shape)
+    return combine(shape, operands)
+
+
+def _slice(node: Node, operands: list[Dims]) -> Dims:
+    dims = operands[0]
+    dim = dim_of(node, 1, 0, len(dims))
+    size, step = length(dims[dim]), _argument(node, 4, 1)
+    start = _argument(node, 2, None) or 0
+    start = min(start + size if start < 0 else start, size)
+    count = value(node).shape[dim]
+    if step == 1:
+        part = narrow(dims[dim], start, start + count, lost(node))
+    else:
+        part = blur(dims[dim], count, lost(node))
+    return dims[:dim] + (part,) + dims[dim + 1 :]
+
+
+def _select(node: Node, operands: list[Dims]) -> Dims:
+    dim = int(node.args[1]) % len(operands[0])
+    return operands[0][:dim] + operands[0][dim + 1 :]
+
+
+def _cat(node: Node, operands: list[Dims]) -> Dims:
+    rank = value(node).ndim
+    operands = [dims for dims in operands if len(dims) == rank]
+    dim = dim_of(node, 1, 0, rank)
+    joined = join([dims[dim] for dims in operands])
+    shape = tuple(value(node).shape)
+    rest = combine(shape[:dim] + (1,) + shape[dim + 1 :], [_unit(d, dim) for d in operands])
+    return rest[:dim] + (joined,) + rest[dim + 1 :]
+
+
+def _unit(dims: Dims, dim: int) -> Dims:
+    return dims[:dim] + (anonymous(1),) + dims[dim + 1 :]
+
+
+def _stack(node: Node, operands: list[Dims]) -> Dims:
+    dim = dim_of(node, 1, 0, value(node).ndim)
+    shape = tuple(value(node).shape)
+    dims = list(combine(shape[:dim] + shape[dim + 1 :], operands))
+    dims.insert(dim, anonymous(shape[dim]))
+    return tuple(dims)
+
+
+def _scatter(node: Node, operands: list[Dims]) -> Dims:
+    """A part written into a whole: what the whole knows, else what the part knows."""
+    shape = tuple(value(node).shape)
+    whole, part = operands[:2]
+    return combine(shape, [whole, part] if len(part) == len(whole) else [whole])
+
+
+def _copy(node: Node, operands: list[Dims]) -> Dims:
+    return combine(tuple(value(node).shape), operands[1:2])
+
+
+def _as_complex(node: Node, operands: list[Dims]) -> Dims:
+    return operands[0][:-1]
+
+
+def _as_real(node: Node, operands: list[Dims]) -> Dims:
+    return (*operands[0], anonymous(2))
+
+
+def _repeat_interleave(node: Node, operands: list[Dims]) -> Dims:
+    dim = _argument(node, 2, node.kwargs.get("dim"))
+    if dim is None:
+        return unknown(tuple(value(node).shape), lost(node))
+    dims = list(operands[0])
+    dim = dim % len(dims)
+    dims[dim] += anonymous(int(node.args[1]))
+    return tuple(dims)
+
+
+def _repeat(node: Node, operands: list[Dims]) -> Dims:
+    repeats: Sequence[int] = node.args[1]
+    dims = tuple(anonymous(1) for _ in range(len(repeats) - len(operands[0]))) + operands[0]
+    return tuple(
+        anonymous(n) + product if n > 1 else product
+        for n, product in zip(repeats, dims, strict=True)
+    )
+
+
+def _same(node: Node, operands: list[Dims]) -> Dims:
+    return operands[0]
+
+
+def _reduce(node: Node, operands: list[Dims]) -> Dims:
+    """Reductions over `dim`: reduced dimensions shrink to one position or vanish."""
+    dims, rank = operands[0], len(operands[0])
+    chosen = _argument(node, 1, None)
+    chosen = range(rank) if chosen is None else (chosen,) if isinstance(chosen, int) else chosen
+    gone = {d % rank for d in chosen} if rank else set()
+    if value(node).ndim == rank:
+        return tuple(anonymous(1) if d in gone else p for d, p in enumerate(dims))
+    return tuple(p for d, p in enumerate(dims) if d not in gone)
+
+
+def _linear(node: Node, operands: list[Dims]) -> Dims:
+    return operands[0][:-1] + (anonymous(value(node).shape[-1]),)
+
+
+def _addmm(node: Node, operands: list[Dims]) -> Dims:
+    return operands[1][:-1] + operands[2][-1:]
+
+
+def _baddbmm(node: Node, operands: list[Dims]) -> Dims:
+    return _matmul(node, operands[1:])
+
+
+def _matmul(node: Node, operands: list[Dims]) -> Dims:
+    a, b = operands
+    shape = tuple(value(node).shape)
+    if len(a) < 2 or len(b) < 2:
+        kept = (a[:-1] if len(a) >= len(b) else b[:-2] + b[-1:])[: len(shape)]
+        return kept if len(kept) == len(shape) else unknown(shape, lost(node))
+    return combine(shape[:-2], [a[:-2], b[:-2]]) + (a[-2], b[-1])
+
+
+def _einsum(node: Node, operands: list[Dims]) -> Dims:
+    """Each letter of the result takes the operand's dimension that knows most."""
+    shape = tuple(value(node).shape)
+    inputs, _, output = str(node.args[0]).replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if "." in inputs or not output or len(terms) != len(operands):
+        return unknown(shape, lost(node))
+    letters = [
+        dict(zip(term, dims, strict=True)) for term, dims in zip(terms, operands, strict=True)
+    ]
+    columns = [[known[letter] for known in letters if letter in known] for letter in output]
+    return tuple(
+        combine((size,), [(product,) for product in column])[0]
+        for size, column in zip(shape, columns, strict=True)
+    )
+
+
+def _conv(node: Node, operands: list[Dims]) -> Dims:
+    """Strided windows keep the axis of the dimension they slide over."""
+    dims, shape = operands[0], tuple(value(node).shape)
+    slid = tuple(
+        product if length(product) == size else _strided(product, size, node)
+        for product, size in zip(dims[2:], shape[2:], strict=True)
+    )
+    return (dims[0], anonymous(shape[1]), *slid)
+
+
+def _transposed_conv(node: Node, operands: list[Dims]) -> Dims:
+    """Each position spreads over a window: the axis is kept, an inner factor added."""
+    dims, shape = operands[0], tuple(value(node).shape)
+    return (dims[0], anonymous(shape[1]), *map(_spread(node), dims[2:], shape[2:]))
+
+
+def _spread(node: Node) -> Callable[[tuple[Factor, ...], int], tuple[Factor, ...]]:
+    def spread(product: tuple[Factor, ...], size: int) -> tuple[Factor, ...]:
+        times, rest = divmod(size, length(product))
+        return blur(product, size, lost(node)) if rest else product + anonymous(times)
+
+    return spread
+
+
+def _strided(product: tuple[Factor, ...], size: int, node: Node) -> tuple[Factor, ...]:
+    return blur(product, size, lost(node))
+
+
+def _index_select(node: Node, operands: list[Dims]) -> Dims:
+    dims = operands[0]
+    dim = int(node.args[1]) % len(dims)
+    size = value(node).shape[dim]
+    return dims[:dim] + (blur(dims[dim], size, lost(node)),) + dims[dim + 1 :]
+
+
+def _pad(node: Node, operands: list[Dims]) -> Dims:
+    shape = tuple(value(node).shape)
+    return tuple(
+        product if length(product) == size else blur(product, size, lost(node))
+        for product, size in zip(operands[0], shape, strict=True)
+    )
+
+
+def _embedding(node: Node, operands: list[Dims]) -> Dims:
+    return operands[1] + (anonymous(value(node).shape[-1]),)
+
+
+def _attend(node: Node, operands: list[Dims]) -> Dims:
+    q, k, v = operands[:3]
+    return combine(tuple(value(node).shape)[:-2], [q[:-2], k[:-2]]) + (q[-2], v[-1])
+
+
+RULES: dict[Any, Rule] = {
+    aten.view.default: _view,
+    aten._unsafe_view.default: _view,
+    aten.reshape.default: _view,
+    aten.permute.default: _permute,
+    aten.transpose.int: _transpose,
+    aten.t.default: _t,
+    aten.unsqueeze.default: _unsqueeze,
+    aten.squeeze.default: _squeeze,
+    aten.squeeze.dim: _squeeze,
+    aten.squeeze.dims: _squeeze,
+    aten.expand.default: _expand,
+    aten.slice.Tensor: _slice,
+    aten.select.int: _select,
+    aten.cat.default: _cat,
+    aten.stack.default: _stack,
+    aten.slice_scatter.default: _scatter,
+    aten.select_scatter.default: _scatter,
+    aten.copy.default: _copy,
+    aten.view_as_complex.default: _as_complex,
+    aten.view_as_real.default: _as_real,
+    aten.repeat_interleave.self_int: _repeat_interleave,
+    aten.repeat.default: _repeat,
+    aten.roll.default: _same,
+    aten.flip.default: _same,
+    aten.sum.dim_IntList: _reduce,
+    aten.mean.dim: _reduce,
+    aten.mean.default: _reduce,
+    aten.var.correction: _reduce,
+    aten.amax.default: _reduce,
+    aten.linear.default: _linear,
+    aten.mm.default: _matmul,
+    aten.bmm.default: _matmul,
+    aten.matmul.default: _matmul,
+    aten.addmm.default: _addmm,
+    aten.baddbmm.default: _baddbmm,
+    aten.einsum.default: _einsum,
+    aten.convolution.default: _conv,
+    aten.conv1d.default: _conv,
+    aten.conv2d.default: _conv,
+    aten.conv3d.default: _conv,
+    aten.conv_transpose2d.input: _transposed_conv,
+    aten.conv_transpose3d.input: _transposed_conv,
+    aten.index_select.default: _index_select,
+    aten.constant_pad_nd.default: _pad,
+    aten.embedding.default: _embedding,
+    aten.layer_norm.default: _same,
+    aten.rms_norm.default: _same,
+    aten.group_norm.default: _same,
+    **dict.fromkeys(FUSED_ATTENTION, _attend),
+}
