@@ -1,0 +1,76 @@
+"""What the tests of the passes share: one capture per case, and graphs that are copies of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from models import Case
+from torch import nn
+from torch.fx import Graph, GraphModule
+
+from pabc import passes
+from pabc.passes.ir import copy_into, derived
+from pabc.pipeline import ANALYSIS, Config, run_stages
+
+Captured = Callable[[Case], tuple[nn.Module, GraphModule]]
+
+
+def copy_graph(gm: GraphModule) -> GraphModule:
+    graph = Graph()
+    copy_into(graph, gm.graph.nodes, {})
+    return derived(gm, graph)
+
+
+def run_to(gm: GraphModule, last: str, **config: Any) -> GraphModule:
+    """Runs the pipeline on a captured graph up to and including the stage named `last`."""
+    names = [stage.name for stage in ANALYSIS]
+    return run_stages(ANALYSIS[: names.index(last) + 1], gm, Config(**config))[0]
+
+
+def capture_call(model: nn.Module, call: Mapping[str, Any]) -> GraphModule:
+    return passes.capture(model.eval(), (), dict(call))
+
+
+def run_graph(gm: GraphModule, call: Mapping[str, Any], *state: Any) -> torch.Tensor:
+    """The first output of a graph that takes `state`, the call's arguments and what is hoisted."""
+    with torch.no_grad():
+        outputs = gm(*state, *with_hoisted(gm, call))
+    return outputs[0]
+
+
+def with_hoisted(gm: GraphModule, call: Mapping[str, Any]) -> list[Any]:
+    """The call's arguments, and what the graph's prologue makes of them, where it has one."""
+    with torch.no_grad():
+        hoisted = gm.meta["prologue"](*call.values()) if "prologue" in gm.meta else ()
+    return [*call.values(), *hoisted]
+
+
+@pytest.fixture(scope="session")
+def captured() -> Captured:
+    """A case's model and its captured graph: captured once, a copy each time."""
+    kept: dict[str, tuple[nn.Module, GraphModule]] = {}
+
+    def get(case: Case) -> tuple[nn.Module, GraphModule]:
+        if case.name not in kept:
+            model = case.model()
+            kept[case.name] = model, capture_call(model, case.call())
+        model, gm = kept[case.name]
+        return model, copy_graph(gm)
+
+    return get
+
+
+@pytest.fixture
+def compile_captured(captured: Captured, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """`pabc.compile` of a case's model, with the capture that exists already."""
+    import pabc
+
+    def compile_case(case: Case, schedule: pabc.Schedule, **options: Any) -> pabc.CompiledModel:
+        model, _ = captured(case)
+        monkeypatch.setattr(passes, "capture", lambda *_: captured(case)[1])
+        return pabc.compile(model, schedule, **options)
+
+    return compile_case

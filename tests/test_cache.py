@@ -1,0 +1,93 @@
+import pytest
+import torch
+from conftest import capture_call, run_graph, run_to
+from models import MODELS, Case
+from torch import nn
+
+from pabc.passes import cache_read, cache_write, compute_unless, verify_cache
+
+FACTORIZED = next(case for case in MODELS if case.name == "Factorized")
+JOINT = next(case for case in MODELS if case.name == "JointText")
+
+
+class Recorder:
+    """A trajectory that gives what it was told to, and remembers what it was asked."""
+
+    def __init__(self, values=()):
+        self.values = dict(values)
+        self.reads, self.writes = [], {}
+
+    def read(self, slot):
+        self.reads.append(slot)
+        return self.values.get(slot)
+
+    def write(self, slot, cuts):
+        assert slot not in self.writes
+        self.writes[slot] = cuts
+
+
+def run(gm, trajectory, call):
+    return run_graph(gm, call, trajectory)
+
+
+def test_a_region_becomes_a_read_a_guarded_call_and_a_write(captured):
+    gm = run_to(captured(FACTORIZED)[1], "cache")
+    regions = gm.meta["regions"]
+    assert not any(node.op == "call_module" for node in gm.graph.nodes)
+    first = next(iter(gm.graph.nodes))
+    assert (first.op, first.target) == ("placeholder", "trajectory")
+    for slot, region in enumerate(regions):
+        (write,) = (n for n in gm.graph.nodes if n.target is cache_write and n.args[1] == slot)
+        trajectory, _, cached, computed = write.args
+        assert trajectory is first
+        assert cached.target is cache_read and cached.args == (first, slot)
+        assert computed.target is compute_unless and computed.args[0] is cached
+        assert computed.args[1].target == region.name
+
+
+@pytest.mark.parametrize("case", [FACTORIZED, JOINT], ids=str)
+def test_a_trajectory_that_never_reuses_gives_the_models_bits(case: Case, captured):
+    model, gm = captured(case)
+    gm = run_to(gm, "cache")
+    trajectory, call = Recorder(), case.call(step=1)
+    with torch.no_grad():
+        assert torch.equal(run(gm, trajectory, call), model(**call))
+    slots = list(range(len(gm.meta["regions"])))
+    assert trajectory.reads == slots and list(trajectory.writes) == slots
+    for region, cuts in zip(gm.meta["regions"], trajectory.writes.values(), strict=True):
+        assert tuple(tuple(cut.shape) for cut in cuts) == region.shapes
+        assert tuple(cut.dtype for cut in cuts) == region.dtypes
+
+
+def test_a_reused_region_is_not_run_nor_written(captured, monkeypatch):
+    gm = run_to(captured(FACTORIZED)[1], "cache")
+    call = FACTORIZED.call()
+    filled = Recorder()
+    full = run(gm, filled, call)
+    body = gm.get_submodule(gm.meta["regions"][1].name)
+    reusing = Recorder({1: tuple(cut + 1 for cut in filled.writes[1])})
+
+    def refuse(*_):
+        raise AssertionError("a reused region was run")
+
+    monkeypatch.setattr(type(body), "forward", refuse)
+    changed = run(gm, reusing, call)
+    assert not torch.equal(changed, full)
+    assert 1 not in reusing.writes and set(reusing.writes) == set(filled.writes) - {1}
+
+
+def test_a_graph_without_regions_only_gains_an_input():
+    gm = run_to(capture_call(nn.Linear(3, 3), {"input": torch.randn(2, 4, 3)}), "cache")
+    names = [node.target for node in gm.graph.nodes if node.op == "placeholder"]
+    assert names == ["trajectory", "input"]
+    assert not any(n.target in (cache_read, cache_write) for n in gm.graph.nodes)
+
+
+def test_verify_catches_a_region_without_a_write(captured):
+    gm = run_to(captured(FACTORIZED)[1], "cache")
+    verify_cache(gm)
+    write = next(n for n in gm.graph.nodes if n.target is cache_write)
+    write.replace_all_uses_with(write.args[3])
+    gm.graph.erase_node(write)
+    with pytest.raises(AssertionError, match="cache_write"):
+        verify_cache(gm)

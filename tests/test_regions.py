@@ -1,0 +1,230 @@
+import random
+from collections import Counter
+
+import pytest
+import torch
+from conftest import capture_call, run_graph, run_to
+from models import CASES, MODELS, Branch, Case, Image, Mlp, Point, run_by_hand
+from models import Attention as Attend
+from torch import nn
+
+from pabc import Schedule
+from pabc.passes import Attention, mark_regions_pass, tagged, verify_marks, verify_outline
+from pabc.passes.ir import aten, output_node
+
+STEPS = 6
+UNSEEN = "the attention is not found"
+TO_FIX = {
+    ("attend_bias_first", "attention"): UNSEEN,
+    ("attend_bias_first", "branch"): UNSEEN,
+    ("attend_where", "attention"): UNSEEN,
+    ("attend_where", "branch"): UNSEEN,
+    ("attend_einsum", "attention"): UNSEEN,
+    ("attend_einsum", "branch"): UNSEEN,
+    ("ModulatedAfter", "branch"): "a shift added after the attention is taken for another branch",
+    ("Summed", "branch"): "the MLP is frozen with the attention that it is summed with",
+    ("SummedBeforeProjection", "attention"): "the MLP summed before the projection is frozen too",
+    ("SummedBeforeProjection", "branch"): "the MLP summed before the projection is frozen too",
+    ("Chained", "attention"): "the cross region swallows the self attention that feeds its query",
+    ("Chained", "branch"): "the cross region swallows the self attention that feeds its query",
+}
+
+
+def case_params():
+    return [
+        pytest.param(
+            case,
+            cut,
+            id=f"{case}-{cut}",
+            marks=[pytest.mark.xfail(strict=True, reason=reason)] if reason else [],
+        )
+        for case in CASES
+        for cut in ("attention", "branch")
+        for reason in [TO_FIX.get((case.name, cut))]
+    ]
+
+
+def make_masks(model, *, seed):
+    """A mask of its own for each region that the points of a model mark."""
+    rng = random.Random(seed)
+    counts = Counter(
+        (p.kind, p.num_points)
+        for p in model.modules()
+        if isinstance(p, Point) and "branch" in p.cuts
+    )
+    return {
+        (kind, layer): (False, *(rng.random() < 0.5 for _ in range(STEPS - 1)))
+        for (kind, num_points), count in counts.items()
+        for layer in range(count // num_points)
+        if kind != "other"
+    }
+
+
+def make_schedule(masks):
+    schedule = Schedule.none(range(STEPS, 0, -1))
+    for (kind, layer), mask in masks.items():
+        schedule = schedule.override(kind=kind, layers=layer, mask=mask)
+    return schedule
+
+
+@pytest.mark.parametrize(("case", "cut"), case_params())
+def test_reuse_equals_hooks_by_hand(case: Case, cut, captured, compile_captured):
+    """Every region with a mask of its own: the specialized graphs and the oracle give the bits of
+    a cache written by hand, at every step."""
+    model, _ = captured(case)
+    calls = [case.call(step) for step in range(STEPS)]
+    masks = make_masks(model, seed=cut)
+    expected = run_by_hand(model, calls, masks, cut)
+    full = run_by_hand(model, calls, {}, cut)
+    assert any(not torch.equal(a, b) for a, b in zip(expected, full, strict=True))
+    for backend in ("eager", "oracle"):
+        compiled = compile_captured(case, make_schedule(masks), backend=backend, cut=cut)
+        for step, call in enumerate(calls):
+            assert torch.equal(compiled(**call), expected[step]), (backend, step)
+
+
+@pytest.mark.parametrize(("case", "cut"), case_params()[: 2 * len(MODELS)])
+def test_outlining_keeps_bits(case: Case, cut, captured):
+    model, gm = captured(case)
+    call = case.call(step=1)
+    with torch.no_grad():
+        assert torch.equal(run_graph(run_to(gm, "outline", cut=cut), call), model(**call))
+
+
+BY_NAME = {case.name: case for case in CASES}
+
+
+def outline(name, captured, **config):
+    return run_to(captured(BY_NAME[name])[1], "outline", **config)
+
+
+def op_name(node):
+    return str(node.target).removeprefix("aten.").split(".")[0]
+
+
+def find_cuts(gm):
+    """Per region: its kind and the ops of its cut nodes."""
+    found = []
+    for region in gm.meta["regions"]:
+        body = gm.get_submodule(region.name)
+        cuts = output_node(body.graph).args[0]
+        found.append((region.kind, *map(op_name, cuts)))
+    return found
+
+
+SDPA = "scaled_dot_product_attention"
+
+
+@pytest.mark.parametrize(
+    ("name", "cut", "expected"),
+    [
+        ("Branch", "attention", [("full", "linear"), ("mlp", "linear")]),
+        ("Branch", "branch", [("full", "mul"), ("mlp", "mul")]),
+        ("Reversed", "attention", [("full", "linear"), ("mlp", "linear")]),
+        ("Plain", "branch", [("full", "linear"), ("mlp", "mul")]),
+        ("Sandwich", "attention", [("full", "layer_norm"), ("mlp", "linear")]),
+        ("ModulatedAfter", "attention", [("full", "layer_norm"), ("mlp", "linear")]),
+        ("GateFromHidden", "attention", [("full", "linear"), ("mlp", "linear")]),
+        ("GateInside", "attention", [("full", "linear"), ("mlp", "linear")]),
+        ("LayerScale", "attention", [("full", "mul"), ("mlp", "linear")]),
+        ("HalfStream", "branch", [("full", "mul"), ("mlp", "mul")]),
+        ("Summed", "attention", [("full", "linear"), ("mlp", "linear")]),
+        ("SummedPlain", "branch", [("full", "linear"), ("mlp", "linear"), ("mlp", "mul")]),
+        ("SharedProjection", "branch", [("full", "view"), ("mlp", "mul")]),
+        ("TwoKeys", "attention", [("cross", "add"), ("mlp", "linear")]),
+        ("TwoKinds", "attention", [("full", "view"), ("cross", "view"), ("mlp", "linear")]),
+        ("FeedsQuery", "attention", [("full", "linear"), ("cross", "linear"), ("mlp", "linear")]),
+    ],
+)
+def test_where_the_cut_is(name, cut, expected, captured):
+    found = find_cuts(outline(name, captured, cut=cut))
+    assert found[: len(expected)] == expected
+
+
+def test_a_joint_region_has_a_cut_per_stream(captured):
+    gm = outline("JointText", captured)
+    joint, *others = gm.meta["regions"]
+    assert [r.kind for r in (joint, *others)] == ["joint", "mlp", "mlp"]
+    assert joint.shapes == ((2, 5, 16), (2, 8, 16)) or joint.shapes == ((2, 8, 16), (2, 5, 16))
+    assert joint.nbytes == 4 * 2 * 13 * 16
+
+
+def test_what_only_the_branch_needs_is_in_the_region(captured):
+    """The norm, the modulation, the projections: all but the gate and the residual add."""
+    gm = outline("Branch", captured)
+    body = gm.get_submodule("full_0")
+    ops = [op_name(n) for n in body.graph.nodes if n.op == "call_function"]
+    assert ops.count("linear") == 4 and ops.count("layer_norm") == 1 and SDPA in ops
+    main = [n.target for n in gm.graph.nodes if n.op == "call_function"]
+    assert aten.layer_norm.default not in main
+    assert not any(SDPA in str(target) for target in main)
+
+
+def test_regions_are_listed_as_they_run(captured):
+    gm = outline("Factorized", captured)
+    names = ["spatial_0", "cross_0", "mlp_0", "temporal_0", "mlp_1"]
+    assert [region.name for region in gm.meta["regions"]] == names
+    assert [n.target for n in gm.graph.nodes if n.op == "call_module"] == names
+    assert gm.meta["regions"][3].path == "temporal.0.0.attn"
+    assert gm.meta["outside"] == ()
+
+
+def test_attention_off_the_latents_stays_where_it_is(captured):
+    gm = run_to(captured(BY_NAME["Refined"])[1], "regions")
+    assert {kind for kind, _ in gm.meta["branches"]} == {"full", "cross", "mlp"}
+    left = [n.meta["attention"].kind for n in tagged(gm) if "region" not in n.meta]
+    assert left == ["other", "other"]
+
+
+def test_a_model_without_branches_has_no_region():
+    model = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 3))
+    gm = run_to(capture_call(model, {"input": torch.randn(2, 4, 3)}), "outline")
+    assert gm.meta["regions"] == ()
+    assert not any(n.op == "call_module" for n in gm.graph.nodes)
+
+
+def test_an_unknown_cut_is_refused(captured):
+    gm = run_to(captured(BY_NAME["Branch"])[1], "tag")
+    with pytest.raises(ValueError, match="cut: expected 'attention' or 'branch', found 'gate'"):
+        mark_regions_pass(gm, cut="gate")
+
+
+def test_verify_catches_an_attention_left_alive(captured):
+    gm = outline("Branch", captured)
+    verify_outline(gm)
+    node = next(n for n in gm.graph.nodes if n.op == "call_function")
+    node.meta["attention"] = Attention(gm.meta["regions"][0].attentions[0], "full", "", (), ())
+    with pytest.raises(AssertionError, match="alive outside its region"):
+        verify_outline(gm)
+
+
+def test_verify_catches_an_attention_that_is_nowhere(captured):
+    gm = run_to(captured(BY_NAME["Branch"])[1], "regions")
+    verify_marks(gm)
+    del tagged(gm)[0].meta["region"]
+    with pytest.raises(AssertionError, match=r"blocks\.0\.attn"):
+        verify_marks(gm)
+
+
+class SkipOverPlainAttention(nn.Module):
+    """A long skip over blocks of which one attention has no residual of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.attn, self.mlp, self.last = Branch(), Attend(), Mlp(), Branch()
+
+    def forward(self, x, emb, text=None):
+        return x + self.last(self.mlp(self.attn(self.first(x, emb)), emb), emb)
+
+
+def test_a_long_skip_is_no_region():
+    """Attention without an add of its own is cut at its output, not where the skip ends."""
+    gm = run_to(capture_call(Image(SkipOverPlainAttention()), BY_NAME["Branch"].call()), "outline")
+    kinds = [(r.kind, r.attentions) for r in gm.meta["regions"]]
+    assert kinds == [
+        ("full", ("blocks.0.first.attn",)),
+        ("full", ("blocks.0.attn",)),
+        ("mlp", ()),
+        ("full", ("blocks.0.last.attn",)),
+    ]
+    assert find_cuts(gm)[1] == ("full", "view")
