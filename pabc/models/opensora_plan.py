@@ -259,9 +259,9 @@ class OpenSoraPlan12(VideoTransformer):
     Args:
         shared_rotary_tables: the original keeps rotary tables by their length alone: an axis takes
             the table, and so the scale, of the axis that first had its length, be it in an earlier
-            call. True: so here too, as the published weights were trained; it makes no difference
-            to them, whose scales are all 1, but does to weights trained with unequal scales. False:
-            every axis has its own scale, and no call depends on those before.
+            call. True: so here too, as weights expect that were trained with unequal scales; the
+            released ones have scales of 1, with which it makes no difference. False: every axis has
+            its own scale, and no call depends on those before.
     """
 
     fixed: ClassVar[Mapping[str, Collection[object]]] = {
