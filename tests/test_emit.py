@@ -76,6 +76,18 @@ def test_a_phase_without_regions_is_copied(captured):
     assert len(flat.graph.nodes) == len(phase.graph.nodes)
 
 
+def test_a_weight_that_is_read_twice_is_one_input():
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    product = graph.call_function(torch.mul, (x, graph.get_attr("weight")))
+    total = graph.call_function(torch.add, (product, graph.get_attr("weight")))
+    graph.output(((total,), ()))
+    weight = torch.nn.Parameter(torch.full((2,), 3.0))
+    lifted = lift_weights_pass(torch.fx.GraphModule({"weight": weight}, graph))
+    assert lifted.meta["weights"] == ("weight",)
+    assert torch.equal(lifted(torch.ones(2), torch.ones(2))[0], torch.full((2,), 2.0))
+
+
 def test_outputs_that_are_no_tensors_keep_their_place():
     graph = torch.fx.Graph()
     x = graph.placeholder("x")
