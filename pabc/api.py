@@ -266,7 +266,7 @@ def _is_number(leaf: Any) -> bool:
 
 def _leaf_key(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
-        return (leaf.shape, leaf.dtype, leaf.device)
+        return (leaf.shape, leaf.stride(), leaf.dtype, leaf.device)
     return (type(leaf), leaf)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from pabc.passes.capture import CONSTANTS
 from pabc.passes.ir import attribute
 
 
@@ -25,6 +26,7 @@ class Weights:
                 reads = [str(n.target) for n in module.graph.nodes if n.op == "get_attr"]
                 values = ((name, attribute(module, name)) for name in reads)
                 self._tensors.update((n, v) for n, v in values if isinstance(v, torch.Tensor))
+        self._aliases: dict[str, tuple[str, ...]] = graphs[0].meta.get("aliases", {})
         self._layouts = {name: _layout(tensor) for name, tensor in self._tensors.items()}
 
     def get(self, names: Iterable[str]) -> list[torch.Tensor]:
@@ -34,23 +36,30 @@ class Weights:
     def follow(self, model: nn.Module, graphs: Sequence[GraphModule]) -> list[str] | None:
         """Rebinds tensors that were replaced in the model, in `graphs` too; returns their names.
 
-        None if one changed its shape, strides, dtype or device, so that the graphs no longer fit.
+        None if one is gone, changed its shape, strides, dtype or device, or is no longer shared by
+        the modules that shared it: the graphs no longer fit.
         """
         replaced = {}
         for name, old in self._tensors.items():
-            try:
-                new = attribute(model, name)
-            except AttributeError:
-                new = old  # a constant of the graph, or a table the model built while tracing
+            new = old if name.startswith(CONSTANTS) else _find(model, name)
+            if not isinstance(new, torch.Tensor) or _layout(new) != self._layouts[name]:
+                return None
+            if any(_find(model, alias) is not new for alias in self._aliases.get(name, ())):
+                return None
             if new is not old:
                 replaced[name] = new
-            if _layout(new) != self._layouts[name]:
-                return None
         for name, tensor in replaced.items():
             self._tensors[name] = tensor
             for gm in graphs:
                 _rebind(gm, name, tensor)
         return list(replaced)
+
+
+def _find(model: nn.Module, name: str) -> object:
+    try:
+        return attribute(model, name)
+    except AttributeError:
+        return None
 
 
 def _layout(tensor: torch.Tensor) -> tuple[object, ...]:

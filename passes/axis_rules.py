@@ -234,12 +234,28 @@ def _index_select(node: Node, operands: list[Dims]) -> Dims:
     return dims[:dim] + (blur(dims[dim], size, lost(node)),) + dims[dim + 1 :]
 
 
-def _pad(node: Node, operands: list[Dims]) -> Dims:
+def _index(node: Node, operands: list[Dims]) -> Dims:
+    """One dimension picked by a vector of positions keeps its axis, in an order not known."""
+    dims, indices = operands[0], list(node.args[1])
+    given = [d for d, index in enumerate(indices) if index is not None]
+    shape = tuple(value(node).shape)
+    if len(given) != 1 or len(shape) != len(dims):
+        return unknown(shape, lost(node))
+    (d,) = given
+    return dims[:d] + (blur(dims[d], shape[d], lost(node)),) + dims[d + 1 :]
+
+
+def _windowed(node: Node, operands: list[Dims]) -> Dims:
+    """Pooling and resizing keep each dimension's axis."""
     shape = tuple(value(node).shape)
     return tuple(
         product if length(product) == size else blur(product, size, lost(node))
         for product, size in zip(operands[0], shape, strict=True)
     )
+
+
+def _scrambled(node: Node, operands: list[Dims]) -> Dims:
+    return unknown(tuple(value(node).shape), lost(node))
 
 
 def _embedding(node: Node, operands: list[Dims]) -> Dims:
@@ -295,7 +311,25 @@ RULES: dict[Any, Rule] = {
     aten.conv_transpose2d.input: _transposed_conv,
     aten.conv_transpose3d.input: _transposed_conv,
     aten.index_select.default: _index_select,
-    aten.constant_pad_nd.default: _pad,
+    aten.index.Tensor: _index,
+    aten.take.default: _scrambled,
+    aten.as_strided.default: _scrambled,
+    **dict.fromkeys(
+        (
+            aten.constant_pad_nd.default,
+            aten.pad.default,
+            aten.avg_pool1d.default,
+            aten.avg_pool2d.default,
+            aten.avg_pool3d.default,
+            aten.max_pool2d.default,
+            aten.upsample_nearest1d.vec,
+            aten.upsample_nearest2d.vec,
+            aten.upsample_nearest3d.vec,
+            aten.upsample_bilinear2d.vec,
+            aten.upsample_bicubic2d.vec,
+        ),
+        _windowed,
+    ),
     aten.embedding.default: _embedding,
     aten.layer_norm.default: _same,
     aten.rms_norm.default: _same,

@@ -62,9 +62,9 @@ _NOOPS: tuple[Callable[[Node], bool], ...] = (
 )
 
 
-def _is_returned_input(node: Node) -> bool:
-    """A copy of an input that the model returns must stay a copy."""
-    return node.args[0].op == "placeholder" and any(user.op == "output" for user in node.users)
+def _is_returned_copy(node: Node) -> bool:
+    """A copy that the model returns stays one: what was copied may be an input or a weight."""
+    return any(user.op == "output" for user in node.users)
 
 
 def _key(node: Node) -> tuple[object, ...] | None:
@@ -94,7 +94,7 @@ def canonicalize_pass(gm: GraphModule) -> GraphModule:
     for node in list(gm.graph.nodes):
         if is_call(node, _ASSERTS):
             gm.graph.erase_node(node)
-        elif any(is_noop(node) for is_noop in _NOOPS) and not _is_returned_input(node):
+        elif any(is_noop(node) for is_noop in _NOOPS) and not _is_returned_copy(node):
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
         elif (key := _key(node)) is not None:

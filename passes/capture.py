@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.export.graph_signature import InputKind, OutputKind
+from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
+
+CONSTANTS = "constants."
+"""Prefix of the graph's own tensors, which are not the model's to replace."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +93,11 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         if spec.kind == InputKind.USER_INPUT:
             inputs.append(str(node.target))
             continue
-        assert spec.target is not None, f"{spec.kind} without a name"
-        name = spec.target if spec.kind != InputKind.CONSTANT_TENSOR else f"constants.{node.name}"
-        root[name] = _resolve(model, program, spec.target)
+        name, tensor = _resolve(model, program, spec, node)
+        root[name] = tensor
         _read_attribute(graph, node, name)
     gm = GraphModule(root, graph)
+    gm.meta["aliases"] = _find_aliases(model, root)
     call = program.call_spec
     assert call.in_spec is not None and call.out_spec is not None
     gm.meta["signature"] = Signature(call.in_spec, call.out_spec, tuple(inputs))
@@ -111,12 +114,31 @@ def _refuse_mutation(program: torch.export.ExportedProgram) -> None:
         )
 
 
-def _resolve(model: nn.Module, program: torch.export.ExportedProgram, name: str) -> Any:
-    owner, _, leaf = name.rpartition(".")
-    try:
-        return getattr(model.get_submodule(owner), leaf)
-    except AttributeError:
-        return program.constants[name]
+def _resolve(
+    model: nn.Module, program: torch.export.ExportedProgram, spec: InputSpec, node: Node
+) -> tuple[str, Any]:
+    """A weight's name in the graph and its tensor: the model's own, or a constant of the graph."""
+    assert spec.target is not None
+    owner, _, leaf = spec.target.rpartition(".")
+    if spec.kind != InputKind.CONSTANT_TENSOR:
+        try:
+            return spec.target, getattr(model.get_submodule(owner), leaf)
+        except AttributeError:
+            pass  # built while tracing
+    return f"{CONSTANTS}{node.name}", program.constants[spec.target]
+
+
+def _find_aliases(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Per tensor, the other names under which the model's modules share it."""
+    by_id: dict[int, list[str]] = {}
+    everything = (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    )
+    for name, tensor in everything:
+        by_id.setdefault(id(tensor), []).append(name)
+    shared = {name: others for others in by_id.values() if len(others) > 1 for name in others}
+    return {name: tuple(n for n in shared[name] if n != name) for name in names if name in shared}
 
 
 def _read_attribute(graph: torch.fx.Graph, node: Node, name: str) -> None:

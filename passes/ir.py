@@ -198,8 +198,13 @@ def is_contraction(node: Node) -> bool:
 
 def is_pointwise(node: Node) -> bool:
     """Whether each output element depends on one element of each (broadcast) tensor operand."""
-    tags = getattr(node.target, "tags", ())
-    return node.op == "call_function" and torch.Tag.pointwise in tags
+    if node.op != "call_function":
+        return False
+    packet = getattr(node.target, "overloadpacket", None)  # not all overloads of these are tagged
+    return torch.Tag.pointwise in getattr(node.target, "tags", ()) or packet in (
+        aten.where,
+        aten.masked_fill,
+    )
 
 
 def value(node: Node) -> torch.Tensor:

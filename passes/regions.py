@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,8 +43,7 @@ class _Branch:
 
     kind: str
     cuts: tuple[Node, ...]
-    attentions: tuple[Node, ...]
-    nodes: tuple[Node, ...]
+    attentions: tuple[Node, ...] = ()
 
 
 def mark_regions_pass(gm: GraphModule, *, cut: Cut = "attention") -> GraphModule:
@@ -67,14 +66,12 @@ def mark_regions_pass(gm: GraphModule, *, cut: Cut = "attention") -> GraphModule
     if cut not in ("attention", "branch"):
         raise ValueError(f"cut: expected 'attention' or 'branch', found {cut!r}")
     reach = Reach(gm.graph)
-    attentions = tagged(gm)
     residuals = find_residuals(gm.graph, reach)
-    branches, outside = _find_attention_branches(gm.graph, reach, attentions, residuals, cut)
-    claimed = {node for branch in branches for node in branch.nodes}
-    branches += _find_mlp_branches(gm, reach, residuals, claimed, cut)
+    branches, outside = _find_attention_branches(reach, tagged(gm), residuals, cut)
+    branches += _find_mlp_branches(gm, reach, residuals, branches, cut)
     branches.sort(key=lambda b: reach.index[b.cuts[0]])
-    for i, branch in enumerate(branches):
-        for node in branch.nodes:
+    for i, (branch, nodes) in enumerate(_own(gm.graph, branches, residuals)):
+        for node in nodes:
             assert "region" not in node.meta, f"{node.name} is in two regions"
             node.meta["region"] = i
         for ordinal, node in enumerate(branch.cuts):
@@ -135,12 +132,9 @@ def _through_layouts(node: Node) -> Node:
 
 
 def _find_attention_branches(
-    graph: Graph,
-    reach: Reach,
-    attentions: Sequence[Node],
-    residuals: Sequence[_Residual],
-    cut: Cut,
+    reach: Reach, attentions: Sequence[Node], residuals: Sequence[_Residual], cut: Cut
 ) -> tuple[list[_Branch], list[str]]:
+    """Branches for all attentions on the latents, and a line for each that none can hold."""
     groups: dict[tuple[Node, ...], list[Node]] = {}
     for attention in attentions:
         if attention.meta["attention"].kind != "other":
@@ -152,12 +146,12 @@ def _find_attention_branches(
     for exits, group in groups.items():
         branch = None
         if exits[0] in by_add and len({n.meta["attention"].kind for n in group}) == 1:
-            branch = _cut_at(graph, reach, [by_add[add] for add in exits], group, cut, by_add)
+            branch = _cut_at(reach, [by_add[add] for add in exits], group, cut, residuals)
         if branch is not None:
             branches.append(branch)
             continue
         for attention in group:
-            raw = _cut_raw(graph, attention, by_add)
+            raw = _cut_raw(attention)
             if raw is not None:
                 branches.append(raw)
             else:
@@ -186,28 +180,48 @@ def _projects(reach: Reach, stream: Node, attention: Node) -> bool:
 
 
 def _cut_at(
-    graph: Graph,
     reach: Reach,
-    residuals: Sequence[_Residual],
+    exits: Sequence[_Residual],
     attentions: Sequence[Node],
     cut: Cut,
-    adds: Collection[Node],
+    residuals: Sequence[_Residual],
 ) -> _Branch | None:
-    """The branch with its cuts at the residual adds, or None where that would freeze too much."""
+    """The branch with its cuts before the residual adds, or None where they would not free it."""
     mask = reach.mask(attentions)
     cuts = []
-    for residual in residuals:
-        node = residual.branch
-        if cut == "attention" or _joins_fresh(reach, node, mask):
-            node = _before_gate(reach, node, mask)
-        if _merges_fresh(reach, node, attentions, mask):
+    for residual in exits:
+        end = _before_merge(reach, residual, attentions, mask)
+        if end is None:
             return None
-        cuts.append(node)
-    nodes = _owned(graph, cuts, adds)
-    if not set(attentions) <= set(nodes):
-        return None
-    kind = attentions[0].meta["attention"].kind
-    return _Branch(kind, tuple(cuts), tuple(attentions), nodes)
+        cuts.append(end if cut == "branch" else _before_gate(reach, end, mask))
+    branch = _Branch(attentions[0].meta["attention"].kind, tuple(cuts), tuple(attentions))
+    ((_, nodes),) = _own(attentions[0].graph, [branch], residuals)
+    return branch if set(attentions) <= set(nodes) else None
+
+
+def _before_merge(
+    reach: Reach, residual: _Residual, attentions: Sequence[Node], mask: int
+) -> Node | None:
+    """The attention's own share of a branch: all of it, or up to where another branch joins in.
+
+    That is a sum or concatenation with something else that is projected from the stream. None if
+    the attention is in more than one of the operands.
+    """
+    read = {_through_layouts(n) for attention in attentions for n in attention.all_input_nodes}
+    owned = mask | reach.mask(read)  # what follows from its values belongs to the attention
+    path = [n for n in reach.between(residual.stream, residual.branch) if reach.touches(n, mask)]
+    for node in path:
+        if not is_call(node, (*_ADDS, aten.cat.default)):
+            continue
+        others = [n for n in node.all_input_nodes if not reach.touches(n, owned)]
+        if any(_is_projected(reach, residual.stream, n) for n in others):
+            carried = [n for n in node.all_input_nodes if reach.touches(n, mask)]
+            return carried[0] if len(carried) == 1 else None
+    return residual.branch
+
+
+def _is_projected(reach: Reach, stream: Node, node: Node) -> bool:
+    return reach.depends(node, stream) and any(map(is_contraction, reach.between(stream, node)))
 
 
 def _fresh_operands(reach: Reach, node: Node, mask: int) -> list[Node]:
@@ -231,21 +245,7 @@ def _before_gate(reach: Reach, node: Node, mask: int) -> Node:
     return best
 
 
-def _joins_fresh(reach: Reach, node: Node, mask: int) -> bool:
-    """Whether the branch's last node adds a value that owes nothing to the attention."""
-    return is_call(node, _ADDS) and bool(_fresh_operands(reach, node, mask))
-
-
-def _merges_fresh(reach: Reach, cut: Node, attentions: Sequence[Node], mask: int) -> bool:
-    """Whether, before the cut, the attention's output is concatenated with something fresh."""
-    return any(
-        is_call(node, (aten.cat.default,)) and _fresh_operands(reach, node, mask)
-        for attention in attentions
-        for node in (reach.between(attention, cut) if cut is not attention else [])
-    )
-
-
-def _cut_raw(graph: Graph, attention: Node, adds: Collection[Node]) -> _Branch | None:
+def _cut_raw(attention: Node) -> _Branch | None:
     """The attention's own output as the cut, where no residual add can serve."""
     node = attention
     if not is_tensor(node):
@@ -255,21 +255,22 @@ def _cut_raw(graph: Graph, attention: Node, adds: Collection[Node]) -> _Branch |
         node = items[0]
     while len(node.users) == 1 and is_call(next(iter(node.users)), LAYOUTS):
         node = next(iter(node.users))
-    nodes = _owned(graph, [node], adds)
-    if attention not in nodes:
+    if attention not in dead_without(node.graph, [node]):
         return None
-    return _Branch(attention.meta["attention"].kind, (node,), (attention,), nodes)
+    return _Branch(attention.meta["attention"].kind, (node,), (attention,))
 
 
 def _find_mlp_branches(
     gm: GraphModule,
     reach: Reach,
     residuals: Sequence[_Residual],
-    claimed: set[Node],
+    attention_branches: Sequence[_Branch],
     cut: Cut,
 ) -> list[_Branch]:
     """Residual branches with a product and without attention; several exits of one product join."""
     latents = gm.meta["latents"]
+    owned = _own(gm.graph, attention_branches, residuals)
+    claimed = {node for _, nodes in owned for node in nodes}
     adds = {r.add for r in residuals}
     groups: dict[frozenset[Node], list[_Residual]] = {}
     for residual in residuals:
@@ -286,9 +287,10 @@ def _find_mlp_branches(
         cuts = tuple(
             _before_gate(reach, r.branch, mask) if cut == "attention" else r.branch for r in group
         )
-        nodes = _owned(gm.graph, cuts, adds)
+        branch = _Branch("mlp", cuts)
+        ((_, nodes),) = _own(gm.graph, [branch], residuals)
         if shared <= set(nodes):
-            branches.append(_Branch("mlp", cuts, (), nodes))
+            branches.append(branch)
     return branches
 
 
@@ -306,21 +308,27 @@ def _inside(reach: Reach, residual: _Residual, adds: set[Node]) -> list[Node]:
     return inside
 
 
-def _owned(graph: Graph, cuts: Sequence[Node], adds: Collection[Node]) -> tuple[Node, ...]:
-    """The nodes that only the cuts need, back to the residual stream that the branch reads.
+def _own(
+    graph: Graph, branches: Sequence[_Branch], residuals: Sequence[_Residual]
+) -> list[tuple[_Branch, tuple[Node, ...]]]:
+    """The nodes that only a branch's cuts need, back to the stream or another branch's cut.
 
-    Earlier residual adds that nothing else needs stay outside: they belong to the stream, and dead
-    code elimination finds them where the cuts are reused.
+    Residual adds that nothing else needs stay outside: they belong to the stream, and dead code
+    elimination finds them where the cuts are reused.
     """
-    dead = set(dead_without(graph, cuts))
-    owned: set[Node] = set()
-    stack = list(cuts)
-    while stack:
-        node = stack.pop()
-        if node in dead and node not in owned and (node in cuts or node not in adds):
-            owned.add(node)
-            stack.extend(node.all_input_nodes)
-    return tuple(node for node in graph.nodes if node in owned)
+    stops = {r.add for r in residuals} | {cut for branch in branches for cut in branch.cuts}
+    result = []
+    for branch in branches:
+        dead = set(dead_without(graph, branch.cuts))
+        owned: set[Node] = set()
+        stack = list(branch.cuts)
+        while stack:
+            node = stack.pop()
+            if node in dead and node not in owned and (node in branch.cuts or node not in stops):
+                owned.add(node)
+                stack.extend(node.all_input_nodes)
+        result.append((branch, tuple(node for node in graph.nodes if node in owned)))
+    return result
 
 
 def _on_latents(node: Node, latents: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -16,9 +16,12 @@ from .ir import (
     SOFTMAXES,
     Attention,
     Axis,
+    Dims,
     Factor,
+    Reach,
     aten,
     is_call,
+    is_contraction,
     is_pointwise,
     is_tensor,
     module_path,
@@ -36,12 +39,17 @@ _PRODUCTS = (
 
 @dataclass(frozen=True)
 class _Found:
-    """An attention's output node and the factors of its query and key sequence dimensions."""
+    """An attention's output node and the factors of its query and key sequence dimensions.
+
+    `outer` has those of the query's other dimensions but the last; `on_latents`: whether the
+    attention is computed from the latents at all.
+    """
 
     node: Node
     query: tuple[Factor, ...]
     key: tuple[Factor, ...]
     outer: tuple[Factor, ...]
+    on_latents: bool
 
 
 @dataclass(frozen=True)
@@ -72,11 +80,11 @@ def tag_attention_pass(gm: GraphModule, *, kinds: Mapping[str, str] | None = Non
     for key, wanted in stated.items():
         if wanted not in KINDS:
             raise ValueError(f"kinds[{key!r}]: expected one of {KINDS}, found {wanted!r}")
-    found = [*_find_fused(gm), *_find_chains(gm)]
+    found = find_attentions(gm)
     tokens = find_token_axes(gm, found)
     names: dict[str, int] = {}
     used: set[str] = set()
-    for attention in sorted(found, key=lambda f: _position(gm)[f.node]):
+    for attention in found:
         path = module_path(attention.node) or attention.node.name
         names[path] = names.get(path, -1) + 1
         name = path if not names[path] else f"{path}#{names[path]}"
@@ -103,69 +111,71 @@ def tagged(gm: GraphModule) -> list[Node]:
     return [node for node in gm.graph.nodes if "attention" in node.meta]
 
 
-def _position(gm: GraphModule) -> dict[Node, int]:
-    return {node: i for i, node in enumerate(gm.graph.nodes)}
-
-
-def _find_fused(gm: GraphModule) -> list[_Found]:
+def find_attentions(gm: GraphModule) -> list[_Found]:
+    """Fused attention ops and product-softmax-product chains, in graph order."""
+    reach = Reach(gm.graph)
+    latents = next(n for n in user_inputs(gm.graph) if n.name == gm.meta["latents"])
+    fused = [
+        (n, n.args[0].meta["axes"], n.args[1].meta["axes"][-2])
+        for n in gm.graph.nodes
+        if is_call(n, FUSED_ATTENTION)
+    ]
     return [
         _Found(
             node,
-            query=node.args[0].meta["axes"][-2],
-            key=node.args[1].meta["axes"][-2],
-            outer=tuple(f for product in node.args[0].meta["axes"][:-2] for f in product),
+            query=query[-2],
+            key=key,
+            outer=tuple(factor for product in query[:-2] for factor in product),
+            on_latents=reach.depends(node, latents),
         )
-        for node in gm.graph.nodes
-        if is_call(node, FUSED_ATTENTION)
+        for node, query, key in sorted(
+            [*fused, *_find_chains(gm)], key=lambda match: reach.index[match[0]]
+        )
     ]
 
 
-def _find_chains(gm: GraphModule) -> list[_Found]:
-    """softmax(Q K^T) V written out: a softmax whose input and output go through products."""
+def _find_chains(gm: GraphModule) -> list[tuple[Node, Dims, tuple[Factor, ...]]]:
+    """softmax(Q K^T) V written out: a softmax whose input and output go through products.
+
+    Per chain: the last product, the dimensions of the scores (as for Q, but for the last one), the
+    sequence dimension of K.
+    """
     found = []
     for node in gm.graph.nodes:
-        if not is_call(node, SOFTMAXES):
+        if not is_call(node, SOFTMAXES) or not is_tensor(node.args[0]):
             continue
-        scores = _walk(node.args[0], lambda n: [a for a in n.all_input_nodes if is_tensor(a)])
-        mixed = _walk(next(iter(node.users), None), lambda n: list(n.users))
-        if scores is None or mixed is None:
-            continue
-        query, key = (n.meta["axes"] for n in _factors_of(scores))
-        found.append(
-            _Found(
-                mixed,
-                query=query[-2],
-                key=key[-1],
-                outer=tuple(f for product in query[:-2] for f in product),
-            )
+        scores = _find_product(node.args[0], lambda n: n.all_input_nodes)
+        mixed = next(
+            filter(None, (_find_product(user, lambda n: n.users) for user in node.users)), None
         )
+        if scores is not None and mixed is not None:
+            dims: Dims = node.meta["axes"]
+            found.append((mixed, dims, dims[-1]))
     return found
 
 
-def _factors_of(product: Node) -> tuple[Node, Node]:
-    """The two operands that a product multiplies."""
-    start = 1 if product.target is aten.baddbmm.default else 0
-    a, b = product.args[start : start + 2]
-    assert isinstance(a, Node) and isinstance(b, Node)
-    return a, b
-
-
-def _walk(node: Node | None, following: object) -> Node | None:
-    """Through casts, scales, masks and views to the next product of two computed tensors."""
-    for _ in range(32):
-        if node is None or node.op != "call_function":
-            return None
-        if node.target in _PRODUCTS:
+def _find_product(start: Node, following: Callable[[Node], Iterable[Node]]) -> Node | None:
+    """Through casts, scales, masks and views to the nearest product of two computed tensors."""
+    queue, seen = [start], {start}
+    for node in queue:
+        if _is_product(node):
             return node
         if not (is_pointwise(node) or node.target in LAYOUTS or node.target is aten.expand.default):
-            return None
-        options = [n for n in following(node) if _has_rank_of(n, node)]  # type: ignore[operator]
-        node = options[0] if options else None
+            continue
+        fresh = [n for n in following(node) if n.op == "call_function" and n not in seen]
+        seen.update(fresh)
+        queue.extend(fresh)
     return None
 
 
-def _has_rank_of(node: Node, other: Node) -> bool:
-    return is_tensor(node) and is_tensor(other) and value(node).numel() >= value(other).numel()
+def _is_product(node: Node) -> bool:
+    """Whether two tensors are multiplied of which neither is a weight."""
+    if not is_call(node, _PRODUCTS) and not (
+        is_call(node, (aten.einsum.default,)) and is_contraction(node)
+    ):
+        return False
+    operands = node.all_input_nodes[-2:]
+    return all(n.op != "get_attr" for n in operands)
 
 
 def find_token_axes(gm: GraphModule, found: list[_Found]) -> TokenAxes:
@@ -194,15 +204,12 @@ def find_token_axes(gm: GraphModule, found: list[_Found]) -> TokenAxes:
 def name_kind(found: _Found, tokens: TokenAxes) -> str:
     """The kind from the axes of Q and K alone.
 
-    Raises: ValueError where the query lies on the latents but its sequence has lost its axes.
+    Raises: ValueError where Q or K is computed from the latents and its sequence has lost its axes.
     """
-    q_latent = _latent_axes(found.query, tokens)
-    k_latent = _latent_axes(found.key, tokens)
-    on_stream = bool(q_latent) or any(_latent_axes((f,), tokens) for f in found.outer)
-    if not on_stream:
-        return "other"
+    q_latent = _known_latent_axes(found, found.query, tokens)
+    k_latent = _known_latent_axes(found, found.key, tokens)
     if not q_latent:
-        return _degenerate(found, tokens)
+        return "other"
     if not k_latent:
         return "cross"
     if _has_other_tokens(found.query, tokens) or _has_other_tokens(found.key, tokens):
@@ -215,16 +222,17 @@ def name_kind(found: _Found, tokens: TokenAxes) -> str:
     return "full" if tokens.time in q_latent else "spatial"
 
 
-def _degenerate(found: _Found, tokens: TokenAxes) -> str:
-    """A query whose sequence names no latent axis although its batch does."""
-    reasons = [f.reason for f in (*found.query, *found.key) if f.reason]
-    if reasons:
+def _known_latent_axes(found: _Found, product: tuple[Factor, ...], tokens: TokenAxes) -> set[Axis]:
+    """The latents' axes of a sequence, or an error where some op on the latents has lost them."""
+    axes = _latent_axes(product, tokens)
+    reasons = [factor.reason for factor in product if factor.reason]
+    if not axes and reasons and found.on_latents:
+        path = module_path(found.node)
         raise ValueError(
-            f"attention {found.node.name} ({module_path(found.node)}): cannot tell its kind, since "
-            f"{reasons[0]}; state it with kinds={{{module_path(found.node)!r}: 'spatial'}} "
-            f"(one of {KINDS})"
+            f"attention {found.node.name} ({path}): cannot tell its kind, since {reasons[0]}; "
+            f"state it with kinds={{{path!r}: 'spatial'}} (one of {KINDS})"
         )
-    return "other"
+    return axes
 
 
 def _latent_axes(product: tuple[Factor, ...], tokens: TokenAxes) -> set[Axis]:

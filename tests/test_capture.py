@@ -287,9 +287,6 @@ def test_dataclass_results():
     assert isinstance(result, Result) and torch.equal(result.sample, x)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a reshape is captured as a view for the first call's strides"
-)
 def test_other_strides_in_a_later_call():
     class Reshaping(Small):
         def forward(self, x):

@@ -1,7 +1,7 @@
-"""diffusers' Latte with recorded weights against trajectories recorded from VideoSys (see tests/data).
+"""diffusers' Latte with recorded weights against trajectories recorded from VideoSys.
 
-VideoSys caches the gated branch and counts steps per module; `cut="branch"` and the published preset
-must give its outputs at every step, MLP broadcast included.
+VideoSys caches the gated branch and counts steps per module; `cut="branch"` and the published
+preset must give its outputs at every step, MLP broadcast included.
 """
 
 import json

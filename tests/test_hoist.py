@@ -21,7 +21,8 @@ class Crossed(nn.Module):
     def forward(self, x, t, text):
         e = self.text(text)
         h = x + t[:, None, None]
-        q, k, v = (m.unflatten(-1, (2, -1)).transpose(1, 2) for m in (self.q(h), self.k(e), self.v(e)))
+        projected = (self.q(h), self.k(e), self.v(e))
+        q, k, v = (y.unflatten(-1, (2, -1)).transpose(1, 2) for y in projected)
         o = nn.functional.scaled_dot_product_attention(q, k, v)
         return h + self.out(o.transpose(1, 2).flatten(2))
 

@@ -13,34 +13,13 @@ from pabc.passes import Attention, mark_regions_pass, tagged, verify_marks, veri
 from pabc.passes.ir import aten, output_node
 
 STEPS = 6
-UNSEEN = "the attention is not found"
-TO_FIX = {
-    ("attend_bias_first", "attention"): UNSEEN,
-    ("attend_bias_first", "branch"): UNSEEN,
-    ("attend_where", "attention"): UNSEEN,
-    ("attend_where", "branch"): UNSEEN,
-    ("attend_einsum", "attention"): UNSEEN,
-    ("attend_einsum", "branch"): UNSEEN,
-    ("ModulatedAfter", "branch"): "a shift added after the attention is taken for another branch",
-    ("Summed", "branch"): "the MLP is frozen with the attention that it is summed with",
-    ("SummedBeforeProjection", "attention"): "the MLP summed before the projection is frozen too",
-    ("SummedBeforeProjection", "branch"): "the MLP summed before the projection is frozen too",
-    ("Chained", "attention"): "the cross region swallows the self attention that feeds its query",
-    ("Chained", "branch"): "the cross region swallows the self attention that feeds its query",
-}
 
 
 def case_params():
     return [
-        pytest.param(
-            case,
-            cut,
-            id=f"{case}-{cut}",
-            marks=[pytest.mark.xfail(strict=True, reason=reason)] if reason else [],
-        )
+        pytest.param(case, cut, id=f"{case}-{cut}")
         for case in CASES
         for cut in ("attention", "branch")
-        for reason in [TO_FIX.get((case.name, cut))]
     ]
 
 
