@@ -14,7 +14,7 @@ import torch
 from pabc.demo.digits import CANVAS, FRAMES
 from pabc.demo.latte import Demo
 
-GUIDANCE = 1.5
+GUIDANCE = 1.25
 
 
 class Transformer(Protocol):
