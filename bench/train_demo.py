@@ -219,7 +219,7 @@ def train_stage(run: Run) -> None:
     alphas = latte.build_scheduler().alphas_cumprod.to(args.device)
     step_fn = torch.compile(run.trainee, dynamic=False) if args.compile else run.trainee
     saved = clock = time.perf_counter()
-    total = 0.0
+    losses: list[float] = []
     while (done := run.stage_done()) < 1:
         step = progress.steps[stage]
         seed = (args.seed * 2 + stage) * 10_000_000 + step
@@ -228,15 +228,15 @@ def train_stage(run: Run) -> None:
         loss = compute_loss(step_fn, batch, alphas)
         take_step(run, loss, learning_rate_factor(done, step))
         update_ema(run.ema, run.trainee, step)
-        total += loss.item()
+        losses.append(loss.item())
         now = time.perf_counter()
         progress.seconds[stage] += now - clock
         progress.steps[stage] += 1
         progress.samples[stage] += args.batch[stage]
         clock = now
         if progress.steps[stage] % args.log_every == 0:
-            report(progress, total / args.log_every)
-            total = 0.0
+            report(progress, sum(losses) / len(losses))
+            losses.clear()
         if now - saved > 60 * args.save_minutes:
             run.save()
             saved = now
