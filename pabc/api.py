@@ -182,7 +182,8 @@ class CompiledModel(nn.Module):
         return self._orig_mod.state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Loads into the model; takes effect at the next call, without a recompile."""
+        """Loads into the model: values copied in take effect at the next call, tensors that are
+        replaced (`assign=True`) at the next generation; neither recompiles."""
         return self._orig_mod.load_state_dict(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

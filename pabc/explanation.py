@@ -151,7 +151,8 @@ def _flops_of(node: torch.fx.Node) -> int:
     if sum(isinstance(n.meta.get("val"), torch.Tensor) for n in operands) < 2:
         return 0  # only products of two tensors count
     if is_call(node, FUSED_ATTENTION):  # its CPU kernel has no formula
-        return int(sdpa_flop_count(*(value(n).shape for n in node.args[:3])))
+        shapes = [(1, 1, *value(n).shape)[-4:] for n in node.args[:3]]
+        return int(sdpa_flop_count(*shapes))
     args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
     mode = detect_fake_mode([n.meta["val"] for n in operands])
     assert mode is not None

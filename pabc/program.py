@@ -14,7 +14,7 @@ from pabc import passes
 from pabc.pipeline import Config, analyze
 from pabc.plan import Plan, SlotSpec
 from pabc.schedule import Schedule
-from pabc.trajectory import Hoisted, Trajectory
+from pabc.trajectory import Hoisted, Trajectory, version_of
 from pabc.weights import Weights
 
 Backend = Literal["inductor", "eager", "oracle"]
@@ -109,7 +109,7 @@ class Program:
         sources = (*(inputs[i] for i in self._steady), *self._weights.get(self._hoisted_weights))
         held = trajectory.hoisted
         if held is None or not held.holds_for(sources):
-            versions = tuple(0 if t.is_inference() else t._version for t in sources)
+            versions = tuple(map(version_of, sources))
             held = trajectory.hoisted = Hoisted(sources, versions, self._prologue(*inputs))
         return held.values
 

@@ -16,15 +16,20 @@ class Hoisted:
     """A prologue's results, and the tensors (with their versions) that they were computed from."""
 
     sources: tuple[torch.Tensor, ...]
-    versions: tuple[int, ...]
+    versions: tuple[tuple[int, int] | None, ...]
     values: tuple[torch.Tensor, ...]
 
     def holds_for(self, sources: Sequence[torch.Tensor]) -> bool:
         """Whether these are the same tensors, unchanged; never so for inference tensors."""
         return all(
-            new is old and not new.is_inference() and new._version == version
+            new is old and version is not None and version == version_of(new)
             for new, old, version in zip(sources, self.sources, self.versions, strict=True)
         )
+
+
+def version_of(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """What changes when a tensor's values do: its version and memory; None: cannot be told."""
+    return None if tensor.is_inference() else (tensor._version, tensor.data_ptr())
 
 
 class Trajectory:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -43,17 +44,42 @@ def bind_arguments(
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Undoes what tracing leaves in a model: lazily built tables would hold fake tensors."""
-    before = [(m, dict(m.__dict__), dict(m._buffers), dict(m._parameters)) for m in model.modules()]
+    seen: dict[int, tuple[Any, Any]] = {}
+    for module in model.modules():
+        _remember(module, seen)
     try:
         yield
     finally:
-        for module, state, buffers, parameters in before:
-            module.__dict__.clear()
-            module.__dict__.update(state)
-            module._buffers.clear()
-            module._buffers.update(buffers)
-            module._parameters.clear()
-            module._parameters.update(parameters)
+        for holder, contents in seen.values():
+            _restore(holder, contents)
+
+
+def _remember(value: Any, seen: dict[int, tuple[Any, Any]]) -> None:
+    """Notes what mutable containers and plain objects hold, and what they hold in turn."""
+    if id(value) in seen or isinstance(value, (torch.Tensor, type, ModuleType, FunctionType)):
+        return
+    if isinstance(value, dict):
+        contents: Any = dict(value)
+        inner = list(value.values())
+    elif isinstance(value, (list, set)):
+        contents = inner = list(value)
+    elif isinstance(value, tuple):
+        contents, inner = None, list(value)
+    elif isinstance(getattr(value, "__dict__", None), dict):
+        contents, inner = None, [value.__dict__]
+    else:
+        return
+    seen[id(value)] = (value, contents)
+    for item in inner:
+        _remember(item, seen)
+
+
+def _restore(holder: Any, contents: Any) -> None:
+    if isinstance(holder, (dict, set)):
+        holder.clear()
+        holder.update(contents)
+    elif isinstance(holder, list):
+        holder[:] = contents
 
 
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GraphModule:

@@ -46,11 +46,11 @@ def regroup(dims: Dims, shape: Sequence[int], reason: str) -> Dims:
 
     A factor that a boundary falls into is split into an outer and an inner one along the same axis.
     Factors of size one go to a dimension of size one where there is one, else to the dimension
-    that ends before them.
+    that ends before them, unless that has features alone and tokens follow.
 
         ((B 2, T 8), (S 16,), (C 64,)) -> [2, 128, 64] gives ((B 2,), (T 8, S 16), (C 64,))
     """
-    queue = [factor for product in dims for factor in product]
+    queue = [(factor, origin) for origin, product in enumerate(dims) for factor in product]
     result: list[Product] = []
     for i, size in enumerate(shape):
         taken = _take(queue, size)
@@ -59,31 +59,61 @@ def regroup(dims: Dims, shape: Sequence[int], reason: str) -> Dims:
                 _blurred(dims, n, reason) if n > 1 else anonymous(1, reason) for n in shape
             )
         next_is_one = i + 1 < len(shape) and shape[i + 1] == 1
-        while not next_is_one and size > 1 and queue and queue[0].size == 1:
+        while not next_is_one and queue and queue[0][0].size == 1:
+            if _starts_next(taken, queue):
+                break
             taken.append(queue.pop(0))
-        result.append(tuple(taken) or anonymous(1))
+        factors = [factor for factor, _ in taken]
+        if size == 1 and not taken and queue and queue[0][0].axis is not None:
+            factors.append(Factor(1, queue[0][0].axis))  # an axis of one patch: (1, patch)
+        result.append(tuple(factors) or anonymous(1))
     if result:
-        result[-1] += tuple(queue)
+        result[-1] += tuple(factor for factor, _ in queue)
     return tuple(result)
 
 
-def _take(queue: list[Factor], size: int) -> list[Factor] | None:
+_Queue = list[tuple[Factor, int]]
+"""Factors with the dimension that each was in."""
+
+
+def _starts_next(taken: _Queue, queue: _Queue) -> bool:
+    """Whether a factor of size one lies with what follows rather than with what comes before.
+
+    It does where it shared a dimension with what follows and not with what comes before; where
+    features come before it and tokens follow; or where tokens come before it and its axis is
+    followed by the next of the same input: rows go with columns.
+    """
+    if len(queue) < 2 or not taken:
+        return False
+    (unit, origin), (after, after_origin) = queue[:2]
+    before, before_origin = taken[-1]
+    if not is_named((after,)):
+        return False
+    if (origin == after_origin) != (origin == before_origin):
+        return origin == after_origin
+    if before.axis is None or unit.axis is None or after.axis is None:
+        return before.axis is None
+    same_input = unit.axis.source == after.axis.source
+    return same_input and before.axis.dim > 0 and unit.axis.dim + 1 == after.axis.dim
+
+
+def _take(queue: _Queue, size: int) -> _Queue | None:
     """Pops factors whose sizes multiply to `size`, splitting the last one; None if they cannot."""
-    taken: list[Factor] = []
+    taken: _Queue = []
     rest = size
     if size == 1:
-        return [queue.pop(0)] if queue and queue[0].size == 1 else []
+        return [queue.pop(0)] if queue and queue[0][0].size == 1 else []
     while rest > 1:
         if not queue:
             return None
-        factor = queue.pop(0)
+        factor, origin = queue.pop(0)
         if rest % factor.size == 0:
-            taken.append(factor)
+            taken.append((factor, origin))
             rest //= factor.size
         elif factor.size % rest == 0:
             inner = factor.size // rest
-            taken.append(Factor(rest, factor.axis, factor.parts, factor.reason))
-            queue.insert(0, Factor(inner, factor.axis, factor.parts, factor.reason))
+            taken.append((Factor(rest, factor.axis, factor.parts, factor.reason), origin))
+            queue.insert(0, (Factor(inner, factor.axis, factor.parts, factor.reason), origin))
             rest = 1
         else:
             return None

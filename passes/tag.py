@@ -215,7 +215,7 @@ def name_kind(found: _Found, tokens: TokenAxes) -> str:
     if _has_other_tokens(found.query, tokens) or _has_other_tokens(found.key, tokens):
         return "joint"
     if tokens.time is None:
-        covers = set(tokens.space) <= q_latent and not _latent_space(found.outer, tokens)
+        covers = max(_latent_sizes(found.outer, tokens).values(), default=1) == 1
         return "full" if covers else "spatial"
     if q_latent == {tokens.time}:
         return "temporal"
@@ -223,8 +223,13 @@ def name_kind(found: _Found, tokens: TokenAxes) -> str:
 
 
 def _known_latent_axes(found: _Found, product: tuple[Factor, ...], tokens: TokenAxes) -> set[Axis]:
-    """The latents' axes of a sequence, or an error where some op on the latents has lost them."""
-    axes = _latent_axes(product, tokens)
+    """The latents' axes of a sequence, or an error where some op on the latents has lost them.
+
+    A single position along an axis whose others lie in the batch is no part of the sequence.
+    """
+    outer = _latent_sizes(found.outer, tokens)
+    sizes = _latent_sizes(product, tokens)
+    axes = {axis for axis, size in sizes.items() if size > 1 or outer.get(axis, 1) == 1}
     reasons = [factor.reason for factor in product if factor.reason]
     if not axes and reasons and found.on_latents:
         path = module_path(found.node)
@@ -236,12 +241,18 @@ def _known_latent_axes(found: _Found, product: tuple[Factor, ...], tokens: Token
 
 
 def _latent_axes(product: tuple[Factor, ...], tokens: TokenAxes) -> set[Axis]:
-    named = {axis for factor in product for axis in factor.axes()}
-    return named & {*tokens.space, *([tokens.time] if tokens.time else [])}
+    return set(_latent_sizes(product, tokens))
 
 
-def _latent_space(product: tuple[Factor, ...], tokens: TokenAxes) -> set[Axis]:
-    return {axis for axis in _latent_axes(product, tokens) if axis in tokens.space}
+def _latent_sizes(product: tuple[Factor, ...], tokens: TokenAxes) -> dict[Axis, int]:
+    """Per token axis of the latents in a dimension, the positions along it there."""
+    known = {*tokens.space, *([tokens.time] if tokens.time else [])}
+    sizes: dict[Axis, int] = {}
+    for factor in product:
+        for axis in factor.axes():
+            if axis in known:
+                sizes[axis] = sizes.get(axis, 1) * factor.size
+    return sizes
 
 
 def _has_other_tokens(product: tuple[Factor, ...], tokens: TokenAxes) -> bool:

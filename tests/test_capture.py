@@ -106,9 +106,9 @@ def snapshot(module):
     [
         LazyAttribute,
         to_fix(LazyBuffer, "a buffer made while tracing is taken for a write"),
-        to_fix(LazyDictionary, "fake tensors stay in a dictionary of the model"),
-        to_fix(LazyHelper, "fake tensors stay in an object of the model"),
-        to_fix(LazySubmodule, "a submodule made while tracing stays"),
+        LazyDictionary,
+        LazyHelper,
+        LazySubmodule,
         Counting,
     ],
 )
