@@ -1,0 +1,127 @@
+"""Models that nobody prepared: kinds, and equality with caches made of module hooks."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from zoo import ENTRIES
+
+import pabc
+
+pytestmark = pytest.mark.zoo
+NUM_STEPS = 7
+RANGES = {"spatial": 2, "temporal": 3, "full": 2, "joint": 2, "cross": 3}
+TOLERANCE = 1e-5
+ROWS: list[tuple[str, ...]] = []
+
+
+def kind_of(entry, name):
+    return next((k for pattern, k in entry.kinds.items() if fnmatchcase(name, pattern)), None)
+
+
+def find_attention_modules(entry, model):
+    """Modules by name pattern, as stated in the zoo: independent of what pabc finds."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if kind_of(entry, name) is not None and hasattr(module, "to_q")
+    }
+
+
+def generate(model, call):
+    """All outputs of a generation in which every step's latents follow from the one before."""
+    latents = call["hidden_states"]
+    outputs = []
+    with torch.no_grad():
+        for _ in range(NUM_STEPS):
+            out = model(**{**call, "hidden_states": latents})[0]
+            if out.shape != latents.shape:
+                out = out[:, : latents.shape[1]]
+            latents = latents - 0.1 * out
+            outputs.append(out)
+    return torch.stack(outputs)
+
+
+def generate_with_hooks(entry, model, call):
+    """The same with each attention module's output kept for its range of steps."""
+    kept, step = {}, [0]
+
+    def wrap(module, every):
+        forward = module.forward
+
+        def cached(*args, **kwargs):
+            if step[0] % every == 0:
+                kept[module] = forward(*args, **kwargs)
+            return kept[module]
+
+        module.forward = cached
+
+    modules = find_attention_modules(entry, model)
+    for name, module in modules.items():
+        if (kind := kind_of(entry, name)) in RANGES:
+            wrap(module, RANGES[kind])
+    original = model.forward
+
+    def count(*args, **kwargs):
+        result = original(*args, **kwargs)
+        step[0] += 1
+        return result
+
+    outputs = generate(count, call)
+    for module in modules.values():
+        module.__dict__.pop("forward", None)
+    return outputs
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=str)
+def test_zoo(entry):
+    model, call = entry.build()
+    modules = find_attention_modules(entry, model)
+    found = pabc.explain(model, **call)
+    expected = {name: kind_of(entry, name) for name in modules}
+    assert found.attention == expected
+    assert not found.outside
+
+    steps = range(NUM_STEPS, 0, -1)
+    plain = generate(model, call)
+    nothing = pabc.compile(model, pabc.Schedule.none(steps), backend="eager")
+    assert torch.equal(generate(nothing, call), plain)
+
+    kinds = set(expected.values()) & set(RANGES)
+    schedule = pabc.Schedule.pyramid(steps, **{kind: RANGES[kind] for kind in kinds})
+    fast = pabc.compile(model, schedule, backend="eager")
+    outputs = generate(fast, call)
+    error = (outputs - generate_with_hooks(entry, model, call)).abs().max().item()
+    assert error <= TOLERANCE
+    assert not torch.equal(outputs, plain), "nothing was reused"
+    oracle = pabc.compile(model, schedule, backend="oracle")
+    assert torch.equal(outputs, generate(oracle, call))
+    ROWS.append(
+        (
+            entry.name,
+            f"{len(found.attention)} / {len(expected)}",
+            ", ".join(sorted(set(expected.values()))),
+            str(len(found.regions)),
+            f"{error:.1e}",
+        )
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def print_table(request):
+    """After the tests: model, attentions found / expected, kinds, regions, largest error."""
+    yield
+    header = ("model", "attentions", "kinds", "regions", "largest error")
+    widths = [max(len(row[i]) for row in [header, *ROWS]) for i in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in [header, *ROWS]
+    ]
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        print("\n" + "\n".join(lines))
