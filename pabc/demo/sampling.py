@@ -14,7 +14,7 @@ import torch
 from pabc.demo.digits import CANVAS, FRAMES
 from pabc.demo.latte import Demo
 
-GUIDANCE = 1.25
+GUIDANCE = 2.5
 
 
 class Transformer(Protocol):
@@ -88,7 +88,11 @@ def sample(
         velocity = denoise(batch, when, text, return_dict=False)[0]
         conditional, unconditional = velocity.chunk(2)
         guided = unconditional + guidance * (conditional - unconditional)
-        (latents, *_) = scheduler.step(guided, timestep, latents, return_dict=False)
+        # The noise must follow from the clipped sample: guidance pushes samples out of range, and a
+        # noise that does not know of the clipping adds up over many steps.
+        (latents, *_) = scheduler.step(
+            guided, timestep, latents, use_clipped_model_output=True, return_dict=False
+        )
         if callback is not None:
             callback(index, timestep, latents)
         if progress is not None:
