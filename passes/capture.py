@@ -75,9 +75,17 @@ def _remember(value: Any, seen: dict[int, tuple[Any, Any]]) -> None:
 
 
 def _restore(holder: Any, contents: Any) -> None:
-    if isinstance(holder, (dict, set)):
-        holder.clear()
-        holder.update(contents)
+    """Puts a container back, where it has changed: some refuse to be written to."""
+    if isinstance(holder, dict):
+        if len(holder) != len(contents) or any(
+            key not in holder or holder[key] is not value for key, value in contents.items()
+        ):
+            holder.clear()
+            holder.update(contents)
+    elif isinstance(holder, set):
+        if holder != set(contents):
+            holder.clear()
+            holder.update(contents)
     elif isinstance(holder, list):
         holder[:] = contents
 

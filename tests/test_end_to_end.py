@@ -214,3 +214,12 @@ def test_five_phases_without_reused_attention(latte):
         ]
         assert not reused & set(left)
         assert len(left) == 2 * len({"spatial", "temporal", "cross"} - reused)
+
+
+def test_pretrained_models_have_frozen_configurations(latte, tmp_path):
+    """Capture looks through the model's attributes, and some containers refuse to be written to."""
+    latte.save_pretrained(tmp_path)
+    loaded = diffusers.LatteTransformer3DModel.from_pretrained(tmp_path, low_cpu_mem_usage=False)
+    schedule = pabc.Schedule.none(TIMESTEPS[:1])
+    fast = pabc.compile(loaded.eval(), schedule, backend="eager")
+    assert torch.equal(generate(fast, TIMESTEPS[:1]), generate(latte, TIMESTEPS[:1]))
