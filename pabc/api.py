@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from pabc import passes
 from pabc.explanation import Explanation, describe
-from pabc.passes.capture import bind_arguments
+from pabc.passes.capture import bind_arguments, leaf_key
 from pabc.pipeline import Config, analyze
 from pabc.plan import Plan
 from pabc.program import Backend, Program
@@ -215,7 +215,7 @@ class CompiledModel(nn.Module):
                     "pabc runs inference: expected inputs without gradients, found one of shape "
                     f"{tuple(leaf.shape)} that requires grad; detach it"
                 )
-        key = (spec, *map(_leaf_key, inputs))
+        key = (spec, *map(leaf_key, inputs))
         program = self._programs.get(key)
         at_start = self._trajectory is None or self._trajectory.step == 0
         if program is not None and at_start and not program.follow_weights(model):
@@ -263,12 +263,6 @@ class CompiledModel(nn.Module):
 
 def _is_number(leaf: Any) -> bool:
     return isinstance(leaf, (int, float)) and not isinstance(leaf, bool)
-
-
-def _leaf_key(leaf: Any) -> Any:
-    if isinstance(leaf, torch.Tensor):
-        return (leaf.shape, leaf.stride(), leaf.dtype, leaf.device)
-    return (type(leaf), leaf)
 
 
 def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from pabc.passes import Cut, Region, bind_arguments
 from pabc.passes.cache import Cuts
+from pabc.passes.capture import leaf_key
 from pabc.pipeline import Config, analyze
 
 
@@ -95,7 +96,7 @@ class Differences:
         signature = inspect.signature(self._model.forward)
         bound_args, bound_kwargs = bind_arguments(signature, args, kwargs)
         inputs, spec = pytree.tree_flatten((bound_args, bound_kwargs))
-        key = (spec, *map(_leaf_key, inputs))
+        key = (spec, *map(leaf_key, inputs))
         if self._key not in (None, key):
             raise ValueError(
                 "differences: the inputs differ in shape, dtype or constants from those of the "
@@ -130,9 +131,3 @@ def _mean_square(cuts: Cuts, before: Cuts) -> torch.Tensor:
         [(a.float() - b.float()).square().sum() for a, b in zip(cuts, before, strict=True)]
     )
     return total.sum() / sum(cut.numel() for cut in cuts)
-
-
-def _leaf_key(leaf: Any) -> Any:
-    if isinstance(leaf, torch.Tensor):
-        return (leaf.shape, leaf.dtype, leaf.device)
-    return (type(leaf), leaf)

@@ -41,6 +41,13 @@ def bind_arguments(
     return bound.args, bound.kwargs
 
 
+def leaf_key(leaf: Any) -> Any:
+    """What a captured graph takes for granted of one flattened argument: layout, or the value."""
+    if isinstance(leaf, torch.Tensor):
+        return (leaf.shape, leaf.stride(), leaf.dtype, leaf.device)
+    return (type(leaf), leaf)
+
+
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Undoes what tracing leaves in a model: lazily built tables would hold fake tensors."""
