@@ -208,6 +208,7 @@ def _before_merge(
     the attention is in more than one of the operands.
     """
     read = {_through_layouts(n) for attention in attentions for n in attention.all_input_nodes}
+    read = {n for n in read if reach.depends(n, residual.stream)}  # not masks, which others share
     owned = mask | reach.mask(read)  # what follows from its values belongs to the attention
     path = [n for n in reach.between(residual.stream, residual.branch) if reach.touches(n, mask)]
     for node in path:

@@ -130,7 +130,8 @@ def _allegro_rotary():
         grid_size=(rows, columns),
         temporal_size=T,
     )
-    return (freqs_t, freqs_h, freqs_w), tuple(torch.as_tensor(g).long() for g in grid)
+    positions = torch.cartesian_prod(*(torch.as_tensor(g).long() for g in grid))
+    return (freqs_t, freqs_h, freqs_w), tuple(positions.T.reshape(3, 1, -1))
 
 
 def make_wan():
