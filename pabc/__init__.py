@@ -10,6 +10,7 @@ if (Path(__file__).parents[1] / "setup.py").is_file():
 from pabc import presets
 from pabc.api import CompiledModel, compile, explain
 from pabc.explanation import Explanation
+from pabc.passes.attention_ops import register_attention_op
 from pabc.plan import Action, Plan, SlotSpec
 from pabc.schedule import Schedule
 
@@ -25,4 +26,5 @@ __all__ = [
     "compile",
     "explain",
     "presets",
+    "register_attention_op",
 ]

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch._guards import detect_fake_mode
 from torch.fx import GraphModule
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from pabc.passes import Attention, Region
-from pabc.passes.ir import FUSED_ATTENTION, is_call, value
+from pabc.passes.attention_ops import attention_call, is_attention_op
 from pabc.plan import Plan
 
 
@@ -145,14 +145,13 @@ def _count_flops(guarded: GraphModule, region: Region) -> int:
 
 def _flops_of(node: torch.fx.Node) -> int:
     """FLOPs by PyTorch's own formulas, with the op run on its fake tensors."""
+    if is_attention_op(node):  # not all have a formula
+        return attention_call(node).flops
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return 0
     operands = node.all_input_nodes
     if sum(isinstance(n.meta.get("val"), torch.Tensor) for n in operands) < 2:
         return 0  # only products of two tensors count
-    if is_call(node, FUSED_ATTENTION):  # its CPU kernel has no formula
-        shapes = [(1, 1, *value(n).shape)[-4:] for n in node.args[:3]]
-        return int(sdpa_flop_count(*shapes))
     args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
     mode = detect_fake_mode([n.meta["val"] for n in operands])
     assert mode is not None

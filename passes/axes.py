@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from .attention_ops import attended_dims, attention_call, is_attention_op
 from .axis_rules import RULES, dim_of, lost
 from .factors import combine, length, narrow, unknown
 from .ir import (
-    FUSED_ATTENTION,
     GETITEM,
     Axis,
     Dims,
@@ -122,6 +122,8 @@ def _apply(node: Node) -> Dims:
     operands = _operands(node)
     if 0 in shape or any(length(product) == 0 for dims in operands for product in dims):
         return unknown(shape, f"{node.name} has an empty dimension")
+    if is_attention_op(node):
+        return attended_dims(node, shape)
     rule = RULES.get(node.target)
     if rule is not None:
         return rule(node, operands)
@@ -152,9 +154,14 @@ def _several(node: Node) -> tuple[Dims, ...]:
         (source,) = [n.meta["axes"] for n in _flat_nodes(node.args[0])]
         dim = dim_of(node, 1, 0, len(source))
         return tuple(source[:dim] + source[dim + 1 :] for _ in vals)
-    if node.target in FUSED_ATTENTION:
-        q, _, v = (n.meta["axes"] for n in _flat_nodes(node.args)[:3])
-        return (q[:-1] + v[-1:], *(unknown(val.shape) for val in vals[1:] if _has_shape(val)))
+    if is_attention_op(node):
+        output = attention_call(node).output
+        return tuple(
+            attended_dims(node, val.shape)
+            if i == output
+            else unknown(val.shape if _has_shape(val) else ())
+            for i, val in enumerate(vals)
+        )
     operands = _operands(node)
     shapes = [tuple(val.shape) if _has_shape(val) else () for val in vals]
     return tuple(combine(shape, operands[:1]) for shape in shapes)

@@ -8,7 +8,7 @@ from typing import Any
 from torch.fx import Node
 
 from .factors import anonymous, blur, combine, join, length, narrow, regroup, unknown
-from .ir import FUSED_ATTENTION, Dims, Factor, aten, value
+from .ir import Dims, Factor, aten, value
 
 Rule = Callable[[Node, list[Dims]], Dims]
 """(node, the dimensions of its tensor operands in order) -> the dimensions of its result."""
@@ -262,11 +262,6 @@ def _embedding(node: Node, operands: list[Dims]) -> Dims:
     return operands[1] + (anonymous(value(node).shape[-1]),)
 
 
-def _attend(node: Node, operands: list[Dims]) -> Dims:
-    q, k, v = operands[:3]
-    return combine(tuple(value(node).shape)[:-2], [q[:-2], k[:-2]]) + (q[-2], v[-1])
-
-
 RULES: dict[Any, Rule] = {
     aten.view.default: _view,
     aten._unsafe_view.default: _view,
@@ -334,5 +329,4 @@ RULES: dict[Any, Rule] = {
     aten.layer_norm.default: _same,
     aten.rms_norm.default: _same,
     aten.group_norm.default: _same,
-    **dict.fromkeys(FUSED_ATTENTION, _attend),
 }

@@ -124,7 +124,12 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             ) from error
     _refuse_mutation(program)
     graph = program.graph
-    root: dict[str, Any] = {}
+    # What is read already are graphs that ops take as arguments, such as flex_attention's.
+    root: dict[str, Any] = {
+        str(n.target): getattr(program.graph_module, str(n.target))
+        for n in graph.nodes
+        if n.op == "get_attr"
+    }
     inputs: list[str] = []
     for node, spec in zip(
         [n for n in graph.nodes if n.op == "placeholder"],

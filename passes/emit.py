@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from .ir import attribute, copy_into, output_node
@@ -65,30 +66,36 @@ def lift_weights_pass(gm: GraphModule) -> GraphModule:
     """Turns attribute reads into leading inputs and packs the results into one flat tuple.
 
     Requires: a flat graph (:func:`inline_regions_pass`) that returns (outputs, stored cuts).
-    Ensures: no `get_attr` node; `gm.meta["weights"]` names the leading inputs in order; every
-    result is a tensor, the model's outputs first, and `gm.meta["outputs"]` says how to put them
-    back: per output its place among the results, or the constant it is.
+    Ensures: no tensor is read by `get_attr`; `gm.meta["weights"]` names the leading inputs in
+    order; every result is a tensor, the model's outputs first, and `gm.meta["outputs"]` says how to
+    put them back: per output its place among the results, or the constant it is.
 
         # before                                # after
         %w = get_attr[blocks.0.ff.weight]       %blocks_0_ff_weight = placeholder
         return ((%y, None), (%c,))              return (%y, %c)
     """
     reads: dict[str, list[Node]] = {}
+    graphs: dict[str, nn.Module] = {}
     for node in gm.graph.nodes:
         if node.op == "get_attr":
-            reads.setdefault(str(node.target), []).append(node)
+            read = attribute(gm, str(node.target))
+            if isinstance(read, nn.Module):  # a graph that an op takes as its argument
+                graphs[str(node.target)] = read
+            else:
+                reads.setdefault(str(node.target), []).append(node)
     graph = Graph()
     mapping: dict[Node, Node] = {}
     for name, nodes in reads.items():
         weight = graph.placeholder(name.replace(".", "_"))
         weight.meta.update(nodes[0].meta)
         mapping.update(dict.fromkeys(nodes, weight))
-    copy_into(graph, [n for n in gm.graph.nodes if n.op not in ("get_attr", "output")], mapping)
+    rest = [n for n in gm.graph.nodes if n.op != "output" and n not in mapping]
+    copy_into(graph, rest, mapping)
     outputs, stored = output_node(gm.graph).args[0]
     tensors = [n for n in outputs if isinstance(n, Node)]
     graph.output(tuple(mapping[n] for n in (*tensors, *stored)))
     places = iter(range(len(tensors)))
-    result = GraphModule({}, graph)
+    result = GraphModule(graphs, graph)
     result.meta.update(gm.meta)
     result.meta["weights"] = tuple(reads)
     result.meta["outputs"] = tuple(

@@ -8,8 +8,8 @@ from typing import Literal
 
 from torch.fx import Graph, GraphModule, Node
 
+from .attention_ops import attention_result
 from .ir import (
-    GETITEM,
     LAYOUTS,
     Attention,
     Reach,
@@ -248,12 +248,9 @@ def _before_gate(reach: Reach, node: Node, mask: int) -> Node:
 
 def _cut_raw(attention: Node) -> _Branch | None:
     """The attention's own output as the cut, where no residual add can serve."""
-    node = attention
-    if not is_tensor(node):
-        items = [u for u in node.users if u.target is GETITEM and u.args[1] == 0]
-        if not items:
-            return None
-        node = items[0]
+    node = attention_result(attention)
+    if node is None:
+        return None
     while len(node.users) == 1 and is_call(next(iter(node.users)), LAYOUTS):
         node = next(iter(node.users))
     if attention not in dead_without(node.graph, [node]):

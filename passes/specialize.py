@@ -7,14 +7,13 @@ from collections.abc import Collection
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from .attention_ops import is_attention_op
 from .cache import cache_read, cache_write, compute_unless
 from .ir import (
-    FUSED_ATTENTION,
     GETITEM,
     Region,
     copy_into,
     derived,
-    is_call,
     output_node,
     remove_dead_code,
 )
@@ -87,7 +86,7 @@ def verify_phase(gm: GraphModule, *, reused: Collection[int]) -> None:
         assert regions[slot].name not in called, f"{regions[slot].name} is reused and still called"
     gone = {name for slot in reused for name in regions[slot].attentions}
     for node in gm.graph.nodes:
-        attention = node.meta.get("attention") if is_call(node, FUSED_ATTENTION) else None
+        attention = node.meta.get("attention") if is_attention_op(node) else None
         assert attention is None or attention.name not in gone, attention
 
 

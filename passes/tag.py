@@ -10,8 +10,8 @@ from torch.fx import GraphModule, Node
 
 from pabc.plan import KINDS
 
+from .attention_ops import attention_call, is_attention_op
 from .ir import (
-    FUSED_ATTENTION,
     LAYOUTS,
     SOFTMAXES,
     Attention,
@@ -42,7 +42,7 @@ class _Found:
     """An attention's output node and the factors of its query and key sequence dimensions.
 
     `outer` has those of the query's other dimensions but the last; `on_latents`: whether the
-    attention is computed from the latents at all.
+    attention is computed from the latents at all; `packed`: which tokens share a sequence is data.
     """
 
     node: Node
@@ -50,6 +50,7 @@ class _Found:
     key: tuple[Factor, ...]
     outer: tuple[Factor, ...]
     on_latents: bool
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def tag_attention_pass(gm: GraphModule, *, kinds: Mapping[str, str] | None = Non
 def verify_tags(gm: GraphModule) -> None:
     """No fused attention op is left without a tag."""
     for node in gm.graph.nodes:
-        assert not is_call(node, FUSED_ATTENTION) or "attention" in node.meta, node.name
+        assert not is_attention_op(node) or "attention" in node.meta, node.name
 
 
 def tagged(gm: GraphModule) -> list[Node]:
@@ -115,23 +116,32 @@ def find_attentions(gm: GraphModule) -> list[_Found]:
     """Fused attention ops and product-softmax-product chains, in graph order."""
     reach = Reach(gm.graph)
     latents = next(n for n in user_inputs(gm.graph) if n.name == gm.meta["latents"])
-    fused = [
-        (n, n.args[0].meta["axes"], n.args[1].meta["axes"][-2])
-        for n in gm.graph.nodes
-        if is_call(n, FUSED_ATTENTION)
-    ]
-    return [
+    chains = [
         _Found(
             node,
-            query=query[-2],
+            query=dims[-2],
             key=key,
-            outer=tuple(factor for product in query[:-2] for factor in product),
+            outer=tuple(factor for product in dims[:-2] for factor in product),
             on_latents=reach.depends(node, latents),
         )
-        for node, query, key in sorted(
-            [*fused, *_find_chains(gm)], key=lambda match: reach.index[match[0]]
-        )
+        for node, dims, key in _find_chains(gm)
     ]
+    fused = [_describe_fused(n, reach, latents) for n in gm.graph.nodes if is_attention_op(n)]
+    return sorted([*fused, *chains], key=lambda found: reach.index[found.node])
+
+
+def _describe_fused(node: Node, reach: Reach, latents: Node) -> _Found:
+    call = attention_call(node)
+    query: Dims = call.query.meta["axes"]
+    inner = {len(query) + call.layout.sequence, len(query) + call.layout.features}
+    return _Found(
+        node,
+        query=query[call.layout.sequence],
+        key=call.key.meta["axes"][call.layout.sequence],
+        outer=tuple(f for d, product in enumerate(query) if d not in inner for f in product),
+        on_latents=reach.depends(node, latents),
+        packed=call.packed,
+    )
 
 
 def _find_chains(gm: GraphModule) -> list[tuple[Node, Dims, tuple[Factor, ...]]]:
@@ -212,6 +222,11 @@ def name_kind(found: _Found, tokens: TokenAxes) -> str:
         return "other"
     if not k_latent:
         return "cross"
+    if found.packed:
+        raise ValueError(
+            f"{_undecided(found)}, since its sequences are packed into one, and only the data says "
+            f"which tokens share a sequence; {_remedy(found)}"
+        )
     if _has_other_tokens(found.query, tokens) or _has_other_tokens(found.key, tokens):
         return "joint"
     if tokens.time is None:
@@ -232,12 +247,16 @@ def _known_latent_axes(found: _Found, product: tuple[Factor, ...], tokens: Token
     axes = {axis for axis, size in sizes.items() if size > 1 or outer.get(axis, 1) == 1}
     reasons = [factor.reason for factor in product if factor.reason]
     if not axes and reasons and found.on_latents:
-        path = module_path(found.node)
-        raise ValueError(
-            f"attention {found.node.name} ({path}): cannot tell its kind, since {reasons[0]}; "
-            f"state it with kinds={{{path!r}: 'spatial'}} (one of {KINDS})"
-        )
+        raise ValueError(f"{_undecided(found)}, since {reasons[0]}; {_remedy(found)}")
     return axes
+
+
+def _undecided(found: _Found) -> str:
+    return f"attention {found.node.name} ({module_path(found.node)}): cannot tell its kind"
+
+
+def _remedy(found: _Found) -> str:
+    return f"state it with kinds={{{module_path(found.node)!r}: 'spatial'}} (one of {KINDS})"
 
 
 def _latent_axes(product: tuple[Factor, ...], tokens: TokenAxes) -> set[Axis]:

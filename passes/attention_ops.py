@@ -1,0 +1,364 @@
+"""attention_ops: which ops are attentions, and where each has its query, key, value and result.
+
+Facts about ops, keyed by an op's name, as :mod:`torch.library` keeps them: PyTorch's own, those of
+common kernel libraries (an op that is not installed never occurs in a graph), and those that users
+add with :func:`register_attention_op`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from .factors import combine, length
+from .ir import GETITEM, Dims, Factor, is_tensor, value
+
+_SEQUENCE, _PACKED, _FEATURES, _OTHER = "smnl", "t", "dkc", "bhg"
+_LAYOUT = re.compile(rf"(\.\.\.)?[{_SEQUENCE}{_PACKED}{_FEATURES}{_OTHER}]+")
+_FUNCTIONALIZED = ("auto_functionalized", "auto_functionalized_v2")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One letter per dimension; `open_ended`: any number of batch-like dimensions before them."""
+
+    letters: str
+    open_ended: bool
+
+    def dim(self, letters: str) -> int:
+        """Which dimension, counted from the end, has one of these letters."""
+        return next(i for i, c in enumerate(self.letters) if c in letters) - len(self.letters)
+
+    def fits(self, rank: int) -> bool:
+        """Whether a tensor of this rank can have this layout."""
+        return rank >= len(self.letters) if self.open_ended else rank == len(self.letters)
+
+    @property
+    def sequence(self) -> int:
+        """The dimension of the tokens, counted from the end."""
+        return self.dim(_SEQUENCE + _PACKED)
+
+    @property
+    def features(self) -> int:
+        """The dimension of the features, counted from the end."""
+        return self.dim(_FEATURES)
+
+    def __str__(self) -> str:
+        return "..." * self.open_ended + self.letters
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionOp:
+    """Where an op has its operands, by name or position, and its result among its results."""
+
+    name: str
+    query: str | int
+    key: str | int
+    value: str | int
+    layouts: tuple[Layout, ...]
+    output: str | int
+    offsets: str = ""  # the argument that, where given, says that sequences are packed
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """One call of an attention op: its operand nodes and their layout.
+
+    `output` is the position of the attention's result where the op has several; `packed`: several
+    sequences lie one after another in one dimension, told apart by data alone.
+    """
+
+    query: Node
+    key: Node
+    value: Node
+    layout: Layout
+    output: int
+    packed: bool
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of both products; of packed sequences, an upper bound."""
+        q, keys = value(self.query), value(self.key).shape[self.layout.sequence]
+        features = value(self.value).shape[self.layout.features]
+        return 2 * q.numel() * keys + 2 * q.numel() // q.shape[self.layout.features] * (
+            keys * features
+        )
+
+
+_REGISTRY: dict[str, AttentionOp] = {}
+
+
+def register_attention_op(
+    op: Any,
+    *,
+    layout: str | Sequence[str],
+    query: str | int = 0,
+    key: str | int = 1,
+    value: str | int = 2,
+    output: str | int = 0,
+) -> None:
+    """States that an op is an attention: softmax(query @ key^T) @ value, whatever computes it.
+
+    Args:
+        op: what :func:`torch.library.custom_op` returns, an `OpOverload` or `OpOverloadPacket`
+            (`torch.ops.mylib.attend`), a higher-order op, or a name, `"mylib::attend"`, which need
+            not exist yet.
+        layout: one letter for each dimension of the query, the key and the value: `b` batch, `h`
+            (or `g`) heads, `s` (or `m`, `n`, `l`) the sequence, `d` (or `k`, `c`) features. Thus
+            `"bhsd"` for PyTorch's own, `"bshd"` for flash-attention, `"bmhk"` for xformers. `t`
+            instead of `s` has several sequences packed into one dimension, `"thd"`: which tokens
+            attend to which is then data, so that the kind of all but cross attentions is for the
+            user to state. A leading `...` stands for any dimensions. Several layouts where the op
+            takes several ranks.
+        query, key, value: the operands: an argument's name, or its position. Keys may have fewer
+            heads than queries.
+        output: which of several results is the attention's, by position; or the name of the
+            argument that it is written into. Its layout is the query's.
+
+    What was registered for an op before, by users or by pabc, is replaced; what was captured before
+    stays as it was.
+
+    Raises:
+        TypeError: `op` is no operator.
+        ValueError: a name or a layout is not of this form, or the op has no such tensor argument.
+
+        @torch.library.custom_op("mylib::attend", mutates_args=())
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+
+        pabc.register_attention_op(attend, query="q", key="k", value="v", layout="bshd")
+    """
+    name, schema = _identify(op)
+    layouts = [layout] if isinstance(layout, str) else list(layout)
+    facts = AttentionOp(
+        name, query, key, value, tuple(_parse(name, text) for text in layouts), output
+    )
+    if not layouts:
+        raise ValueError(f"attention op {name}: expected at least one layout, found none")
+    if schema is not None:
+        _check_arguments(facts, schema)
+    _REGISTRY[name] = facts
+
+
+def _identify(op: Any) -> tuple[str, torch.FunctionSchema | None]:
+    """An operator's name, and its schema where it has one already."""
+    if isinstance(op, str):
+        if not re.fullmatch(r"\w+::\w+(\.\w+)?", op):
+            raise ValueError(
+                f"op: expected a name like 'namespace::name' or 'namespace::name.overload', "
+                f"found {op!r}"
+            )
+        namespace, _, rest = op.partition("::")
+        packet, _, overload = rest.partition(".")
+        try:
+            found = getattr(getattr(torch.ops, namespace), packet)
+            return op, _schema(getattr(found, overload) if overload else found)
+        except AttributeError:
+            return op, None  # not loaded yet
+    op = getattr(op, "_opoverload", op)  # of a torch.library.custom_op
+    if isinstance(op, torch._ops.OpOverload):
+        return op.name(), op._schema
+    if isinstance(op, torch._ops.OpOverloadPacket):
+        return op._qualified_op_name, _schema(op)
+    if isinstance(op, torch._ops.HigherOrderOperator):
+        return _name(op), None
+    raise TypeError(
+        "op: expected an operator (of torch.library.custom_op or torch.ops) or its name "
+        f"'namespace::name', found {type(op).__name__}; a Python function is not seen in a graph, "
+        "what it calls is"
+    )
+
+
+def _schema(op: Any) -> torch.FunctionSchema | None:
+    overloads: list[str] = op.overloads() if isinstance(op, torch._ops.OpOverloadPacket) else []
+    found = getattr(op, overloads[0]) if len(overloads) == 1 else op
+    return getattr(found, "_schema", None)
+
+
+def _parse(name: str, text: object) -> Layout:
+    letters = text.lower() if isinstance(text, str) else ""
+    if _LAYOUT.fullmatch(letters):
+        layout = Layout(letters.removeprefix("..."), letters.startswith("..."))
+        counts = [
+            sum(c in group for c in layout.letters) for group in (_SEQUENCE + _PACKED, _FEATURES)
+        ]
+        if counts == [1, 1] and len(set(layout.letters)) == len(layout.letters):
+            return layout
+    raise ValueError(
+        f"attention op {name}: layout: expected one letter per dimension, one of them the sequence "
+        f"(s, m, n, l; packed: t), one the features (d, k, c), others b, h, g; like 'bhsd', "
+        f"'bshd' or 'thd'; found {text!r}"
+    )
+
+
+def _check_arguments(facts: AttentionOp, schema: torch.FunctionSchema) -> None:
+    tensors = [a.name for a in schema.arguments if "Tensor" in str(a.type)]
+    names = [a.name for a in schema.arguments]
+    for role in ("query", "key", "value"):
+        stated = getattr(facts, role)
+        argument = dict(enumerate(names)).get(stated) if isinstance(stated, int) else stated
+        if argument not in tensors:
+            raise ValueError(
+                f"attention op {facts.name}: {role}: expected a tensor argument of "
+                f"{names} (by name or position), found {stated!r}"
+            )
+    if isinstance(facts.output, int):
+        valid, allowed = 0 <= facts.output < len(schema.returns), f"0 to {len(schema.returns) - 1}"
+    else:
+        written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+        valid, allowed = facts.output in written, f"an argument that is written to, {written}"
+    if not valid:
+        raise ValueError(
+            f"attention op {facts.name}: output: expected {allowed}, found {facts.output!r}"
+        )
+
+
+def _name(target: Any) -> str:
+    """The name under which an op's facts are kept; an overload's own come before the op's."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target.name() if target.name() in _REGISTRY else target._schema.name
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return f"{target.namespace}::{target.name()}"
+    return ""
+
+
+def _functionalized(node: Node) -> Any:
+    """The op that a node calls: functionalization wraps those that write to an argument."""
+    target = node.target
+    if isinstance(target, torch._ops.HigherOrderOperator) and target.name() in _FUNCTIONALIZED:
+        return node.args[0]
+    return target
+
+
+def is_attention_op(node: Any) -> bool:
+    """Whether `node` calls an op that is known to be an attention."""
+    if not isinstance(node, Node) or node.op != "call_function":
+        return False
+    return _name(_functionalized(node)) in _REGISTRY
+
+
+def attention_call(node: Node) -> AttentionCall:
+    """The operands and the layout of a call of an attention op.
+
+    Raises: ValueError where the call is not as it was registered.
+    """
+    op = _functionalized(node)
+    facts = _REGISTRY[_name(op)]
+    schema = getattr(op, "_schema", None)
+    names = [a.name for a in schema.arguments] if schema is not None else []
+    args = node.args[1:] if op is not node.target else node.args
+    given = {**dict(enumerate(args)), **dict(zip(names, args, strict=False)), **node.kwargs}
+    operands: list[Node] = []
+    for role in ("query", "key", "value"):
+        stated = getattr(facts, role)
+        operand = given.get(stated)
+        if operand is None and isinstance(stated, int) and stated < len(names):
+            operand = given.get(names[stated])
+        if not is_tensor(operand):
+            raise ValueError(
+                f"attention op {facts.name}, called by {node.name}: expected its {role} as "
+                f"argument {stated!r}, found {operand!r}"
+            )
+        assert isinstance(operand, Node)
+        operands.append(operand)
+    ranks = {value(operand).ndim for operand in operands}
+    layout = next((f for f in facts.layouts if all(map(f.fits, ranks))), None)
+    if layout is None:
+        stated_layouts = " or ".join(map(str, facts.layouts))
+        raise ValueError(
+            f"attention op {facts.name}, called by {node.name}: expected operands of layout "
+            f"{stated_layouts}, found shapes {[tuple(value(n).shape) for n in operands]}"
+        )
+    packed = _PACKED in layout.letters or given.get(facts.offsets) is not None
+    query, key, values = operands
+    return AttentionCall(query, key, values, layout, _output_position(facts, op, node), packed)
+
+
+def _output_position(facts: AttentionOp, op: Any, node: Node) -> int:
+    """Functionalized, an op returns its own results and then each argument that it writes to."""
+    if isinstance(facts.output, int):
+        return facts.output
+    written = [a.name for a in op._schema.arguments if a.alias_info and a.alias_info.is_write]
+    first = len(node.meta["val"]) - len(written)
+    return first + written.index(facts.output)
+
+
+def attention_result(node: Node) -> Node | None:
+    """The node that yields the attention's result; None where nothing reads it."""
+    if is_tensor(node) or not is_attention_op(node):
+        return node
+    position = attention_call(node).output
+    return next((u for u in node.users if u.target is GETITEM and u.args[1] == position), None)
+
+
+def attended_dims(node: Node, shape: Sequence[int]) -> Dims:
+    """The dimensions of an attention's result: the query's, with the value's features."""
+    call = attention_call(node)
+    query, key, values = (n.meta["axes"] for n in (call.query, call.key, call.value))
+    if len(shape) != len(query):
+        raise ValueError(
+            f"attention op {_name(_functionalized(node))}, called by {node.name}: expected a "
+            f"result laid out as the query, {call.layout}, found shape {tuple(shape)}"
+        )
+    dims: list[tuple[Factor, ...]] = []
+    for i, size in enumerate(shape):
+        position = i - len(shape)
+        if position == call.layout.sequence:
+            sources = [query[i : i + 1]]
+        elif position == call.layout.features:
+            sources = [values[position : position + 1 or None]]
+        else:
+            sources = [query[i : i + 1]]
+            if len(key) >= -position:
+                at = len(key) + position
+                sources.append(key[at : at + 1])
+        dims += combine((size,), sources)
+    if length(dims[call.layout.sequence]) != length(query[call.layout.sequence]):
+        raise ValueError(
+            f"attention op {_name(_functionalized(node))}, called by {node.name}: expected as many "
+            f"tokens in the result as in the query ({call.layout}), found shape {tuple(shape)}"
+        )
+    return tuple(dims)
+
+
+def _ship(layouts: str | Sequence[str], *names: str, offsets: str = "") -> None:
+    texts = (layouts,) if isinstance(layouts, str) else tuple(layouts)
+    for name in names:
+        parsed = tuple(_parse(name, text) for text in texts)
+        _REGISTRY[name] = AttentionOp(name, 0, 1, 2, parsed, 0, offsets)
+
+
+_ship(
+    "...sd",
+    "aten::scaled_dot_product_attention",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_attention_math",
+    "aten::_scaled_dot_product_fused_attention_overrideable",
+    "higher_order::flex_attention",
+)
+_ship(("bshd", "thd"), "aten::_flash_attention_forward", offsets="cum_seq_q")
+_ship("bshd", "aten::_efficient_attention_forward", offsets="cu_seqlens_q")
+_ship("thd", "torch_attn::_varlen_attn")
+# flash-attention 2 and 3, diffusers' wrapper of the latter, xformers.
+_ship("bshd", "flash_attn::_flash_attn_forward", "_diffusers_flash_attn_3::_flash_attn_forward")
+_ship("thd", "flash_attn::_flash_attn_varlen_forward")
+_ship(
+    ("bshd", "thd"),
+    "flash_attn_3::_flash_attn_forward",
+    "flash_attn_3::fwd",
+    "xformers_flash::flash_fwd",
+    "xformers_flash3::flash_fwd",
+    offsets="cu_seqlens_q",
+)
+_ship(
+    ("bmhk", "bmghk"),
+    "xformers::efficient_attention_forward_cutlass",
+    offsets="cu_seqlens_q",
+)
