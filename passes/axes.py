@@ -120,7 +120,7 @@ def _apply(node: Node) -> Dims:
         return node.args[0].meta["axes"][node.args[1]]
     shape = tuple(value(node).shape)
     operands = _operands(node)
-    if 0 in shape or any(length(product) == 0 for dims in operands for product in dims):
+    if 0 in shape:
         return unknown(shape, f"{node.name} has an empty dimension")
     if is_attention_op(node):
         return attended_dims(node, shape)

@@ -88,8 +88,8 @@ def _select(node: Node, operands: list[Dims]) -> Dims:
 
 def _cat(node: Node, operands: list[Dims]) -> Dims:
     rank = value(node).ndim
-    operands = [dims for dims in operands if len(dims) == rank]
     dim = dim_of(node, 1, 0, rank)
+    operands = [dims for dims in operands if len(dims) == rank and length(dims[dim])]
     joined = join([dims[dim] for dims in operands])
     shape = tuple(value(node).shape)
     rest = combine(shape[:dim] + (1,) + shape[dim + 1 :], [_unit(d, dim) for d in operands])
@@ -303,6 +303,7 @@ RULES: dict[Any, Rule] = {
     aten.conv1d.default: _conv,
     aten.conv2d.default: _conv,
     aten.conv3d.default: _conv,
+    aten.conv_transpose1d.default: _transposed_conv,
     aten.conv_transpose2d.input: _transposed_conv,
     aten.conv_transpose3d.input: _transposed_conv,
     aten.index_select.default: _index_select,

@@ -16,6 +16,8 @@ from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from .composites import decompose_unknown_composites
+
 CONSTANTS = "constants."
 """Prefix of the graph's own tensors, which are not the model's to replace."""
 
@@ -115,8 +117,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
         try:
             program = torch.export.export(model, args, kwargs, strict=False)
-            # No table: the default one would break fused attention into its parts.
-            program = program.run_decompositions({})
+            program = decompose_unknown_composites(program)
         except Exception as error:
             raise ValueError(
                 f"pabc could not capture {type(model).__name__} whole: torch.export stopped with "

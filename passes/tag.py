@@ -41,15 +41,17 @@ _PRODUCTS = (
 class _Found:
     """An attention's output node and the factors of its query and key sequence dimensions.
 
-    `outer` has those of the query's other dimensions but the last; `on_latents`: whether the
-    attention is computed from the latents at all; `packed`: which tokens share a sequence is data.
+    `outer` has those of the query's other dimensions but the last; `query_on_latents`,
+    `key_on_latents`: whether the operand is computed from the latents at all; `packed`: which
+    tokens share a sequence is data.
     """
 
     node: Node
     query: tuple[Factor, ...]
     key: tuple[Factor, ...]
     outer: tuple[Factor, ...]
-    on_latents: bool
+    query_on_latents: bool
+    key_on_latents: bool
     packed: bool = False
 
 
@@ -122,9 +124,10 @@ def find_attentions(gm: GraphModule) -> list[_Found]:
             query=dims[-2],
             key=key,
             outer=tuple(factor for product in dims[:-2] for factor in product),
-            on_latents=reach.depends(node, latents),
+            query_on_latents=reach.depends(q, latents),
+            key_on_latents=reach.depends(k, latents),
         )
-        for node, dims, key in _find_chains(gm)
+        for node, dims, key, q, k in _find_chains(gm)
     ]
     fused = [_describe_fused(n, reach, latents) for n in gm.graph.nodes if is_attention_op(n)]
     return sorted([*fused, *chains], key=lambda found: reach.index[found.node])
@@ -139,16 +142,17 @@ def _describe_fused(node: Node, reach: Reach, latents: Node) -> _Found:
         query=query[call.layout.sequence],
         key=call.key.meta["axes"][call.layout.sequence],
         outer=tuple(f for d, product in enumerate(query) if d not in inner for f in product),
-        on_latents=reach.depends(node, latents),
+        query_on_latents=reach.depends(call.query, latents),
+        key_on_latents=reach.depends(call.key, latents),
         packed=call.packed,
     )
 
 
-def _find_chains(gm: GraphModule) -> list[tuple[Node, Dims, tuple[Factor, ...]]]:
+def _find_chains(gm: GraphModule) -> list[tuple[Node, Dims, tuple[Factor, ...], Node, Node]]:
     """softmax(Q K^T) V written out: a softmax whose input and output go through products.
 
     Per chain: the last product, the dimensions of the scores (as for Q, but for the last one), the
-    sequence dimension of K.
+    sequence dimension of K, Q and K.
     """
     found = []
     for node in gm.graph.nodes:
@@ -160,7 +164,8 @@ def _find_chains(gm: GraphModule) -> list[tuple[Node, Dims, tuple[Factor, ...]]]
         )
         if scores is not None and mixed is not None:
             dims: Dims = node.meta["axes"]
-            found.append((mixed, dims, dims[-1]))
+            operands = scores.all_input_nodes[-2:]
+            found.append((mixed, dims, dims[-1], operands[0], operands[-1]))
     return found
 
 
@@ -216,8 +221,8 @@ def name_kind(found: _Found, tokens: TokenAxes) -> str:
 
     Raises: ValueError where Q or K is computed from the latents and its sequence has lost its axes.
     """
-    q_latent = _known_latent_axes(found, found.query, tokens)
-    k_latent = _known_latent_axes(found, found.key, tokens)
+    q_latent = _known_latent_axes(found, found.query, found.query_on_latents, tokens)
+    k_latent = _known_latent_axes(found, found.key, found.key_on_latents, tokens)
     if not q_latent:
         return "other"
     if not k_latent:
@@ -237,7 +242,9 @@ def name_kind(found: _Found, tokens: TokenAxes) -> str:
     return "full" if tokens.time in q_latent else "spatial"
 
 
-def _known_latent_axes(found: _Found, product: tuple[Factor, ...], tokens: TokenAxes) -> set[Axis]:
+def _known_latent_axes(
+    found: _Found, product: tuple[Factor, ...], on_latents: bool, tokens: TokenAxes
+) -> set[Axis]:
     """The latents' axes of a sequence, or an error where some op on the latents has lost them.
 
     A single position along an axis whose others lie in the batch is no part of the sequence.
@@ -246,7 +253,7 @@ def _known_latent_axes(found: _Found, product: tuple[Factor, ...], tokens: Token
     sizes = _latent_sizes(product, tokens)
     axes = {axis for axis, size in sizes.items() if size > 1 or outer.get(axis, 1) == 1}
     reasons = [factor.reason for factor in product if factor.reason]
-    if not axes and reasons and found.on_latents:
+    if not axes and reasons and on_latents:
         raise ValueError(f"{_undecided(found)}, since {reasons[0]}; {_remedy(found)}")
     return axes
 

@@ -70,6 +70,11 @@ EXPECTED = {
     "group norm": (lambda x: F.group_norm(x, 2), ["0", "1", "2", "3"]),
     "softmax": (lambda x: x.softmax(-1), ["0", "1", "2", "3"]),
     "conv": (lambda x: F.conv2d(x, KERNEL, stride=(1, 2)), ["0", "-", "2", "3"]),
+    "transposed conv": (
+        lambda x: F.conv_transpose1d(x.flatten(2), KERNEL[:4, :, 0], stride=2),
+        ["0", "-", "23"],
+    ),
+    "concat with nothing": (lambda x: torch.cat([x, x[..., 6:]], -1), ["0", "1", "2", "3"]),
     "broadcast": (lambda x: torch.ones(6) + x, ["0", "1", "2", "3"]),
     "where": (lambda x: torch.where(torch.ones(3, 1).bool(), x, 0.0), ["0", "1", "2", "3"]),
     "embedding": (

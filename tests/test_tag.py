@@ -294,6 +294,16 @@ def test_a_kind_that_cannot_be_told_is_an_error_that_names_the_node():
     assert kinds_of(stated) == ("spatial",)
 
 
+def test_a_key_that_lost_its_axes_is_cross_where_it_does_not_depend_on_the_latents():
+    def attend_pooled(q, k, v):
+        kept = torch.linspace(0, 1, 12 * WIDTH // HEADS).view(1, 1, 12, -1)[:, :, 2:9]
+        return attend_fused(
+            q, kept.expand(*q.shape[:2], -1, -1), 2 * kept.expand(*q.shape[:2], -1, -1)
+        )
+
+    assert tag_core(attend_pooled) == ("cross",)
+
+
 def test_a_query_whose_places_are_all_lost_is_an_error():
     def attend_reordered(q, k, v):
         index = torch.arange(q.numel() - 1, -1, -1).view(q.shape)
