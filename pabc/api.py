@@ -109,7 +109,7 @@ class CompiledModel(nn.Module):
         self._backend = backend
         self._config = config
         self._call_signature = inspect.signature(model.forward)
-        self._programs: dict[Any, Program] = {}
+        self._programs: dict[Any, list[Program]] = {}
         self._program: Program | None = None
         self._trajectory: Trajectory | None = None
 
@@ -216,12 +216,19 @@ class CompiledModel(nn.Module):
                     f"{tuple(leaf.shape)} that requires grad; detach it"
                 )
         key = (spec, *map(leaf_key, inputs))
-        program = self._programs.get(key)
-        at_start = self._trajectory is None or self._trajectory.step == 0
-        if program is not None and at_start and not program.follow_weights(model):
-            program = None
-        if program is None:
-            program = self._programs[key] = self._capture(args, kwargs, inputs, key)
+        programs = self._programs.setdefault(key, [])
+        if self._trajectory is None or self._trajectory.step == 0:
+            programs[:] = [p for p in programs if p.follow_weights(model)]
+        differences = []
+        for program in programs:
+            difference = program.difference(inputs)
+            if difference is None:
+                break
+            differences.append(difference)
+        else:
+            program = self._capture(args, kwargs, inputs, key)
+            programs.append(program)
+            _warn_of_reads(differences)
         self._program = program
         return program, inputs
 
@@ -259,6 +266,17 @@ class CompiledModel(nn.Module):
             if changed and all(_is_number(inputs[i]) for i in changed):
                 return [program.signature.inputs[i] for i in changed]
         return []
+
+
+def _warn_of_reads(differences: Sequence[tuple[passes.Read, Any]]) -> None:
+    """Says from the third capture of one signature on what keeps changing."""
+    if len(differences) > 1:
+        read, value = differences[-1]
+        warnings.warn(
+            f"pabc captured the model anew because it reads a value from data that changed: {read} "
+            f"when captured, {value} now; capture number {len(differences) + 1} of this signature",
+            stacklevel=5,
+        )
 
 
 def _is_number(leaf: Any) -> bool:

@@ -37,7 +37,10 @@ class Explanation:
         regions: in execution order.
         flops: kind -> floating-point operations of one call; `"outside"`: everything else that is
             done at every call; `"prologue"`: what is done once a generation.
-        outside: attentions that no region holds, each with the reason.
+        outside: attentions that no region holds, and modules that the graph calls and that run as
+            they are, each with the reason.
+        assumed: what the graph takes for granted of data, read by the model's own Python code:
+            other values get a capture of their own.
         inputs: the names of the graph's inputs; `latents` names the one that is denoised.
         plan: the plan, where there is a schedule.
         compile_seconds: spent on compiling phases so far.
@@ -49,6 +52,7 @@ class Explanation:
     outside: tuple[str, ...]
     inputs: tuple[str, ...]
     latents: str
+    assumed: tuple[str, ...] = ()
     plan: Plan | None = None
     unmatched: tuple[str, ...] = ()
     compile_seconds: float = 0.0
@@ -80,6 +84,7 @@ class Explanation:
             *_table(header, rows),
             *others,
             *(f"  outside: {line}" for line in self.outside),
+            *(f"  assumed: {line}" for line in self.assumed),
         ]
 
     def _kind_lines(self) -> list[str]:
@@ -119,11 +124,16 @@ def describe(guarded: GraphModule, **facts: Any) -> Explanation:
         attention={a.name: a.kind for a in find_attentions(guarded)},
         regions=rows,
         flops=per_kind,
-        outside=guarded.meta["outside"],
+        outside=guarded.meta["outside"] + _modules_outside(guarded),
+        assumed=tuple(map(str, guarded.meta["reads"].entries)),
         inputs=signature.inputs,
         latents=guarded.meta["latents"],
         **facts,
     )
+
+
+def _modules_outside(guarded: GraphModule) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(map(str, guarded.meta["calls"])))
 
 
 def find_attentions(guarded: GraphModule) -> list[Attention]:

@@ -61,17 +61,29 @@ ANALYSIS: tuple[Stage, ...] = (
     Stage("cache", lambda gm, c: passes.insert_cache_pass(gm), passes.verify_cache),
 )
 """The stages between capture and specialization, in order."""
+NUM_NAMING = 2
+"""How many of these it takes to know which input is denoised."""
 
 
 def analyze(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: Config
 ) -> tuple[GraphModule, tuple[Record, ...]]:
-    """Captures the model for these arguments: its guarded graph, and how it came about."""
-    start = perf_counter()
-    gm = passes.capture(model, args, kwargs)
-    first = _record("capture", start, gm)
-    gm, records = run_stages(ANALYSIS, gm, config)
-    return gm, (first, *records)
+    """Captures the model for these arguments: its guarded graph, and how it came about.
+
+    Modules that read Python values from what follows from the latents would need a capture a step:
+    the graph calls them, and they run as they are.
+    """
+    outside: dict[str, str] = {}
+    while True:
+        start = perf_counter()
+        gm = passes.capture(model, args, kwargs, outside=outside)
+        first = _record("capture", start, gm)
+        gm, named = run_stages(ANALYSIS[:NUM_NAMING], gm, config)
+        moving = gm.meta["reads"].follow(gm.meta["latents"])
+        if not moving:
+            gm, others = run_stages(ANALYSIS[NUM_NAMING:], gm, config)
+            return gm, (first, *named, *others)
+        outside.update({call.path: call.reason for call in gm.meta["calls"]}, **moving)
 
 
 def run_stages(

@@ -59,6 +59,8 @@ class Program:
     ) -> None:
         self.guarded, self.records = analyze(model, args, kwargs, config)
         self.regions: tuple[passes.Region, ...] = self.guarded.meta["regions"]
+        self.reads: passes.Reads = self.guarded.meta["reads"]
+        self._read: Hoisted | None = None
         self.signature: passes.Signature = self.guarded.meta["signature"]
         self.backend = backend
         self.plan: Plan = schedule.plan(slot_specs(self.regions))
@@ -68,7 +70,7 @@ class Program:
         self._hoisted_weights = [
             str(n.target) for n in self._prologue.graph.nodes if n.op == "get_attr"
         ]
-        self._weights = Weights((self.guarded, self._prologue))
+        self._weights = Weights((self.guarded, self._prologue, self.reads.graph))
         self._stored = {phase.reused: phase.stored for phase in self.plan.phases}
         # The phase that reuses nothing also stands in where a value is missing: it stores all.
         self._stored[()] = tuple(sorted({s for p in self.plan.phases for s in p.stored}))
@@ -113,6 +115,24 @@ class Program:
             held = trajectory.hoisted = Hoisted(sources, versions, self._prologue(*inputs))
         return held.values
 
+    def difference(self, inputs: Sequence[Any]) -> tuple[passes.Read, Any] | None:
+        """The first value read from data that is not as captured, with what it is now.
+
+        What the values follow from is looked at only where it has changed.
+        """
+        if not self.reads:
+            return None
+        sources = (
+            *(inputs[i] for i in self.reads.used),
+            *self._weights.get(self.reads.weights),
+        )
+        if self._read is not None and self._read.holds_for(sources):
+            return None
+        found = self.reads.difference(inputs)
+        if found is None:
+            self._read = Hoisted(sources, tuple(map(version_of, sources)), ())
+        return found
+
     def prepare(self, inputs: Sequence[Any]) -> None:
         """Compiles every phase now, for inputs like these."""
         for phase in self.plan.phases if self.backend != "oracle" else ():
@@ -121,7 +141,7 @@ class Program:
 
     def follow_weights(self, model: nn.Module) -> bool:
         """Picks up tensors that were replaced in the model; False if the graphs no longer fit."""
-        graphs = (self.guarded, self._prologue, *self._modules.values())
+        graphs = (self.guarded, self._prologue, self.reads.graph, *self._modules.values())
         replaced = self._weights.follow(model, graphs)
         return replaced is not None
 

@@ -8,6 +8,8 @@ from .emit import Place, compile_flat, inline_regions_pass, lift_weights_pass
 from .hoist import hoist_invariants_pass, verify_hoist
 from .ir import Attention, Axis, Factor, Region
 from .outline import outline_regions_pass, verify_outline
+from .outside import OutsideCall
+from .reads import Read, Reads
 from .regions import Cut, mark_regions_pass, verify_marks
 from .specialize import specialize_phase_pass, verify_phase
 from .tag import tag_attention_pass, tagged, verify_tags
@@ -17,7 +19,10 @@ __all__ = [
     "Axis",
     "Cut",
     "Factor",
+    "OutsideCall",
     "Place",
+    "Read",
+    "Reads",
     "Region",
     "Signature",
     "bind_arguments",

@@ -8,6 +8,7 @@ it changes and says so in the factor's `reason`, which later messages show.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from .ir import (
     Dims,
     Factor,
     aten,
+    is_outside,
     is_tensor,
     output_node,
     user_inputs,
@@ -55,7 +57,7 @@ def name_axes_pass(gm: GraphModule, *, latents: str | None = None) -> GraphModul
             return gm
     raise ValueError(
         f"latents: expected an input whose axes come out again in the model's output, found none "
-        f"among {candidates}; name the denoised input with latents="
+        f"among {candidates}; name the denoised input with latents={_why_lost(gm)}"
     )
 
 
@@ -75,6 +77,11 @@ def _floating_inputs(gm: GraphModule) -> list[str]:
     return [n.name for n in nodes if value(n).is_floating_point() and value(n).ndim >= 3]
 
 
+def _why_lost(gm: GraphModule) -> str:
+    node = next(filter(is_outside, gm.graph.nodes), None)
+    return f" ({node.name} runs outside of the graph)" if node is not None else ""
+
+
 def _comes_out_again(gm: GraphModule, name: str) -> bool:
     """Whether the first output has all of the input's dimensions but at most one: its channels."""
     outputs = [n for n in output_node(gm.graph).all_input_nodes if is_tensor(n)]
@@ -88,8 +95,14 @@ def _comes_out_again(gm: GraphModule, name: str) -> bool:
 
 
 def _propagate(gm: GraphModule, ranks: Mapping[str, int]) -> None:
-    """Computes every node's dimensions; only the inputs in `ranks` have axes of their own."""
+    """Computes every node's dimensions; only the inputs in `ranks` have axes of their own.
+
+    What does not follow from the input of rank 0, the latents, has no latent axes to lose.
+    """
+    following: set[Node] = set()
     for node in gm.graph.nodes:
+        if ranks.get(node.name) == 0 or not following.isdisjoint(node.all_input_nodes):
+            following.add(node)
         if not is_tensor(node):
             if isinstance(node.meta.get("val"), (tuple, list)):
                 node.meta["axes"] = _several(node)
@@ -102,7 +115,13 @@ def _propagate(gm: GraphModule, ranks: Mapping[str, int]) -> None:
             dims = _apply(node)
         else:
             dims = unknown(shape)
-        node.meta["axes"] = dims
+        node.meta["axes"] = dims if node in following else _without_reasons(dims)
+
+
+def _without_reasons(dims: Dims) -> Dims:
+    if not any(factor.reason for product in dims for factor in product):
+        return dims
+    return tuple(tuple(replace(factor, reason="") for factor in product) for product in dims)
 
 
 def _operands(node: Node) -> list[Dims]:
@@ -140,6 +159,8 @@ def _apply(node: Node) -> Dims:
 def _several(node: Node) -> tuple[Dims, ...]:
     """Ops with several results: splits by their sizes, others (norms with statistics) by shape."""
     vals = node.meta["val"]
+    if is_outside(node):
+        return tuple(unknown(val.shape, f"{node.name} runs outside of the graph") for val in vals)
     if node.target in _SPLITS:
         (source,) = [n.meta["axes"] for n in _flat_nodes(node.args[0])]
         dim = dim_of(node, 2, 0, len(source))

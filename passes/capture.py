@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from types import FunctionType, ModuleType
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, redirect_stderr
+from dataclasses import dataclass, replace
+from functools import partial
+from io import StringIO
 from typing import Any
 
 import torch
@@ -17,6 +19,18 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from .composites import decompose_unknown_composites
+from .ir import module_path, output_node
+from .outside import OutsideCall, OutsideRecorder, patched, replayed_outside
+from .reads import (
+    Checked,
+    Read,
+    ReadRecorder,
+    ReadReplayer,
+    Reads,
+    failing_module,
+    with_static_sizes,
+)
+from .untouched import untouched
 
 CONSTANTS = "constants."
 """Prefix of the graph's own tensors, which are not the model's to replace."""
@@ -50,79 +64,154 @@ def leaf_key(leaf: Any) -> Any:
     return (type(leaf), leaf)
 
 
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Undoes what tracing leaves in a model: lazily built tables would hold fake tensors."""
-    seen: dict[int, tuple[Any, Any]] = {}
-    for module in model.modules():
-        _remember(module, seen)
-    try:
-        yield
-    finally:
-        for holder, contents in seen.values():
-            _restore(holder, contents)
-
-
-def _remember(value: Any, seen: dict[int, tuple[Any, Any]]) -> None:
-    """Notes what mutable containers and plain objects hold, and what they hold in turn."""
-    if id(value) in seen or isinstance(value, (torch.Tensor, type, ModuleType, FunctionType)):
-        return
-    if isinstance(value, dict):
-        contents: Any = dict(value)
-        inner = list(value.values())
-    elif isinstance(value, (list, set)):
-        contents = inner = list(value)
-    elif isinstance(value, tuple):
-        contents, inner = None, list(value)
-    elif isinstance(getattr(value, "__dict__", None), dict):
-        contents, inner = None, [value.__dict__]
-    else:
-        return
-    seen[id(value)] = (value, contents)
-    for item in inner:
-        _remember(item, seen)
-
-
-def _restore(holder: Any, contents: Any) -> None:
-    """Puts a container back, where it has changed: some refuse to be written to."""
-    if isinstance(holder, dict):
-        if len(holder) != len(contents) or any(
-            key not in holder or holder[key] is not value for key, value in contents.items()
-        ):
-            holder.clear()
-            holder.update(contents)
-    elif isinstance(holder, set):
-        if holder != set(contents):
-            holder.clear()
-            holder.update(contents)
-    elif isinstance(holder, list):
-        holder[:] = contents
-
-
-def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GraphModule:
+def capture(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    outside: Mapping[str, str] | None = None,
+) -> GraphModule:
     """Exports `model` for these arguments and returns its graph.
+
+    Where the forward reads Python values from tensor data, the model is run once with these
+    arguments to record them, and the graph is right as long as `gm.meta["reads"]` hold. A module
+    that cannot be traced, or is named in `outside` (with the reason), is called by the graph and
+    runs as it is.
 
     Requires: `model` in eval mode; `args` and `kwargs` as :func:`bind_arguments` gives them.
     Ensures: inputs are placeholders, one per flattened argument, in order; parameters and buffers
     are `get_attr` nodes under their qualified names, sharing the model's tensors; every op is
-    functional; run on the same arguments it gives the model's bits; `model` is as it was.
-    Raises: ValueError where the model cannot be captured whole.
+    functional; run on the same arguments it gives the model's bits; `model` is as it was;
+    `gm.meta["calls"]` has one :class:`OutsideCall` per call of a module that runs as it is.
+    Raises: ValueError where the model's own forward, not that of a module in it, cannot be traced.
 
         # before                                # after
         model(x, t)                             %w = get_attr[blocks.0.attn.to_q.weight]
                                                 %q = aten.linear(%x, %w)
     """
-    with torch.no_grad(), untouched(model), warnings.catch_warnings():
+    reason: Exception | None = None
+    if not outside:
+        try:
+            program = _export(model, args, kwargs)
+        except Exception as error:
+            reason = error
+        else:
+            if not with_static_sizes(program.graph):
+                return _finish(model, program)
+    traced = _trace_recorded(model, args, kwargs, dict(outside or {}), reason)
+    return _finish(model, *traced)
+
+
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *modes: AbstractContextManager
+) -> torch.export.ExportedProgram:
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(untouched(model))
+        stack.enter_context(warnings.catch_warnings())
         # torch.export's own copies of tree specs warn about torch's own classes.
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
-        try:
+        for mode in modes:
+            stack.enter_context(mode)
+        with redirect_stderr(StringIO()) as printed:  # the graph so far, where it fails
             program = torch.export.export(model, args, kwargs, strict=False)
-            program = decompose_unknown_composites(program)
+        sys.stderr.write(printed.getvalue())
+        return decompose_unknown_composites(program)
+
+
+def _trace_recorded(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    outside: dict[str, str],
+    reason: Exception | None,
+) -> tuple[torch.export.ExportedProgram, ReadReplayer, Sequence[OutsideCall]]:
+    """Traces with recorded values; modules that cannot be traced join `outside` one after another.
+
+    `reason`: why the model cannot be traced without.
+    """
+    while True:
+        reads, calls = _record(model, args, kwargs, outside, reason)
+        replayer = ReadReplayer(model, reads)
+        forward: Any = partial(_with_tensors, model.forward, replayer)
+        forward.__signature__ = inspect.signature(model.forward)
+        modes = (replayed_outside(model, calls), patched(model, forward), replayer)
+        try:
+            program = _export(model, args, kwargs, *modes)
         except Exception as error:
+            failing, reason = failing_module(model, error), error
+            why = f"torch.export stopped in it with {_one_line(error)}"
+        else:
+            arrays = [c.read for c in replayer.checked if c.read.is_float_array and c.read.path]
+            unknown = with_static_sizes(program.graph)
+            if not arrays and not unknown:
+                return program, replayer, calls
+            failing = arrays[0].path if arrays else module_path(unknown[0])
+            why = str(arrays[0]) if arrays else f"the size of {unknown[0].name} follows from data"
+            reason = ValueError(why)
+        if not failing or failing in outside:
             raise ValueError(
-                f"pabc could not capture {type(model).__name__} whole: torch.export stopped with "
-                f"{type(error).__name__}: {error}"
-            ) from error
+                f"pabc could not capture {type(model).__name__}: torch.export stopped in its own "
+                f"forward with {_one_line(reason)}"
+            ) from reason
+        outside.update(dict.fromkeys(_alike(model, failing), why))
+
+
+def _record(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    outside: dict[str, str],
+    reason: Exception | None,
+) -> tuple[list[Read], list[OutsideCall]]:
+    """Runs the model once: the values that it reads from data, the calls of modules outside."""
+    reads, calls = ReadRecorder(model), OutsideRecorder(model, outside)
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    devices = {t.device for t in tensors if t.is_cuda}
+    try:
+        with (
+            torch.no_grad(),
+            untouched(model),
+            torch.random.fork_rng(devices),
+            calls.active(),
+            reads,
+        ):
+            model(*args, **kwargs)
+    except Exception as error:
+        raise ValueError(
+            f"pabc could not capture {type(model).__name__}: torch.export stopped with "
+            f"{_one_line(reason)}; running the model to see which values it reads from data "
+            f"stopped with {_one_line(error)}"
+        ) from reason
+    return reads.reads, calls.calls
+
+
+def _with_tensors(
+    forward: Callable[..., Any], replayer: ReadReplayer, *args: Any, **kwargs: Any
+) -> tuple[Any, list[torch.Tensor]]:
+    """The model's result, and the tensors from which values were read."""
+    result = forward(*args, **kwargs)
+    return result, [t for checked in replayer.checked for t in checked.tensors]
+
+
+def _one_line(error: BaseException | None) -> str:
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first}"
+
+
+def _alike(model: nn.Module, path: str) -> set[str]:
+    """The modules that run the same code as one: where it cannot be traced, nor can they."""
+    kind = type(model.get_submodule(path))
+    return {name for name, module in model.named_modules() if name and type(module) is kind}
+
+
+def _finish(
+    model: nn.Module,
+    program: torch.export.ExportedProgram,
+    replayer: ReadReplayer | None = None,
+    calls: Sequence[OutsideCall] = (),
+) -> GraphModule:
+    """The graph with weights as attribute reads, and the facts about it."""
     _refuse_mutation(program)
     graph = program.graph
     # What is read already are graphs that ops take as arguments, such as flex_attention's.
@@ -144,11 +233,28 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         root[name] = tensor
         _read_attribute(graph, node, name)
     gm = GraphModule(root, graph)
-    gm.meta["aliases"] = _find_aliases(model, root)
     call = program.call_spec
     assert call.in_spec is not None and call.out_spec is not None
-    gm.meta["signature"] = Signature(call.in_spec, call.out_spec, tuple(inputs))
+    checked, out_spec = [], call.out_spec
+    if replayer is not None:
+        out_spec = out_spec.child(0)
+        checked = _split_off_tensors(graph, out_spec.num_leaves, replayer.checked)
+    gm.meta["reads"] = Reads(gm, checked)
+    gm.meta["calls"] = tuple(calls)
+    gm.meta["aliases"] = _find_aliases(model, root)
+    gm.meta["signature"] = Signature(call.in_spec, out_spec, tuple(inputs))
     return gm
+
+
+def _split_off_tensors(
+    graph: torch.fx.Graph, num_outputs: int, checked: Sequence[Checked]
+) -> list[Checked]:
+    """Takes the tensors of reads off the results; `checked` with their nodes in their place."""
+    output = output_node(graph)
+    results = output.args[0]
+    output.args = (tuple(results[:num_outputs]),)
+    rest = iter(results[num_outputs:])
+    return [replace(c, tensors=tuple(next(rest) for _ in c.tensors)) for c in checked]
 
 
 def _refuse_mutation(program: torch.export.ExportedProgram) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, GraphModule, Node
 
-from .ir import LAYOUTS, copy_into, dead_without, derived, is_tensor, user_inputs, value
+from .ir import LAYOUTS, copy_into, dead_without, derived, is_outside, is_tensor, user_inputs, value
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def find_invariants(graph: Graph, steady: list[Node]) -> _Invariants:
         if node.op == "get_attr":
             rooted.add(node)
             invariant.add(node)
-        elif node.op == "call_function":
+        elif node.op == "call_function" and not is_outside(node):
             sources = node.all_input_nodes
             if all(n in invariant or n in steady for n in sources):
                 invariant.add(node)

@@ -53,6 +53,8 @@ LAYOUTS = frozenset(
     }
 )
 SOFTMAXES = frozenset({aten.softmax.int, aten._softmax.default, aten._safe_softmax.default})
+OUTSIDE = "pabc_outside"
+"""Namespace of the ops that stand for modules which a graph calls as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +181,19 @@ def is_call(node: Any, targets: Iterable[Any]) -> bool:
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
 
+def is_outside(node: Any) -> bool:
+    """Whether `node` calls a module that runs as it is."""
+    target = node.target if isinstance(node, Node) else None
+    return isinstance(target, torch._ops.OpOverload) and target.namespace == OUTSIDE
+
+
 def is_contraction(node: Node) -> bool:
-    """Whether the op sums over products of two tensors: a projection, a convolution, a product."""
+    """Whether the op sums over products of two tensors: a projection, a convolution, a product.
+
+    A module that runs as it is may hold any of these.
+    """
+    if is_outside(node):
+        return True
     if is_call(node, (aten.einsum.default,)):
         return len(node.all_input_nodes) > 1
     return is_call(node, CONTRACTIONS)

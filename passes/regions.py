@@ -275,7 +275,7 @@ def _find_mlp_branches(
         inner = _inside(reach, residual, adds)
         products = frozenset(n for n in inner if is_contraction(n))
         free = not any(n in claimed or "attention" in n.meta for n in inner)
-        if products and free and _on_latents(residual.branch, latents):
+        if products and free and _on_latents(residual.add, latents):
             groups.setdefault(products, []).append(residual)
     branches: list[_Branch] = []
     for shared, group in groups.items():

@@ -70,7 +70,7 @@ def compile_captured(captured: Captured, monkeypatch: pytest.MonkeyPatch) -> Cal
 
     def compile_case(case: Case, schedule: pabc.Schedule, **options: Any) -> pabc.CompiledModel:
         model, _ = captured(case)
-        monkeypatch.setattr(passes, "capture", lambda *_: captured(case)[1])
+        monkeypatch.setattr(passes, "capture", lambda *_, **__: captured(case)[1])
         return pabc.compile(model, schedule, **options)
 
     return compile_case

@@ -158,21 +158,33 @@ class Branching(Small):
         return 1.0 if x.sum() > 0 else 2.0
 
 
-def test_a_model_that_branches_on_data_is_refused_with_the_reason():
-    message = r"could not capture Branching whole: torch.export stopped with .*data-dependent"
+def test_a_model_that_cannot_be_traced_is_refused_with_the_reason():
+    class Foreign(Small):
+        def extra(self, x):
+            return torch.from_numpy(x.numpy().copy()).apply_(lambda value: value + 1)
+
+    message = r"could not capture Foreign: torch.export stopped in its own forward with "
     with pytest.raises(ValueError, match=message) as caught:
-        capture_call(Branching(), {"x": torch.ones(2, 4)})
+        capture_call(Foreign(), {"x": torch.ones(2, 4)})
     assert caught.value.__cause__ is not None
+
+
+def test_a_model_that_fails_is_refused_with_its_own_error():
+    message = r"running the model .* stopped with RuntimeError: mat1 and mat2 shapes"
+    with pytest.raises(ValueError, match=message):
+        capture_call(Small(), {"x": torch.ones(2, 5)})
 
 
 def test_a_failed_capture_leaves_the_model_as_it_was():
     class Both(Branching, LazyAttribute):
         def extra(self, x):
+            torch.nn.functional.linear(x, torch.ones(5, 5)) if x.sum() < 0 else None
             return LazyAttribute.extra(self, x) + Branching.extra(self, x)
 
     model = Both().eval()
+    capture_call(model, {"x": torch.ones(2, 4)})
     with pytest.raises(ValueError, match="could not capture"):
-        capture_call(model, {"x": torch.ones(2, 4)})
+        capture_call(model, {"x": -torch.ones(2, 4)})
     assert model.table is None
     assert type(model(torch.ones(2, 4))) is torch.Tensor
 
@@ -240,7 +252,9 @@ def test_spellings_share_a_capture():
     captures = []
     original = pabc.passes.capture
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pabc.passes, "capture", lambda *a: captures.append(1) or original(*a))
+        patch.setattr(
+            pabc.passes, "capture", lambda *a, **k: captures.append(1) or original(*a, **k)
+        )
         first = compiled(**call)
         compiled.reset()
         assert torch.equal(compiled(*call.values()), first)
