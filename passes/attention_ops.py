@@ -238,7 +238,12 @@ def is_attention_op(node: Any) -> bool:
     """Whether `node` calls an op that is known to be an attention."""
     if not isinstance(node, Node) or node.op != "call_function":
         return False
-    return _name(_functionalized(node)) in _REGISTRY
+    return is_attention(_functionalized(node))
+
+
+def is_attention(op: Any) -> bool:
+    """Whether an op is known to be an attention."""
+    return _name(op) in _REGISTRY
 
 
 def attention_call(node: Node) -> AttentionCall:

@@ -19,7 +19,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .ir import FUSED_ATTENTION, OUTSIDE, SOFTMAXES
+from .attention_ops import is_attention
+from .ir import OUTSIDE, SOFTMAXES
 
 _numbers = count()
 
@@ -161,7 +162,7 @@ class _AttentionCounter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        self.count += func in FUSED_ATTENTION or func in SOFTMAXES
+        self.count += is_attention(func) or func in SOFTMAXES
         return func(*args, **(kwargs or {}))
 
 

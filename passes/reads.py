@@ -385,8 +385,8 @@ def _replace_by_number(node: Node, number: int) -> None:
 def _static(fake: torch.Tensor) -> torch.Tensor:
     if not any(isinstance(s, torch.SymInt) for s in (*fake.shape, *fake.stride())):
         return fake
-    sizes = [_number(s) for s in (*fake.shape, *fake.stride())]
-    if any(size is None for size in sizes):
+    sizes = [size for s in (*fake.shape, *fake.stride()) if (size := _number(s)) is not None]
+    if len(sizes) < 2 * fake.ndim:
         return fake
     with fake.fake_mode:  # type: ignore[attr-defined]
         return torch.empty_strided(
