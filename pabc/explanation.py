@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch._guards import detect_fake_mode
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from pabc.passes import Attention, Region
@@ -109,12 +112,13 @@ class Explanation:
 def describe(guarded: GraphModule, **facts: Any) -> Explanation:
     """Collects an :class:`Explanation` from a guarded graph; `facts` are passed on."""
     regions: tuple[Region, ...] = guarded.meta["regions"]
-    flops = [_count_flops(guarded, region) for region in regions]
+    count_flops = FlopCounter()
+    flops = [count_flops(guarded.get_submodule(region.name)) for region in regions]
     per_kind: dict[str, int] = {}
     for region, count in zip(regions, flops, strict=True):
         per_kind[region.kind] = per_kind.get(region.kind, 0) + count
-    per_kind["outside"] = sum(map(_flops_of, guarded.graph.nodes))
-    per_kind["prologue"] = sum(map(_flops_of, guarded.meta["prologue"].graph.nodes))
+    per_kind["outside"] = count_flops(guarded)
+    per_kind["prologue"] = count_flops(guarded.meta["prologue"])
     rows = tuple(
         RegionFacts(r.name, r.kind, r.path, r.shapes, r.nbytes, count)
         for r, count in zip(regions, flops, strict=True)
@@ -147,26 +151,38 @@ def find_attentions(guarded: GraphModule) -> list[Attention]:
     ]
 
 
-def _count_flops(guarded: GraphModule, region: Region) -> int:
-    body = guarded.get_submodule(region.name)
-    assert isinstance(body, GraphModule)
-    return sum(_flops_of(node) for node in body.graph.nodes)
+class FlopCounter:
+    """FLOPs of graphs, by PyTorch's own formulas; calls of one op on equal shapes count alike."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, str], int] = {}
+
+    def __call__(self, gm: nn.Module) -> int:
+        """The FLOPs of one run of a graph module, without its submodules."""
+        assert isinstance(gm, GraphModule)
+        return sum(map(self._count, gm.graph.nodes))
+
+    def _count(self, node: Node) -> int:
+        if is_attention_op(node):  # not all have a formula
+            return attention_call(node).flops
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            return 0
+        operands = [n.meta.get("val") for n in node.all_input_nodes]
+        if sum(isinstance(val, torch.Tensor) for val in operands) < 2:
+            return 0  # only products of two tensors count
+        call = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta.get("val"))
+        key = (node.target, repr(pytree.tree_map(lambda arg: getattr(arg, "shape", arg), call)))
+        if key not in self._known:
+            self._known[key] = _run_counted(node.target, *call)
+        return self._known[key]
 
 
-def _flops_of(node: torch.fx.Node) -> int:
-    """FLOPs by PyTorch's own formulas, with the op run on its fake tensors."""
-    if is_attention_op(node):  # not all have a formula
-        return attention_call(node).flops
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return 0
-    operands = node.all_input_nodes
-    if sum(isinstance(n.meta.get("val"), torch.Tensor) for n in operands) < 2:
-        return 0  # only products of two tensors count
-    args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
-    mode = detect_fake_mode([n.meta["val"] for n in operands])
+def _run_counted(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """The FLOPs of an op, run on fake tensors."""
+    mode = detect_fake_mode((args, kwargs))
     assert mode is not None
     with mode, FlopCounterMode(display=False) as counter:
-        node.target(*args, **kwargs)
+        op(*args, **kwargs)
     return counter.get_total_flops()
 
 

@@ -34,11 +34,15 @@ class Config:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A pass with its name, its configuration taken from :class:`Config`, and its postcondition."""
+    """A pass with its name, its configuration taken from :class:`Config`, and its postcondition.
+
+    `annotates`: the pass only writes facts on nodes, so that the code of the graph stays.
+    """
 
     name: str
     run: Callable[[GraphModule, Config], GraphModule]
     verify: Callable[[GraphModule], None] | None = None
+    annotates: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +57,24 @@ class Record:
 
 ANALYSIS: tuple[Stage, ...] = (
     Stage("canonicalize", lambda gm, c: passes.canonicalize_pass(gm)),
-    Stage("axes", lambda gm, c: passes.name_axes_pass(gm, latents=c.latents), passes.verify_axes),
-    Stage("tag", lambda gm, c: passes.tag_attention_pass(gm, kinds=c.kinds), passes.verify_tags),
-    Stage("regions", lambda gm, c: passes.mark_regions_pass(gm, cut=c.cut), passes.verify_marks),
+    Stage(
+        "axes",
+        lambda gm, c: passes.name_axes_pass(gm, latents=c.latents),
+        passes.verify_axes,
+        annotates=True,
+    ),
+    Stage(
+        "tag",
+        lambda gm, c: passes.tag_attention_pass(gm, kinds=c.kinds),
+        passes.verify_tags,
+        annotates=True,
+    ),
+    Stage(
+        "regions",
+        lambda gm, c: passes.mark_regions_pass(gm, cut=c.cut),
+        passes.verify_marks,
+        annotates=True,
+    ),
     Stage("hoist", lambda gm, c: passes.hoist_invariants_pass(gm), passes.verify_hoist),
     Stage("outline", lambda gm, c: passes.outline_regions_pass(gm), passes.verify_outline),
     Stage("cache", lambda gm, c: passes.insert_cache_pass(gm), passes.verify_cache),
@@ -93,9 +112,10 @@ def run_stages(
     records = []
     for stage in stages:
         start = perf_counter()
-        gm = stage.run(gm, config)
+        before, gm = gm, stage.run(gm, config)
         gm.graph.lint()
-        gm.recompile()
+        if gm is before and not stage.annotates:  # a new module is compiled as it is made
+            gm.recompile()
         if stage.verify is not None:
             stage.verify(gm)
         records.append(_record(stage.name, start, gm))

@@ -30,6 +30,7 @@ from .reads import (
     failing_module,
     with_static_sizes,
 )
+from .tracing import lean_tracing
 from .untouched import untouched
 
 CONSTANTS = "constants."
@@ -108,6 +109,7 @@ def _export(
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(untouched(model))
+        stack.enter_context(lean_tracing())
         stack.enter_context(warnings.catch_warnings())
         # torch.export's own copies of tree specs warn about torch's own classes.
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
@@ -220,6 +222,7 @@ def _finish(
         for n in graph.nodes
         if n.op == "get_attr"
     }
+    position = {node: i for i, node in enumerate(graph.nodes)}
     inputs: list[str] = []
     for node, spec in zip(
         [n for n in graph.nodes if n.op == "placeholder"],
@@ -231,7 +234,7 @@ def _finish(
             continue
         name, tensor = _resolve(model, program, spec, node)
         root[name] = tensor
-        _read_attribute(graph, node, name)
+        _read_attribute(graph, node, name, position)
     gm = GraphModule(root, graph)
     call = program.call_spec
     assert call.in_spec is not None and call.out_spec is not None
@@ -294,10 +297,11 @@ def _find_aliases(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str
     return {name: tuple(n for n in shared[name] if n != name) for name in names if name in shared}
 
 
-def _read_attribute(graph: torch.fx.Graph, node: Node, name: str) -> None:
+def _read_attribute(
+    graph: torch.fx.Graph, node: Node, name: str, position: Mapping[Node, int]
+) -> None:
     """Reads a weight right before its first use, rather than all of them at the top."""
     if node.users:
-        position = {n: i for i, n in enumerate(graph.nodes)}
         with graph.inserting_before(min(node.users, key=position.__getitem__)):
             read = graph.create_node("get_attr", name)
         read.meta.update(node.meta)

@@ -110,7 +110,7 @@ def _needed_by(frontier: list[Node]) -> tuple[Node, ...]:
 
 def _needed_without(graph: Graph, frontier: tuple[Node, ...]) -> set[Node]:
     """What the outputs need once the frontier's values are given, inputs excluded."""
-    dead = set(dead_without(graph, frontier))
+    dead = dead_without(frontier)
     return {n for n in graph.nodes if n not in dead and n.op != "placeholder"}
 
 

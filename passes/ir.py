@@ -239,18 +239,19 @@ def module_path(node: Node) -> str:
     return str(paths[-1]) if paths else ""
 
 
-def dead_without(graph: Graph, cuts: Iterable[Node]) -> list[Node]:
-    """The nodes, cuts included, that nothing else needs once the cuts' values are given."""
-    blocked = set(cuts)
-    live: set[Node] = set()
-    stack = [output_node(graph)]
+def dead_without(cuts: Iterable[Node]) -> set[Node]:
+    """The nodes, cuts included, that nothing else needs once the cuts' values are given.
+
+    Requires: a graph without dead code. Walks no further than what the cuts free.
+    """
+    dead = set(cuts)
+    stack = list(dead)
     while stack:
-        node = stack.pop()
-        if node in live or node in blocked:
-            continue
-        live.add(node)
-        stack.extend(node.all_input_nodes)
-    return [n for n in graph.nodes if n not in live and n.op not in ("placeholder", "output")]
+        for node in stack.pop().all_input_nodes:
+            if node not in dead and node.op != "placeholder" and dead.issuperset(node.users):
+                dead.add(node)
+                stack.append(node)
+    return dead
 
 
 def remove_dead_code(graph: Graph) -> None:

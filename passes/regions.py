@@ -70,7 +70,7 @@ def mark_regions_pass(gm: GraphModule, *, cut: Cut = "attention") -> GraphModule
     branches, outside = _find_attention_branches(reach, tagged(gm), residuals, cut)
     branches += _find_mlp_branches(gm, reach, residuals, branches, cut)
     branches.sort(key=lambda b: reach.index[b.cuts[0]])
-    for i, (branch, nodes) in enumerate(_own(gm.graph, branches, residuals)):
+    for i, (branch, nodes) in enumerate(_own(reach, branches, residuals)):
         for node in nodes:
             assert "region" not in node.meta, f"{node.name} is in two regions"
             node.meta["region"] = i
@@ -195,7 +195,7 @@ def _cut_at(
             return None
         cuts.append(end if cut == "branch" else _before_gate(reach, end, mask))
     branch = _Branch(attentions[0].meta["attention"].kind, tuple(cuts), tuple(attentions))
-    ((_, nodes),) = _own(attentions[0].graph, [branch], residuals)
+    ((_, nodes),) = _own(reach, [branch], residuals)
     return branch if set(attentions) <= set(nodes) else None
 
 
@@ -253,7 +253,7 @@ def _cut_raw(attention: Node) -> _Branch | None:
         return None
     while len(node.users) == 1 and is_call(next(iter(node.users)), LAYOUTS):
         node = next(iter(node.users))
-    if attention not in dead_without(node.graph, [node]):
+    if attention not in dead_without([node]):
         return None
     return _Branch(attention.meta["attention"].kind, (node,), (attention,))
 
@@ -267,7 +267,7 @@ def _find_mlp_branches(
 ) -> list[_Branch]:
     """Residual branches with a product and without attention; several exits of one product join."""
     latents = gm.meta["latents"]
-    owned = _own(gm.graph, attention_branches, residuals)
+    owned = _own(reach, attention_branches, residuals)
     claimed = {node for _, nodes in owned for node in nodes}
     adds = {r.add for r in residuals}
     groups: dict[frozenset[Node], list[_Residual]] = {}
@@ -286,7 +286,7 @@ def _find_mlp_branches(
             _before_gate(reach, r.branch, mask) if cut == "attention" else r.branch for r in group
         )
         branch = _Branch("mlp", cuts)
-        ((_, nodes),) = _own(gm.graph, [branch], residuals)
+        ((_, nodes),) = _own(reach, [branch], residuals)
         if shared <= set(nodes):
             branches.append(branch)
     return branches
@@ -307,7 +307,7 @@ def _inside(reach: Reach, residual: _Residual, adds: set[Node]) -> list[Node]:
 
 
 def _own(
-    graph: Graph, branches: Sequence[_Branch], residuals: Sequence[_Residual]
+    reach: Reach, branches: Sequence[_Branch], residuals: Sequence[_Residual]
 ) -> list[tuple[_Branch, tuple[Node, ...]]]:
     """The nodes that only a branch's cuts need, back to the stream or another branch's cut.
 
@@ -317,7 +317,7 @@ def _own(
     stops = {r.add for r in residuals} | {cut for branch in branches for cut in branch.cuts}
     result = []
     for branch in branches:
-        dead = set(dead_without(graph, branch.cuts))
+        dead = dead_without(branch.cuts)
         owned: set[Node] = set()
         stack = list(branch.cuts)
         while stack:
@@ -325,7 +325,7 @@ def _own(
             if node in dead and node not in owned and (node in branch.cuts or node not in stops):
                 owned.add(node)
                 stack.extend(node.all_input_nodes)
-        result.append((branch, tuple(node for node in graph.nodes if node in owned)))
+        result.append((branch, tuple(sorted(owned, key=reach.index.__getitem__))))
     return result
 
 

@@ -1,3 +1,4 @@
+import gc
 import inspect
 from dataclasses import dataclass
 
@@ -173,6 +174,14 @@ def test_a_model_that_fails_is_refused_with_its_own_error():
     message = r"running the model .* stopped with RuntimeError: mat1 and mat2 shapes"
     with pytest.raises(ValueError, match=message):
         capture_call(Small(), {"x": torch.ones(2, 5)})
+
+
+def test_settings_of_the_process_are_as_they_were():
+    settings = gc.isenabled(), dict(vars(torch.fx.config))
+    capture_call(Small(), {"x": torch.ones(2, 4)})
+    with pytest.raises(ValueError, match="could not capture"):
+        capture_call(Small(), {"x": torch.ones(2, 5)})
+    assert (gc.isenabled(), dict(vars(torch.fx.config))) == settings
 
 
 def test_a_failed_capture_leaves_the_model_as_it_was():

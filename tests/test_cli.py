@@ -50,6 +50,11 @@ def tiny():
     return Tiny().eval(), (torch.zeros(1, 4, 8, 8), torch.zeros(1)), {}
 
 
+def without_data():
+    with torch.device("meta"):
+        return tiny()
+
+
 def choosy(size):
     return Tiny()
 
@@ -99,6 +104,16 @@ def test_explain_a_model_with_its_arguments(
     printed = capsys.readouterr().out
     assert printed.startswith("2 attentions, 2 regions; latents: x")
     assert printed.count("  full  ") == 2
+
+
+def test_explain_a_model_on_the_meta_device(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A large model needs no memory to be explained, and the table is the same."""
+    assert cli.main(["explain", "some_models:tiny"]) == 0
+    with_data = capsys.readouterr().out
+    assert cli.main(["explain", "some_models:without_data"]) == 0
+    assert capsys.readouterr().out == with_data
 
 
 def test_explain_a_model_with_given_inputs(
