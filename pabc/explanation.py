@@ -29,6 +29,7 @@ class RegionFacts:
     cuts: tuple[tuple[int, ...], ...]
     nbytes: int
     flops: int
+    attentions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Explanation:
 
     Attributes:
         attention: qualified module name of each attention -> its kind.
+        linear: the names of those that are linear attention, Q (K^T V).
         regions: in execution order.
         flops: kind -> floating-point operations of one call; `"outside"`: everything else that is
             done at every call; `"prologue"`: what is done once a generation.
@@ -58,6 +60,7 @@ class Explanation:
     assumed: tuple[str, ...] = ()
     plan: Plan | None = None
     unmatched: tuple[str, ...] = ()
+    linear: tuple[str, ...] = ()
     compile_seconds: float = 0.0
 
     @property
@@ -70,13 +73,14 @@ class Explanation:
 
     def _region_lines(self) -> list[str]:
         rows = [
-            (r.name, r.kind, r.path, " ".join(map(_format_shape, r.cuts)), _bytes(r.nbytes))
+            (r.name, self._kind_of(r), r.path, " ".join(map(_format_shape, r.cuts)))
+            + (_bytes(r.nbytes),)
             + (f"{r.flops / 1e6:.1f}",)
             for r in self.regions
         ]
         held = {name for region in self.regions for name in (region.path,)}
         others = [
-            f"  {name}: {kind}, never reused"
+            f"  {name}: {kind}{', linear' * (name in self.linear)}, never reused"
             for name, kind in self.attention.items()
             if kind == "other" and name not in held
         ]
@@ -89,6 +93,11 @@ class Explanation:
             *(f"  outside: {line}" for line in self.outside),
             *(f"  assumed: {line}" for line in self.assumed),
         ]
+
+    def _kind_of(self, region: RegionFacts) -> str:
+        return (
+            f"{region.kind}, linear" if set(region.attentions) & set(self.linear) else region.kind
+        )
 
     def _kind_lines(self) -> list[str]:
         per_call = {kind: n for kind, n in self.flops.items() if kind != "prologue"}
@@ -112,6 +121,7 @@ class Explanation:
 def describe(guarded: GraphModule, **facts: Any) -> Explanation:
     """Collects an :class:`Explanation` from a guarded graph; `facts` are passed on."""
     regions: tuple[Region, ...] = guarded.meta["regions"]
+    attentions = find_attentions(guarded)
     count_flops = FlopCounter()
     flops = [count_flops(guarded.get_submodule(region.name)) for region in regions]
     per_kind: dict[str, int] = {}
@@ -120,12 +130,13 @@ def describe(guarded: GraphModule, **facts: Any) -> Explanation:
     per_kind["outside"] = count_flops(guarded)
     per_kind["prologue"] = count_flops(guarded.meta["prologue"])
     rows = tuple(
-        RegionFacts(r.name, r.kind, r.path, r.shapes, r.nbytes, count)
+        RegionFacts(r.name, r.kind, r.path, r.shapes, r.nbytes, count, r.attentions)
         for r, count in zip(regions, flops, strict=True)
     )
     signature = guarded.meta["signature"]
     return Explanation(
-        attention={a.name: a.kind for a in find_attentions(guarded)},
+        attention={a.name: a.kind for a in attentions},
+        linear=tuple(a.name for a in attentions if a.linear),
         regions=rows,
         flops=per_kind,
         outside=guarded.meta["outside"] + _modules_outside(guarded),

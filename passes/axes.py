@@ -7,7 +7,7 @@ it changes and says so in the factor's `reason`, which later messages show.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -105,14 +105,14 @@ def _propagate(gm: GraphModule, ranks: Mapping[str, int]) -> None:
             following.add(node)
         if not is_tensor(node):
             if isinstance(node.meta.get("val"), (tuple, list)):
-                node.meta["axes"] = _several(node)
+                node.meta["axes"] = infer(node)
             continue
         shape = tuple(value(node).shape)
         if node.op == "placeholder" and node.name in ranks:
             axes = [Axis(node.name, i, ranks[node.name]) for i in range(len(shape))]
             dims: Dims = tuple((Factor(s, a),) for s, a in zip(shape, axes, strict=True))
         elif node.op == "call_function":
-            dims = _apply(node)
+            dims = infer(node)
         else:
             dims = unknown(shape)
         node.meta["axes"] = dims if node in following else _without_reasons(dims)
@@ -124,8 +124,13 @@ def _without_reasons(dims: Dims) -> Dims:
     return tuple(tuple(replace(factor, reason="") for factor in product) for product in dims)
 
 
-def _operands(node: Node) -> list[Dims]:
-    return [n.meta["axes"] for n in _flat_nodes(node.args) if is_tensor(n)]
+def _known(node: Node) -> Any:
+    return node.meta["axes"]
+
+
+def infer(node: Node, known: Callable[[Node], Any] = _known) -> Any:
+    """The dimensions of a call's result, given those of its operands; of each, where several."""
+    return _apply(node, known) if is_tensor(node) else _several(node, known)
 
 
 def _flat_nodes(args: Any) -> list[Node]:
@@ -134,11 +139,11 @@ def _flat_nodes(args: Any) -> list[Node]:
     return flat
 
 
-def _apply(node: Node) -> Dims:
+def _apply(node: Node, known: Callable[[Node], Any]) -> Dims:
     if node.target is GETITEM:
-        return node.args[0].meta["axes"][node.args[1]]
+        return known(node.args[0])[node.args[1]]
     shape = tuple(value(node).shape)
-    operands = _operands(node)
+    operands = [known(n) for n in _flat_nodes(node.args) if is_tensor(n)]
     if 0 in shape:
         return unknown(shape, f"{node.name} has an empty dimension")
     if is_attention_op(node):
@@ -156,13 +161,13 @@ def _apply(node: Node) -> Dims:
     return unknown(shape, f"{node.name} ({node.target}) has no rule for axes" if inputs else "")
 
 
-def _several(node: Node) -> tuple[Dims, ...]:
+def _several(node: Node, known: Callable[[Node], Any]) -> tuple[Dims, ...]:
     """Ops with several results: splits by their sizes, others (norms with statistics) by shape."""
     vals = node.meta["val"]
     if is_outside(node):
         return tuple(unknown(val.shape, f"{node.name} runs outside of the graph") for val in vals)
     if node.target in _SPLITS:
-        (source,) = [n.meta["axes"] for n in _flat_nodes(node.args[0])]
+        source = known(node.args[0])
         dim = dim_of(node, 2, 0, len(source))
         results, start = [], 0
         for val in vals:
@@ -172,7 +177,7 @@ def _several(node: Node) -> tuple[Dims, ...]:
             start = stop
         return tuple(results)
     if node.target is aten.unbind.int:
-        (source,) = [n.meta["axes"] for n in _flat_nodes(node.args[0])]
+        source = known(node.args[0])
         dim = dim_of(node, 1, 0, len(source))
         return tuple(source[:dim] + source[dim + 1 :] for _ in vals)
     if is_attention_op(node):
@@ -183,7 +188,7 @@ def _several(node: Node) -> tuple[Dims, ...]:
             else unknown(val.shape if _has_shape(val) else ())
             for i, val in enumerate(vals)
         )
-    operands = _operands(node)
+    operands = [known(n) for n in _flat_nodes(node.args) if is_tensor(n)]
     shapes = [tuple(val.shape) if _has_shape(val) else () for val in vals]
     return tuple(combine(shape, operands[:1]) for shape in shapes)
 

@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from .factors import anonymous, blur, combine, join, length, narrow, regroup, unknown
 from .ir import Dims, Factor, aten, value
+from .products import as_product
 
 Rule = Callable[[Node, list[Dims]], Dims]
 """(node, the dimensions of its tensor operands in order) -> the dimensions of its result."""
@@ -152,8 +153,11 @@ def _same(node: Node, operands: list[Dims]) -> Dims:
 
 def _reduce(node: Node, operands: list[Dims]) -> Dims:
     """Reductions over `dim`: reduced dimensions shrink to one position or vanish."""
-    dims, rank = operands[0], len(operands[0])
-    chosen = _argument(node, 1, None)
+    return _reduce_over(node, operands[0], _argument(node, 1, None))
+
+
+def _reduce_over(node: Node, dims: Dims, chosen: Sequence[int] | int | None) -> Dims:
+    rank = len(dims)
     chosen = range(rank) if chosen is None else (chosen,) if isinstance(chosen, int) else chosen
     gone = {d % rank for d in chosen} if rank else set()
     if value(node).ndim == rank:
@@ -161,40 +165,34 @@ def _reduce(node: Node, operands: list[Dims]) -> Dims:
     return tuple(p for d, p in enumerate(dims) if d not in gone)
 
 
+def _norm(node: Node, operands: list[Dims]) -> Dims:
+    return _reduce_over(node, operands[0], _argument(node, 2, None))
+
+
+def _vecdot(node: Node, operands: list[Dims]) -> Dims:
+    shape = tuple(value(node).shape)
+    dim = dim_of(node, 2, -1, len(shape) + 1)
+    whole = combine(shape[:dim] + (1,) + shape[dim:], [_unit(d, dim) for d in operands])
+    return whole[:dim] + whole[dim + 1 :]
+
+
 def _linear(node: Node, operands: list[Dims]) -> Dims:
     return operands[0][:-1] + (anonymous(value(node).shape[-1]),)
 
 
-def _addmm(node: Node, operands: list[Dims]) -> Dims:
-    return operands[1][:-1] + operands[2][-1:]
-
-
-def _baddbmm(node: Node, operands: list[Dims]) -> Dims:
-    return _matmul(node, operands[1:])
-
-
-def _matmul(node: Node, operands: list[Dims]) -> Dims:
-    a, b = operands
+def _multiply(node: Node, operands: list[Dims]) -> Dims:
+    """Each dimension of a product takes what the operand that knows most knows."""
     shape = tuple(value(node).shape)
-    if len(a) < 2 or len(b) < 2:
-        kept = (a[:-1] if len(a) >= len(b) else b[:-2] + b[-1:])[: len(shape)]
-        return kept if len(kept) == len(shape) else unknown(shape, lost(node))
-    return combine(shape[:-2], [a[:-2], b[:-2]]) + (a[-2], b[-1])
-
-
-def _einsum(node: Node, operands: list[Dims]) -> Dims:
-    """Each letter of the result takes the operand's dimension that knows most."""
-    shape = tuple(value(node).shape)
-    inputs, _, output = str(node.args[0]).replace(" ", "").partition("->")
-    terms = inputs.split(",")
-    if "." in inputs or not output or len(terms) != len(operands):
+    product = as_product(node)
+    if product is None:
         return unknown(shape, lost(node))
-    letters = [
-        dict(zip(term, dims, strict=True)) for term, dims in zip(terms, operands, strict=True)
+    factors = operands[-len(product.operands) :]  # what is added comes before them
+    known = [
+        dict(zip(t, dims, strict=True)) for t, dims in zip(product.terms, factors, strict=True)
     ]
-    columns = [[known[letter] for known in letters if letter in known] for letter in output]
+    columns = [[dims[label] for dims in known if label in dims] for label in product.result]
     return tuple(
-        combine((size,), [(product,) for product in column])[0]
+        combine((size,), [(dim,) for dim in column])[0]
         for size, column in zip(shape, columns, strict=True)
     )
 
@@ -293,12 +291,17 @@ RULES: dict[Any, Rule] = {
     aten.var.correction: _reduce,
     aten.amax.default: _reduce,
     aten.linear.default: _linear,
-    aten.mm.default: _matmul,
-    aten.bmm.default: _matmul,
-    aten.matmul.default: _matmul,
-    aten.addmm.default: _addmm,
-    aten.baddbmm.default: _baddbmm,
-    aten.einsum.default: _einsum,
+    aten.mm.default: _multiply,
+    aten.bmm.default: _multiply,
+    aten.matmul.default: _multiply,
+    aten.addmm.default: _multiply,
+    aten.baddbmm.default: _multiply,
+    aten.einsum.default: _multiply,
+    aten.tensordot.default: _multiply,
+    aten.inner.default: _multiply,
+    aten.linalg_vecdot.default: _vecdot,
+    aten.logsumexp.default: _reduce,
+    aten.linalg_vector_norm.default: _norm,
     aten.convolution.default: _conv,
     aten.conv1d.default: _conv,
     aten.conv2d.default: _conv,

@@ -27,6 +27,8 @@ CONTRACTIONS = frozenset(
         aten.addmm.default,
         aten.baddbmm.default,
         aten.matmul.default,
+        aten.inner.default,
+        aten.tensordot.default,
         aten.convolution.default,
         aten.conv1d.default,
         aten.conv2d.default,
@@ -102,7 +104,8 @@ Dims = tuple[tuple[Factor, ...], ...]
 class Attention:
     """One attention call: the node with its output, and the axes its softmax mixes.
 
-    `query` and `key` are the factors of the sequence dimension of Q and of K.
+    `query` and `key` are the factors of the sequence dimension of Q and of K; `linear`: it is
+    Q (K^T V), whose cost is linear in the tokens.
     """
 
     name: str
@@ -110,6 +113,7 @@ class Attention:
     node: str
     query: tuple[Factor, ...]
     key: tuple[Factor, ...]
+    linear: bool = False
 
 
 @dataclass(frozen=True, slots=True)

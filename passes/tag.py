@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -10,30 +10,17 @@ from torch.fx import GraphModule, Node
 
 from pabc.plan import KINDS
 
+from .attention_chains import find_chains
 from .attention_ops import attention_call, is_attention_op
 from .ir import (
-    LAYOUTS,
-    SOFTMAXES,
     Attention,
     Axis,
     Dims,
     Factor,
     Reach,
-    aten,
-    is_call,
-    is_contraction,
-    is_pointwise,
-    is_tensor,
     module_path,
     user_inputs,
     value,
-)
-
-_PRODUCTS = (
-    aten.matmul.default,
-    aten.bmm.default,
-    aten.mm.default,
-    aten.baddbmm.default,
 )
 
 
@@ -43,7 +30,7 @@ class _Found:
 
     `outer` has those of the query's other dimensions but the last; `query_on_latents`,
     `key_on_latents`: whether the operand is computed from the latents at all; `packed`: which
-    tokens share a sequence is data.
+    tokens share a sequence is data; `linear`: keys and values are multiplied first.
     """
 
     node: Node
@@ -53,6 +40,7 @@ class _Found:
     query_on_latents: bool
     key_on_latents: bool
     packed: bool = False
+    linear: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,7 +83,7 @@ def tag_attention_pass(gm: GraphModule, *, kinds: Mapping[str, str] | None = Non
         used.update([pattern] if pattern is not None else [])
         kind = stated[pattern] if pattern is not None else name_kind(attention, tokens)
         attention.node.meta["attention"] = Attention(
-            name, kind, attention.node.name, attention.query, attention.key
+            name, kind, attention.node.name, attention.query, attention.key, attention.linear
         )
     if unused := set(stated) - used:
         paths = sorted(names)
@@ -120,14 +108,15 @@ def find_attentions(gm: GraphModule) -> list[_Found]:
     latents = next(n for n in user_inputs(gm.graph) if n.name == gm.meta["latents"])
     chains = [
         _Found(
-            node,
-            query=dims[-2],
-            key=key,
-            outer=tuple(factor for product in dims[:-2] for factor in product),
-            query_on_latents=reach.depends(q, latents),
-            key_on_latents=reach.depends(k, latents),
+            chain.node,
+            chain.query,
+            chain.key,
+            chain.outer,
+            query_on_latents=reach.depends(chain.query_source, latents),
+            key_on_latents=reach.depends(chain.key_source, latents),
+            linear=chain.linear,
         )
-        for node, dims, key, q, k in _find_chains(gm)
+        for chain in find_chains(gm, reach)
     ]
     fused = [_describe_fused(n, reach, latents) for n in gm.graph.nodes if is_attention_op(n)]
     return sorted([*fused, *chains], key=lambda found: reach.index[found.node])
@@ -146,51 +135,6 @@ def _describe_fused(node: Node, reach: Reach, latents: Node) -> _Found:
         key_on_latents=reach.depends(call.key, latents),
         packed=call.packed,
     )
-
-
-def _find_chains(gm: GraphModule) -> list[tuple[Node, Dims, tuple[Factor, ...], Node, Node]]:
-    """softmax(Q K^T) V written out: a softmax whose input and output go through products.
-
-    Per chain: the last product, the dimensions of the scores (as for Q, but for the last one), the
-    sequence dimension of K, Q and K.
-    """
-    found = []
-    for node in gm.graph.nodes:
-        if not is_call(node, SOFTMAXES) or not is_tensor(node.args[0]):
-            continue
-        scores = _find_product(node.args[0], lambda n: n.all_input_nodes)
-        mixed = next(
-            filter(None, (_find_product(user, lambda n: n.users) for user in node.users)), None
-        )
-        if scores is not None and mixed is not None:
-            dims: Dims = node.meta["axes"]
-            operands = scores.all_input_nodes[-2:]
-            found.append((mixed, dims, dims[-1], operands[0], operands[-1]))
-    return found
-
-
-def _find_product(start: Node, following: Callable[[Node], Iterable[Node]]) -> Node | None:
-    """Through casts, scales, masks and views to the nearest product of two computed tensors."""
-    queue, seen = [start], {start}
-    for node in queue:
-        if _is_product(node):
-            return node
-        if not (is_pointwise(node) or node.target in LAYOUTS or node.target is aten.expand.default):
-            continue
-        fresh = [n for n in following(node) if n.op == "call_function" and n not in seen]
-        seen.update(fresh)
-        queue.extend(fresh)
-    return None
-
-
-def _is_product(node: Node) -> bool:
-    """Whether two tensors are multiplied of which neither is a weight."""
-    if not is_call(node, _PRODUCTS) and not (
-        is_call(node, (aten.einsum.default,)) and is_contraction(node)
-    ):
-        return False
-    operands = node.all_input_nodes[-2:]
-    return all(n.op != "get_attr" for n in operands)
 
 
 def find_token_axes(gm: GraphModule, found: list[_Found]) -> TokenAxes:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import Case
+from models import Case, run_by_hand
 from torch import nn
 from torch.fx import Graph, GraphModule
 
+import pabc
 from pabc import passes
 from pabc.passes.ir import copy_into, derived
 from pabc.pipeline import ANALYSIS, Config, run_stages
@@ -48,6 +49,30 @@ def with_hoisted(gm: GraphModule, call: Mapping[str, Any]) -> list[Any]:
     return [*call.values(), *hoisted]
 
 
+def compare_with_hand(
+    model: nn.Module, case: Case, kinds: Mapping[str, str] | None = None
+) -> pabc.Explanation:
+    """Nothing reused: the model's bits. A pyramid: what the cache written by hand gives.
+
+    Returns what was found in the model.
+    """
+    calls = [case.call(step) for step in range(5)]
+    found = pabc.explain(model, kinds=kinds, **calls[0])
+    reused = sorted(set(found.attention.values()) - {"other"})
+    none = pabc.compile(model, pabc.Schedule.none(range(5)), backend="eager", kinds=kinds)
+    mask = [False, True, True, False, True]
+    schedule = pabc.Schedule.from_masks(range(5), dict.fromkeys(reused, mask))
+    fast = pabc.compile(model, schedule, backend="eager", kinds=kinds)
+    masks = {(kind, layer): mask for kind in reused for layer in range(9)}
+    expected = run_by_hand(model, calls, masks, "attention")
+    with torch.no_grad():
+        for call, reference in zip(calls, expected, strict=True):
+            assert torch.equal(none(**call), model(**call))
+            assert torch.equal(fast(**call), reference)
+    assert not torch.equal(expected[1], none(**calls[1])), "nothing was reused"
+    return found
+
+
 @pytest.fixture(scope="session")
 def captured() -> Captured:
     """A case's model and its captured graph: captured once, a copy each time."""
@@ -66,7 +91,6 @@ def captured() -> Captured:
 @pytest.fixture
 def compile_captured(captured: Captured, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """`pabc.compile` of a case's model, with the capture that exists already."""
-    import pabc
 
     def compile_case(case: Case, schedule: pabc.Schedule, **options: Any) -> pabc.CompiledModel:
         model, _ = captured(case)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import capture_call, run_to
+from conftest import capture_call, compare_with_hand, run_to
 from models import (
     HEADS,
     WIDTH,
@@ -15,7 +15,6 @@ from models import (
     Image,
     Mlp,
     Sizes,
-    run_by_hand,
 )
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
@@ -116,29 +115,10 @@ def registered(monkeypatch):
     return attention_ops._REGISTRY
 
 
-def compare(model, case, kinds=None):
-    """Nothing reused: the model's bits. A pyramid: what the cache written by hand gives."""
-    calls = [case.call(step) for step in range(5)]
-    found = pabc.explain(model, kinds=kinds, **calls[0])
-    reused = sorted(set(found.attention.values()) - {"other"})
-    none = pabc.compile(model, pabc.Schedule.none(range(5)), backend="eager", kinds=kinds)
-    mask = [False, True, True, False, True]
-    schedule = pabc.Schedule.from_masks(range(5), dict.fromkeys(reused, mask))
-    fast = pabc.compile(model, schedule, backend="eager", kinds=kinds)
-    masks = {(kind, layer): mask for kind in reused for layer in range(9)}
-    expected = run_by_hand(model, calls, masks, "attention")
-    with torch.no_grad():
-        for call, reference in zip(calls, expected, strict=True):
-            assert torch.equal(none(**call), model(**call))
-            assert torch.equal(fast(**call), reference)
-    assert not torch.equal(expected[1], none(**calls[1])), "nothing was reused"
-    return found
-
-
 @pytest.mark.parametrize("attend", [attend_heads_first, attend_tokens_first, attend_written])
 def test_registered_ops_are_reused_like_fused_attention(attend, registered):
     torch.manual_seed(0)
-    found = compare(Factorized(attend=attend).eval(), VIDEO)
+    found = compare_with_hand(Factorized(attend=attend).eval(), VIDEO)
     assert sorted(found.attention.values()) == ["cross", "spatial", "temporal"]
     assert not found.outside
     torch.manual_seed(0)
@@ -152,7 +132,7 @@ def test_of_packed_sequences_only_cross_attention_is_told(registered):
     model = Image(Branch("full", attend_packed), Cross(attend_packed), Mlp()).eval()
     with pytest.raises(ValueError, match=r"sequences are packed .* state it with kinds=\{'blocks"):
         pabc.explain(model, **IMAGE.call())
-    found = compare(model, IMAGE, kinds={"blocks.0.*": "full"})
+    found = compare_with_hand(model, IMAGE, kinds={"blocks.0.*": "full"})
     assert list(found.attention.values()) == ["full", "cross"]
 
 
@@ -174,7 +154,7 @@ def test_fewer_key_heads():
 
     torch.manual_seed(0)
     model = Image(Branch("full", attend), Mlp()).eval()
-    found = compare(model, IMAGE)
+    found = compare_with_hand(model, IMAGE)
     torch.manual_seed(0)
     assert found.flops == pabc.explain(Image(Branch(), Mlp()).eval(), **IMAGE.call()).flops
 
@@ -193,7 +173,7 @@ def test_flex_attention_with_a_score_function_that_reads_the_model():
     model = Image(Branch(), Mlp(), Branch()).eval()
     for i in (0, 2):
         model.blocks[i].attn = Flex()
-    found = compare(model, IMAGE)
+    found = compare_with_hand(model, IMAGE)
     assert list(found.attention.values()) == ["full", "full"]
     assert not found.outside
 
@@ -247,7 +227,7 @@ def test_ops_of_kernel_libraries_are_known_by_name(monkeypatch):
             return result[0].transpose(1, 2)
 
         torch.manual_seed(0)
-        found = compare(Image(Branch("full", attend), Cross(attend)).eval(), IMAGE)
+        found = compare_with_hand(Image(Branch("full", attend), Cross(attend)).eval(), IMAGE)
         assert list(found.attention.values()) == ["full", "cross"]
 
 

@@ -227,10 +227,7 @@ def test_softmax_that_is_no_attention_is_not_tagged():
             weights = self.route(x).softmax(-1)
             return x + sum(e(x) * weights[..., i, None] for i, e in enumerate(self.experts))
 
-    def attend_linear(q, k, v):
-        return q.softmax(-1) @ (k.softmax(-2).transpose(-1, -2) @ v)
-
-    model = Image(Router(), Branch("full", attend_linear), Mlp())
+    model = Image(Router(), Mlp())
     assert kinds_of(tag(model, IMAGE.call())) == ()
 
 

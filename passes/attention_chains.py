@@ -1,0 +1,209 @@
+"""attention_chains: finds attention that is written out as products, by what its products sum over.
+
+Two products follow one another, (A B) C, with scales, masks, normalizations, casts and changes of
+layout between them, and the second sums over a dimension that only one of A and B brought along.
+If that is a dimension of tokens, the first made scores of queries and keys and the second mixes
+values: softmax(Q K^T) V, however the softmax is spelled, or another function in its place. If
+instead the first summed over tokens, it is linear attention: Q (K^T V).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import GraphModule, Node
+
+from .axes import infer
+from .factors import Product as Dimension
+from .factors import combine, is_named, length, unknown
+from .ir import (
+    GETITEM,
+    LAYOUTS,
+    SOFTMAXES,
+    Axis,
+    Dims,
+    Factor,
+    Reach,
+    aten,
+    is_call,
+    is_pointwise,
+    is_tensor,
+    value,
+)
+from .products import Product, as_product, is_weight
+
+_EXPONENTIALS = frozenset({*SOFTMAXES, aten.exp.default, aten.log_softmax.int, aten.exp2.default})
+_CARRIERS = frozenset(
+    {
+        *LAYOUTS,
+        *_EXPONENTIALS,
+        aten._log_softmax.default,
+        aten.expand.default,
+        aten.cat.default,
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.chunk.default,
+        aten.constant_pad_nd.default,
+        aten.pad.default,
+        aten.dropout.default,
+        GETITEM,
+    }
+)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """An attention's last product, the factors of its sequences, and those of its other dimensions.
+
+    `query_source` and `key_source` are the operands; `linear`: keys and values are multiplied
+    first.
+    """
+
+    node: Node
+    query_source: Node
+    key_source: Node
+    query: Dimension
+    key: Dimension
+    outer: Dimension
+    linear: bool
+
+
+def find_chains(gm: GraphModule, reach: Reach) -> list[Chain]:
+    """Every attention that is written out as products, in graph order."""
+    products = {
+        node: product
+        for node in gm.graph.nodes
+        if is_tensor(node) and (product := as_product(node)) is not None
+        if sum(not is_weight(n) for n in product.operands) > 1
+    }
+    chains: dict[Node, Chain] = {}
+    for node, last in products.items():
+        found = [
+            chain
+            for k, operand in enumerate(last.operands)
+            for first, path in _nearest_products(operand, products, reach)
+            if first.node not in chains
+            if (chain := _match(first, last, k, path)) is not None
+        ]
+        if found:  # products of scores before products of keys and values
+            chains[node] = min(found, key=lambda chain: chain.linear)
+    return list(chains.values())
+
+
+def _nearest_products(
+    start: Node, products: dict[Node, Product], reach: Reach
+) -> list[tuple[Product, list[Node]]]:
+    """Back through ops that keep a product's dimensions apart, to the nearest ones: each with the
+    nodes that lead from it to `start`, in graph order."""
+    queue, seen = [start], {start}
+    carriers: set[Node] = set()
+    nearest = []
+    for node in queue:
+        if node in products:
+            nearest.append(products[node])
+        elif is_pointwise(node) or is_call(node, _CARRIERS):
+            carriers.add(node)
+            fresh = [n for n in node.all_input_nodes if n not in seen]
+            seen.update(fresh)
+            queue.extend(fresh)
+    return [(product, _path(product.node, start, carriers, reach)) for product in nearest]
+
+
+def _path(source: Node, sink: Node, carriers: set[Node], reach: Reach) -> list[Node]:
+    reached = {source: None}
+    for node in reach.between(source, sink):
+        if node in carriers and any(n in reached for n in node.all_input_nodes):
+            reached[node] = None
+    return list(reached)[1:]
+
+
+def _match(first: Product, last: Product, k: int, path: list[Node]) -> Chain | None:
+    """The attention whose operand `k` of the last product comes from the first, if it is one."""
+    inner = last.contracted(k)
+    traced = _trace(first, last.operands[k], path)
+    kept = {first.result[d] for label in inner for d in traced[last.terms[k].index(label)]}
+    keys = [label for label in first.result if label in kept and _count(first, label) == 1]
+    if not keys:
+        return None
+    every = dict.fromkeys(label for term in first.terms for label in term)
+    summed = [n for n in every if n not in first.result and _count(first, n) > 1]
+    if not summed:
+        return None
+    softmax = any(is_call(n, _EXPONENTIALS) for n in path)
+    mixes, summarizes = _name_tokens(last, inner), _name_tokens(first, summed)
+    if mixes or (softmax and not summarizes):
+        key = next(n for n, t in zip(first.operands, first.terms, strict=True) if keys[0] in t)
+        pairs = zip(first.operands, first.terms, strict=True)
+        query = next((n for n, t in pairs if n is not key and set(t) & set(summed)), key)
+        chain = _chain(last, last, inner, [k], (query, key))
+    elif summarizes:
+        others = [i for i in range(len(last.terms)) if i != k and set(inner) & {*last.terms[i]}]
+        chain = _chain(last, first, summed, others, (last.operands[others[0]], first.operands[0]))
+    else:
+        return None
+    # Without a softmax nothing but tokens tells queries from features.
+    return chain if softmax or is_named(chain.query) else None
+
+
+def _chain(
+    last: Product,
+    mixing: Product,
+    summed: list[str],
+    queries: list[int],
+    sources: tuple[Node, Node],
+) -> Chain:
+    """Its tokens are the dimensions that only the `queries` operands bring to the result."""
+    rest = {
+        label
+        for i, term in enumerate(last.terms)
+        if i not in queries and set(term) & set(last.contracted(queries[0]))
+        for label in term
+    }
+    query: list[Factor] = []
+    outer: list[Factor] = []
+    for i in queries:
+        dims: Dims = last.operands[i].meta["axes"]
+        for label, dim in zip(last.terms[i], dims, strict=True):
+            if label in last.result:
+                (outer if label in rest else query).extend(dim)
+    key = tuple(f for label in summed for f in _dimension(mixing, label))
+    return Chain(last.node, *sources, tuple(query), key, tuple(outer), mixing is not last)
+
+
+def _count(product: Product, label: str) -> int:
+    return sum(label in term for term in product.terms)
+
+
+def _dimensions(product: Product, label: str) -> list[Dimension]:
+    """A label's dimension in each operand that has it."""
+    return [
+        n.meta["axes"][term.index(label)]
+        for n, term in zip(product.operands, product.terms, strict=True)
+        if label in term
+    ]
+
+
+def _dimension(product: Product, label: str) -> Dimension:
+    dims = _dimensions(product, label)
+    return combine((max(map(length, dims)),), [(dim,) for dim in dims])[0]
+
+
+def _name_tokens(product: Product, labels: list[str]) -> bool:
+    """Whether all that have one of these dimensions have tokens of an input there: not features."""
+    return any(all(map(is_named, _dimensions(product, label))) for label in labels)
+
+
+def _trace(first: Product, operand: Node, path: list[Node]) -> list[set[int]]:
+    """Per dimension of `operand`, the dimensions of the first product that it comes from."""
+    name = f"result of {first.node.name}"
+    shape = tuple(value(first.node).shape)
+    known = {first.node: tuple((Factor(s, Axis(name, d)),) for d, s in enumerate(shape))}
+    for node in path:
+        if is_tensor(node) or isinstance(node.meta["val"], (tuple, list)):
+            known[node] = infer(node, lambda n: known.get(n) or unknown(tuple(value(n).shape)))
+    return [
+        {axis.dim for factor in dim for axis in factor.axes() if axis.source == name}
+        for dim in known[operand]
+    ]
