@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import sys
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, redirect_stderr
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from io import StringIO
 from typing import Any
 
 import torch
@@ -30,7 +27,7 @@ from .reads import (
     failing_module,
     with_static_sizes,
 )
-from .tracing import lean_tracing
+from .tracing import lean_tracing, quiet_tracing
 from .untouched import untouched
 
 CONSTANTS = "constants."
@@ -110,14 +107,10 @@ def _export(
         stack.enter_context(torch.no_grad())
         stack.enter_context(untouched(model))
         stack.enter_context(lean_tracing())
-        stack.enter_context(warnings.catch_warnings())
-        # torch.export's own copies of tree specs warn about torch's own classes.
-        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+        stack.enter_context(quiet_tracing())
         for mode in modes:
             stack.enter_context(mode)
-        with redirect_stderr(StringIO()) as printed:  # the graph so far, where it fails
-            program = torch.export.export(model, args, kwargs, strict=False)
-        sys.stderr.write(printed.getvalue())
+        program = torch.export.export(model, args, kwargs, strict=False)
         return decompose_unknown_composites(program)
 
 

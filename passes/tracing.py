@@ -1,10 +1,14 @@
-"""tracing: what torch.export does for its own sake only, switched off while it traces."""
+"""tracing: what torch.export does and says for its own sake only, switched off while it traces."""
 
 from __future__ import annotations
 
 import gc
+import logging
+import sys
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 
 from torch import fx
 
@@ -27,3 +31,24 @@ def lean_tracing() -> Iterator[None]:
         setattr(fx.config, _NO_TRACES, traces)
         if collects:
             gc.enable()
+
+
+@contextmanager
+def quiet_tracing() -> Iterator[None]:
+    """Holds back what torch.export tells its own users: errors that it raises carry the reason.
+
+    It warns of its tree specs, of attributes set while tracing, which are restored, and of sizes it
+    does not know; where it stops, it prints the graph so far.
+    """
+    sizes = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = sizes.level
+    sizes.setLevel(logging.ERROR)
+    printed = StringIO()
+    try:
+        with warnings.catch_warnings(), redirect_stderr(printed):
+            warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+            warnings.filterwarnings("ignore", message=".*was assigned during export")
+            yield
+        sys.stderr.write(printed.getvalue())
+    finally:
+        sizes.setLevel(level)
