@@ -125,15 +125,19 @@ def _trace_recorded(
 
     `reason`: why the model cannot be traced without.
     """
+    watch = True
     while True:
         reads, calls = _record(model, args, kwargs, outside, reason)
-        replayer = ReadReplayer(model, reads)
+        replayer = ReadReplayer(model, reads, watch=watch)
         forward: Any = partial(_with_tensors, model.forward, replayer)
         forward.__signature__ = inspect.signature(model.forward)
         modes = (replayed_outside(model, calls), patched(model, forward), replayer)
         try:
             program = _export(model, args, kwargs, *modes)
         except Exception as error:
+            if replayer.watches:
+                watch = False  # a number was used as none of a graph can be
+                continue
             failing, reason = failing_module(model, error), error
             why = f"torch.export stopped in it with {_one_line(error)}"
         else:

@@ -13,7 +13,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .ir import aten, copy_into, user_inputs
 from .outside import TensorCall
+from .watched import Uses, WatchedNumber
 
 _OWN_FOLDERS = (os.path.dirname(torch.__file__), os.path.dirname(os.path.abspath(__file__)))
 _UNSEEN = (torch.Tensor.numpy, torch.Tensor.__array__)
@@ -51,6 +52,7 @@ class Read:
         value: what came out: a number, an array.
         shapes: of a result whose size follows from data; then `value` is what the size follows
             from: how many elements of a mask are set, how many repeats there are.
+        compared: whether `value` is how a number compares, in the order of comparisons.
     """
 
     function: Callable[..., Any]
@@ -58,6 +60,7 @@ class Read:
     path: str
     value: Any
     shapes: tuple[tuple[int, ...], ...] | None = None
+    compared: bool = False
 
     @property
     def is_float_array(self) -> bool:
@@ -68,17 +71,32 @@ class Read:
         name = getattr(self.function, "__name__", str(self.function))
         size = getattr(self.value, "shape", None)
         found = str(self.value) if size is None else f"an array of shape {tuple(size)}"
-        verb = "gives" if self.shapes is None else "takes"
+        verb = "takes" if self.shapes is not None else "compares as" if self.compared else "gives"
         return f"{name} {verb} {found} in {self.path or 'the model'} ({self.site})"
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A read with the tensors it was taken from, as they occur in a trace or its graph."""
+    """A read with the tensors it was taken from, as they occur in a trace or its graph.
+
+    `uses`: what was asked of the number, where that was watched.
+    """
 
     read: Read
     again: Measure
     tensors: tuple[Any, ...]
+    uses: Uses | None = None
+
+    def settled(self) -> Checked | None:
+        """With what was asked in the place of the number; None where nothing was."""
+        if self.uses is None:
+            return self
+        uses, again = self.uses, self.again
+        value = uses.outcomes(self.read.value)
+        if value is None:
+            return None
+        read = replace(self.read, value=value, compared=not uses.exact)
+        return Checked(read, lambda tensors: uses.outcomes(again(tensors)), self.tensors)
 
 
 class _Frames:
@@ -200,9 +218,12 @@ def _to_list(tensor: torch.Tensor) -> Any:
 class ReadReplayer(TorchFunctionMode):
     """While active, gives the recorded values in place of reading; `checked` gains the tensors."""
 
-    def __init__(self, model: nn.Module, reads: Iterable[Read]) -> None:
+    def __init__(self, model: nn.Module, reads: Iterable[Read], *, watch: bool) -> None:
+        """`watch`: floats of :meth:`torch.Tensor.item` are values of the graph where that serves."""
         super().__init__()
         self.checked: list[Checked] = []
+        self.watches = False
+        self._watch = watch
         self._coming = deque(reads)
         self._functions = {read.function for read in self._coming}
         self._frames = _Frames(model)
@@ -222,8 +243,13 @@ class ReadReplayer(TorchFunctionMode):
             self.checked.append(Checked(read, measure, givers))
             return _fix_sizes(result, read.shapes)
         call, tensors = TensorCall.of(args, kwargs)
-        self.checked.append(Checked(read, partial(call.run, read.function), tensors))
-        return read.value
+        again = partial(call.run, read.function)
+        if not self._watch or func is not torch.Tensor.item or type(read.value) is not float:
+            self.checked.append(Checked(read, again, tensors))
+            return read.value
+        self.watches, uses = True, Uses()
+        self.checked.append(Checked(read, again, tensors, uses))
+        return WatchedNumber(func(*args, **kwargs), read.value, uses)
 
     def _next(self, func: Any) -> Read | None:
         """The record of this call; those before it were made by code that did not run again."""
@@ -260,7 +286,8 @@ class Reads:
     def __init__(self, gm: GraphModule, checked: Sequence[Checked]) -> None:
         """`checked` holds nodes of `gm` in the place of tensors."""
         sources = _sources(gm.graph)
-        kept = [c for c in checked if any(sources[node] for node in c.tensors)]
+        asked = [settled for c in checked if (settled := c.settled()) is not None]
+        kept = [c for c in asked if any(sources[node] for node in c.tensors)]
         self.entries = tuple(c.read for c in kept)
         self.inputs = tuple(
             frozenset(

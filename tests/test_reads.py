@@ -254,13 +254,53 @@ class OnTheHour(Plain):
         return super().forward(x_BCHW * scale, t_B)
 
 
-def test_a_branch_on_the_timestep_is_one_capture_a_side():
-    model, calls = make(OnTheHour), make_calls()
+class Scaled(Plain):
+    """A number read from the timestep is a factor, and decides a branch."""
+
+    def forward(self, x_BCHW, t_B, text_BLD=None):
+        t = t_B[0].item()
+        x = x_BCHW * (1 - t / 2)
+        return super().forward(x if 2 * t > 0.7 else x + t, t_B)
+
+
+class ByTheNumber(Plain):
+    """The number itself is asked for, in a way that only a number can be."""
+
+    def forward(self, x_BCHW, t_B, text_BLD=None):
+        t = t_B[0].item()
+        return super().forward(x_BCHW * torch.full((1,), round(t, 1)), t_B)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "captures"), [(OnTheHour, 2), (Scaled, 2), (ByTheNumber, NUM_STEPS)]
+)
+@pytest.mark.filterwarnings("ignore:pabc captured the model anew")
+def test_numbers_read_from_the_timestep(model_class, captures, monkeypatch):
+    """One capture a side of a branch, not one a value."""
+    count = []
+    original = pabc.passes.capture
+    monkeypatch.setattr(
+        pabc.passes, "capture", lambda *a, **k: count.append(1) or original(*a, **k)
+    )
+    model, calls = make(model_class, Mlp()), make_calls()
     schedule = pabc.Schedule.none(range(NUM_STEPS, 0, -1))
     compiled = pabc.compile(model, schedule, backend="eager")
     for result, call in zip(generate(compiled, calls), calls, strict=True):
         with torch.no_grad():
             assert torch.equal(result, model(**call))
+    assert len(count) == captures
+
+
+def test_a_number_of_the_graph_in_a_compiled_phase():
+    model, calls = make(Scaled), make_calls()
+    compiled = pabc.compile(model, FULL)
+    for a, b in zip(
+        generate(compiled, calls), run_by_hand(model, calls, {}, "attention"), strict=True
+    ):
+        torch.testing.assert_close(a, b, atol=0.1, rtol=0)
+    assert [line.split(" in ")[0] for line in compiled.explain().assumed] == [
+        "item compares as (False,)"
+    ]
 
 
 def test_a_value_that_changes_at_every_call_is_warned_of():
