@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from .composites import decompose_unknown_composites
-from .ir import module_path, output_node
+from .ir import is_tensor, module_path, output_node
 from .outside import OutsideCall, OutsideRecorder, patched, replayed_outside
 from .reads import (
     Checked,
@@ -87,16 +87,25 @@ def capture(
         model(x, t)                             %w = get_attr[blocks.0.attn.to_q.weight]
                                                 %q = aten.linear(%x, %w)
     """
+    plain: torch.export.ExportedProgram | None = None
     reason: Exception | None = None
     if not outside:
         try:
-            program = _export(model, args, kwargs)
+            plain = _export(model, args, kwargs)
         except Exception as error:
             reason = error
         else:
-            if not with_static_sizes(program.graph):
-                return _finish(model, program)
-    traced = _trace_recorded(model, args, kwargs, dict(outside or {}), reason)
+            unknown = with_static_sizes(plain.graph)
+            if not unknown:
+                return _finish(model, plain)
+            reason = ValueError(f"the value of {unknown[0].name} follows from data")
+            plain = None if any(map(is_tensor, unknown)) else plain
+    try:
+        traced = _trace_recorded(model, args, kwargs, dict(outside or {}), reason)
+    except ValueError:
+        if plain is None:
+            raise
+        return _finish(model, plain)  # on the meta device: there are numbers, but none to record
     return _finish(model, *traced)
 
 

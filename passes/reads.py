@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .ir import aten, copy_into, user_inputs
+from .ir import aten, copy_into, is_tensor, user_inputs
 from .outside import TensorCall
 from .watched import Uses, WatchedNumber
 
@@ -219,7 +219,7 @@ class ReadReplayer(TorchFunctionMode):
     """While active, gives the recorded values in place of reading; `checked` gains the tensors."""
 
     def __init__(self, model: nn.Module, reads: Iterable[Read], *, watch: bool) -> None:
-        """`watch`: floats of :meth:`torch.Tensor.item` are values of the graph where that serves."""
+        """`watch`: a float of :meth:`torch.Tensor.item` is a value of the graph where it can be."""
         super().__init__()
         self.checked: list[Checked] = []
         self.watches = False
@@ -249,7 +249,7 @@ class ReadReplayer(TorchFunctionMode):
             return read.value
         self.watches, uses = True, Uses()
         self.checked.append(Checked(read, again, tensors, uses))
-        return WatchedNumber(func(*args, **kwargs), read.value, uses)
+        return WatchedNumber(tensors[0].reshape(()).double(), read.value, uses)
 
     def _next(self, func: Any) -> Read | None:
         """The record of this call; those before it were made by code that did not run again."""
@@ -388,13 +388,16 @@ def _sources(graph: Graph) -> dict[Node, frozenset[Node]]:
 def with_static_sizes(graph: Graph) -> list[Node]:
     """Replaces sizes known by now by numbers, in facts and arguments.
 
-    Returns the tensor nodes whose sizes are still not known.
+    Returns the nodes whose sizes, or numbers, are still not known.
     """
     unknown = []
     for node in list(graph.nodes):
         val = node.meta.get("val")
         if isinstance(val, torch.SymInt) and val.node.maybe_as_int() is not None:
             _replace_by_number(node, val.node.maybe_as_int())
+        elif isinstance(val, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            if any(is_tensor(user) for user in node.users):
+                unknown.append(node)
         elif val is not None and node.op != "output":
             node.meta["val"] = pytree.tree_map_only(torch.Tensor, _static, val)
             leaves = pytree.tree_leaves(node.meta["val"])

@@ -1,8 +1,8 @@
 """watched: a number read from data whose later uses decide what a graph takes for granted of it.
 
-`if t.item() > 0.5` needs one graph per side, not one per value; `x * t.item()` needs none: the
-number stays a value of the graph. Only where plain Python asks for the number itself is the graph
-right for that number alone.
+`if t.item() > 0.5` needs one graph per side, not one per value; `x * t.item()` needs none: in the
+graph the number is a tensor without dimensions, which takes part in arithmetic as a number does.
+Only where plain Python asks for the number itself is the graph right for that number alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-_ARITHMETIC = ("add", "sub", "mul", "truediv", "pow")
+_ARITHMETIC = ("add", "sub", "mul", "truediv")
 _COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 
 
@@ -33,15 +33,19 @@ class Uses:
 
 
 class WatchedNumber:
-    """A number as a value of the graph (`symbol`) and as it was recorded (`number`)."""
+    """A float as a value of the graph (`tensor`, double) and as it was recorded (`number`)."""
 
-    __slots__ = ("_derive", "_symbol", "_uses", "number")
+    __slots__ = ("_derive", "_tensor", "_uses", "number")
     __hash__ = None  # type: ignore[assignment]
 
     def __init__(
-        self, symbol: Any, number: Any, uses: Uses, derive: Callable[[Any], Any] = lambda n: n
+        self,
+        tensor: torch.Tensor,
+        number: Any,
+        uses: Uses,
+        derive: Callable[[Any], Any] = lambda n: n,
     ) -> None:
-        self._symbol, self.number, self._uses, self._derive = symbol, number, uses, derive
+        self._tensor, self.number, self._uses, self._derive = tensor, number, uses, derive
 
     def _exactly(self) -> Any:
         self._uses.exact = True
@@ -73,12 +77,18 @@ class WatchedNumber:
     def _combine(self, apply: Callable[[Any], Any]) -> WatchedNumber:
         derive = self._derive
         return WatchedNumber(
-            apply(self._symbol), apply(self.number), self._uses, lambda n: apply(derive(n))
+            apply(self._tensor), apply(self.number), self._uses, lambda n: apply(derive(n))
         )
+
+    def _for(self, other: torch.Tensor) -> Any:
+        """The tensor where it gives what the number would: not with integers or with doubles."""
+        if other.is_floating_point() and other.ndim > 0:
+            return self._tensor
+        return self._exactly()
 
     def _with(self, apply: Callable[[Any, Any], Any], other: Any) -> Any:
         if isinstance(other, torch.Tensor):
-            return apply(self._symbol, other)
+            return apply(self._for(other), other)
         other = other._exactly() if isinstance(other, WatchedNumber) else other
         return self._combine(lambda n: apply(n, other))
 
@@ -99,7 +109,7 @@ def _comparison(name: str) -> Callable[[WatchedNumber, Any], Any]:
 
     def method(self: WatchedNumber, other: Any) -> Any:
         if isinstance(other, torch.Tensor):
-            return compare(self._symbol, other)
+            return compare(self._for(other), other)
         other = other._exactly() if isinstance(other, WatchedNumber) else other
         return self._compare(lambda n: compare(n, other))
 
