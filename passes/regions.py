@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +17,7 @@ from .ir import (
     dead_without,
     is_call,
     is_contraction,
+    is_outside,
     is_pointwise,
     is_tensor,
     user_inputs,
@@ -39,11 +40,15 @@ class _Residual:
 
 @dataclass(frozen=True)
 class _Branch:
-    """What becomes one region: its kind, its cut nodes, the attentions that go with it."""
+    """What becomes one region: its kind, its cut nodes, the attentions that go with it.
+
+    `adds` are the residual adds within it, which belong to it rather than to the stream.
+    """
 
     kind: str
     cuts: tuple[Node, ...]
     attentions: tuple[Node, ...] = ()
+    adds: frozenset[Node] = frozenset()
 
 
 def mark_regions_pass(gm: GraphModule, *, cut: Cut = "attention") -> GraphModule:
@@ -265,17 +270,20 @@ def _find_mlp_branches(
     attention_branches: Sequence[_Branch],
     cut: Cut,
 ) -> list[_Branch]:
-    """Residual branches with a product and without attention; several exits of one product join."""
+    """Residual branches with two products, one after the other, and without attention.
+
+    Several exits of the same products join. A single product is no MLP: a convolution for
+    positions, a projection at either end of the model under a skip over all blocks.
+    """
     latents = gm.meta["latents"]
     owned = _own(reach, attention_branches, residuals)
     claimed = {node for _, nodes in owned for node in nodes}
-    adds = {r.add for r in residuals}
     groups: dict[frozenset[Node], list[_Residual]] = {}
     for residual in residuals:
-        inner = _inside(reach, residual, adds)
+        inner = reach.between(residual.stream, residual.branch)
         products = frozenset(n for n in inner if is_contraction(n))
         free = not any(n in claimed or "attention" in n.meta for n in inner)
-        if products and free and _on_latents(residual.add, latents):
+        if free and _is_deep(reach, products) and _on_latents(residual.add, latents):
             groups.setdefault(products, []).append(residual)
     branches: list[_Branch] = []
     for shared, group in groups.items():
@@ -285,25 +293,17 @@ def _find_mlp_branches(
         cuts = tuple(
             _before_gate(reach, r.branch, mask) if cut == "attention" else r.branch for r in group
         )
-        branch = _Branch("mlp", cuts)
+        adds = {n for r in group for n in reach.between(r.stream, r.branch)}
+        branch = _Branch("mlp", cuts, adds=frozenset(adds & {r.add for r in residuals}))
         ((_, nodes),) = _own(reach, [branch], residuals)
         if shared <= set(nodes):
             branches.append(branch)
     return branches
 
 
-def _inside(reach: Reach, residual: _Residual, adds: set[Node]) -> list[Node]:
-    """What a branch computes from its stream, back to the residual adds before it."""
-    inside: list[Node] = []
-    seen: set[Node] = set()
-    stack = [residual.branch]
-    while stack:
-        node = stack.pop()
-        if node not in seen and node not in adds and reach.depends(node, residual.stream):
-            seen.add(node)
-            inside.append(node)
-            stack.extend(node.all_input_nodes)
-    return inside
+def _is_deep(reach: Reach, products: Collection[Node]) -> bool:
+    """Whether a product reads another's result; a module that runs as it is may hold both."""
+    return any(is_outside(a) or any(reach.depends(a, b) for b in products) for a in products)
 
 
 def _own(
@@ -322,7 +322,8 @@ def _own(
         stack = list(branch.cuts)
         while stack:
             node = stack.pop()
-            if node in dead and node not in owned and (node in branch.cuts or node not in stops):
+            inside = node in branch.cuts or node in branch.adds or node not in stops
+            if node in dead and node not in owned and inside:
                 owned.add(node)
                 stack.extend(node.all_input_nodes)
         result.append((branch, tuple(sorted(owned, key=reach.index.__getitem__))))

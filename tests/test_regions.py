@@ -3,8 +3,9 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import capture_call, run_graph, run_to
-from models import CASES, MODELS, Branch, Case, Image, Mlp, Point, run_by_hand
+from models import CASES, MODELS, WIDTH, Branch, Case, Image, Mlp, Point, run_by_hand
 from models import Attention as Attend
 from torch import nn
 
@@ -224,3 +225,44 @@ def test_dead_without_is_what_no_path_from_the_output_reaches(case: Case, captur
         kept = ("placeholder", "output")
         expected = {n for n in graph.nodes if n not in live and n.op not in kept}
         assert dead_without(cuts) == expected | set(cuts)
+
+
+class SkipOverAll(nn.Module):
+    """A convolution for positions, blocks, a projection, and a skip over all of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.block, self.mlp = Branch(), Mlp()
+
+    def forward(self, x, emb, text=None):
+        y = x + self.positions(x)
+        return x + self.out(self.mlp(self.block(y, emb), emb))
+
+
+def test_a_projection_under_a_skip_over_all_blocks_is_no_mlp():
+    """Were it cut, nothing of the last block would reach the output."""
+    gm = run_to(capture_call(Image(SkipOverAll()), BY_NAME["Branch"].call()), "outline")
+    assert [(r.kind, r.path) for r in gm.meta["regions"]] == [
+        ("full", "blocks.0.block.attn"),
+        ("mlp", "blocks.0.mlp.mlp"),
+    ]
+
+
+class MlpOfResidualLayers(nn.Module):
+    """An MLP that has residuals inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x, emb, text=None):
+        first, second, last = self.layers
+        h = F.gelu(first(x))
+        h = h + F.gelu(second(h))
+        return x + last(h)
+
+
+def test_an_mlp_with_a_residual_inside_is_one_region():
+    gm = run_to(capture_call(Image(MlpOfResidualLayers()), BY_NAME["Branch"].call()), "outline")
+    assert [r.kind for r in gm.meta["regions"]] == ["mlp"]

@@ -19,11 +19,15 @@ B, T, H, W, L, C = 2, 3, 6, 8, 5, 4
 
 @dataclass(frozen=True)
 class Entry:
-    """A model, one call of it, and the kind of each attention module by name pattern."""
+    """A model, one call of it, and the kind of each attention module by name pattern.
+
+    `shared`: pattern of attention modules that also hold an MLP, both in one output projection.
+    """
 
     name: str
     make: Callable[[], tuple[nn.Module, dict[str, Any]]]
     kinds: Mapping[str, str]
+    shared: str = ""
 
     def __str__(self) -> str:
         return self.name
@@ -34,7 +38,7 @@ class Entry:
         model, call = self.make()
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.1)
-        return model.eval(), {**call, "return_dict": False}
+        return model.eval(), {"return_dict": False, **call}
 
 
 def randn(*shape: int) -> Tensor:
@@ -309,6 +313,310 @@ def make_aura_flow():
     }
 
 
+def make_ace_step():
+    model = diffusers.AceStepTransformer1DModel(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        in_channels=12,
+        audio_acoustic_hidden_dim=C,
+        sliding_window=3,
+        encoder_hidden_size=8,
+    )
+    return model, {
+        "hidden_states": randn(B, 14, C),
+        "timestep": torch.full((B,), 0.3),
+        "timestep_r": torch.full((B,), 0.1),
+        "encoder_hidden_states": randn(B, L, 8),
+        "context_latents": randn(B, 14, 8),
+    }
+
+
+def make_chrono_edit():
+    model = diffusers.ChronoEditTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=C,
+        out_channels=C,
+        text_dim=8,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+        image_dim=6,
+        added_kv_proj_dim=24,
+    )
+    return model, {
+        "hidden_states": randn(B, C, 2, H, W),
+        "timestep": steps(),
+        "encoder_hidden_states": randn(B, 512, 8),
+        "encoder_hidden_states_image": randn(B, 4, 6),
+    }
+
+
+def make_consisid():
+    model = diffusers.ConsisIDTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=C,
+        out_channels=C,
+        time_embed_dim=8,
+        text_embed_dim=8,
+        num_layers=2,
+        sample_width=W,
+        sample_height=H,
+        sample_frames=9,
+        max_text_seq_length=L,
+        use_rotary_positional_embeddings=True,
+        is_train_face=True,
+        cross_attn_interval=1,
+        cross_attn_dim_head=8,
+        cross_attn_num_heads=2,
+        LFE_id_dim=6,
+        LFE_vit_dim=6,
+        LFE_depth=5,
+        LFE_dim_head=4,
+        LFE_num_heads=2,
+        LFE_num_id_token=3,
+        LFE_num_querie=4,
+        LFE_output_dim=21,
+        LFE_ff_mult=2,
+    )
+    grid = (H // 2, W // 2)
+    return model, {
+        "hidden_states": randn(B, T, C, H, W),
+        "encoder_hidden_states": randn(B, L, 8),
+        "timestep": steps(),
+        "image_rotary_emb": embeddings.get_3d_rotary_pos_embed(16, ((0, 0), grid), grid, T),
+        "id_cond": randn(B, 6),
+        "id_vit_hidden": [randn(B, 3, 6) for _ in range(5)],
+    }
+
+
+def make_bria_fibo2():
+    model = diffusers.BriaFibo2Transformer2DModel(
+        in_channels=C,
+        patch_size=2,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        cap_feat_dim=8,
+        injection_layer_ids=(0,),
+        perceiver_num_layers=1,
+        min_num_gist_tokens=2,
+        max_num_gist_tokens=6,
+        gist_step=1,
+        gist_min_text_len=2,
+        gist_max_text_len=10,
+        axes_dims=(4, 6, 6),
+        axes_lens=(64, 32, 32),
+    )
+    return model, {
+        "hidden_states": randn(B, C, H, W),
+        "timestep": torch.full((B,), 0.3),
+        "encoder_hidden_states": randn(B, 2, L, 8),
+        "context_latents": [randn(B, C, 4, 6)],
+    }
+
+
+def make_cosmos():
+    model = diffusers.CosmosTransformer3DModel(
+        in_channels=C + 1,
+        out_channels=C,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        mlp_ratio=2,
+        text_embed_dim=16,
+        adaln_lora_dim=4,
+        max_size=(4, 16, 16),
+        concat_padding_mask=False,
+    )
+    return model, {
+        "hidden_states": randn(B, C, T, H, W),
+        "timestep": torch.full((B, 1, T, 1, 1), 0.3),
+        "encoder_hidden_states": randn(B, L, 16),
+        "condition_mask": torch.ones(B, 1, T, H, W),
+        "fps": 16,
+    }
+
+
+def make_easy_animate():
+    model = diffusers.EasyAnimateTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=2 * C + 1,
+        out_channels=C,
+        patch_size=2,
+        num_layers=2,
+        mmdit_layers=1,
+        time_embed_dim=8,
+        text_embed_dim=8,
+        text_embed_dim_t5=8,
+        after_norm=True,
+    )
+    return model, {
+        "hidden_states": randn(B, C, T, H, W),
+        "timestep": steps(),
+        "encoder_hidden_states": randn(B, L, 8),
+        "encoder_hidden_states_t5": randn(B, L, 8),
+        "inpaint_latents": randn(B, C + 1, T, H, W),
+    }
+
+
+def make_ernie_image():
+    model = diffusers.ErnieImageTransformer2DModel(
+        hidden_size=32,
+        num_attention_heads=2,
+        num_layers=2,
+        ffn_hidden_size=48,
+        in_channels=C,
+        out_channels=C,
+        patch_size=2,
+        text_in_dim=8,
+        rope_axes_dim=(4, 6, 6),
+    )
+    return model, {
+        "hidden_states": randn(B, C, H, W),
+        "timestep": torch.full((B,), 3.0),
+        "text_bth": randn(B, L, 8),
+        "text_lens": torch.tensor([L, L - 2]),
+    }
+
+
+def make_flux2():
+    model = diffusers.Flux2Transformer2DModel(
+        in_channels=C,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+    )
+    return model, {
+        "hidden_states": randn(B, 12, C),
+        "encoder_hidden_states": randn(B, L, 8),
+        "timestep": torch.full((B,), 0.3),
+        "img_ids": torch.arange(48.0).view(12, 4) % 4,
+        "txt_ids": torch.zeros(L, 4),
+        "guidance": torch.full((B,), 3.0),
+    }
+
+
+def make_hunyuan_dit():
+    model = diffusers.HunyuanDiT2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=C,
+        patch_size=2,
+        sample_size=8,
+        hidden_size=32,
+        num_layers=4,
+        mlp_ratio=2,
+        cross_attention_dim=8,
+        cross_attention_dim_t5=8,
+        pooled_projection_dim=8,
+        text_len=L,
+        text_len_t5=4,
+    )
+    return model, {
+        "hidden_states": randn(B, C, 8, 8),
+        "timestep": steps(torch.float32),
+        "encoder_hidden_states": randn(B, L, 8),
+        "text_embedding_mask": torch.ones(B, L),
+        "encoder_hidden_states_t5": randn(B, 4, 8),
+        "text_embedding_mask_t5": torch.ones(B, 4),
+        "image_meta_size": torch.ones(B, 6),
+        "style": torch.zeros(B, dtype=torch.long),
+        "image_rotary_emb": embeddings.get_2d_rotary_pos_embed(16, ((0, 0), (4, 4)), (4, 4)),
+    }
+
+
+def make_kandinsky5():
+    model = diffusers.Kandinsky5Transformer3DModel(
+        in_visual_dim=C,
+        in_text_dim=8,
+        in_text_dim2=6,
+        time_dim=16,
+        out_visual_dim=C,
+        model_dim=32,
+        ff_dim=48,
+        num_text_blocks=1,
+        num_visual_blocks=1,
+        axes_dims=(4, 6, 6),
+    )
+    return model, {
+        "hidden_states": randn(B, T, H, W, C),
+        "encoder_hidden_states": randn(B, L, 8),
+        "timestep": steps(),
+        "pooled_projections": randn(B, 6),
+        "visual_rope_pos": [torch.arange(n) for n in (T, H // 2, W // 2)],
+        "text_rope_pos": torch.arange(L),
+        "return_dict": True,  # without, it returns a tensor rather than a tuple
+    }
+
+
+def make_ltx2():
+    model = diffusers.LTX2VideoTransformer3DModel(
+        in_channels=C,
+        out_channels=C,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        cross_attention_dim=24,
+        audio_in_channels=C,
+        audio_out_channels=C,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=6,
+        audio_cross_attention_dim=12,
+        num_layers=1,
+        caption_channels=8,
+        rope_double_precision=False,
+    )
+    return model, {
+        "hidden_states": randn(B, 24, C),
+        "audio_hidden_states": randn(B, 7, C),
+        "encoder_hidden_states": randn(B, L, 8),
+        "audio_encoder_hidden_states": randn(B, L, 8),
+        "timestep": steps(torch.float32),
+        "encoder_attention_mask": torch.ones(B, L),
+        "audio_encoder_attention_mask": torch.ones(B, L),
+        "num_frames": 2,
+        "height": 3,
+        "width": 4,
+        "audio_num_frames": 7,
+    }
+
+
+def make_stable_audio():
+    model = diffusers.StableAudioDiTModel(
+        sample_size=12,
+        in_channels=C,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        num_key_value_attention_heads=1,
+        out_channels=C,
+        cross_attention_dim=16,
+        time_proj_dim=8,
+        global_states_input_dim=8,
+        cross_attention_input_dim=8,
+    )
+    rotary = embeddings.get_1d_rotary_pos_embed(8, 13, use_real=True, repeat_interleave_real=False)
+    return model, {
+        "hidden_states": randn(B, C, 12),
+        "timestep": steps(),
+        "encoder_hidden_states": randn(B, L, 8),
+        "global_hidden_states": randn(B, 1, 8),
+        "rotary_embedding": rotary,
+    }
+
+
 _SELF_AND_CROSS = {"*.attn1": "full", "*.attn2": "cross"}
 ENTRIES = (
     Entry(
@@ -335,4 +643,50 @@ ENTRIES = (
         {"context_embedder.*": "other", "*_blocks.?.attn": "joint"},
     ),
     Entry("AuraFlow", make_aura_flow, {"*.attn": "joint"}),
+    Entry("AceStep", make_ace_step, {"*.self_attn": "full", "*.cross_attn": "cross"}),
+    Entry("ChronoEdit", make_chrono_edit, _SELF_AND_CROSS),
+    Entry(
+        "ConsisID",
+        make_consisid,
+        {
+            "*.attn1": "joint",
+            "perceiver_cross_attention.?": "cross",
+            "local_facial_extractor.*": "other",
+        },
+    ),
+    Entry(
+        "BriaFibo2",
+        make_bria_fibo2,
+        {
+            "perceiver.*": "other",
+            "noise_refiner.?.attention": "joint",
+            "layers.?.attention": "joint",
+            "layers.?.cross_attention": "cross",
+        },
+    ),
+    Entry("Cosmos", make_cosmos, _SELF_AND_CROSS),
+    Entry("EasyAnimate", make_easy_animate, {"*.attn1": "joint"}),
+    Entry("ErnieImage", make_ernie_image, {"*.self_attention": "joint"}),
+    Entry("Flux2", make_flux2, {"*.attn": "joint"}, shared="single_*.attn"),
+    Entry("HunyuanDiT", make_hunyuan_dit, {**_SELF_AND_CROSS, "*.pooler": "other"}),
+    Entry(
+        "Kandinsky5",
+        make_kandinsky5,
+        {
+            "text_*.self_attention": "other",
+            "visual_*.self_attention": "full",
+            "visual_*.cross_attention": "cross",
+        },
+    ),
+    Entry(
+        "LTX2",
+        make_ltx2,
+        {
+            "*.audio_attn?": "other",
+            "*.video_to_audio_attn": "other",
+            "*.audio_to_video_attn": "cross",
+            **_SELF_AND_CROSS,
+        },
+    ),
+    Entry("StableAudio", make_stable_audio, {"*.attn1": "joint", "*.attn2": "cross"}),
 )
