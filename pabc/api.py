@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from pabc import passes
+from pabc.autocast import active_autocast, without_autocast
 from pabc.explanation import Explanation, describe
 from pabc.passes.capture import bind_arguments, leaf_key
 from pabc.pipeline import Config, analyze
@@ -121,14 +122,15 @@ class CompiledModel(nn.Module):
             step = trajectory.step if trajectory is not None else 0
             trajectory = self._trajectory = Trajectory(program.plan)
             trajectory.step = step  # a call of another shape: same step, nothing stored
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(inputs):
             outputs = program.run(trajectory, inputs)
         return pytree.tree_unflatten(list(outputs), program.signature.out_spec)
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Captures this call's signature and compiles all of its phases, without running a step."""
         program, inputs = self._select(args, kwargs)
-        program.prepare(inputs)
+        with without_autocast(inputs):
+            program.prepare(inputs)
 
     def reset(self) -> None:
         """Starts a new generation: the next call is step 0 and finds nothing stored."""
@@ -215,7 +217,7 @@ class CompiledModel(nn.Module):
                     "pabc runs inference: expected inputs without gradients, found one of shape "
                     f"{tuple(leaf.shape)} that requires grad; detach it"
                 )
-        key = (spec, *map(leaf_key, inputs))
+        key = ((spec, active_autocast(inputs)), *map(leaf_key, inputs))
         programs = self._programs.setdefault(key, [])
         if self._trajectory is None or self._trajectory.step == 0:
             programs[:] = [p for p in programs if p.follow_weights(model)]

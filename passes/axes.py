@@ -188,6 +188,9 @@ def _several(node: Node, known: Callable[[Node], Any]) -> tuple[Dims, ...]:
             else unknown(val.shape if _has_shape(val) else ())
             for i, val in enumerate(vals)
         )
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        reason = f"{node.name} ({node.target}) has no rule for axes"
+        return tuple(unknown(val.shape if _has_shape(val) else (), reason) for val in vals)
     operands = [known(n) for n in _flat_nodes(node.args) if is_tensor(n)]
     shapes = [tuple(val.shape) if _has_shape(val) else () for val in vals]
     return tuple(combine(shape, operands[:1]) for shape in shapes)

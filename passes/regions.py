@@ -23,7 +23,7 @@ from .ir import (
     user_inputs,
     value,
 )
-from .tag import tagged
+from .tag import find_inner_attentions, tagged
 
 Cut = Literal["attention", "branch"]
 _ADDS = (aten.add.Tensor,)
@@ -84,7 +84,7 @@ def mark_regions_pass(gm: GraphModule, *, cut: Cut = "attention") -> GraphModule
     gm.meta["branches"] = tuple(
         (b.kind, tuple(n.meta["attention"].name for n in b.attentions)) for b in branches
     )
-    gm.meta["outside"] = tuple(outside)
+    gm.meta["outside"] = (*outside, *find_inner_attentions(gm))
     return gm
 
 

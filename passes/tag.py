@@ -13,11 +13,14 @@ from pabc.plan import KINDS
 from .attention_chains import find_chains
 from .attention_ops import attention_call, is_attention_op
 from .ir import (
+    SOFTMAXES,
     Attention,
     Axis,
     Dims,
     Factor,
     Reach,
+    attribute,
+    is_call,
     module_path,
     user_inputs,
     value,
@@ -100,6 +103,30 @@ def verify_tags(gm: GraphModule) -> None:
 def tagged(gm: GraphModule) -> list[Node]:
     """The output nodes of all tagged attentions, in graph order."""
     return [node for node in gm.graph.nodes if "attention" in node.meta]
+
+
+def find_inner_attentions(gm: GraphModule) -> list[str]:
+    """A line for each op that runs graphs of its own with attention in them, such as torch.cond."""
+    lines = []
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or is_attention_op(node):
+            continue
+        reads = [n for n in node.all_input_nodes if n.op == "get_attr"]
+        graphs = [g for g in (attribute(gm, str(n.target)) for n in reads) if _is_graph(g)]
+        inner = [
+            n for graph in graphs for m in graph.modules() if _is_graph(m) for n in m.graph.nodes
+        ]
+        count = sum(is_attention_op(n) or is_call(n, SOFTMAXES) for n in inner)
+        if count:
+            lines.append(
+                f"{node.name} ({module_path(node)}): runs graphs of its own ({node.target}) with "
+                f"{count} attentions in them; they run as they are"
+            )
+    return lines
+
+
+def _is_graph(value: object) -> bool:
+    return isinstance(value, GraphModule)
 
 
 def find_attentions(gm: GraphModule) -> list[_Found]:
