@@ -15,8 +15,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from .attention_ops import attended_dims, attention_call, is_attention_op
-from .axis_rules import RULES, dim_of, lost
-from .factors import combine, length, narrow, unknown
+from .axis_rules import RULES
+from .factors import blur, combine, learned, length, narrow, unknown
 from .ir import (
     GETITEM,
     Axis,
@@ -29,6 +29,7 @@ from .ir import (
     user_inputs,
     value,
 )
+from .operands import argument, dim_of, lost
 
 _SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default})
 
@@ -39,7 +40,8 @@ def name_axes_pass(gm: GraphModule, *, latents: str | None = None) -> GraphModul
     Requires: a canonical ATen graph whose nodes carry fake tensors.
     Ensures: each tensor node has one tuple of factors per dimension whose sizes multiply to the
     dimension's; `gm.meta["latents"]` names the input that is denoised: `latents` where given, else
-    the first floating-point input whose axes (but for channels) come out again in the first output.
+    the first input whose axes (but for channels) come out again in the first output: of those of
+    three dimensions or more, else of packed tokens (N, C), else of token ids.
     Raises: ValueError if `latents` names no input, or no input qualifies.
 
         # before                                # after
@@ -48,7 +50,7 @@ def name_axes_pass(gm: GraphModule, *, latents: str | None = None) -> GraphModul
     names = [node.name for node in user_inputs(gm.graph)]
     if latents is not None and latents not in names:
         raise ValueError(f"latents: expected one of the inputs {names}, found {latents!r}")
-    candidates = [latents] if latents is not None else _floating_inputs(gm)
+    candidates = [latents] if latents is not None else _find_candidates(gm)
     for name in candidates:
         _propagate(gm, {name: 0})
         if latents is not None or _comes_out_again(gm, name):
@@ -72,9 +74,12 @@ def verify_axes(gm: GraphModule) -> None:
             )
 
 
-def _floating_inputs(gm: GraphModule) -> list[str]:
-    nodes = [node for node in user_inputs(gm.graph) if is_tensor(node)]
-    return [n.name for n in nodes if value(n).is_floating_point() and value(n).ndim >= 3]
+def _find_candidates(gm: GraphModule) -> list[str]:
+    """Inputs of two dimensions or more: floating-point ones, of three or more dimensions, first."""
+    nodes = [n for n in user_inputs(gm.graph) if is_tensor(n) and value(n).ndim >= 2]
+    nodes = [n for n in nodes if value(n).dtype != torch.bool]
+    nodes.sort(key=lambda n: (not value(n).is_floating_point(), value(n).ndim < 3))
+    return [n.name for n in nodes]
 
 
 def _why_lost(gm: GraphModule) -> str:
@@ -83,15 +88,21 @@ def _why_lost(gm: GraphModule) -> str:
 
 
 def _comes_out_again(gm: GraphModule, name: str) -> bool:
-    """Whether the first output has all of the input's dimensions but at most one: its channels."""
+    """Whether the first output has all of the input's dimensions but the batch and the channels.
+
+    Integers are token ids and have no channels. An input without a token dimension beside the batch
+    must come out in its own shape: pooled conditions have a batch too.
+    """
     outputs = [n for n in output_node(gm.graph).all_input_nodes if is_tensor(n)]
     if not outputs:
         return False
-    found = {
-        axis for product in outputs[0].meta["axes"] for factor in product for axis in factor.axes()
-    }
-    source = next(n for n in user_inputs(gm.graph) if n.name == name)
-    return len(found) >= value(source).ndim - 1
+    found = {axis.dim for product in outputs[0].meta["axes"] for f in product for axis in f.axes()}
+    source = value(next(n for n in user_inputs(gm.graph) if n.name == name))
+    if not source.is_floating_point():
+        return len(found) == source.ndim
+    if source.ndim < 3:
+        return bool(found) and value(outputs[0]).shape == source.shape
+    return len(found - {0}) >= source.ndim - 2
 
 
 def _propagate(gm: GraphModule, ranks: Mapping[str, int]) -> None:
@@ -114,7 +125,7 @@ def _propagate(gm: GraphModule, ranks: Mapping[str, int]) -> None:
         elif node.op == "call_function":
             dims = infer(node)
         else:
-            dims = unknown(shape)
+            dims = learned(shape)
         node.meta["axes"] = dims if node in following else _without_reasons(dims)
 
 
@@ -158,11 +169,13 @@ def _apply(node: Node, known: Callable[[Node], Any]) -> Dims:
         broadcast = torch.Size()
     if inputs and tuple(broadcast) == shape:
         return combine(shape, operands)
-    return unknown(shape, f"{node.name} ({node.target}) has no rule for axes" if inputs else "")
+    if not inputs:
+        return learned(shape)
+    return unknown(shape, f"{node.name} ({node.target}) has no rule for axes")
 
 
 def _several(node: Node, known: Callable[[Node], Any]) -> tuple[Dims, ...]:
-    """Ops with several results: splits by their sizes, others (norms with statistics) by shape."""
+    """Ops with several results: splits by their sizes, others (topk, statistics) by the first."""
     vals = node.meta["val"]
     if is_outside(node):
         return tuple(unknown(val.shape, f"{node.name} runs outside of the graph") for val in vals)
@@ -191,9 +204,24 @@ def _several(node: Node, known: Callable[[Node], Any]) -> tuple[Dims, ...]:
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         reason = f"{node.name} ({node.target}) has no rule for axes"
         return tuple(unknown(val.shape if _has_shape(val) else (), reason) for val in vals)
-    operands = [known(n) for n in _flat_nodes(node.args) if is_tensor(n)]
+    first = known(next(n for n in _flat_nodes(node.args) if is_tensor(n)))
     shapes = [tuple(val.shape) if _has_shape(val) else () for val in vals]
-    return tuple(combine(shape, operands[:1]) for shape in shapes)
+    return tuple(_like(first, node, shape) for shape in shapes)
+
+
+def _like(dims: Dims, node: Node, shape: tuple[int, ...]) -> Dims:
+    """One of several results, by the first operand: a dimension of another size is reduced."""
+    chosen = argument(node, 1, node.kwargs.get("dim"))
+    chosen = (chosen,) if isinstance(chosen, int) else chosen
+    if len(shape) < len(dims) and isinstance(chosen, (tuple, list)):
+        gone = {d % len(dims) for d in chosen}
+        dims = tuple(product for d, product in enumerate(dims) if d not in gone)
+    if len(shape) != len(dims):
+        return unknown(shape, lost(node))
+    return tuple(
+        product if length(product) == size else blur(product, size, lost(node))
+        for product, size in zip(dims, shape, strict=True)
+    )
 
 
 def _has_shape(val: Any) -> bool:

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch.fx import Node
 
 from .factors import anonymous, blur, combine, join, length, narrow, regroup, unknown
-from .ir import Dims, Factor, aten, value
+from .index_rules import INDEX_RULES
+from .ir import Dims, Factor, aten, is_pointwise, is_tensor, value
+from .operands import Rule, argument, dim_of, lost
 from .products import as_product
-
-Rule = Callable[[Node, list[Dims]], Dims]
-"""(node, the dimensions of its tensor operands in order) -> the dimensions of its result."""
-
-
-def lost(node: Node) -> str:
-    """Why positions are no longer known after `node`."""
-    return f"{node.name} ({node.target}) mixes positions"
-
-
-def _argument(node: Node, index: int, default: Any) -> Any:
-    return node.args[index] if len(node.args) > index else default
-
-
-def dim_of(node: Node, index: int, default: int, rank: int) -> int:
-    """The `dim` argument, positional at `index` or by keyword, counted from the front."""
-    dim = _argument(node, index, node.kwargs.get("dim", default))
-    return int(dim) % rank
+from .window_rules import WINDOW_RULES
 
 
 def _view(node: Node, operands: list[Dims]) -> Dims:
@@ -57,7 +42,7 @@ def _unsqueeze(node: Node, operands: list[Dims]) -> Dims:
 
 def _squeeze(node: Node, operands: list[Dims]) -> Dims:
     rank = len(operands[0])
-    chosen = _argument(node, 1, tuple(range(rank)))
+    chosen = argument(node, 1, tuple(range(rank)))
     chosen = (chosen,) if isinstance(chosen, int) else chosen
     gone = {d % rank for d in chosen if length(operands[0][d % rank]) == 1}
     return tuple(product for d, product in enumerate(operands[0]) if d not in gone)
@@ -71,8 +56,8 @@ def _expand(node: Node, operands: list[Dims]) -> Dims:
 def _slice(node: Node, operands: list[Dims]) -> Dims:
     dims = operands[0]
     dim = dim_of(node, 1, 0, len(dims))
-    size, step = length(dims[dim]), _argument(node, 4, 1)
-    start = _argument(node, 2, None) or 0
+    size, step = length(dims[dim]), argument(node, 4, 1)
+    start = argument(node, 2, None) or 0
     start = min(start + size if start < 0 else start, size)
     count = value(node).shape[dim]
     if step == 1:
@@ -109,13 +94,6 @@ def _stack(node: Node, operands: list[Dims]) -> Dims:
     return tuple(dims)
 
 
-def _scatter(node: Node, operands: list[Dims]) -> Dims:
-    """A part written into a whole: what the whole knows, else what the part knows."""
-    shape = tuple(value(node).shape)
-    whole, part = operands[:2]
-    return combine(shape, [whole, part] if len(part) == len(whole) else [whole])
-
-
 def _copy(node: Node, operands: list[Dims]) -> Dims:
     return combine(tuple(value(node).shape), operands[1:2])
 
@@ -125,11 +103,21 @@ def _as_complex(node: Node, operands: list[Dims]) -> Dims:
 
 
 def _as_real(node: Node, operands: list[Dims]) -> Dims:
-    return (*operands[0], anonymous(2))
+    return (*operands[0], _parts_of(node.args[0]))
+
+
+def _parts_of(number: Node) -> tuple[Factor, ...]:
+    """The dimension that real and imaginary parts lie along where a complex tensor was made."""
+    while is_pointwise(number) and is_tensor(number.args[0]):
+        number = number.args[0]
+    if number.target is not aten.view_as_complex.default:
+        return anonymous(2)
+    parts: tuple[Factor, ...] = number.args[0].meta["axes"][-1]
+    return parts
 
 
 def _repeat_interleave(node: Node, operands: list[Dims]) -> Dims:
-    dim = _argument(node, 2, node.kwargs.get("dim"))
+    dim = argument(node, 2, node.kwargs.get("dim"))
     if dim is None:
         return unknown(tuple(value(node).shape), lost(node))
     dims = list(operands[0])
@@ -153,7 +141,7 @@ def _same(node: Node, operands: list[Dims]) -> Dims:
 
 def _reduce(node: Node, operands: list[Dims]) -> Dims:
     """Reductions over `dim`: reduced dimensions shrink to one position or vanish."""
-    return _reduce_over(node, operands[0], _argument(node, 1, None))
+    return _reduce_over(node, operands[0], argument(node, 1, node.kwargs.get("dim")))
 
 
 def _reduce_over(node: Node, dims: Dims, chosen: Sequence[int] | int | None) -> Dims:
@@ -166,7 +154,16 @@ def _reduce_over(node: Node, dims: Dims, chosen: Sequence[int] | int | None) -> 
 
 
 def _norm(node: Node, operands: list[Dims]) -> Dims:
-    return _reduce_over(node, operands[0], _argument(node, 2, None))
+    return _reduce_over(node, operands[0], argument(node, 2, node.kwargs.get("dim")))
+
+
+def _distances(node: Node, operands: list[Dims]) -> Dims:
+    a, b = operands
+    return (*combine(tuple(value(node).shape)[:-2], [a[:-2], b[:-2]]), a[-2], b[-2])
+
+
+def _mv(node: Node, operands: list[Dims]) -> Dims:
+    return operands[0][:-1]
 
 
 def _vecdot(node: Node, operands: list[Dims]) -> Dims:
@@ -197,67 +194,8 @@ def _multiply(node: Node, operands: list[Dims]) -> Dims:
     )
 
 
-def _conv(node: Node, operands: list[Dims]) -> Dims:
-    """Strided windows keep the axis of the dimension they slide over."""
-    dims, shape = operands[0], tuple(value(node).shape)
-    slid = tuple(
-        product if length(product) == size else _strided(product, size, node)
-        for product, size in zip(dims[2:], shape[2:], strict=True)
-    )
-    return (dims[0], anonymous(shape[1]), *slid)
-
-
-def _transposed_conv(node: Node, operands: list[Dims]) -> Dims:
-    """Each position spreads over a window: the axis is kept, an inner factor added."""
-    dims, shape = operands[0], tuple(value(node).shape)
-    return (dims[0], anonymous(shape[1]), *map(_spread(node), dims[2:], shape[2:]))
-
-
-def _spread(node: Node) -> Callable[[tuple[Factor, ...], int], tuple[Factor, ...]]:
-    def spread(product: tuple[Factor, ...], size: int) -> tuple[Factor, ...]:
-        times, rest = divmod(size, length(product))
-        return blur(product, size, lost(node)) if rest else product + anonymous(times)
-
-    return spread
-
-
-def _strided(product: tuple[Factor, ...], size: int, node: Node) -> tuple[Factor, ...]:
-    return blur(product, size, lost(node))
-
-
-def _index_select(node: Node, operands: list[Dims]) -> Dims:
-    dims = operands[0]
-    dim = int(node.args[1]) % len(dims)
-    size = value(node).shape[dim]
-    return dims[:dim] + (blur(dims[dim], size, lost(node)),) + dims[dim + 1 :]
-
-
-def _index(node: Node, operands: list[Dims]) -> Dims:
-    """One dimension picked by a vector of positions keeps its axis, in an order not known."""
-    dims, indices = operands[0], list(node.args[1])
-    given = [d for d, index in enumerate(indices) if index is not None]
-    shape = tuple(value(node).shape)
-    if len(given) != 1 or len(shape) != len(dims):
-        return unknown(shape, lost(node))
-    (d,) = given
-    return dims[:d] + (blur(dims[d], shape[d], lost(node)),) + dims[d + 1 :]
-
-
-def _windowed(node: Node, operands: list[Dims]) -> Dims:
-    """Pooling and resizing keep each dimension's axis."""
-    shape = tuple(value(node).shape)
-    return tuple(
-        product if length(product) == size else blur(product, size, lost(node))
-        for product, size in zip(operands[0], shape, strict=True)
-    )
-
-
 def _scrambled(node: Node, operands: list[Dims]) -> Dims:
     return unknown(tuple(value(node).shape), lost(node))
-
-
-def _embedding(node: Node, operands: list[Dims]) -> Dims:
-    return operands[1] + (anonymous(value(node).shape[-1]),)
 
 
 RULES: dict[Any, Rule] = {
@@ -276,8 +214,6 @@ RULES: dict[Any, Rule] = {
     aten.select.int: _select,
     aten.cat.default: _cat,
     aten.stack.default: _stack,
-    aten.slice_scatter.default: _scatter,
-    aten.select_scatter.default: _scatter,
     aten.copy.default: _copy,
     aten.view_as_complex.default: _as_complex,
     aten.view_as_real.default: _as_real,
@@ -285,11 +221,26 @@ RULES: dict[Any, Rule] = {
     aten.repeat.default: _repeat,
     aten.roll.default: _same,
     aten.flip.default: _same,
-    aten.sum.dim_IntList: _reduce,
-    aten.mean.dim: _reduce,
-    aten.mean.default: _reduce,
-    aten.var.correction: _reduce,
-    aten.amax.default: _reduce,
+    **dict.fromkeys(
+        (
+            aten.sum.dim_IntList,
+            aten.mean.dim,
+            aten.mean.default,
+            aten.var.correction,
+            aten.std.correction,
+            aten.amax.default,
+            aten.amin.default,
+            aten.argmax.default,
+            aten.argmin.default,
+            aten.prod.dim_int,
+            aten.logsumexp.default,
+            aten.any.dim,
+            aten.any.dims,
+            aten.all.dim,
+            aten.all.dims,
+        ),
+        _reduce,
+    ),
     aten.linear.default: _linear,
     aten.mm.default: _multiply,
     aten.bmm.default: _multiply,
@@ -300,37 +251,24 @@ RULES: dict[Any, Rule] = {
     aten.tensordot.default: _multiply,
     aten.inner.default: _multiply,
     aten.linalg_vecdot.default: _vecdot,
-    aten.logsumexp.default: _reduce,
     aten.linalg_vector_norm.default: _norm,
-    aten.convolution.default: _conv,
-    aten.conv1d.default: _conv,
-    aten.conv2d.default: _conv,
-    aten.conv3d.default: _conv,
-    aten.conv_transpose1d.default: _transposed_conv,
-    aten.conv_transpose2d.input: _transposed_conv,
-    aten.conv_transpose3d.input: _transposed_conv,
-    aten.index_select.default: _index_select,
-    aten.index.Tensor: _index,
+    aten.norm.ScalarOpt_dim: _norm,
+    aten.cdist.default: _distances,
+    aten.mv.default: _mv,
     aten.take.default: _scrambled,
     aten.as_strided.default: _scrambled,
     **dict.fromkeys(
         (
-            aten.constant_pad_nd.default,
-            aten.pad.default,
-            aten.avg_pool1d.default,
-            aten.avg_pool2d.default,
-            aten.avg_pool3d.default,
-            aten.max_pool2d.default,
-            aten.upsample_nearest1d.vec,
-            aten.upsample_nearest2d.vec,
-            aten.upsample_nearest3d.vec,
-            aten.upsample_bilinear2d.vec,
-            aten.upsample_bicubic2d.vec,
+            aten.layer_norm.default,
+            aten.rms_norm.default,
+            aten.group_norm.default,
+            aten.batch_norm.default,
+            aten.instance_norm.default,
+            aten.masked_scatter.default,
+            aten.log_softmax.int,
         ),
-        _windowed,
+        _same,
     ),
-    aten.embedding.default: _embedding,
-    aten.layer_norm.default: _same,
-    aten.rms_norm.default: _same,
-    aten.group_norm.default: _same,
+    **WINDOW_RULES,
+    **INDEX_RULES,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import inf, prod
 
 from .ir import Dims, Factor
@@ -18,6 +19,11 @@ def anonymous(size: int, reason: str = "") -> Product:
 def unknown(shape: Sequence[int], reason: str = "") -> Dims:
     """Dimensions along no axis of an input."""
     return tuple(anonymous(size, reason) for size in shape)
+
+
+def learned(shape: Sequence[int]) -> Dims:
+    """Dimensions of a weight or a constant."""
+    return tuple((Factor(size, learned=True),) for size in shape)
 
 
 def length(product: Product) -> int:
@@ -112,8 +118,8 @@ def _take(queue: _Queue, size: int) -> _Queue | None:
             rest //= factor.size
         elif factor.size % rest == 0:
             inner = factor.size // rest
-            taken.append((Factor(rest, factor.axis, factor.parts, factor.reason), origin))
-            queue.insert(0, (Factor(inner, factor.axis, factor.parts, factor.reason), origin))
+            taken.append((replace(factor, size=rest), origin))
+            queue.insert(0, (replace(factor, size=inner), origin))
             rest = 1
         else:
             return None
@@ -161,7 +167,8 @@ def narrow(product: Product, start: int, stop: int, reason: str) -> Product:
 def combine(shape: Sequence[int], operands: Sequence[Dims]) -> Dims:
     """Provenance of a broadcast: per dimension the operand that knows most.
 
-    That is the one along an axis of lowest rank, the earlier one of several.
+    That is the one along an axis of lowest rank, in an order that is known, the earlier one of
+    several.
     """
     result: list[Product] = []
     for i, size in enumerate(shape):
@@ -174,5 +181,6 @@ def combine(shape: Sequence[int], operands: Sequence[Dims]) -> Dims:
     return tuple(result)
 
 
-def _rank(product: Product) -> float:
-    return min((axis.rank for factor in product for axis in factor.axes()), default=inf)
+def _rank(product: Product) -> tuple[float, bool]:
+    rank = min((axis.rank for factor in product for axis in factor.axes()), default=inf)
+    return rank, any(factor.parts and not is_join(factor) for factor in product)

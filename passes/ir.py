@@ -80,13 +80,15 @@ class Factor:
 
     `axis` None means that the positions name no token of an input: features, heads, parameters,
     repeats. A concatenation has `parts` instead, each the factors of one operand.
-    `reason` says which node lost the provenance, where one did.
+    `reason` says which node lost the provenance, where one did. `learned`: the positions are a
+    weight's or a constant's own, the same for every input.
     """
 
     size: int
     axis: Axis | None = None
     parts: tuple[tuple[Factor, ...], ...] = ()
     reason: str = ""
+    learned: bool = field(default=False, compare=False)
 
     def axes(self) -> Iterator[Axis]:
         """The axes it lies along, those of its parts included."""

@@ -10,6 +10,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from .attention_ops import attention_result
 from .ir import (
+    GETITEM,
     LAYOUTS,
     Attention,
     Reach,
@@ -27,6 +28,7 @@ from .tag import find_inner_attentions, tagged
 
 Cut = Literal["attention", "branch"]
 _ADDS = (aten.add.Tensor,)
+_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ def mark_regions_pass(gm: GraphModule, *, cut: Cut = "attention") -> GraphModule
     residuals = find_residuals(gm.graph, reach)
     branches, outside = _find_attention_branches(reach, tagged(gm), residuals, cut)
     branches += _find_mlp_branches(gm, reach, residuals, branches, cut)
+    branches = _split_around_others(reach, branches, residuals, outside)
     branches.sort(key=lambda b: reach.index[b.cuts[0]])
     for i, (branch, nodes) in enumerate(_own(reach, branches, residuals)):
         for node in nodes:
@@ -89,13 +92,18 @@ def mark_regions_pass(gm: GraphModule, *, cut: Cut = "attention") -> GraphModule
 
 
 def verify_marks(gm: GraphModule) -> None:
-    """Every region has a cut; every attention on the latents is in a region, or named outside."""
+    """Every region has a cut and can be called at once; every attention on the latents is in a
+    region, or named outside."""
     cuts = {node.meta["region"] for node in gm.graph.nodes if "cut" in node.meta}
     assert cuts == set(range(len(gm.meta["branches"]))), cuts
     for node in tagged(gm):
         attention: Attention = node.meta["attention"]
         held = "region" in node.meta or attention.kind == "other"
         assert held or any(attention.name in line for line in gm.meta["outside"]), attention.name
+    reach = Reach(gm.graph)
+    for i in cuts:
+        nodes = [n for n in gm.graph.nodes if n.meta.get("region") == i]
+        assert _is_convex(reach, nodes), f"region {i} needs what is computed from it"
 
 
 def find_residuals(graph: Graph, reach: Reach) -> list[_Residual]:
@@ -120,8 +128,13 @@ def find_residuals(graph: Graph, reach: Reach) -> list[_Residual]:
 def _shared_stream(
     reach: Reach, streams: dict[Node, Node], branch: Node, other: Node
 ) -> Node | None:
-    """The value that `branch` reads and `other` carries on: `other`, or what it was added to."""
+    """The value that `branch` reads and `other` carries on: `other`, or what it was added to.
+
+    A part of the stream carries on the stream: some models add to each part with its own gate.
+    """
     candidate: Node | None = _through_layouts(other)
+    if candidate is not None and not reach.depends(branch, candidate):
+        candidate = _whole(candidate)
     while candidate is not None and not reach.depends(branch, candidate):
         candidate = streams.get(candidate)
     if candidate is None or reach.depends(other, branch):
@@ -133,6 +146,18 @@ def _shared_stream(
 def _through_layouts(node: Node) -> Node:
     while is_call(node, LAYOUTS) and is_tensor(node.args[0]):
         node = node.args[0]
+    return node
+
+
+def _whole(node: Node) -> Node:
+    """What a node is a part, or another layout, of."""
+    while is_call(node, (*LAYOUTS, aten.slice.Tensor, GETITEM)) and isinstance(node.args[0], Node):
+        source = node.args[0]
+        if node.target is GETITEM:
+            if not is_call(source, _SPLITS):
+                break
+            source = source.args[0]
+        node = source
     return node
 
 
@@ -160,9 +185,13 @@ def _find_attention_branches(
             if raw is not None:
                 branches.append(raw)
             else:
-                fact: Attention = attention.meta["attention"]
-                outside.append(f"{fact.name}: its output cannot be separated from its inputs")
+                outside.append(_refusal(attention))
     return branches, outside
+
+
+def _refusal(attention: Node) -> str:
+    fact: Attention = attention.meta["attention"]
+    return f"{fact.name}: its output cannot be separated from its inputs"
 
 
 def _exits(reach: Reach, residuals: Sequence[_Residual], attention: Node) -> list[_Residual]:
@@ -304,6 +333,38 @@ def _find_mlp_branches(
 def _is_deep(reach: Reach, products: Collection[Node]) -> bool:
     """Whether a product reads another's result; a module that runs as it is may hold both."""
     return any(is_outside(a) or any(reach.depends(a, b) for b in products) for a in products)
+
+
+def _split_around_others(
+    reach: Reach,
+    branches: Sequence[_Branch],
+    residuals: Sequence[_Residual],
+    outside: list[str],
+) -> list[_Branch]:
+    """Replaces each branch that something leaves and enters again, such as one within another.
+
+    No call could give that branch's cuts at once: its attentions are cut at their own outputs.
+    """
+    kept = list(branches)
+    while True:
+        owned = _own(reach, kept, residuals)
+        broken = next((b for b, nodes in owned if not _is_convex(reach, nodes)), None)
+        if broken is None:
+            return kept
+        kept.remove(broken)
+        for attention in broken.attentions:
+            raw = _cut_raw(attention)
+            if raw is not None and raw != broken:
+                kept.append(raw)
+            else:
+                outside.append(_refusal(attention))
+
+
+def _is_convex(reach: Reach, nodes: Sequence[Node]) -> bool:
+    """Whether no input of these nodes is computed from one of them."""
+    mask, inside = reach.mask(nodes), set(nodes)
+    inputs = {n for node in nodes for n in node.all_input_nodes if n not in inside}
+    return not any(reach.touches(n, mask) for n in inputs)
 
 
 def _own(

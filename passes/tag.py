@@ -12,6 +12,7 @@ from pabc.plan import KINDS
 
 from .attention_chains import find_chains
 from .attention_ops import attention_call, is_attention_op
+from .factors import length
 from .ir import (
     SOFTMAXES,
     Attention,
@@ -51,7 +52,6 @@ class TokenAxes:
     """Which axes of the latents are frames, and which lie within a frame."""
 
     latents: str
-    batch: Axis
     time: Axis | None
     space: tuple[Axis, ...]
 
@@ -168,23 +168,28 @@ def find_token_axes(gm: GraphModule, found: list[_Found]) -> TokenAxes:
     """The latents' axes that tokens are made of: all but the batch and the contracted channels.
 
     Of three such axes the first is time (B, C, T, H, W and B, T, C, H, W both occur); of two or one
-    all lie within a frame.
+    all lie within a frame. The first axis is the batch, unless some attention mixes positions along
+    it alone: then it has frames (B*T, C, H, W), or tokens if no other axis has (N, C and N, B, C).
     """
     latents: str = gm.meta["latents"]
     rank = next(value(n).ndim for n in user_inputs(gm.graph) if n.name == latents)
-    seen = {
-        axis.dim
-        for attention in found
-        for factor in (*attention.query, *attention.outer)
-        for axis in factor.axes()
-        if axis.source == latents and axis.dim > 0
-    }
+    mixed = [_dims_of(attention.query, latents) for attention in found]
+    seen = set().union(*mixed, *(_dims_of(attention.outer, latents) for attention in found)) - {0}
     rest = [dim for dim in range(1, rank) if dim in seen]
     if rank == 5 and len(rest) != 3:
         rest = [d for d in range(1, 5) if d != (1 if 1 not in seen else 2)]
     axes = [Axis(latents, dim) for dim in rest]
     time = axes[0] if len(axes) == 3 else None
-    return TokenAxes(latents, Axis(latents, 0), time, tuple(a for a in axes if a != time))
+    if time is None and {0} in mixed:
+        first = Axis(latents, 0)
+        if not any(dims - {0} for dims in mixed) and rank < 4:
+            return TokenAxes(latents, None, (first,))
+        time = first
+    return TokenAxes(latents, time, tuple(a for a in axes if a != time))
+
+
+def _dims_of(product: tuple[Factor, ...], source: str) -> set[int]:
+    return {axis.dim for factor in product for axis in factor.axes() if axis.source == source}
 
 
 def name_kind(found: _Found, tokens: TokenAxes) -> str:
@@ -194,6 +199,8 @@ def name_kind(found: _Found, tokens: TokenAxes) -> str:
     """
     q_latent = _known_latent_axes(found, found.query, found.query_on_latents, tokens)
     k_latent = _known_latent_axes(found, found.key, found.key_on_latents, tokens)
+    if not q_latent and _is_one_of_many(found, tokens):
+        q_latent = k_latent
     if not q_latent:
         return "other"
     if not k_latent:
@@ -211,6 +218,12 @@ def name_kind(found: _Found, tokens: TokenAxes) -> str:
     if q_latent == {tokens.time}:
         return "temporal"
     return "full" if tokens.time in q_latent else "spatial"
+
+
+def _is_one_of_many(found: _Found, tokens: TokenAxes) -> bool:
+    """Whether every latent token is a query for itself, as where its neighbors are its keys."""
+    alone = length(found.query) == 1 and not any(factor.reason for factor in found.query)
+    return alone and any(size > 1 for size in _latent_sizes(found.outer, tokens).values())
 
 
 def _known_latent_axes(
@@ -253,9 +266,9 @@ def _latent_sizes(product: tuple[Factor, ...], tokens: TokenAxes) -> dict[Axis, 
 
 
 def _has_other_tokens(product: tuple[Factor, ...], tokens: TokenAxes) -> bool:
-    """Whether some part of a joined sequence is not made of latent tokens."""
+    """Whether some part of a joined sequence has tokens of another input; learned ones have not."""
     return any(
-        not _latent_axes(part, tokens)
+        not _latent_axes(part, tokens) and not all(inner.learned for inner in part)
         for factor in product
         if factor.parts
         for part in factor.parts

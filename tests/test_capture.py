@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import capture_call, run_graph
 from models import MODELS, Branch, Case, Image, Mlp
 from torch import nn
@@ -334,3 +335,22 @@ def test_capture_needs_no_gradients():
     gm = capture(CASE.model(), (), CASE.call())
     with torch.no_grad():
         assert not run_graph(gm, CASE.call()).requires_grad
+
+
+def test_ops_written_in_terms_of_others_are_taken_apart():
+    """All but those that the passes know as a whole: attention, linear layers, norms."""
+
+    class Composed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x, y):
+            x = torch.column_stack([self.linear(x), torch.multiply(x, y.type_as(x))])
+            return F.scaled_dot_product_attention(x, x, x)
+
+    x, y = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    gm = capture_call(Composed(), {"x": x, "y": y})
+    ops = {str(n.target).removesuffix(".default") for n in gm.graph.nodes if n.op != "placeholder"}
+    assert {"aten.linear", "aten.cat", "aten.mul.Tensor", "aten.scaled_dot_product_attention"} < ops
+    assert not ops & {"aten.column_stack", "aten.hstack", "aten.multiply.Tensor", "aten.type_as"}

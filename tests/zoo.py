@@ -617,6 +617,121 @@ def make_stable_audio():
     }
 
 
+def make_hunyuan_token_replace():
+    """The first frame's tokens have gates of their own."""
+    model = diffusers.HunyuanVideoTransformer3DModel(
+        in_channels=C,
+        out_channels=C,
+        num_attention_heads=2,
+        attention_head_dim=10,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        patch_size=1,
+        patch_size_t=1,
+        text_embed_dim=8,
+        pooled_projection_dim=6,
+        rope_axes_dim=(2, 4, 4),
+        image_condition_type="token_replace",
+    )
+    return model, make_hunyuan_video()[1]
+
+
+def make_motif():
+    """Cross attention on the joint attention's output, and a decoder without text."""
+    model = diffusers.MotifVideoTransformer3DModel(
+        in_channels=C,
+        out_channels=C,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=1,
+        num_single_layers=2,
+        num_decoder_layers=1,
+        text_embed_dim=8,
+        image_embed_dim=6,
+        rope_axes_dim=(4, 4, 4),
+        enable_text_cross_attention_dual=True,
+        enable_text_cross_attention_single=True,
+    )
+    return model, {
+        "hidden_states": randn(B, C, T, H, W),
+        "timestep": steps(),
+        "encoder_hidden_states": randn(B, L, 8),
+        "encoder_attention_mask": torch.ones(B, L),
+        "image_embeds": randn(B, 3, 6),
+    }
+
+
+def make_temporal():
+    """Frames in the batch."""
+    model = diffusers.TransformerTemporalModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=16,
+        num_layers=2,
+        norm_num_groups=4,
+        positional_embeddings="sinusoidal",
+        num_positional_embeddings=8,
+    )
+    return model, {"hidden_states": randn(B * T, 16, H, W), "num_frames": T}
+
+
+def make_minimax():
+    """Text, video and audio tokens written into one packed sequence."""
+    model = diffusers.MiniMaxH3Transformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        hidden_size=24,
+        num_layers=2,
+        num_refiner_layers=1,
+        ffn_dim=32,
+        in_channels=C,
+        audio_in_channels=5,
+        text_dim=8,
+        freq_dim=16,
+        time_embed_hidden_dim=16,
+        time_embed_dim=16,
+        rope_freq_dim=2,
+    )
+    tags = torch.tensor([1] * L + [0] * 18 + [2] * 4)  # text, video, audio
+    return model, {
+        "hidden_states": randn(1, 18, 4 * C),
+        "audio_hidden_states": randn(1, 4, 5),
+        "encoder_hidden_states": randn(1, L, 8),
+        "timestep": torch.tensor([0.3, 0.5]),
+        "timestep_indices": tags // 2,
+        "token_tags": tags,
+        "position_ids": torch.arange(3 * len(tags)).view(-1, 3) % 5,
+        **{
+            f"{name}_indices": (tags == tag).nonzero()[:, 0]
+            for tag, name in enumerate(("video", "text", "audio"))
+        },
+    }
+
+
+def make_lumina2():
+    """Text and latents written sample by sample into one sequence; refiners for both."""
+    model = diffusers.Lumina2Transformer2DModel(
+        sample_size=8,
+        in_channels=C,
+        hidden_size=24,
+        num_layers=1,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=8,
+        axes_dim_rope=(4, 4, 4),
+        axes_lens=(32, 32, 32),
+        cap_feat_dim=8,
+    )
+    return model, {
+        "hidden_states": randn(B, C, H, W),
+        "timestep": torch.full((B,), 0.3),
+        "encoder_hidden_states": randn(B, L, 8),
+        "encoder_attention_mask": torch.ones(B, L, dtype=torch.bool),
+    }
+
+
 _SELF_AND_CROSS = {"*.attn1": "full", "*.attn2": "cross"}
 ENTRIES = (
     Entry(
@@ -689,4 +804,21 @@ ENTRIES = (
         },
     ),
     Entry("StableAudio", make_stable_audio, {"*.attn1": "joint", "*.attn2": "cross"}),
+    Entry(
+        "HunyuanVideo, first frame",
+        make_hunyuan_token_replace,
+        {"context_embedder.*": "other", "*_blocks.?.attn": "joint"},
+    ),
+    Entry(
+        "MotifVideo",
+        make_motif,
+        {"*.cross_attn": "cross", "single_*.1.attn": "full", "*.attn": "joint"},
+    ),
+    Entry("Temporal", make_temporal, {"*.attn?": "temporal"}),
+    Entry("MiniMax-H3", make_minimax, {"token_refiner.*": "other", "*.attn": "joint"}),
+    Entry(
+        "Lumina 2",
+        make_lumina2,
+        {"context_*": "other", "noise_*": "full", "layers.*.attn": "joint"},
+    ),
 )
