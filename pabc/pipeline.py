@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
@@ -100,9 +100,31 @@ def analyze(
         gm, named = run_stages(ANALYSIS[:NUM_NAMING], gm, config)
         moving = gm.meta["reads"].follow(gm.meta["latents"])
         if not moving:
+            gm.meta["larger"] = capture_larger(model, args, kwargs, gm, config, outside)
             gm, others = run_stages(ANALYSIS[NUM_NAMING:], gm, config)
             return gm, (first, *named, *others)
         outside.update({call.path: call.reason for call in gm.meta["calls"]}, **moving)
+
+
+def capture_larger(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    gm: GraphModule,
+    config: Config,
+    outside: Mapping[str, str],
+) -> GraphModule | None:
+    """The graph, with axes, of a larger call, where token axes of one position hide kinds."""
+    call = passes.enlarge_call(model, args, kwargs, gm, kinds=config.kinds)
+    if call is None:
+        return None
+    config = replace(config, latents=gm.meta["latents"])
+    try:
+        larger = passes.capture(model, *call, outside=outside)
+        return run_stages(ANALYSIS[:NUM_NAMING], larger, config)[0]
+    except ValueError as error:  # the kinds may still be stated
+        logger.info("the larger call was not captured: %s", error)
+        return None
 
 
 def run_stages(

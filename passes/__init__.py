@@ -5,6 +5,7 @@ from .cache import cache_read, cache_write, compute_unless, insert_cache_pass, v
 from .canonicalize import canonicalize_pass
 from .capture import Signature, bind_arguments, capture
 from .emit import Place, compile_flat, inline_regions_pass, lift_weights_pass
+from .enlarge import enlarge_call
 from .hoist import hoist_invariants_pass, verify_hoist
 from .ir import Attention, Axis, Factor, Region
 from .outline import outline_regions_pass, verify_outline
@@ -32,6 +33,7 @@ __all__ = [
     "capture",
     "compile_flat",
     "compute_unless",
+    "enlarge_call",
     "hoist_invariants_pass",
     "inline_regions_pass",
     "insert_cache_pass",

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import torch
 from torch.fx import GraphModule, Node
 
 from pabc.plan import KINDS
 
 from .attention_chains import find_chains
 from .attention_ops import attention_call, is_attention_op
-from .factors import length
+from .factors import is_join, length
 from .ir import (
     SOFTMAXES,
     Attention,
@@ -61,7 +62,8 @@ def tag_attention_pass(gm: GraphModule, *, kinds: Mapping[str, str] | None = Non
 
     `kinds` maps patterns (fnmatch, on the qualified module name) to kinds the user states.
 
-    Requires: axes (:func:`name_axes_pass`).
+    Requires: axes (:func:`name_axes_pass`); where a token axis has one position, `meta["larger"]`:
+    the graph, with axes, of a larger call (:func:`pabc.passes.enlarge_call`), or None.
     Ensures: every fused attention op, and every product-softmax-product chain, is tagged.
     Raises: ValueError that names the node where a kind cannot be told from the axes, and for an
     unknown kind or a pattern that matches no attention.
@@ -75,16 +77,18 @@ def tag_attention_pass(gm: GraphModule, *, kinds: Mapping[str, str] | None = Non
         if wanted not in KINDS:
             raise ValueError(f"kinds[{key!r}]: expected one of {KINDS}, found {wanted!r}")
     found = find_attentions(gm)
-    tokens = find_token_axes(gm, found)
+    telling, larger = _find_in_larger(gm, found)
+    tokens = find_token_axes(larger, telling)
+    single = _undecided_axes(larger, telling)
     names: dict[str, int] = {}
     used: set[str] = set()
-    for attention in found:
+    for attention, same in zip(found, telling, strict=True):
         path = module_path(attention.node) or attention.node.name
         names[path] = names.get(path, -1) + 1
         name = path if not names[path] else f"{path}#{names[path]}"
-        pattern = next((p for p in stated if fnmatchcase(path, p)), None)
+        pattern = stated_by(attention, stated)
         used.update([pattern] if pattern is not None else [])
-        kind = stated[pattern] if pattern is not None else name_kind(attention, tokens)
+        kind = stated[pattern] if pattern is not None else name_kind(same, tokens, single)
         attention.node.meta["attention"] = Attention(
             name, kind, attention.node.name, attention.query, attention.key, attention.linear
         )
@@ -92,6 +96,29 @@ def tag_attention_pass(gm: GraphModule, *, kinds: Mapping[str, str] | None = Non
         paths = sorted(names)
         raise ValueError(f"kinds: no attention matches {sorted(unused)}; found {paths}")
     return gm
+
+
+def stated_by(found: _Found, kinds: Mapping[str, str]) -> str | None:
+    """The first pattern that matches an attention's module."""
+    path = module_path(found.node) or found.node.name
+    return next((pattern for pattern in kinds if fnmatchcase(path, pattern)), None)
+
+
+def _find_in_larger(gm: GraphModule, found: list[_Found]) -> tuple[list[_Found], GraphModule]:
+    """The same attentions in the graph of a larger call, where there is one and they are the same.
+
+    That is: as many, of the same modules, by the same ops, in the same order.
+    """
+    larger: GraphModule | None = gm.meta.pop("larger", None)
+    if larger is not None:
+        others = find_attentions(larger)
+        if list(map(_identity, others)) == list(map(_identity, found)):
+            return others, larger
+    return found, gm
+
+
+def _identity(found: _Found) -> tuple[str, object]:
+    return module_path(found.node), found.node.target
 
 
 def verify_tags(gm: GraphModule) -> None:
@@ -192,11 +219,66 @@ def _dims_of(product: tuple[Factor, ...], source: str) -> set[int]:
     return {axis.dim for factor in product for axis in factor.axes() if axis.source == source}
 
 
-def name_kind(found: _Found, tokens: TokenAxes) -> str:
-    """The kind from the axes of Q and K alone.
+def find_single_axes(gm: GraphModule, found: list[_Found]) -> list[int]:
+    """The dimensions of the latents that may be token axes of one position, or the channels.
 
-    Raises: ValueError where Q or K is computed from the latents and its sequence has lost its axes.
+    None where all but the batch and the channels have several positions.
     """
+    shape, positions = _latent_positions(gm, found)
+    single = [dim for dim in range(1, len(shape)) if positions.get(dim, 1) == 1]
+    return single if len(single) > 1 else []
+
+
+def _undecided_axes(gm: GraphModule, found: list[_Found]) -> list[int]:
+    """Those of them that are no channels: of size one, or seen in an attention."""
+    shape, positions = _latent_positions(gm, found)
+    return [dim for dim in find_single_axes(gm, found) if shape[dim] == 1 or dim in positions]
+
+
+def _latent_positions(gm: GraphModule, found: list[_Found]) -> tuple[torch.Size, dict[int, int]]:
+    """The latents' shape, and per dimension the positions along it in the attentions."""
+    latents: str = gm.meta["latents"]
+    shape = next(value(n).shape for n in user_inputs(gm.graph) if n.name == latents)
+    positions: dict[int, int] = {}
+    for attention in found:
+        for dim, count in _count_positions((*attention.query, *attention.outer), latents).items():
+            positions[dim] = max(count, positions.get(dim, 1))
+    return shape, positions
+
+
+def _count_positions(product: tuple[Factor, ...], latents: str) -> dict[int, int]:
+    """Per dimension of the latents, the positions along it; all of them where the order is lost."""
+    counts: dict[int, int] = {}
+    for factor in product:
+        if is_join(factor):
+            for part in factor.parts:
+                counts.update(_count_positions(part, latents))
+            continue
+        for axis in factor.axes():
+            if axis.source == latents:
+                counts[axis.dim] = counts.get(axis.dim, 1) * factor.size
+    return counts
+
+
+def hinges_on_single_axes(found: _Found) -> bool:
+    """Whether the kind depends on where an axis of one position lies: for self-attention alone."""
+    joined = any(map(is_join, (*found.query, *found.key)))
+    return found.query_on_latents and found.key_on_latents and not joined and not found.packed
+
+
+def name_kind(found: _Found, tokens: TokenAxes, single: Sequence[int] = ()) -> str:
+    """The kind from the axes of Q and K alone; `single`: axes that may lie anywhere.
+
+    Raises: ValueError where Q or K is computed from the latents and its sequence has lost its axes,
+    or may have an axis of one position or not.
+    """
+    if single and hinges_on_single_axes(found):
+        axes = ", ".join(f"{tokens.latents}[{dim}]" for dim in single)
+        raise ValueError(
+            f"{_undecided(found)}, since {axes} has one position, which may lie in the batch or in "
+            f"the sequence, and the model takes no larger input that would show it; "
+            f"{_remedy(found)}"
+        )
     q_latent = _known_latent_axes(found, found.query, found.query_on_latents, tokens)
     k_latent = _known_latent_axes(found, found.key, found.key_on_latents, tokens)
     if not q_latent and _is_one_of_many(found, tokens):

@@ -23,6 +23,7 @@ from models import (
 from torch import nn
 
 from pabc.passes import tag_attention_pass, tagged, verify_tags
+from pabc.pipeline import Config, capture_larger
 
 BY_NAME = {case.name: case for case in CASES}
 IMAGE = Case("image", nn.Identity, "BCHW", ())
@@ -33,7 +34,10 @@ def kinds_of(gm):
 
 
 def tag(model, call, **config):
-    return run_to(capture_call(model, call), "tag", **config)
+    """As :func:`pabc.pipeline.analyze` does, up to this pass."""
+    gm = run_to(capture_call(model, call), "axes", **config)
+    gm.meta["larger"] = capture_larger(model, (), dict(call), gm, Config(**config), {})
+    return tag_attention_pass(gm, kinds=config.get("kinds"))
 
 
 def tag_core(attend, sizes=None):

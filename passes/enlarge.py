@@ -1,0 +1,102 @@
+"""enlarge: a call of the same model in which every token axis of the latents has several positions.
+
+An axis of one position (one frame, one row of patches) leaves no trace in a graph: whether it lies
+in the batch or in the sequence, the shapes are the same. The model itself tells: called with more
+frames, its graph shows where they go. That graph is for naming kinds; it never runs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from .tag import find_attentions, find_single_axes, hinges_on_single_axes, stated_by
+from .untouched import untouched
+
+LARGEST = 32
+"""How many times larger an axis may get: some models take one frame, or just as many as trained."""
+
+Leaves = Sequence[Any]
+"""The flattened arguments of a call."""
+
+
+def enlarge_call(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    gm: GraphModule,
+    *,
+    kinds: Mapping[str, str],
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The smallest call that the model takes with the latents larger along each such axis.
+
+    None where no kind hinges on one, or the user states them all (`kinds`). Other inputs as large
+    at the same place, counted from the last dimension (the mask of a video, say), grow with the
+    latents if the model does not take the call otherwise. An axis that the model does not take
+    larger stays as it is.
+
+    Requires: axes (:func:`name_axes_pass`) of the graph of this call.
+    """
+    found = find_attentions(gm)
+    axes = find_single_axes(gm, found)
+    if not axes or not any(hinges_on_single_axes(f) and not stated_by(f, kinds) for f in found):
+        return None
+    leaves: Leaves
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    latents = gm.meta["signature"].inputs.index(gm.meta["latents"])
+    with _takes(model, spec) as takes:
+        for dim in axes:
+            taken = (larger for larger in _grow(leaves, latents, dim) if takes(larger))
+            leaves = next(taken, leaves)
+    enlarged: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(leaves, spec)
+    return enlarged
+
+
+def _grow(leaves: Leaves, latents: int, dim: int) -> Iterator[Leaves]:
+    """Larger and larger along `dim`: the latents alone, with one other input, with all others."""
+    from_last = dim - leaves[latents].ndim
+    size = leaves[latents].shape[dim]
+    others = [
+        i
+        for i, x in enumerate(leaves)
+        if i != latents and isinstance(x, torch.Tensor) and x.ndim >= -from_last
+        if x.shape[from_last] == size
+    ]
+    for factor in range(2, LARGEST + 1):
+        for chosen in dict.fromkeys([(), *((i,) for i in others), tuple(others)]):
+            growing = {latents, *chosen}
+            yield [
+                x.repeat_interleave(factor, from_last) if i in growing else x
+                for i, x in enumerate(leaves)
+            ]
+
+
+@contextmanager
+def _takes(model: nn.Module, spec: pytree.TreeSpec) -> Iterator[Callable[[Leaves], bool]]:
+    """Tells whether the model runs on inputs of some shapes; nothing is computed."""
+
+    def takes(leaves: Leaves) -> bool:
+        fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in leaves]
+        args, kwargs = pytree.tree_unflatten(fakes, spec)
+        try:
+            model(*args, **kwargs)
+        except Exception:  # whatever a model says to a shape that it does not take
+            return False
+        return True
+
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # logs what it raises
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with torch.no_grad(), untouched(model), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            yield takes
+    finally:
+        log.setLevel(level)

@@ -1,0 +1,116 @@
+"""Kinds where a token axis has one position: read from the graph of a larger call."""
+
+import logging
+
+import pytest
+import torch
+from models import CASES, Case, Factorized, Full3d, Sizes
+
+import pabc
+from pabc.models import OpenSoraPlan12
+
+BY_NAME = {case.name: case for case in CASES}
+FRAME = Sizes(frames=1)
+PATCH = Sizes(height=2, width=2)
+ROW = Sizes(height=2)
+NOTHING = Sizes(batch=1, frames=1, height=2, width=2)
+
+
+def explain(case: Case, model: torch.nn.Module, sizes: Sizes, **options) -> list[str]:
+    return list(pabc.explain(model.eval(), **case.call(0, sizes), **options).attention.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("Factorized", NOTHING),
+        ("FramesFirst", FRAME),
+        ("Rearranged", PATCH),
+        ("Rearranged", FRAME),
+        ("Full3d", FRAME),
+        ("Full3d", PATCH),
+        ("Full3d", ROW),
+        ("Full3d", NOTHING),
+    ],
+)
+def test_kinds_with_one_frame_or_one_patch(name: str, sizes: Sizes):
+    case = BY_NAME[name]
+    found = explain(case, case.model(), sizes)
+    assert sorted(found) == sorted(case.kinds)
+
+
+class AsTrained(Factorized):
+    """Takes one frame, or as many as it was trained on."""
+
+    taken = (1, 5)
+
+    def forward(self, x_BCTHW, t_B, text_BLD):
+        if x_BCTHW.shape[2] not in self.taken:
+            raise ValueError("not that many frames")
+        return super().forward(x_BCTHW, t_B, text_BLD)
+
+
+class OneFrame(AsTrained):
+    taken = (1,)
+
+
+def test_a_model_that_takes_one_frame_or_as_many_as_it_was_trained_on():
+    case = BY_NAME["Factorized"]
+    assert sorted(explain(case, AsTrained(), FRAME)) == sorted(case.kinds)
+
+
+def test_a_kind_that_no_larger_call_tells_is_an_error():
+    case = BY_NAME["Factorized"]
+    message = (
+        r"attention \w+ \(spatial\.0\.0\.attn\): cannot tell its kind, since x_bcthw\[2\] has one "
+        r"position, .* state it with kinds=\{'spatial\.0\.0\.attn': 'spatial'\}"
+    )
+    with pytest.raises(ValueError, match=message):
+        explain(case, OneFrame(), FRAME)
+    kinds = {"spatial.*.0.attn": "spatial", "temporal.*": "temporal"}
+    assert sorted(explain(case, OneFrame(), FRAME, kinds=kinds)) == sorted(case.kinds)
+
+
+def test_several_positions_need_no_larger_call():
+    case = BY_NAME["Full3d"]
+
+    class Counting(Full3d):
+        calls = 0
+
+        def forward(self, *args, **kwargs):
+            type(self).calls += 1
+            return super().forward(*args, **kwargs)
+
+    explain(case, Counting(), case.sizes)
+    assert Counting.calls == 1
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 1, 6, 8), (1, 4, 1, 8, 8), (2, 4, 3, 2, 2)])
+def test_a_mask_of_the_latents_grows_with_them(shape: tuple[int, ...]):
+    model = OpenSoraPlan12(
+        num_attention_heads=2,
+        attention_head_dim=24,
+        in_channels=4,
+        out_channels=8,
+        cross_attention_dim=48,
+        caption_channels=8,
+        patch_size=2,
+        norm_elementwise_affine=False,
+        sample_size=8,
+        sample_size_t=5,
+    )
+    batch, _, *rest = shape
+    call = {
+        "hidden_states": torch.randn(shape),
+        "timestep": torch.full((batch,), 3),
+        "encoder_hidden_states": torch.randn(batch, 1, 5, 8),
+        "attention_mask": torch.ones(batch, *rest),
+        "encoder_attention_mask": torch.ones(batch, 1, 5),
+    }
+    found = pabc.explain(model.eval(), **call).attention
+    assert found == {
+        "transformer_blocks.0.attn1": "full",
+        "transformer_blocks.0.attn2": "cross",
+    }
+    assert model._scale_of_table == {}
+    assert logging.getLogger("torch._subclasses.fake_tensor").level != logging.CRITICAL
