@@ -5,22 +5,24 @@ from __future__ import annotations
 import inspect
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import nn
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
 from pabc import passes
-from pabc.autocast import active_autocast, without_autocast
+from pabc.autocast import without_autocast
 from pabc.explanation import Explanation, describe
-from pabc.passes.capture import bind_arguments, leaf_key
+from pabc.passes.capture import bind_arguments
+from pabc.passes.structure import Structure, check_constants, flatten
 from pabc.pipeline import Config, analyze
 from pabc.plan import Plan
 from pabc.program import Backend, Program
+from pabc.promotion import Promotions, call_key, changed_numbers, superseded, without_sizes
 from pabc.schedule import Schedule
 from pabc.trajectory import Trajectory
 
@@ -33,6 +35,7 @@ def compile(
     cut: passes.Cut = "attention",
     kinds: Mapping[str, str] | None = None,
     latents: str | None = None,
+    dynamic: bool = False,
     example_inputs: tuple[Sequence[Any], Mapping[str, Any]] | None = None,
 ) -> CompiledModel:
     """Makes a diffusion transformer reuse attention (and MLP) branches across diffusion steps.
@@ -46,6 +49,8 @@ def compile(
             `"branch"`: the value added to the residual stream.
         kinds: patterns of qualified module names (fnmatch) -> kind, where you know better.
         latents: the name of the denoised input, where it is not the first that comes out again.
+        dynamic: one capture serves all sizes of the tensors for which the model does the same; the
+            plan's bytes are those of the first call. `backend="inductor"` still compiles per size.
         example_inputs: `(args, kwargs)` of a call: captures and compiles now, not when called.
 
     Returns:
@@ -68,7 +73,7 @@ def compile(
         )
     _check_choice("backend", backend, get_args(Backend))
     _check_choice("cut", cut, get_args(passes.Cut))
-    config = Config(cut=cut, kinds=dict(kinds or {}), latents=latents)
+    config = Config(cut=cut, kinds=dict(kinds or {}), latents=latents, dynamic=dynamic)
     compiled = CompiledModel(model, schedule, backend, config)
     if example_inputs is not None:
         args, kwargs = example_inputs
@@ -111,6 +116,8 @@ class CompiledModel(nn.Module):
         self._config = config
         self._call_signature = inspect.signature(model.forward)
         self._programs: dict[Any, list[Program]] = {}
+        self._of_any_size: dict[Any, list[Program]] = {}
+        self._promotions = Promotions()
         self._program: Program | None = None
         self._trajectory: Trajectory | None = None
 
@@ -118,13 +125,15 @@ class CompiledModel(nn.Module):
         """One diffusion step, with the model's own arguments and result."""
         program, inputs = self._select(args, kwargs)
         trajectory = self._trajectory
-        if trajectory is None or trajectory.plan is not program.plan:
+        layout = program.layout(inputs)
+        fits = trajectory is not None and trajectory.plan is program.plan
+        if trajectory is None or not fits or trajectory.layout != layout:
             step = trajectory.step if trajectory is not None else 0
-            trajectory = self._trajectory = Trajectory(program.plan)
+            trajectory = self._trajectory = Trajectory(program.plan, layout)
             trajectory.step = step  # a call of another shape: same step, nothing stored
         with torch.no_grad(), without_autocast(inputs):
             outputs = program.run(trajectory, inputs)
-        return pytree.tree_unflatten(list(outputs), program.signature.out_spec)
+        return program.signature.out_spec.unflatten(outputs)
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Captures this call's signature and compiles all of its phases, without running a step."""
@@ -210,40 +219,84 @@ class CompiledModel(nn.Module):
                 "call .eval() on it first"
             )
         args, kwargs = bind_arguments(self._call_signature, args, kwargs)
-        inputs, spec = pytree.tree_flatten((args, kwargs))
-        for leaf in inputs:
+        leaves, structure = flatten((args, kwargs))
+        for leaf in leaves:
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
                 raise RuntimeError(
                     "pabc runs inference: expected inputs without gradients, found one of shape "
                     f"{tuple(leaf.shape)} that requires grad; detach it"
                 )
-        key = ((spec, active_autocast(inputs)), *map(leaf_key, inputs))
-        programs = self._programs.setdefault(key, [])
-        if self._trajectory is None or self._trajectory.step == 0:
-            programs[:] = [p for p in programs if p.follow_weights(model)]
-        differences = []
-        for program in programs:
-            difference = program.difference(inputs)
-            if difference is None:
-                break
-            differences.append(difference)
-        else:
-            program = self._capture(args, kwargs, inputs, key)
-            programs.append(program)
+        check_constants((args, kwargs), leaves, tuple(self._call_signature.parameters))
+        program, differences = self._find(structure, leaves)
+        if program is None:
+            program = self._capture(args, kwargs, structure, leaves)
             _warn_of_reads(differences)
         self._program = program
-        return program, inputs
+        return program, program.pack(leaves)
 
-    def _capture(self, args: Any, kwargs: Any, inputs: list[Any], key: Any) -> Program:
-        program = Program(
-            self._orig_mod,
-            args,
-            kwargs,
-            schedule=self.schedule,
-            backend=self._backend,
-            config=self._config,
-        )
-        if names := self._changed_numbers(program, inputs, key):
+    def _find(
+        self, structure: Structure, leaves: list[Any]
+    ) -> tuple[Program | None, list[tuple[passes.Read, Any]]]:
+        """The program captured for calls like this one, with numbers as inputs or as constants.
+
+        Where there is none: the values read from data in which it differs from those there are.
+        """
+        at_start = self._trajectory is None or self._trajectory.step == 0
+        differences = []
+        for promoted in (self._promotions.of(structure), ()):
+            key = call_key(structure, leaves, promoted)
+            known = self._programs.get(key, [])
+            others = self._of_any_size.get(without_sizes(key), [])
+            for programs in (known, others) if at_start else ():
+                programs[:] = [p for p in programs if p.follow_weights(self._orig_mod)]
+            for program in (*known, *(p for p in others if p.serves(leaves))):
+                difference = program.difference(program.pack(leaves))
+                if difference is None:
+                    return program, []
+                differences.append(difference)
+        return None, differences
+
+    def _build(self, args: Any, kwargs: Any, promoted: Collection[int]) -> Program:
+        """A program for any sizes where so configured, and the model allows."""
+
+        def build(config: Config) -> Program:
+            return Program(
+                self._orig_mod,
+                args,
+                kwargs,
+                schedule=self.schedule,
+                backend=self._backend,
+                config=config,
+                promoted=promoted,
+            )
+
+        try:
+            return build(self._config)
+        except ValueError as error:
+            if not self._config.dynamic:
+                raise
+            program = build(replace(self._config, dynamic=False))
+            warnings.warn(
+                f"pabc: dynamic=True: captured for the sizes of this call alone, since {error}",
+                stacklevel=2,
+            )
+            return program
+
+    def _capture(self, args: Any, kwargs: Any, structure: Structure, leaves: list[Any]) -> Program:
+        def build(promoted: Collection[int]) -> Program:
+            return self._build(args, kwargs, promoted)
+
+        key = call_key(structure, leaves, ())
+        changed = changed_numbers(self._programs, key, leaves)
+        found = self._promotions.capture(build, self._orig_mod, structure, leaves, changed)
+        program, promoted = found or (build(()), frozenset())
+        key = call_key(structure, leaves, promoted)
+        for old in superseded(self._programs, key, promoted):
+            del self._programs[old]
+        self._programs.setdefault(key, []).append(program)
+        if program.serves(leaves):
+            self._of_any_size.setdefault(without_sizes(key), []).append(program)
+        if names := [program.signature.inputs[i] for i in changed if i not in promoted]:
             warnings.warn(
                 f"pabc captured the model anew because the number passed as {names} changed; "
                 "pass a tensor where a value changes from call to call",
@@ -258,17 +311,6 @@ class CompiledModel(nn.Module):
             )
         return program
 
-    def _changed_numbers(self, program: Program, inputs: list[Any], key: Any) -> list[str]:
-        """The arguments, all of them numbers, in which this call differs from an earlier one."""
-        spec, *leaves = key
-        for other_spec, *others in self._programs:
-            if spec != other_spec:
-                continue
-            changed = [i for i, (a, b) in enumerate(zip(leaves, others, strict=True)) if a != b]
-            if changed and all(_is_number(inputs[i]) for i in changed):
-                return [program.signature.inputs[i] for i in changed]
-        return []
-
 
 def _warn_of_reads(differences: Sequence[tuple[passes.Read, Any]]) -> None:
     """Says from the third capture of one signature on what keeps changing."""
@@ -279,10 +321,6 @@ def _warn_of_reads(differences: Sequence[tuple[passes.Read, Any]]) -> None:
             f"when captured, {value} now; capture number {len(differences) + 1} of this signature",
             stacklevel=5,
         )
-
-
-def _is_number(leaf: Any) -> bool:
-    return isinstance(leaf, (int, float)) and not isinstance(leaf, bool)
 
 
 def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:

@@ -11,11 +11,11 @@ import numpy.typing as npt
 import torch
 from torch import nn
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
 from pabc.passes import Cut, Region, bind_arguments
 from pabc.passes.cache import Cuts
 from pabc.passes.capture import leaf_key
+from pabc.passes.structure import check_constants, flatten
 from pabc.pipeline import Config, analyze
 
 
@@ -62,7 +62,7 @@ class Differences:
         with torch.no_grad():
             outputs = guarded(self._recorder, *inputs, *guarded.meta["prologue"](*inputs))
         self._recorder.steps += 1
-        return pytree.tree_unflatten(list(outputs), guarded.meta["signature"].out_spec)
+        return guarded.meta["signature"].out_spec.unflatten(outputs)
 
     def reset(self) -> None:
         """Forgets what was measured: the next call is step 0 of a new generation."""
@@ -95,8 +95,9 @@ class Differences:
             )
         signature = inspect.signature(self._model.forward)
         bound_args, bound_kwargs = bind_arguments(signature, args, kwargs)
-        inputs, spec = pytree.tree_flatten((bound_args, bound_kwargs))
-        key = (spec, *map(leaf_key, inputs))
+        inputs, structure = flatten((bound_args, bound_kwargs))
+        check_constants((bound_args, bound_kwargs), inputs, tuple(signature.parameters))
+        key = (structure, *map(leaf_key, inputs))
         if self._key not in (None, key):
             raise ValueError(
                 "differences: the inputs differ in shape, dtype or constants from those of the "

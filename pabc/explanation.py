@@ -14,7 +14,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from pabc.passes import Attention, Region
+from pabc.passes import Attention, Region, hinted
 from pabc.passes.attention_ops import attention_call, is_attention_op
 from pabc.plan import Plan
 
@@ -171,7 +171,8 @@ class FlopCounter:
     def __call__(self, gm: nn.Module) -> int:
         """The FLOPs of one run of a graph module, without its submodules."""
         assert isinstance(gm, GraphModule)
-        return sum(map(self._count, gm.graph.nodes))
+        with hinted(gm):
+            return sum(map(self._count, gm.graph.nodes))
 
     def _count(self, node: Node) -> int:
         if is_attention_op(node):  # not all have a formula

@@ -10,7 +10,8 @@ Passes neither print, time nor check themselves: :func:`run_stages` does.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
@@ -30,13 +31,15 @@ class Config:
     cut: passes.Cut = "attention"
     kinds: Mapping[str, str] = field(default_factory=dict)
     latents: str | None = None
+    dynamic: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
     """A pass with its name, its configuration taken from :class:`Config`, and its postcondition.
 
-    `annotates`: the pass only writes facts on nodes, so that the code of the graph stays.
+    `annotates`: the pass only writes facts on nodes, so that the code of the graph stays. Of a
+    graph for any sizes, it sees those of the captured call.
     """
 
     name: str
@@ -85,17 +88,23 @@ NUM_NAMING = 2
 
 
 def analyze(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: Config
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    config: Config,
+    promoted: Collection[int] = (),
 ) -> tuple[GraphModule, tuple[Record, ...]]:
     """Captures the model for these arguments: its guarded graph, and how it came about.
 
     Modules that read Python values from what follows from the latents would need a capture a step:
-    the graph calls them, and they run as they are.
+    the graph calls them, and they run as they are. `promoted`: positions among the flattened
+    arguments of numbers that become inputs.
     """
+    options: dict[str, Any] = {"promoted": promoted, "dynamic": config.dynamic}
     outside: dict[str, str] = {}
     while True:
         start = perf_counter()
-        gm = passes.capture(model, args, kwargs, outside=outside)
+        gm = passes.capture(model, args, kwargs, outside=outside, **options)
         first = _record("capture", start, gm)
         gm, named = run_stages(ANALYSIS[:NUM_NAMING], gm, config)
         moving = gm.meta["reads"].follow(gm.meta["latents"])
@@ -115,7 +124,8 @@ def capture_larger(
     outside: Mapping[str, str],
 ) -> GraphModule | None:
     """The graph, with axes, of a larger call, where token axes of one position hide kinds."""
-    call = passes.enlarge_call(model, args, kwargs, gm, kinds=config.kinds)
+    with passes.hinted(gm):
+        call = passes.enlarge_call(model, args, kwargs, gm, kinds=config.kinds)
     if call is None:
         return None
     config = replace(config, latents=gm.meta["latents"])
@@ -134,12 +144,14 @@ def run_stages(
     records = []
     for stage in stages:
         start = perf_counter()
-        before, gm = gm, stage.run(gm, config)
+        before = gm
+        with passes.hinted(gm) if stage.annotates else nullcontext():
+            gm = stage.run(gm, config)
+            if stage.verify is not None:
+                stage.verify(gm)
         gm.graph.lint()
         if gm is before and not stage.annotates:  # a new module is compiled as it is made
             gm.recompile()
-        if stage.verify is not None:
-            stage.verify(gm)
         records.append(_record(stage.name, start, gm))
     return gm, tuple(records)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from time import perf_counter
 from typing import Any, Literal
 
@@ -17,6 +17,8 @@ from pabc.schedule import Schedule
 from pabc.trajectory import Hoisted, Trajectory, version_of
 from pabc.weights import Weights
 
+Layout = tuple[tuple[int, ...], ...]
+"""The inputs' shapes, where one program serves several; else empty."""
 Backend = Literal["inductor", "eager", "oracle"]
 Executable = Callable[..., tuple[Sequence[Any], Sequence[torch.Tensor]]]
 """(inputs, hoisted values, the reused cuts) -> (outputs, the stored cuts), as flat sequences."""
@@ -56,8 +58,11 @@ class Program:
         schedule: Schedule,
         backend: Backend,
         config: Config,
+        promoted: Collection[int] = (),
     ) -> None:
-        self.guarded, self.records = analyze(model, args, kwargs, config)
+        self.guarded, self.records = analyze(model, args, kwargs, config, promoted)
+        self._promoted = frozenset(promoted)
+        self._sizes: passes.Sizes | None = self.guarded.meta.get("sizes")
         self.regions: tuple[passes.Region, ...] = self.guarded.meta["regions"]
         self.reads: passes.Reads = self.guarded.meta["reads"]
         self._read: Hoisted | None = None
@@ -75,12 +80,32 @@ class Program:
         # The phase that reuses nothing also stands in where a value is missing: it stores all.
         self._stored[()] = tuple(sorted({s for p in self.plan.phases for s in p.stored}))
         self._modules: dict[tuple[int, ...], GraphModule] = {}
-        self._executables: dict[tuple[int, ...], Executable] = {}
+        self._executables: dict[tuple[tuple[int, ...], Layout], Executable] = {}
 
     @property
     def phases(self) -> tuple[GraphModule, ...]:
         """One specialized module per phase, in the plan's order."""
         return tuple(self._specialize(phase.reused) for phase in self.plan.phases)
+
+    def pack(self, leaves: Sequence[Any]) -> list[Any]:
+        """The graphs' inputs from the model's flattened arguments."""
+        return passes.pack(leaves, self._promoted)
+
+    def serves(self, leaves: Sequence[Any]) -> bool:
+        """Whether the graphs, captured for any sizes, hold for these arguments."""
+        return self._sizes is not None and self._sizes.bind(self.pack(leaves)) is not None
+
+    def layout(self, inputs: Sequence[Any]) -> Layout:
+        """What the graphs leave open of the inputs' sizes: a value kept under one fits no other."""
+        if self._sizes is None:
+            return ()
+        return tuple(tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor))
+
+    def evaluate(self, leaves: Sequence[Any]) -> Any:
+        """The model's result for flattened arguments, with nothing reused or kept."""
+        inputs = self.pack(leaves)
+        outputs = self.guarded(Trajectory(self.plan), *inputs, *self._prologue(*inputs))
+        return self.signature.out_spec.unflatten(outputs)
 
     def run(self, trajectory: Trajectory, inputs: Sequence[Any]) -> Sequence[Any]:
         """One step: the model's flat outputs. Advances the trajectory unless it raises."""
@@ -96,7 +121,8 @@ class Program:
                 reused, cuts = (), []
                 break
             cuts.extend(held)
-        execute = self._executables.get(reused) or self._compile(reused, inputs)
+        key = (reused, self.layout(inputs))
+        execute = self._executables.get(key) or self._compile(reused, inputs)
         outputs, kept = execute(*inputs, *self._hoist(trajectory, inputs), *cuts)
         start = 0
         for slot in self._stored[reused]:
@@ -136,7 +162,7 @@ class Program:
     def prepare(self, inputs: Sequence[Any]) -> None:
         """Compiles every phase now, for inputs like these."""
         for phase in self.plan.phases if self.backend != "oracle" else ():
-            if phase.reused not in self._executables:
+            if (phase.reused, self.layout(inputs)) not in self._executables:
                 self._compile(phase.reused, inputs)
 
     def follow_weights(self, model: nn.Module) -> bool:
@@ -158,17 +184,20 @@ class Program:
         start = perf_counter()
         gm = self._specialize(reused)
         execute: Executable = gm if self.backend == "eager" else self._compile_inductor(gm, inputs)
-        self._executables[reused] = execute
+        self._executables[reused, self.layout(inputs)] = execute
         self.compile_seconds += perf_counter() - start
         return execute
 
     def _compile_inductor(self, gm: GraphModule, inputs: Sequence[Any]) -> Executable:
+        """Compiles for the sizes of these inputs: what is computed from sizes is folded."""
         flat = passes.lift_weights_pass(passes.inline_regions_pass(gm))
         flat.graph.lint()
         names: tuple[str, ...] = flat.meta["weights"]
         outputs: tuple[Any, ...] = flat.meta["outputs"]
         others = [n for n in flat.graph.nodes if n.op == "placeholder"][len(names) + len(inputs) :]
-        examples = [*self._weights.get(names), *inputs, *(_example(n.meta["val"]) for n in others)]
+        binding = (self._sizes and self._sizes.bind(inputs)) or {}
+        kept = [_example(passes.concrete(n.meta["val"], binding)) for n in others]
+        examples = [*self._weights.get(names), *inputs, *kept]
         compiled = passes.compile_flat(flat, examples)
         num_tensors = sum(isinstance(place, passes.Place) for place in outputs)
 

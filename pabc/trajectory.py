@@ -36,10 +36,12 @@ class Trajectory:
     """A step counter and one place per slot; what to do with a slot is the plan's to say.
 
     A slot holds the cuts of one region between the step that stored them and their last read.
+    `layout`: the shapes of the calls whose values it keeps, where a program serves several.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, layout: object = ()) -> None:
         self.plan = plan
+        self.layout = layout
         self.step = 0
         self.slots: list[Cuts | None] = [None] * len(plan.slots)
         self.hoisted: Hoisted | None = None

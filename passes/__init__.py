@@ -2,6 +2,7 @@
 
 from .axes import name_axes_pass, verify_axes
 from .cache import cache_read, cache_write, compute_unless, insert_cache_pass, verify_cache
+from .calls import pack
 from .canonicalize import canonicalize_pass
 from .capture import Signature, bind_arguments, capture
 from .emit import Place, compile_flat, inline_regions_pass, lift_weights_pass
@@ -12,6 +13,7 @@ from .outline import outline_regions_pass, verify_outline
 from .outside import OutsideCall
 from .reads import Read, Reads
 from .regions import Cut, mark_regions_pass, verify_marks
+from .sizes import Sizes, concrete, hinted
 from .specialize import specialize_phase_pass, verify_phase
 from .tag import tag_attention_pass, tagged, verify_tags
 
@@ -26,6 +28,7 @@ __all__ = [
     "Reads",
     "Region",
     "Signature",
+    "Sizes",
     "bind_arguments",
     "cache_read",
     "cache_write",
@@ -33,7 +36,9 @@ __all__ = [
     "capture",
     "compile_flat",
     "compute_unless",
+    "concrete",
     "enlarge_call",
+    "hinted",
     "hoist_invariants_pass",
     "inline_regions_pass",
     "insert_cache_pass",
@@ -41,6 +46,7 @@ __all__ = [
     "mark_regions_pass",
     "name_axes_pass",
     "outline_regions_pass",
+    "pack",
     "specialize_phase_pass",
     "tag_attention_pass",
     "tagged",

@@ -6,12 +6,14 @@ region, and is the oracle that each specialized module is compared with.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Protocol
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
-from .ir import Region, copy_into, derived
+from .ir import GETITEM, Region, aten, copy_into, derived, output_node, user_inputs
 
 Cuts = tuple[torch.Tensor, ...]
 
@@ -48,7 +50,8 @@ def insert_cache_pass(gm: GraphModule) -> GraphModule:
 
     Requires: regions (:func:`outline_regions_pass`).
     Ensures: the first input is the trajectory; with one that never reuses, outputs bitwise as
-    before; region i is touched only through slot i.
+    before; region i is touched only through slot i; no output shares memory with a cut or with a
+    hoisted value, since users may write to what a model returns.
 
         # before                                # after
         %r = call_module[spatial_0](%x)         %c = cache_read(%trajectory, 0)
@@ -70,7 +73,39 @@ def insert_cache_pass(gm: GraphModule) -> GraphModule:
         computed = graph.call_function(compute_unless, (cached, region, *inputs))
         mapping[node] = graph.call_function(cache_write, (trajectory, slot, cached, computed))
         mapping[node].meta.update(node.meta)
+    hoisted = user_inputs(gm.graph)[len(gm.meta["signature"].inputs) :]
+    _copy_kept_outputs(graph, {mapping[node] for node in hoisted})
     return derived(gm, graph)
+
+
+def _copy_kept_outputs(graph: Graph, hoisted: Collection[Node]) -> None:
+    """Returns copies of what later steps read again: cuts, hoisted values, and views of these."""
+    output = output_node(graph)
+
+    def copy(node: Node) -> Node:
+        root = _viewed(node)
+        if root.target is not cache_write and root not in hoisted:
+            return node
+        with graph.inserting_before(output):
+            result = graph.call_function(aten.clone.default, (node,))
+        result.meta.update({name: node.meta[name] for name in ("val", "axes") if name in node.meta})
+        return result
+
+    output.args = map_arg(output.args, copy)
+
+
+def _viewed(node: Node) -> Node:
+    """The value that `node` is, or may be, a view of."""
+    while node.target is GETITEM or _may_be_view(node):
+        node = node.args[0]
+    return node
+
+
+def _may_be_view(node: Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.all_input_nodes:
+        return False
+    returns = node.target._schema.returns
+    return any(r.alias_info is not None for r in returns) and isinstance(node.args[0], Node)
 
 
 def verify_cache(gm: GraphModule) -> None:

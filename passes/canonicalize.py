@@ -8,6 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from .ir import aten, is_call, is_tensor, remove_dead_code, value
+from .sizes import is_size, same_sizes
 
 _ASSERTS = frozenset(
     {
@@ -22,7 +23,7 @@ _ASSERTS = frozenset(
 
 def _same_layout(node: Node, source: Node) -> bool:
     a, b = value(node), value(source)
-    return a.dtype == b.dtype and a.device == b.device and a.stride() == b.stride()
+    return a.dtype == b.dtype and a.device == b.device and same_sizes(a.stride(), b.stride())
 
 
 def _is_noop_copy(node: Node) -> bool:
@@ -49,7 +50,8 @@ def _is_times_one(node: Node) -> bool:
 def _is_same_view(node: Node) -> bool:
     targets = (aten.view.default, aten.reshape.default, aten.expand.default)
     return is_call(node, targets) and (
-        value(node).shape == value(node.args[0]).shape and _same_layout(node, node.args[0])
+        same_sizes(value(node).shape, value(node.args[0]).shape)
+        and _same_layout(node, node.args[0])
     )
 
 
@@ -71,7 +73,7 @@ def _key(node: Node) -> tuple[object, ...] | None:
     """What two nodes share when they must have the same value; None: never merged."""
     if node.op == "get_attr":
         return ("get_attr", node.target)
-    if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
+    if node.op != "call_function" or not (is_tensor(node) or is_size(node)):
         return None
     if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
         return None

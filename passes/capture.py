@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,9 +16,11 @@ from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from .calls import Call, Result
 from .composites import decompose_unknown_composites
 from .ir import is_tensor, module_path, output_node
 from .outside import OutsideCall, OutsideRecorder, patched, replayed_outside
+from .promote import check_numbers_stay_tensors
 from .reads import (
     Checked,
     Read,
@@ -27,6 +30,8 @@ from .reads import (
     failing_module,
     with_static_sizes,
 )
+from .sizes import has_free_sizes, read_sizes
+from .structure import Structure
 from .tracing import lean_tracing, quiet_tracing
 from .untouched import untouched
 
@@ -41,8 +46,8 @@ class Signature:
     `inputs` names one graph input per flattened argument.
     """
 
-    in_spec: pytree.TreeSpec
-    out_spec: pytree.TreeSpec
+    in_spec: Structure
+    out_spec: Result
     inputs: tuple[str, ...]
 
 
@@ -59,6 +64,8 @@ def leaf_key(leaf: Any) -> Any:
     """What a captured graph takes for granted of one flattened argument: layout, or the value."""
     if isinstance(leaf, torch.Tensor):
         return (leaf.shape, leaf.stride(), leaf.dtype, leaf.device)
+    if isinstance(leaf, float):
+        return (type(leaf), leaf, math.copysign(1.0, leaf))
     return (type(leaf), leaf)
 
 
@@ -68,6 +75,8 @@ def capture(
     kwargs: dict[str, Any],
     *,
     outside: Mapping[str, str] | None = None,
+    promoted: Collection[int] = (),
+    dynamic: bool = False,
 ) -> GraphModule:
     """Exports `model` for these arguments and returns its graph.
 
@@ -75,6 +84,10 @@ def capture(
     arguments to record them, and the graph is right as long as `gm.meta["reads"]` hold. A module
     that cannot be traced, or is named in `outside` (with the reason), is called by the graph and
     runs as it is.
+
+    `promoted`: positions among the flattened arguments of numbers that become inputs, as tensors
+    without dimensions; all other numbers are constants of the graph. `dynamic`: for all sizes of
+    the tensors for which the model does the same; `gm.meta["sizes"]` says which.
 
     Requires: `model` in eval mode; `args` and `kwargs` as :func:`bind_arguments` gives them.
     Ensures: inputs are placeholders, one per flattened argument, in order; parameters and buffers
@@ -87,31 +100,71 @@ def capture(
         model(x, t)                             %w = get_attr[blocks.0.attn.to_q.weight]
                                                 %q = aten.linear(%x, %w)
     """
+    call = Call(args, kwargs, promoted)
+    with call.replacing_forward(model):
+        if dynamic:
+            gm = _finish(model, call, _export_any_sizes(model, call))
+        else:
+            gm = _finish(model, call, *_trace(model, call, dict(outside or {})))
+    if promoted:
+        names = [gm.meta["signature"].inputs[i] for i in promoted]
+        check_numbers_stay_tensors(gm.graph, names, gm.meta["reads"].inputs)
+    return gm
+
+
+def _trace(
+    model: nn.Module, call: Call, outside: dict[str, str]
+) -> tuple[torch.export.ExportedProgram, ReadReplayer | None, Sequence[OutsideCall]]:
+    """Traces as it is where possible, else with values recorded from data."""
     plain: torch.export.ExportedProgram | None = None
     reason: Exception | None = None
     if not outside:
         try:
-            plain = _export(model, args, kwargs)
+            plain = _export(model, call.args, call.kwargs)
         except Exception as error:
             reason = error
         else:
             unknown = with_static_sizes(plain.graph)
             if not unknown:
-                return _finish(model, plain)
+                return plain, None, ()
             reason = ValueError(f"the value of {unknown[0].name} follows from data")
             plain = None if any(map(is_tensor, unknown)) else plain
     try:
-        traced = _trace_recorded(model, args, kwargs, dict(outside or {}), reason)
+        return _trace_recorded(model, call.args, call.kwargs, outside, reason)
     except ValueError:
         if plain is None:
             raise
-        return _finish(model, plain)  # on the meta device: there are numbers, but none to record
-    return _finish(model, *traced)
+        return plain, None, ()  # on the meta device: there are numbers, but none to record
+
+
+def _export_any_sizes(model: nn.Module, call: Call) -> torch.export.ExportedProgram:
+    """Traces with every dimension of every tensor as free as the model leaves it."""
+
+    def free(leaf: Any) -> Any:
+        automatic = torch.export.Dim.AUTO
+        is_tensor = isinstance(leaf, torch.Tensor)
+        return dict.fromkeys(range(leaf.ndim), automatic) if is_tensor else None
+
+    bound = inspect.signature(model.forward).bind(*call.args, **call.kwargs)
+    try:
+        program = _export(
+            model, call.args, call.kwargs, sizes=pytree.tree_map(free, dict(bound.arguments))
+        )
+    except Exception as error:
+        raise ValueError(f"torch.export stopped with {_one_line(error)}") from error
+    if unknown := with_static_sizes(program.graph):
+        raise ValueError(f"the size of {unknown[0].name} follows from data")
+    return program
 
 
 def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *modes: AbstractContextManager
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *modes: AbstractContextManager,
+    sizes: dict[str, Any] | None = None,
 ) -> torch.export.ExportedProgram:
+    """`sizes`: which dimensions are free, as torch.export wants it; None: they are constants."""
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(untouched(model))
@@ -119,7 +172,7 @@ def _export(
         stack.enter_context(quiet_tracing())
         for mode in modes:
             stack.enter_context(mode)
-        program = torch.export.export(model, args, kwargs, strict=False)
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=sizes, strict=False)
         return decompose_unknown_composites(program)
 
 
@@ -215,6 +268,7 @@ def _alike(model: nn.Module, path: str) -> set[str]:
 
 def _finish(
     model: nn.Module,
+    call: Call,
     program: torch.export.ExportedProgram,
     replayer: ReadReplayer | None = None,
     calls: Sequence[OutsideCall] = (),
@@ -242,16 +296,16 @@ def _finish(
         root[name] = tensor
         _read_attribute(graph, node, name, position)
     gm = GraphModule(root, graph)
-    call = program.call_spec
-    assert call.in_spec is not None and call.out_spec is not None
-    checked, out_spec = [], call.out_spec
+    assert call.result is not None
+    checked: list[Checked] = []
     if replayer is not None:
-        out_spec = out_spec.child(0)
-        checked = _split_off_tensors(graph, out_spec.num_leaves, replayer.checked)
+        checked = _split_off_tensors(graph, call.result.num_outputs, replayer.checked)
     gm.meta["reads"] = Reads(gm, checked)
     gm.meta["calls"] = tuple(calls)
     gm.meta["aliases"] = _find_aliases(model, root)
-    gm.meta["signature"] = Signature(call.in_spec, out_spec, tuple(inputs))
+    gm.meta["signature"] = Signature(call.structure, call.result, tuple(inputs))
+    if has_free_sizes(graph):
+        gm.meta["sizes"] = read_sizes(graph, call.inputs, program.range_constraints)
     return gm
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
+from .structure import Structure, flatten
 from .tag import find_attentions, find_single_axes, hinges_on_single_axes, stated_by
 from .untouched import untouched
 
@@ -50,13 +50,13 @@ def enlarge_call(
     if not axes or not any(hinges_on_single_axes(f) and not stated_by(f, kinds) for f in found):
         return None
     leaves: Leaves
-    leaves, spec = pytree.tree_flatten((args, kwargs))
+    leaves, structure = flatten((args, kwargs))
     latents = gm.meta["signature"].inputs.index(gm.meta["latents"])
-    with _takes(model, spec) as takes:
+    with _takes(model, structure) as takes:
         for dim in axes:
             taken = (larger for larger in _grow(leaves, latents, dim) if takes(larger))
             leaves = next(taken, leaves)
-    enlarged: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(leaves, spec)
+    enlarged: tuple[tuple[Any, ...], dict[str, Any]] = structure.unflatten(leaves)
     return enlarged
 
 
@@ -80,12 +80,12 @@ def _grow(leaves: Leaves, latents: int, dim: int) -> Iterator[Leaves]:
 
 
 @contextmanager
-def _takes(model: nn.Module, spec: pytree.TreeSpec) -> Iterator[Callable[[Leaves], bool]]:
+def _takes(model: nn.Module, structure: Structure) -> Iterator[Callable[[Leaves], bool]]:
     """Tells whether the model runs on inputs of some shapes; nothing is computed."""
 
     def takes(leaves: Leaves) -> bool:
         fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in leaves]
-        args, kwargs = pytree.tree_unflatten(fakes, spec)
+        args, kwargs = structure.unflatten(fakes)
         try:
             model(*args, **kwargs)
         except Exception:  # whatever a model says to a shape that it does not take

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch.fx import Graph, GraphModule, Node
 
 from .ir import LAYOUTS, copy_into, dead_without, derived, is_outside, is_tensor, user_inputs, value
+from .sizes import is_size
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def hoist_invariants_pass(gm: GraphModule) -> GraphModule:
     copy_into(graph, [n for n in gm.graph.nodes if n in stays], mapping)
     result = derived(gm, graph)
     result.meta["prologue"] = prologue
-    used = {n.name for n in user_inputs(prologue.graph) if n.users}
+    used = {n.name for n in user_inputs(prologue.graph) if _is_read(n)}
     result.meta["steady"] = tuple(i for i, n in enumerate(inputs) if n.name in used)
     return result
 
@@ -61,9 +62,14 @@ def verify_hoist(gm: GraphModule) -> None:
     """The prologue reads nothing that varies, and its results are the graph's last inputs."""
     prologue: GraphModule = gm.meta["prologue"]
     for node in user_inputs(prologue.graph):
-        assert not node.users or _is_steady(node, gm.meta["latents"]), f"{node.name} varies"
+        assert not _is_read(node) or _is_steady(node, gm.meta["latents"]), f"{node.name} varies"
     hoisted = [n for n in user_inputs(gm.graph) if n.name.startswith("hoisted_")]
     assert user_inputs(gm.graph)[len(gm.meta["signature"].inputs) :] == hoisted
+
+
+def _is_read(node: Node) -> bool:
+    """Whether the values of an input are read, and not its sizes alone."""
+    return any(not is_size(user) for user in node.users)
 
 
 def _is_steady(node: Node, latents: str) -> bool:
@@ -78,6 +84,8 @@ def find_invariants(graph: Graph, steady: list[Node]) -> _Invariants:
     for node in graph.nodes:
         if node.op == "get_attr":
             rooted.add(node)
+            invariant.add(node)
+        elif is_size(node):  # sizes do not change within a generation
             invariant.add(node)
         elif node.op == "call_function" and not is_outside(node):
             sources = node.all_input_nodes
@@ -121,6 +129,7 @@ def _build_prologue(gm: GraphModule, inputs: list[Node], found: _Invariants) -> 
     copy_into(graph, found.nodes, mapping)
     graph.output(tuple(mapping[n] for n in found.frontier))
     prologue = GraphModule(gm, graph)
+    prologue.meta["sizes"] = gm.meta.get("sizes")
     prologue.meta["attentions"] = [
         n.meta["attention"] for n in found.nodes if "attention" in n.meta
     ]

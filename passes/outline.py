@@ -18,6 +18,7 @@ from .ir import (
     module_path,
     value,
 )
+from .sizes import hint
 from .tag import tagged
 
 
@@ -90,7 +91,8 @@ def _outline(gm: GraphModule, branches: Sequence[_Branch]) -> GraphModule:
         call = graph.call_module(region.name, tuple(mapping[n] for n in inputs))
         for i, node in enumerate(item.cuts):
             mapping[node] = graph.call_function(GETITEM, (call, i))
-            mapping[node].meta.update(val=node.meta["val"], axes=node.meta["axes"])
+            facts = ("val", "hint", "axes")
+            mapping[node].meta.update({k: node.meta[k] for k in facts if k in node.meta})
     reads = (str(n.target) for n in graph.nodes if n.op == "get_attr")
     root.update((name, attribute(gm, name)) for name in reads)
     result = GraphModule(root, graph)
@@ -152,7 +154,7 @@ def _describe(branch: _Branch, layer: int) -> Region:
         path=_common_path(branch),
         attentions=branch.attentions,
         cuts=tuple(n.name for n in branch.cuts),
-        shapes=tuple(tuple(value(n).shape) for n in branch.cuts),
+        shapes=tuple(tuple(hint(n).shape) for n in branch.cuts),
         dtypes=tuple(value(n).dtype for n in branch.cuts),
     )
 

@@ -396,7 +396,7 @@ def with_static_sizes(graph: Graph) -> list[Node]:
         if isinstance(val, torch.SymInt) and val.node.maybe_as_int() is not None:
             _replace_by_number(node, val.node.maybe_as_int())
         elif isinstance(val, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            if any(is_tensor(user) for user in node.users):
+            if free_unbacked_symbols(val) and any(is_tensor(user) for user in node.users):
                 unknown.append(node)
         elif val is not None and node.op != "output":
             node.meta["val"] = pytree.tree_map_only(torch.Tensor, _static, val)

@@ -1,7 +1,9 @@
 """The public surface: arguments and their errors, standing in for the model, dumping."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -213,11 +215,196 @@ def test_another_shape_mid_generation_computes(model, inputs):
     assert torch.equal(fast(other, t), model(other, t)), "nothing stored for this shape"
 
 
-def test_changing_number_warns(model, inputs):
+class Exposed(Tiny):
+    """Also returns what pabc keeps between steps: a branch, and projected text."""
+
+    def __init__(self):
+        super().__init__()
+        self.text = nn.Linear(8, 8)
+
+    def forward(self, x, t, text):
+        h = self.proj(x)
+        branches = [block(h, t[:, None, None]) - h for block in self.blocks]
+        branch = self.blocks[0].mlp(h)
+        text = self.text(text)
+        h = self.blocks[1](h + branch, t[:, None, None] * text.mean())
+        return self.head(h + sum(branches)), branch, branch.transpose(0, 1)[1:], text
+
+
+@pytest.mark.parametrize("backend", ["eager", "oracle"])
+def test_writing_to_a_result_changes_no_later_step(backend):
+    model, text = Exposed().eval(), torch.randn(2, 3, 8)
+    calls = [(torch.randn(2, 6, 4), torch.full((2,), 0.1 * i), text) for i in range(4)]
+    schedule = pabc.Schedule.pyramid(range(4), full=2, mlp=4)
+    kept = pabc.compile(model, schedule, backend=backend)
+    written = pabc.compile(model, schedule, backend=backend)
+    for call in calls:
+        expected, results = kept(*call), written(*call)
+        assert all(map(torch.equal, expected, results))
+        for result in results[1:]:
+            result.add_(100)
+    assert (kept.plan.actions == pabc.Action.REUSE).any() and kept._program._steady
+
+
+class Numbered(Tiny):
+    """Takes a number and makes a shift of it in one of the ways that models do."""
+
+    def forward(self, x, number, flag=False):
+        h = self.proj(x)
+        for block in self.blocks:
+            h = block(h, self.shift(x, number, flag))
+        return self.head(h)
+
+
+class Embedded(Numbered):
+    """As diffusers does: sinusoids of a timestep that may be a tensor or a number."""
+
+    def shift(self, x, number, flag):
+        if not torch.is_tensor(number):
+            dtype = torch.float64 if isinstance(number, float) else torch.int64
+            number = torch.tensor([number], dtype=dtype, device=x.device)
+        elif number.ndim == 0:
+            raise AssertionError("was a number in the user's call")
+        frequencies = torch.exp(-torch.arange(4, dtype=torch.float32))
+        angles = number.expand(len(x))[:, None].float() * frequencies
+        return torch.cat([angles.cos(), angles.sin()], -1)[:, None]
+
+
+class Listed(Numbered):
+    def shift(self, x, number, flag):
+        return torch.tensor([number] * len(x)).float()[:, None, None].sin()
+
+
+class Scaled(Numbered):
+    def shift(self, x, number, flag):
+        return torch.full((len(x), 1, 1), 2 - number / 1000) * (1 + number % 7) ** 2 // 1
+
+
+class WithIntegers(Numbered):
+    """A float beside an integer tensor gives the default dtype, not the float's own."""
+
+    def shift(self, x, number, flag):
+        shift = torch.arange(8) * number
+        assert shift.dtype == (torch.float32 if isinstance(number, float) else torch.int64)
+        return torch.where(shift > 1, 0.5, number).float() / 999
+
+
+class WithScalar(Numbered):
+    """A number beside a tensor without dimensions does not change its dtype."""
+
+    def shift(self, x, number, flag):
+        shift = torch.ones((), dtype=torch.float32) * number
+        assert shift.dtype == torch.float32
+        return (shift - number * x.mean()) / 999
+
+
+class Written(Numbered):
+    def shift(self, x, number, flag):
+        shift = torch.zeros(len(x), 1, 8)
+        shift[..., :4] = number
+        return torch.clamp(shift.add_(number), max=number).sub(number, alpha=2)
+
+
+PROMOTED = [Embedded, Listed, Scaled, WithIntegers, WithScalar, Written]
+NUMBERS = {"float": (981.25, 961.5, 20.0, -0.125), "int": (981, 961, 20, 1)}
+
+
+@pytest.mark.parametrize("numbers", NUMBERS.values(), ids=NUMBERS)
+@pytest.mark.parametrize("make", PROMOTED)
+def test_a_number_that_changes_becomes_an_input(make, numbers, inputs, recwarn):
+    model, x = make().eval(), inputs[0]
     fast = pabc.compile(model, SCHEDULE, backend="eager")
-    fast(*inputs, scale=1.0)
-    with pytest.warns(UserWarning, match=r"captured the model anew.*\['scale'\]"):
-        fast(*inputs, scale=2.0)
+    for number in numbers:
+        fast.reset()
+        assert torch.equal(fast(x, number), model(x, number))
+    assert len(fast._programs) == 1
+    assert not [w for w in recwarn if "captured the model anew" in str(w.message)]
+
+
+class Branching(Numbered):
+    def shift(self, x, number, flag):
+        return 0.5 if number > 500 else 0.25
+
+
+class Sized(Numbered):
+    def shift(self, x, number, flag):
+        return torch.ones(int(number)).sum() / 999
+
+
+class Viewed(Numbered):
+    def shift(self, x, number, flag):
+        return torch.ones(1000)[: -int(number) or None].mean()
+
+
+class BehindItsBack(Numbered):
+    """`math` reads a float's value without asking it."""
+
+    def shift(self, x, number, flag):
+        return math.cos(number)
+
+
+class AsScalar(Numbered):
+    def shift(self, x, number, flag):
+        return torch.add(torch.ones(8), torch.ones(8), alpha=number / 999)
+
+
+@pytest.mark.parametrize("make", [Branching, Sized, Viewed, BehindItsBack, AsScalar])
+def test_a_number_that_steers_stays_a_constant(make, inputs):
+    model, x = make().eval(), inputs[0]
+    fast = pabc.compile(model, SCHEDULE, backend="eager")
+    assert torch.equal(fast(x, 981.0), model(x, 981.0))
+    for number in (20.0, 30.0):
+        fast.reset()
+        with pytest.warns(UserWarning, match=r"captured the model anew.*\['number'\]"):
+            assert torch.equal(fast(x, number), model(x, number))
+
+
+def test_a_flag_is_a_constant_beside_a_number(inputs, recwarn):
+    class Flagged(Numbered):
+        def shift(self, x, number, flag):
+            return number / 1000 if flag else number / 500
+
+    model, x = Flagged().eval(), inputs[0]
+    fast = pabc.compile(model, SCHEDULE, backend="eager")
+    for number, flag in [(3.0, False), (2.0, False), (2.0, True), (1.0, True), (1.0, False)]:
+        fast.reset()
+        assert torch.equal(fast(x, number, flag), model(x, number, flag))
+    assert len(fast._programs) == 2
+    assert not [w for w in recwarn if "captured the model anew" in str(w.message)]
+
+
+def test_of_two_numbers_that_change_one_is_a_constant(inputs):
+    class Both(Numbered):
+        def shift(self, x, number, flag):
+            return number[0] / 1000 * torch.ones(number[1]).sum()
+
+    model, x = Both().eval(), inputs[0]
+    fast = pabc.compile(model, SCHEDULE, backend="eager")
+    fast(x, (3.0, 4))
+    fast.reset()
+    with pytest.warns(UserWarning, match=r"captured the model anew.*\['number_1'\]"):
+        assert torch.equal(fast(x, (2.0, 5)), model(x, (2.0, 5)))
+    fast.reset()
+    assert torch.equal(fast(x, (1.0, 5)), model(x, (1.0, 5)))
+    assert len(fast._programs) == 2
+
+
+def test_numpy_numbers_are_promoted_too(inputs):
+    model, x = Scaled().eval(), inputs[0]
+    fast = pabc.compile(model, SCHEDULE, backend="eager")
+    for number in np.linspace(1, 3, 4):
+        fast.reset()
+        assert torch.equal(fast(x, number), model(x, number))
+    assert len(fast._programs) == 1
+
+
+@pytest.mark.slow
+def test_a_promoted_number_is_compiled_once(inputs):
+    model, x = Embedded().eval(), inputs[0]
+    fast = pabc.compile(model, pabc.Schedule.pyramid(range(5), full=1))
+    for number in (900, 700, 500, 300, 100):
+        assert torch.allclose(fast(x, number), model(x, number), atol=1e-5)
+    assert len(fast._programs) == 1 and len(fast._program._executables) == 1
 
 
 def test_kinds_asked_for_in_vain_warn(model, inputs):

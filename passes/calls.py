@@ -1,0 +1,142 @@
+"""calls: how a model is called while it is traced, and how its result is taken apart.
+
+A tracer accepts tensors, a few kinds of constants, and the containers that PyTorch's pytree knows.
+Users pass more: dataclasses, enums, callables, numbers that are to be inputs of the graph. So the
+tracer calls the model with stand-ins, and the model's forward, for that time, gets the user's own
+arguments back.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from . import promote
+from .outside import patched
+from .structure import Structure, flatten, holds_tensors
+
+_TRACED = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+@dataclass(frozen=True)
+class Result:
+    """How the graph's outputs pack into the model's own result.
+
+    `constants` has one entry per leaf: `(value,)` where the model returned no tensor, else `()`.
+    """
+
+    structure: Structure
+    constants: tuple[tuple[Any, ...], ...]
+
+    @property
+    def num_outputs(self) -> int:
+        """How many outputs the graph has."""
+        return sum(not constant for constant in self.constants)
+
+    def unflatten(self, outputs: Sequence[Any]) -> Any:
+        """The model's result around the graph's outputs."""
+        rest = iter(outputs)
+        leaves = [constant[0] if constant else next(rest) for constant in self.constants]
+        return self.structure.unflatten(leaves)
+
+
+def pack(leaves: Sequence[Any], promoted: Collection[int] = ()) -> list[Any]:
+    """A graph's inputs from flattened arguments: tensors for promoted numbers; what the graph has
+    as a constant, and a tracer may not know, is left out."""
+    known = (torch.Tensor, int, float, str)
+    return [
+        promote.as_tensor(leaf) if i in promoted else leaf if isinstance(leaf, known) else None
+        for i, leaf in enumerate(leaves)
+    ]
+
+
+class Call:
+    """One call of a model, in a form that a tracer can record.
+
+    Attributes:
+        inputs: one per flattened argument: what the graph is to take.
+        args, kwargs: what the tracer is to call the model with: the inputs in their containers.
+        structure: of the user's own arguments.
+        result: how the model's own result is built; known once the model was traced.
+    """
+
+    def __init__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], promoted: Collection[int] = ()
+    ) -> None:
+        self._leaves, self.structure = flatten((args, kwargs))
+        self._promoted = frozenset(promoted)
+        self.inputs = pack(self._leaves, promoted)
+        self.args, self.kwargs = self.structure.unflatten_plain(self.inputs)
+        self.result: Result | None = None
+
+    @contextmanager
+    def replacing_forward(self, model: nn.Module) -> Iterator[None]:
+        """Makes `model` take the stand-ins, and return a flat tuple of tensors."""
+        forward = model.forward
+
+        @functools.wraps(forward)
+        def call(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+            args, kwargs = self._restore((args, {name: kwargs[name] for name in self.kwargs}))
+            numbers = promote.RecordNumbers() if self._promoted else nullcontext()
+            with _registering_unseen(model), numbers:
+                return self._take_apart(forward(*args, **kwargs))
+
+        with patched(model, call):
+            yield
+
+    def _restore(self, arguments: Any) -> Any:
+        """The user's arguments with the tracer's tensors in them."""
+        leaves: list[Any] = []
+        for i, (given, leaf) in enumerate(
+            zip(pytree.tree_leaves(arguments), self._leaves, strict=True)
+        ):
+            if i in self._promoted:
+                leaves.append(promote.traced(leaf, given))
+            else:
+                leaves.append(given if isinstance(given, _TRACED) else leaf)
+        return self.structure.unflatten(leaves)
+
+    def _take_apart(self, result: Any) -> tuple[Any, ...]:
+        leaves, structure = flatten(result)
+        for leaf in leaves:
+            if not isinstance(leaf, torch.Tensor) and holds_tensors(leaf):
+                raise ValueError(
+                    "expected a result of tensors in containers or dataclasses, found a "
+                    f"{type(leaf).__name__} that holds tensors"
+                )
+            promote.check_is_plain(leaf)
+        traced = tuple(leaf for leaf in leaves if isinstance(leaf, _TRACED))
+        constants = tuple(() if isinstance(leaf, _TRACED) else (leaf,) for leaf in leaves)
+        self.result = Result(structure, constants)
+        return traced
+
+
+@contextmanager
+def _registering_unseen(model: nn.Module) -> Iterator[None]:
+    """Keeps new buffers from torch.export, which takes them for writes to old ones."""
+    register, own = model.register_buffer, vars(model).get("register_buffer")
+    fresh: list[str] = []
+
+    def register_unseen(name: str, tensor: Any, persistent: bool = True) -> None:
+        if tensor is None or hasattr(model, name):
+            register(name, tensor, persistent)
+        else:
+            model._buffers[name] = tensor
+            fresh.append(name)
+
+    vars(model)["register_buffer"] = register_unseen
+    try:
+        yield
+    finally:
+        del vars(model)["register_buffer"]
+        if own is not None:
+            vars(model)["register_buffer"] = own
+        for name in fresh:
+            model._buffers.pop(name, None)

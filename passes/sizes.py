@@ -1,0 +1,183 @@
+"""sizes: graphs captured for any sizes, and the sizes that the analysis sees.
+
+A graph captured with `dynamic=True` has symbols for the sizes of its inputs; its shapes, and the
+numbers among the arguments of its ops, are expressions in them. What runs is that graph. What the
+analysis sees are the sizes of the call that was captured, its hints: :func:`hinted` puts them in
+place for as long as a pass looks, and the facts it leaves on nodes stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import sympy  # type: ignore[import-untyped]
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from .ir import user_inputs
+
+Binding = Mapping[sympy.Symbol, int]
+"""Symbol -> the size it stands for in one call."""
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Which calls a graph serves.
+
+    Attributes:
+        inputs: per graph input its shape and strides, in symbols, or None if it is no tensor.
+        ranges: symbol -> the least and the largest value it may have.
+        guards: what else was taken for granted while tracing.
+        hints: the sizes of the captured call.
+    """
+
+    inputs: tuple[tuple[Any, ...] | None, ...]
+    ranges: Mapping[sympy.Symbol, tuple[float, float]]
+    guards: tuple[Any, ...]
+    hints: Binding
+
+    def bind(self, inputs: Sequence[Any]) -> dict[sympy.Symbol, int] | None:
+        """The sizes of these inputs, or None if the graph does not serve them."""
+        pairs = [
+            pair
+            for sizes, leaf in zip(self.inputs, inputs, strict=True)
+            if sizes is not None
+            for pair in zip(sizes, (*leaf.shape, *leaf.stride()), strict=True)
+        ]
+        binding = {size: found for size, found in pairs if isinstance(size, sympy.Symbol)}
+        fits = (
+            all(_evaluate(size, binding) == found for size, found in pairs)
+            and all(low <= binding.get(s, low) <= high for s, (low, high) in self.ranges.items())
+            and all(_evaluate(guard, binding) is True for guard in self.guards)
+        )
+        return binding if fits else None
+
+
+def read_sizes(graph: Graph, inputs: Sequence[Any], ranges: Mapping[Any, Any]) -> Sizes:
+    """What a traced graph takes for granted of its inputs; `inputs` are those it was traced with.
+
+    Raises: ValueError where a size within the graph does not follow from the inputs' alone.
+    """
+    placeholders = user_inputs(graph)
+    vals = [node.meta.get("val") for node in placeholders]
+    shapes = tuple(
+        tuple(map(_expression, (*val.shape, *val.stride())))
+        if isinstance(val, torch.Tensor)
+        else None
+        for val in vals
+    )
+    for node in graph.nodes:
+        if is_size(node) and any(
+            n.op != "placeholder" and not is_size(n) for n in node.all_input_nodes
+        ):
+            raise ValueError(f"{node.name} is a size that does not follow from the inputs' sizes")
+    environments = {
+        id(env): env
+        for val in vals
+        if isinstance(val, torch.Tensor)
+        and (env := getattr(getattr(val, "fake_mode", None), "shape_env", None)) is not None
+    }
+    # Sizes that turned out to be equal, or numbers, have symbols of their own in earlier guards.
+    guards = tuple(
+        dict.fromkeys(env.replace(g.expr) for env in environments.values() for g in env.guards)
+    )
+    bounds = {symbol: (float(r.lower), float(r.upper)) for symbol, r in ranges.items()}
+    known = Sizes(shapes, bounds, (), {})
+    hints = known.bind(inputs)
+    if hints is None:
+        raise ValueError("the sizes of the captured call are not among those that it serves")
+    result = Sizes(shapes, bounds, guards, hints)
+    if result.bind(inputs) is None:
+        raise ValueError("the guards of the captured call do not hold for it")
+    return result
+
+
+def has_free_sizes(graph: Graph) -> bool:
+    """Whether a graph was traced for any sizes of some input."""
+    vals = [n.meta.get("val") for n in user_inputs(graph)]
+    shapes = (val.shape for val in vals if isinstance(val, torch.Tensor))
+    return any(isinstance(size, torch.SymInt) for shape in shapes for size in shape)
+
+
+def same_sizes(sizes: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Whether sizes are equal whatever their symbols stand for; it takes nothing for granted."""
+    return [_expression(s) for s in sizes] == [_expression(s) for s in others]
+
+
+def hint(node: Node) -> Any:
+    """What a node yields, at the sizes of the captured call."""
+    return node.meta.get("hint", node.meta.get("val"))
+
+
+def is_size(node: Node) -> bool:
+    """Whether a node computes a number from sizes."""
+    return isinstance(node.meta.get("val"), _SYMBOLIC)
+
+
+def concrete(val: Any, binding: Binding) -> Any:
+    """A size, or (a list of) fake tensors, with numbers in place of symbols."""
+    if isinstance(val, _SYMBOLIC):
+        return _evaluate(val.node.expr, binding)
+    if isinstance(val, (tuple, list)):
+        return type(val)(concrete(item, binding) for item in val)
+    if not isinstance(val, torch.Tensor):
+        return val
+    shape, strides = ([concrete(s, binding) for s in sizes] for sizes in (val.shape, val.stride()))
+    with _FAKE:
+        return torch.empty_strided(shape, strides, dtype=val.dtype, device=val.device)
+
+
+_FAKE = FakeTensorMode()
+
+
+@contextmanager
+def hinted(gm: GraphModule) -> Iterator[None]:
+    """Within it, shapes and arguments of `gm` are those of the captured call.
+
+    A pass that looks at them may mark nodes, but not change the graph.
+    """
+    sizes: Sizes | None = gm.meta.get("sizes")
+    if sizes is None:
+        yield
+        return
+    before = [(node, node.args, node.kwargs, node.meta.get("val")) for node in gm.graph.nodes]
+    for node, args, kwargs, val in before:
+        if is_size(node) or val is None:
+            continue
+        if "hint" not in node.meta:
+            node.meta["hint"] = concrete(val, sizes.hints)
+        numbers = {
+            n: concrete(n.meta["val"], sizes.hints) for n in node.all_input_nodes if is_size(n)
+        }
+        node.args = map_arg(args, lambda n, numbers=numbers: numbers.get(n, n))
+        node.kwargs = map_arg(kwargs, lambda n, numbers=numbers: numbers.get(n, n))
+        node.meta["val"] = node.meta["hint"]
+    try:
+        yield
+    finally:
+        for node, args, kwargs, val in before:
+            node.args, node.kwargs = args, kwargs
+            if val is not None:
+                node.meta["val"] = val
+
+
+def _expression(size: Any) -> Any:
+    return size.node.expr if isinstance(size, _SYMBOLIC) else int(size)
+
+
+def _evaluate(expression: Any, binding: Binding) -> Any:
+    """The number, or the truth, of an expression; None if it has symbols without a value."""
+    if isinstance(expression, (int, float)):
+        return expression
+    result = expression.xreplace({s: sympy.Integer(v) for s, v in binding.items()})
+    if result in (sympy.true, sympy.false):
+        return bool(result)
+    if result.free_symbols:
+        return None
+    return int(result) if result.is_integer else float(result)
