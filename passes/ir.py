@@ -2,9 +2,9 @@
 
 A graph here is a :class:`torch.fx.Graph` of ATen ops. Facts about one node lie in ``node.meta``
 (``"val"``: its fake tensor, ``"axes"``: its :data:`Dims`, ``"attention"``: an :class:`Attention`);
-facts about the whole graph in ``gm.meta`` (``"signature"``, ``"latents"``, ``"regions"``). In a graph
-for any sizes (``gm.meta["sizes"]``), fake tensors have symbols for sizes, and ``"hint"`` is the same
-at the sizes of the captured call (:mod:`pabc.passes.sizes`).
+facts about the whole graph in ``gm.meta`` (``"signature"``, ``"latents"``, ``"regions"``). In a
+graph for any sizes (``gm.meta["sizes"]``), fake tensors have symbols for sizes, and ``"hint"`` is
+the same at the sizes of the captured call (:mod:`pabc.passes.sizes`).
 """
 
 from __future__ import annotations
