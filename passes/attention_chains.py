@@ -58,7 +58,7 @@ class Chain:
     """An attention's last product, the factors of its sequences, and those of its other dimensions.
 
     `query_source` and `key_source` are the operands; `linear`: keys and values are multiplied
-    first.
+    first; `path`: what lies between the products, which are `first` and `node`.
     """
 
     node: Node
@@ -68,6 +68,8 @@ class Chain:
     key: Dimension
     outer: Dimension
     linear: bool
+    first: Node
+    path: tuple[Node, ...]
 
 
 def find_chains(gm: GraphModule, reach: Reach) -> list[Chain]:
@@ -137,24 +139,63 @@ def _match(first: Product, last: Product, k: int, path: list[Node]) -> Chain | N
         key = next(n for n, t in zip(first.operands, first.terms, strict=True) if keys[0] in t)
         pairs = zip(first.operands, first.terms, strict=True)
         query = next((n for n, t in pairs if n is not key and set(t) & set(summed)), key)
-        chain = _chain(last, last, inner, [k], (query, key))
+        mixing, queries, sources = last, [k], (query, key)
     elif summarizes:
         others = [i for i in range(len(last.terms)) if i != k and set(inner) & {*last.terms[i]}]
-        chain = _chain(last, first, summed, others, (last.operands[others[0]], first.operands[0]))
+        mixing, queries = first, others
+        sources = (last.operands[others[0]], first.operands[0])
     else:
         return None
+    labels = inner if mixing is last else summed
+    query_dims, key_dims, outer = _tokens(last, mixing, labels, queries)
+    chain = Chain(
+        last.node,
+        *sources,
+        query_dims,
+        key_dims,
+        outer,
+        linear=mixing is first,
+        first=first.node,
+        path=tuple(path),
+    )
     # Without a softmax nothing but tokens tells queries from features.
     return chain if softmax or is_named(chain.query) else None
 
 
-def _chain(
-    last: Product,
-    mixing: Product,
-    summed: list[str],
-    queries: list[int],
-    sources: tuple[Node, Node],
-) -> Chain:
-    """Its tokens are the dimensions that only the `queries` operands bring to the result."""
+def find_unclaimed_softmaxes(gm: GraphModule, chains: list[Chain]) -> list[Node]:
+    """Softmaxes over tokens of an input that take part in none of the attentions found."""
+    claimed = {node for chain in chains for node in chain.path}
+    products = {node for chain in chains for node in (chain.first, chain.node)}
+    return [
+        node
+        for node in gm.graph.nodes
+        if is_call(node, SOFTMAXES) and is_tensor(node) and is_named(_softened(node))
+        if node not in claimed and not _leads_to(node, products)
+    ]
+
+
+def _softened(node: Node) -> Dimension:
+    dims: Dims = node.meta["axes"]
+    return dims[int(node.args[1])]
+
+
+def _leads_to(start: Node, products: set[Node]) -> bool:
+    """Whether its values reach one of the products with their dimensions kept apart."""
+    queue, seen = [start], {start}
+    for node in queue:
+        for user in node.users:
+            if user in products:
+                return True
+            if user not in seen and (is_pointwise(user) or is_call(user, _CARRIERS)):
+                seen.add(user)
+                queue.append(user)
+    return False
+
+
+def _tokens(
+    last: Product, mixing: Product, summed: list[str], queries: list[int]
+) -> tuple[Dimension, Dimension, Dimension]:
+    """Query, key and outer factors: queries are what only those operands bring to the result."""
     rest = {
         label
         for i, term in enumerate(last.terms)
@@ -169,7 +210,7 @@ def _chain(
             if label in last.result:
                 (outer if label in rest else query).extend(dim)
     key = tuple(f for label in summed for f in _dimension(mixing, label))
-    return Chain(last.node, *sources, tuple(query), key, tuple(outer), mixing is not last)
+    return tuple(query), key, tuple(outer)
 
 
 def _count(product: Product, label: str) -> int:

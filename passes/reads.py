@@ -34,6 +34,7 @@ from .watched import Uses, WatchedNumber
 _OWN_FOLDERS = (os.path.dirname(torch.__file__), os.path.dirname(os.path.abspath(__file__)))
 _UNSEEN = (torch.Tensor.numpy, torch.Tensor.__array__)
 """Functions that read memory without an op that a dispatch mode would see."""
+_INDEXING = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
 _REPEATS = (torch.repeat_interleave, torch.Tensor.repeat_interleave)
 _MASKING = (aten.index.Tensor,)
 _MASKS = (torch.bool, torch.uint8)
@@ -178,9 +179,12 @@ class ReadRecorder(TorchFunctionMode):
         if func is torch.Tensor.tolist:
             with self:
                 return _to_list(args[0])
+        if func in _INDEXING:
+            with self:
+                args = (args[0], _with_numbers(args[1]), *args[2:])
         with _Watch() as watch:
             result = func(*args, **kwargs)
-        if watch.seen or func in _UNSEEN:
+        if result is not None and (watch.seen or func in _UNSEEN):
             shapes = tuple(tuple(tensor.shape) for tensor in _tensors(result))
             site, path = self._frames.site(), self._frames.path()
             if shapes:
@@ -208,6 +212,17 @@ def _size_source(
     return tensors, lambda given: tuple(tuple(t.shape) for t in _tensors(call.run(func, given)))
 
 
+def _with_numbers(index: Any) -> Any:
+    """An index whose tensors without dimensions are read one by one: indexing itself would."""
+    if isinstance(index, tuple):
+        return tuple(map(_with_numbers, index))
+    if isinstance(index, slice):
+        return slice(*map(_with_numbers, (index.start, index.stop, index.step)))
+    if isinstance(index, torch.Tensor) and index.ndim == 0 and index.dtype not in _MASKS:
+        return index.item()
+    return index
+
+
 def _to_list(tensor: torch.Tensor) -> Any:
     """`Tensor.tolist` element by element, as a fake tensor does it."""
     if tensor.dim() == 0:
@@ -232,6 +247,9 @@ class ReadReplayer(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _INDEXING:
+            with self:
+                args = (args[0], _with_numbers(args[1]), *args[2:])
         read = self._next(func) if func in self._functions else None
         if read is None:
             return func(*args, **kwargs)

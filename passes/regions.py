@@ -87,7 +87,7 @@ def mark_regions_pass(gm: GraphModule, *, cut: Cut = "attention") -> GraphModule
     gm.meta["branches"] = tuple(
         (b.kind, tuple(n.meta["attention"].name for n in b.attentions)) for b in branches
     )
-    gm.meta["outside"] = (*outside, *find_inner_attentions(gm))
+    gm.meta["outside"] = (*outside, *find_inner_attentions(gm), *gm.meta["unclaimed"])
     return gm
 
 

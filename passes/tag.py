@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from pabc.plan import KINDS
 
-from .attention_chains import find_chains
+from .attention_chains import Chain, find_chains, find_unclaimed_softmaxes
 from .attention_ops import attention_call, is_attention_op
 from .factors import is_join, length
 from .ir import (
@@ -64,7 +64,8 @@ def tag_attention_pass(gm: GraphModule, *, kinds: Mapping[str, str] | None = Non
 
     Requires: axes (:func:`name_axes_pass`); where a token axis has one position, `meta["larger"]`:
     the graph, with axes, of a larger call (:func:`pabc.passes.enlarge_call`), or None.
-    Ensures: every fused attention op, and every product-softmax-product chain, is tagged.
+    Ensures: every fused attention op, and every product-softmax-product chain, is tagged;
+    `gm.meta["unclaimed"]` has a line for each other softmax over tokens.
     Raises: ValueError that names the node where a kind cannot be told from the axes, and for an
     unknown kind or a pattern that matches no attention.
 
@@ -76,7 +77,11 @@ def tag_attention_pass(gm: GraphModule, *, kinds: Mapping[str, str] | None = Non
     for key, wanted in stated.items():
         if wanted not in KINDS:
             raise ValueError(f"kinds[{key!r}]: expected one of {KINDS}, found {wanted!r}")
-    found = find_attentions(gm)
+    found, chains = _find(gm)
+    gm.meta["unclaimed"] = tuple(
+        f"{node.name} ({module_path(node)}): a softmax over tokens, in no attention that was found"
+        for node in find_unclaimed_softmaxes(gm, chains)
+    )
     telling, larger = _find_in_larger(gm, found)
     tokens = find_token_axes(larger, telling)
     single = _undecided_axes(larger, telling)
@@ -157,10 +162,15 @@ def _is_graph(value: object) -> bool:
 
 
 def find_attentions(gm: GraphModule) -> list[_Found]:
-    """Fused attention ops and product-softmax-product chains, in graph order."""
+    """Fused attention ops, and those written out as products, in graph order."""
+    return _find(gm)[0]
+
+
+def _find(gm: GraphModule) -> tuple[list[_Found], list[Chain]]:
     reach = Reach(gm.graph)
+    chains = find_chains(gm, reach)
     latents = next(n for n in user_inputs(gm.graph) if n.name == gm.meta["latents"])
-    chains = [
+    written = [
         _Found(
             chain.node,
             chain.query,
@@ -170,10 +180,11 @@ def find_attentions(gm: GraphModule) -> list[_Found]:
             key_on_latents=reach.depends(chain.key_source, latents),
             linear=chain.linear,
         )
-        for chain in find_chains(gm, reach)
+        for chain in chains
     ]
     fused = [_describe_fused(n, reach, latents) for n in gm.graph.nodes if is_attention_op(n)]
-    return sorted([*fused, *chains], key=lambda found: reach.index[found.node])
+    found = [*fused, *written]
+    return sorted(found, key=lambda f: reach.index[f.node]), chains
 
 
 def _describe_fused(node: Node, reach: Reach, latents: Node) -> _Found:

@@ -4,7 +4,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import capture_call, compare_with_hand, run_to
-from models import HEADS, WIDTH, Branch, Case, Cross, Factorized, Image, Mlp, Sizes
+from models import (
+    HEADS,
+    WIDTH,
+    Attention,
+    Branch,
+    Case,
+    Cross,
+    Factorized,
+    Image,
+    Mlp,
+    Sizes,
+    split_heads,
+)
 from torch import nn
 
 import pabc
@@ -286,3 +298,40 @@ def test_linear_attention_of_a_public_model():
     assert found.attention == {f"{block}.attn1": "full", f"{block}.attn2": "cross"}
     assert found.linear == (f"{block}.attn1",)
     assert not found.outside
+
+
+class TalkingHeads(Attention):
+    """A product with a weight between softmax and values: heads exchange their weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.talk = nn.Linear(HEADS, HEADS)
+
+    def heads(self, x, context=None):
+        q, k, v = (split_heads(to(x)) for to in (self.to_q, self.to_k, self.to_v))
+        weights = (q @ k.mT).softmax(-1)
+        return self.talk(weights.movedim(1, -1)).movedim(-1, 1) @ v
+
+
+class LearnedPool(Branch):
+    """Tokens are summed with learned weights: no queries, no keys."""
+
+    def __init__(self):
+        super().__init__()
+        self.score = nn.Linear(WIDTH, 1)
+
+    def forward(self, x, emb_BD, text=None):
+        pooled = (self.score(x).softmax(dim=1) * x).sum(dim=1, keepdim=True)
+        return super().forward(x + pooled, emb_BD)
+
+
+def test_a_softmax_over_tokens_that_is_in_no_attention_is_reported():
+    talking = Branch()
+    talking.attn = TalkingHeads()
+    for block, path in ((talking, "blocks.0.attn"), (LearnedPool(), "blocks.0")):
+        model = Image(block, Branch())
+        call = IMAGE.call()
+        found = pabc.explain(model.eval(), **call)
+        assert "blocks.1.attn" in found.attention
+        (line,) = found.outside
+        assert f"({path}): a softmax over tokens, in no attention that was found" in line

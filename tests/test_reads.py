@@ -360,3 +360,41 @@ def test_cross_attention_to_a_condition_is_still_hoisted():
     expected = run_by_hand(model, calls, MASKS, "attention")
     assert all(map(torch.equal, results, expected))
     assert compiled.explain().flops["prologue"] > 0
+
+
+class PaddedTo(Plain):
+    """Writes and reads slices whose bounds are tensors, and looks a row up by one."""
+
+    def forward(self, x_BCHW, t_B, text_BLD, mask_BL):
+        lengths = mask_BL.sum(dim=1, dtype=torch.int)
+        valid = torch.zeros(2, 5)
+        for i in range(2):
+            valid[i, : lengths[i]] = 1
+        row = text_BLD[0, lengths[0] - 1] + text_BLD[1][: lengths[1]].sum(0)
+        x = x_BCHW * valid.mean(dim=1).view(2, 1, 1, 1) + row.mean()
+        return super().forward(x, t_B)
+
+
+def test_slices_bounded_by_tensors():
+    model = make(PaddedTo, Mlp())
+    compiled = pabc.compile(model, pabc.Schedule.none([2, 1]), backend="eager")
+    for lengths in ((3, 5), (1, 2)):
+        for call in make_calls(2, **text_and_mask(*lengths)):
+            with torch.no_grad():
+                assert torch.equal(compiled(**call), model(**call))
+
+
+def test_what_is_written_by_data_that_no_record_covers_is_not_lost():
+    class Fills(Plain):
+        def forward(self, x_BCHW, t_B, n_1):
+            table = torch.zeros(8)
+            table.narrow(0, 0, n_1).fill_(2.0)
+            return super().forward(x_BCHW + table, t_B)
+
+    model = make(Fills, Mlp())
+    (call,) = make_calls(1, n_1=torch.tensor(3))
+    compiled = pabc.compile(model, pabc.Schedule.none([1]), backend="eager")
+    with pytest.raises(
+        ValueError, match="could not capture Fills: torch.export stopped in its own"
+    ):
+        compiled(**call)
