@@ -107,7 +107,7 @@ def analyze(
         gm = passes.capture(model, args, kwargs, outside=outside, **options)
         first = _record("capture", start, gm)
         gm, named = run_stages(ANALYSIS[:NUM_NAMING], gm, config)
-        moving = gm.meta["reads"].follow(gm.meta["latents"])
+        moving = gm.meta["reads"].follow(gm.meta["denoised"])
         if not moving:
             gm.meta["larger"] = capture_larger(model, args, kwargs, gm, config, outside)
             gm, others = run_stages(ANALYSIS[NUM_NAMING:], gm, config)

@@ -7,7 +7,7 @@ it changes and says so in the factor's `reason`, which later messages show.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -42,6 +42,8 @@ def name_axes_pass(gm: GraphModule, *, latents: str | None = None) -> GraphModul
     dimension's; `gm.meta["latents"]` names the input that is denoised: `latents` where given, else
     the first input whose axes (but for channels) come out again in the first output: of those of
     three dimensions or more, else of packed tokens (N, C), else of token ids.
+    `gm.meta["denoised"]` has that name, and those of the other inputs in the same list: samples of
+    one batch, whose axes are the same.
     Raises: ValueError if `latents` names no input, or no input qualifies.
 
         # before                                # after
@@ -52,10 +54,11 @@ def name_axes_pass(gm: GraphModule, *, latents: str | None = None) -> GraphModul
         raise ValueError(f"latents: expected one of the inputs {names}, found {latents!r}")
     candidates = [latents] if latents is not None else _find_candidates(gm)
     for name in candidates:
-        _propagate(gm, {name: 0})
+        samples = _samples(gm, name)
+        _propagate(gm, dict.fromkeys(samples, 0), samples)
         if latents is not None or _comes_out_again(gm, name):
-            gm.meta["latents"] = name
-            _propagate(gm, {n: int(n != name) for n in names})
+            gm.meta["latents"], gm.meta["denoised"] = name, frozenset(samples)
+            _propagate(gm, {n: int(n not in samples) for n in names}, samples)
             return gm
     raise ValueError(
         f"latents: expected an input whose axes come out again in the model's output, found none "
@@ -82,6 +85,20 @@ def _find_candidates(gm: GraphModule) -> list[str]:
     return [n.name for n in nodes]
 
 
+def _samples(gm: GraphModule, name: str) -> tuple[str, ...]:
+    """An input, or all inputs of the list that it is in, where they have as many dimensions."""
+    signature = gm.meta["signature"]
+    args, kwargs = signature.in_spec.unflatten(range(len(signature.inputs)))
+    index = signature.inputs.index(name)
+    ranks = {n.name: value(n).ndim for n in user_inputs(gm.graph) if is_tensor(n)}
+    for given in (*args, *kwargs.values()):
+        if isinstance(given, (list, tuple)) and index in given:
+            others = [signature.inputs[i] for i in given if isinstance(i, int)]
+            if all(ranks.get(n) == ranks[name] for n in others):
+                return (name, *(n for n in others if n != name))
+    return (name,)
+
+
 def _why_lost(gm: GraphModule) -> str:
     node = next(filter(is_outside, gm.graph.nodes), None)
     return f" ({node.name} runs outside of the graph)" if node is not None else ""
@@ -105,10 +122,11 @@ def _comes_out_again(gm: GraphModule, name: str) -> bool:
     return len(found - {0}) >= source.ndim - 2
 
 
-def _propagate(gm: GraphModule, ranks: Mapping[str, int]) -> None:
+def _propagate(gm: GraphModule, ranks: Mapping[str, int], samples: Sequence[str]) -> None:
     """Computes every node's dimensions; only the inputs in `ranks` have axes of their own.
 
-    What does not follow from the input of rank 0, the latents, has no latent axes to lose.
+    Inputs in `samples`, of rank 0, are the latents and share theirs. What does not follow from them
+    has no latent axes to lose.
     """
     following: set[Node] = set()
     for node in gm.graph.nodes:
@@ -120,7 +138,8 @@ def _propagate(gm: GraphModule, ranks: Mapping[str, int]) -> None:
             continue
         shape = tuple(value(node).shape)
         if node.op == "placeholder" and node.name in ranks:
-            axes = [Axis(node.name, i, ranks[node.name]) for i in range(len(shape))]
+            source = samples[0] if node.name in samples else node.name
+            axes = [Axis(source, i, ranks[node.name]) for i in range(len(shape))]
             dims: Dims = tuple((Factor(s, a),) for s, a in zip(shape, axes, strict=True))
         elif node.op == "call_function":
             dims = infer(node)

@@ -90,7 +90,7 @@ def _stack(node: Node, operands: list[Dims]) -> Dims:
     dim = dim_of(node, 1, 0, value(node).ndim)
     shape = tuple(value(node).shape)
     dims = list(combine(shape[:dim] + shape[dim + 1 :], operands))
-    dims.insert(dim, anonymous(shape[dim]))
+    dims.insert(dim, anonymous(shape[dim], lost(node)))
     return tuple(dims)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch.fx import Graph, GraphModule, Node
@@ -26,8 +27,8 @@ def hoist_invariants_pass(gm: GraphModule) -> GraphModule:
     have one. That is a guess about cost, never about results: whoever runs the prologue runs it
     again when a steady input or a weight has changed (:class:`pabc.program.Program` does).
 
-    Requires: `gm.meta["latents"]` (:func:`name_axes_pass`); regions are marked, since a stream that
-    is hoisted could no longer be found.
+    Requires: `gm.meta["denoised"]` (:func:`name_axes_pass`); regions are marked, since a stream
+    that is hoisted could no longer be found.
     Ensures: `gm.meta["prologue"]` maps the model's inputs to a tuple of tensors, which are the
     last inputs of the graph; `gm.meta["steady"]` lists the positions of the inputs that the
     prologue reads; outputs bitwise as before. Views of weights and constants are left in place.
@@ -38,7 +39,7 @@ def hoist_invariants_pass(gm: GraphModule) -> GraphModule:
         %o = sdpa(%q, %k, %v)                   # prologue: %e, %k; return (%k,)
     """
     inputs = user_inputs(gm.graph)
-    steady = [n for n in inputs if _is_steady(n, gm.meta["latents"])]
+    steady = [n for n in inputs if _is_steady(n, gm.meta["denoised"])]
     found = find_invariants(gm.graph, steady)
     prologue = _build_prologue(gm, inputs, found)
     graph = Graph()
@@ -62,7 +63,7 @@ def verify_hoist(gm: GraphModule) -> None:
     """The prologue reads nothing that varies, and its results are the graph's last inputs."""
     prologue: GraphModule = gm.meta["prologue"]
     for node in user_inputs(prologue.graph):
-        assert not _is_read(node) or _is_steady(node, gm.meta["latents"]), f"{node.name} varies"
+        assert not _is_read(node) or _is_steady(node, gm.meta["denoised"]), f"{node.name} varies"
     hoisted = [n for n in user_inputs(gm.graph) if n.name.startswith("hoisted_")]
     assert user_inputs(gm.graph)[len(gm.meta["signature"].inputs) :] == hoisted
 
@@ -72,8 +73,8 @@ def _is_read(node: Node) -> bool:
     return any(not is_size(user) for user in node.users)
 
 
-def _is_steady(node: Node, latents: str) -> bool:
-    return is_tensor(node) and node.name != latents and value(node).ndim >= 2
+def _is_steady(node: Node, denoised: Collection[str]) -> bool:
+    return is_tensor(node) and node.name not in denoised and value(node).ndim >= 2
 
 
 def find_invariants(graph: Graph, steady: list[Node]) -> _Invariants:

@@ -12,7 +12,7 @@ import operator
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import FrameType
@@ -349,14 +349,14 @@ class Reads:
             return found.read, found.value
         return None
 
-    def follow(self, latents: str) -> dict[str, str]:
+    def follow(self, denoised: Collection[str]) -> dict[str, str]:
         """Modules (not the model itself) that read values which follow from the latents, and why
         that keeps them out of a graph."""
         reads = zip(self.entries, self.inputs, strict=True)
         return {
-            read.path: f"it reads values that follow from {latents} ({read.site})"
+            read.path: f"it reads values that follow from the latents ({read.site})"
             for read, inputs in reads
-            if latents in inputs and read.path
+            if read.path and not inputs.isdisjoint(denoised)
         }
 
 

@@ -169,15 +169,15 @@ def find_attentions(gm: GraphModule) -> list[_Found]:
 def _find(gm: GraphModule) -> tuple[list[_Found], list[Chain]]:
     reach = Reach(gm.graph)
     chains = find_chains(gm, reach)
-    latents = next(n for n in user_inputs(gm.graph) if n.name == gm.meta["latents"])
+    latents = reach.mask(n for n in user_inputs(gm.graph) if n.name in gm.meta["denoised"])
     written = [
         _Found(
             chain.node,
             chain.query,
             chain.key,
             chain.outer,
-            query_on_latents=reach.depends(chain.query_source, latents),
-            key_on_latents=reach.depends(chain.key_source, latents),
+            query_on_latents=reach.touches(chain.query_source, latents),
+            key_on_latents=reach.touches(chain.key_source, latents),
             linear=chain.linear,
         )
         for chain in chains
@@ -187,7 +187,7 @@ def _find(gm: GraphModule) -> tuple[list[_Found], list[Chain]]:
     return sorted(found, key=lambda f: reach.index[f.node]), chains
 
 
-def _describe_fused(node: Node, reach: Reach, latents: Node) -> _Found:
+def _describe_fused(node: Node, reach: Reach, latents: int) -> _Found:
     call = attention_call(node)
     query: Dims = call.query.meta["axes"]
     inner = {len(query) + call.layout.sequence, len(query) + call.layout.features}
@@ -196,8 +196,8 @@ def _describe_fused(node: Node, reach: Reach, latents: Node) -> _Found:
         query=query[call.layout.sequence],
         key=call.key.meta["axes"][call.layout.sequence],
         outer=tuple(f for d, product in enumerate(query) if d not in inner for f in product),
-        query_on_latents=reach.depends(call.query, latents),
-        key_on_latents=reach.depends(call.key, latents),
+        query_on_latents=reach.touches(call.query, latents),
+        key_on_latents=reach.touches(call.key, latents),
         packed=call.packed,
     )
 
