@@ -301,7 +301,8 @@ def time_explain(name: str) -> dict[str, Any]:
 def time_export(name: str) -> float:
     """The CPU seconds that torch.export takes of this, in a process of its own, traced the same."""
     code = (
-        "import time, torch; from bench.time_explain import *; from pabc.passes.tracing import *\n"
+        "import time, torch; from bench.time_explain import *\n"
+        "from pabc.passes.tracing.lean import *\n"
         f"model, args, kwargs = {name}()\n"
         "start = time.process_time()\n"
         "with torch.no_grad(), lean_tracing():\n"

@@ -18,7 +18,7 @@ from pabc import passes
 from pabc.autocast import without_autocast
 from pabc.explanation import Explanation, describe
 from pabc.passes.capture import bind_arguments
-from pabc.passes.structure import Structure, check_constants, flatten
+from pabc.passes.tracing.structure import Structure, check_constants, flatten
 from pabc.pipeline import Config, analyze
 from pabc.plan import Plan
 from pabc.program import Backend, Program

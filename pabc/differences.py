@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from pabc.passes import Cut, Region, bind_arguments
 from pabc.passes.cache import Cuts
 from pabc.passes.capture import leaf_key
-from pabc.passes.structure import check_constants, flatten
+from pabc.passes.tracing.structure import check_constants, flatten
 from pabc.pipeline import Config, analyze
 
 

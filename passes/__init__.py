@@ -2,7 +2,6 @@
 
 from .axes import name_axes_pass, verify_axes
 from .cache import cache_read, cache_write, compute_unless, insert_cache_pass, verify_cache
-from .calls import pack
 from .canonicalize import canonicalize_pass
 from .capture import Signature, bind_arguments, capture
 from .emit import Place, compile_flat, inline_regions_pass, lift_weights_pass
@@ -10,12 +9,13 @@ from .enlarge import enlarge_call
 from .hoist import hoist_invariants_pass, verify_hoist
 from .ir import Attention, Axis, Factor, Region
 from .outline import outline_regions_pass, verify_outline
-from .outside import OutsideCall
-from .reads import Read, Reads
 from .regions import Cut, mark_regions_pass, verify_marks
-from .sizes import Sizes, concrete, hinted
 from .specialize import specialize_phase_pass, verify_phase
 from .tag import tag_attention_pass, tagged, verify_tags
+from .tracing.calls import pack
+from .tracing.outside import OutsideCall
+from .tracing.reads import Read, Reads
+from .tracing.sizes import Sizes, concrete, hinted
 
 __all__ = [
     "Attention",

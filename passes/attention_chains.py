@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from .axes import infer
-from .factors import Product as Dimension
-from .factors import combine, is_named, length, unknown
 from .ir import (
     GETITEM,
     LAYOUTS,
@@ -30,7 +28,9 @@ from .ir import (
     is_tensor,
     value,
 )
-from .products import Product, as_product, is_weight
+from .provenance.factors import Product as Dimension
+from .provenance.factors import combine, is_named, length, unknown
+from .provenance.products import Product, as_product, is_weight
 
 _EXPONENTIALS = frozenset({*SOFTMAXES, aten.exp.default, aten.log_softmax.int, aten.exp2.default})
 _CARRIERS = frozenset(

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .factors import combine, length
 from .ir import GETITEM, Dims, Factor, is_tensor, value
+from .provenance.factors import combine, length
 
 _SEQUENCE, _PACKED, _FEATURES, _OTHER = "smnl", "t", "dkc", "bhg"
 _LAYOUT = re.compile(rf"(\.\.\.)?[{_SEQUENCE}{_PACKED}{_FEATURES}{_OTHER}]+")

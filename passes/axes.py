@@ -15,8 +15,6 @@ import torch
 from torch.fx import GraphModule, Node
 
 from .attention_ops import attended_dims, attention_call, is_attention_op
-from .axis_rules import RULES
-from .factors import blur, combine, learned, length, narrow, unknown
 from .ir import (
     GETITEM,
     Axis,
@@ -29,7 +27,9 @@ from .ir import (
     user_inputs,
     value,
 )
-from .operands import argument, dim_of, lost
+from .provenance.axis_rules import RULES
+from .provenance.factors import blur, combine, learned, length, narrow, unknown
+from .provenance.operands import argument, dim_of, lost
 
 _SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default})
 

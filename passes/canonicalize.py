@@ -8,7 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from .ir import aten, is_call, is_tensor, remove_dead_code, value
-from .sizes import is_size, same_sizes
+from .tracing.sizes import is_size, same_sizes
 
 _ASSERTS = frozenset(
     {

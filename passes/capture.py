@@ -16,12 +16,13 @@ from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from .calls import Call, Result
-from .composites import decompose_unknown_composites
 from .ir import is_tensor, module_path, output_node
-from .outside import OutsideCall, OutsideRecorder, patched, replayed_outside
-from .promote import check_numbers_stay_tensors
-from .reads import (
+from .tracing.calls import Call, Result
+from .tracing.composites import decompose_unknown_composites
+from .tracing.lean import lean_tracing, quiet_tracing
+from .tracing.outside import OutsideCall, OutsideRecorder, patched, replayed_outside
+from .tracing.promote import check_numbers_stay_tensors
+from .tracing.reads import (
     Checked,
     Read,
     ReadRecorder,
@@ -30,10 +31,9 @@ from .reads import (
     failing_module,
     with_static_sizes,
 )
-from .sizes import has_free_sizes, read_sizes
-from .structure import Structure
-from .tracing import lean_tracing, quiet_tracing
-from .untouched import untouched
+from .tracing.sizes import has_free_sizes, read_sizes
+from .tracing.structure import Structure
+from .tracing.untouched import untouched
 
 CONSTANTS = "constants."
 """Prefix of the graph's own tensors, which are not the model's to replace."""

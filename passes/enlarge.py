@@ -17,9 +17,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
-from .structure import Structure, flatten
 from .tag import find_attentions, find_single_axes, hinges_on_single_axes, stated_by
-from .untouched import untouched
+from .tracing.structure import Structure, flatten
+from .tracing.untouched import untouched
 
 LARGEST = 32
 """How many times larger an axis may get: some models take one frame, or just as many as trained."""

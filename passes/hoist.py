@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch.fx import Graph, GraphModule, Node
 
 from .ir import LAYOUTS, copy_into, dead_without, derived, is_outside, is_tensor, user_inputs, value
-from .sizes import is_size
+from .tracing.sizes import is_size
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ A graph here is a :class:`torch.fx.Graph` of ATen ops. Facts about one node lie 
 (``"val"``: its fake tensor, ``"axes"``: its :data:`Dims`, ``"attention"``: an :class:`Attention`);
 facts about the whole graph in ``gm.meta`` (``"signature"``, ``"latents"``, ``"regions"``). In a
 graph for any sizes (``gm.meta["sizes"]``), fake tensors have symbols for sizes, and ``"hint"`` is
-the same at the sizes of the captured call (:mod:`pabc.passes.sizes`).
+the same at the sizes of the captured call (:mod:`pabc.passes.tracing.sizes`).
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ from .ir import (
     module_path,
     value,
 )
-from .sizes import hint
 from .tag import tagged
+from .tracing.sizes import hint
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from pabc.plan import KINDS
 
 from .attention_chains import Chain, find_chains, find_unclaimed_softmaxes
 from .attention_ops import attention_call, is_attention_op
-from .factors import is_join, length
 from .ir import (
     SOFTMAXES,
     Attention,
@@ -27,6 +26,7 @@ from .ir import (
     user_inputs,
     value,
 )
+from .provenance.factors import is_join, length
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@ import torch.nn.functional as F
 from conftest import capture_call
 from torch import nn
 
-from pabc.passes.composites import find_unknown_composites
 from pabc.passes.ir import aten
+from pabc.passes.tracing.composites import find_unknown_composites
 
 
 class Composites(nn.Module):

@@ -6,7 +6,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pabc.passes.factors import (
+from pabc.passes.ir import Axis, Factor
+from pabc.passes.provenance.factors import (
     anonymous,
     blur,
     combine,
@@ -18,7 +19,6 @@ from pabc.passes.factors import (
     regroup,
     unknown,
 )
-from pabc.passes.ir import Axis, Factor
 
 X, Y, Z, TEXT = (Axis("x", 0), Axis("x", 1), Axis("x", 2), Axis("text", 1))
 SIZES = st.sampled_from([1, 2, 3, 4, 6])

@@ -27,11 +27,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .ir import aten, copy_into, is_tensor, user_inputs
+from .. import ir
+from ..ir import aten, copy_into, is_tensor, user_inputs
 from .outside import TensorCall
 from .watched import Uses, WatchedNumber
 
-_OWN_FOLDERS = (os.path.dirname(torch.__file__), os.path.dirname(os.path.abspath(__file__)))
+_OWN_FOLDERS = tuple(
+    os.path.dirname(os.path.abspath(file)) for file in (torch.__file__, ir.__file__)
+)
 _UNSEEN = (torch.Tensor.numpy, torch.Tensor.__array__)
 """Functions that read memory without an op that a dispatch mode would see."""
 _INDEXING = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)

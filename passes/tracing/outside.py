@@ -19,8 +19,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .attention_ops import is_attention
-from .ir import OUTSIDE, SOFTMAXES
+from ..attention_ops import is_attention
+from ..ir import OUTSIDE, SOFTMAXES
 
 _numbers = count()
 

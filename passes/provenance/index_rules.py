@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from ..ir import Dims, Factor, aten, is_tensor, value
 from .factors import anonymous, blur, combine, join, length, narrow, unknown
-from .ir import Dims, Factor, aten, is_tensor, value
 from .operands import Rule, argument, dim_of, lost
 
 Product = tuple[Factor, ...]

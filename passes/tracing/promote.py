@@ -21,7 +21,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.overrides import TorchFunctionMode
 
-from .ir import aten, is_call
+from ..ir import aten, is_call
 
 
 class NumberIsReadError(ValueError):

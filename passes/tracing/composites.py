@@ -10,9 +10,9 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Graph
 
-from .attention_ops import is_attention_op
-from .axis_rules import RULES
-from .ir import SOFTMAXES, aten
+from ..attention_ops import is_attention_op
+from ..ir import SOFTMAXES, aten
+from ..provenance.axis_rules import RULES
 
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 _KEPT = frozenset({*RULES, *SOFTMAXES, aten.dropout.default})

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import inf, prod
 
-from .ir import Dims, Factor
+from ..ir import Dims, Factor
 
 Product = tuple[Factor, ...]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from .ir import Dims
+from ..ir import Dims
 
 Rule = Callable[[Node, list[Dims]], Dims]
 """(node, the dimensions of its tensor operands in order) -> the dimensions of its result."""

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 from torch.fx import Node
 
+from ..ir import Dims, Factor, aten, value
 from .factors import anonymous, blur, length, regroup
-from .ir import Dims, Factor, aten, value
 from .operands import Rule, lost
 
 Product = tuple[Factor, ...]

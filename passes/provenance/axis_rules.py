@@ -7,9 +7,9 @@ from typing import Any
 
 from torch.fx import Node
 
+from ..ir import Dims, Factor, aten, is_pointwise, is_tensor, value
 from .factors import anonymous, blur, combine, join, length, narrow, regroup, unknown
 from .index_rules import INDEX_RULES
-from .ir import Dims, Factor, aten, is_pointwise, is_tensor, value
 from .operands import Rule, argument, dim_of, lost
 from .products import as_product
 from .window_rules import WINDOW_RULES

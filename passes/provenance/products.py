@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from .ir import LAYOUTS, aten, is_call, is_tensor, value
+from ..ir import LAYOUTS, aten, is_call, is_tensor, value
 
 Labels = tuple[str, ...]
 

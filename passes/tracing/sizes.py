@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from .ir import user_inputs
+from ..ir import user_inputs
 
 Binding = Mapping[sympy.Symbol, int]
 """Symbol -> the size it stands for in one call."""

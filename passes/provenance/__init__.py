@@ -1,0 +1,1 @@
+"""Where dimensions come from: one rule per op, and the arithmetic on factors behind them."""

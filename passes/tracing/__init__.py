@@ -1,0 +1,1 @@
+"""How a model's forward becomes one graph: what :mod:`pabc.passes.capture` is made of."""
