@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,9 @@ import pabc
 from pabc import passes
 from pabc.passes.ir import copy_into, derived
 from pabc.pipeline import ANALYSIS, Config, run_stages
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # processes that share the cores would wait for one another
 
 Captured = Callable[[Case], tuple[nn.Module, GraphModule]]
 
@@ -98,3 +102,29 @@ def compile_captured(captured: Captured, monkeypatch: pytest.MonkeyPatch) -> Cal
         return pabc.compile(model, schedule, **options)
 
     return compile_case
+
+
+@pytest.fixture
+def add_row(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """Adds a row, a value per column, to a table that is printed after the tests."""
+
+    def add(title: str, **columns: object) -> None:
+        record_property(f"table: {title}", {name: str(value) for name, value in columns.items()})
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints the tables, whichever processes the rows come from."""
+    tables: dict[str, list[dict[str, str]]] = {}
+    for report in terminalreporter.stats.get("passed", []):
+        for name, row in report.user_properties:
+            if name.startswith("table: "):
+                tables.setdefault(name.removeprefix("table: "), []).append(row)
+    for title, rows in tables.items():
+        terminalreporter.section(title)
+        lines = [tuple(rows[0]), *(tuple(row.values()) for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        for line in lines:
+            cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+            terminalreporter.write_line("  ".join(cells).rstrip())

@@ -61,7 +61,7 @@ def run(fast, recorded, timesteps):
 
 @pytest.mark.parametrize("name", ["nopab", "pab", "pab_mlp"])
 @pytest.mark.parametrize("backend", ["eager", "oracle"])
-def test_videosys_trajectory(model, recorded, name, backend):
+def test_videosys_trajectory(model, recorded, name, backend, add_row):
     timesteps = load_golden(DATA / "videosys_latte_t2v_pab_traj.safetensors")["timesteps"]
     schedule = {
         "nopab": pabc.Schedule.none(timesteps),
@@ -74,7 +74,8 @@ def test_videosys_trajectory(model, recorded, name, backend):
     assert errors.max() < TRAJECTORY_TOLERANCE, f"largest error at step {int(errors.argmax())}"
     final = (latents - recorded[f"out/latents_final_{name}"]).abs().max()
     assert final < TRAJECTORY_TOLERANCE
-    print(f"{name} {backend}: largest error {errors.max():.1e}, final latents {final:.1e}")
+    recording = f"videosys_latte_t2v_pab_traj, {name}, {backend}"
+    add_row("golden recordings", recording=recording, error=f"{errors.max():.1e}", decisions="")
 
 
 @pytest.mark.parametrize("name", ["pab", "pab_mlp"])

@@ -1,6 +1,6 @@
 """pabc.models against outputs recorded from the original code, and what they promise besides.
 
-`pytest -s` prints a table of all recordings: largest absolute error, decisions equal.
+A table of all recordings ends the output: largest absolute error, decisions equal.
 """
 
 import json
@@ -79,24 +79,15 @@ def load_model(name, **changes):
     return model, meta
 
 
-@pytest.fixture(scope="module")
-def table():
-    rows = []
-    yield rows
-    print(f"\n{'recording':<40} {'largest error':>13}  decisions")
-    for name, error, decisions in rows:
-        print(f"{name:<40} {error:>13.1e}  {decisions}")
-
-
 @pytest.mark.parametrize("name", FORWARDS)
-def test_forward_equals_the_original(name, table):
+def test_forward_equals_the_original(name, add_row):
     model, _ = load_model(name)
     with torch.no_grad():
         out = model(**load_part(name, "in/"))
     expected = load_part(name, "out/")["out"]
     assert out.shape == expected.shape
     error = float((out - expected).abs().max())
-    table.append((name, error, ""))
+    add_row("golden recordings", recording=name, error=f"{error:.1e}", decisions="")
     assert error < FORWARD_TOLERANCE
 
 
@@ -104,7 +95,7 @@ RUNS = [(name, run) for name in TRAJECTORIES for run in load_meta(name)["pab_run
 
 
 @pytest.mark.parametrize(("name", "run"), RUNS)
-def test_compiled_trajectory_equals_the_original(name, run, table):
+def test_compiled_trajectory_equals_the_original(name, run, add_row):
     model, meta = load_model(name)
     timesteps, inputs, outputs = meta["timesteps"], load_part(name, "in/"), load_part(name, "out/")
     preset, cut = PRESETS[type(model)], CUTS.get(type(model), "branch")
@@ -124,7 +115,7 @@ def test_compiled_trajectory_equals_the_original(name, run, table):
     recorded = outputs.get(f"decisions_{run}")  # [step, depth, column]
     different = find_different_decisions(fast.plan, recorded, COLUMNS[type(model)])
     equal = "" if recorded is None else "differ" if different else "equal"
-    table.append((f"{name}, {run}", error, equal))
+    add_row("golden recordings", recording=f"{name}, {run}", error=f"{error:.1e}", decisions=equal)
     assert not different
     assert error < TRAJECTORY_TOLERANCE
 

@@ -19,7 +19,6 @@ RANGES = {"spatial": 2, "temporal": 3, "full": 2, "joint": 2, "cross": 3}
 TOLERANCE = 1e-5
 PROJECTIONS = {"to_q", "to_query", "to_qkv_mlp_proj", "q_proj"}
 """What tells an attention module from others whose name fits the pattern as well."""
-ROWS: list[tuple[str, ...]] = []
 
 
 def kind_of(entry, name):
@@ -94,7 +93,7 @@ def generate_with_hooks(entry, model, call):
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=str)
-def test_zoo(entry):
+def test_zoo(entry, add_row):
     model, call = entry.build()
     modules = find_attention_modules(entry, model)
     expected = {name: kind_of(entry, name) for name in modules}
@@ -118,27 +117,11 @@ def test_zoo(entry):
     assert not torch.equal(outputs, plain), "nothing was reused"
     oracle = pabc.compile(model, schedule, backend="oracle")
     assert torch.equal(outputs, generate(oracle, call))
-    ROWS.append(
-        (
-            entry.name,
-            f"{len(found.attention)} / {len(expected)}",
-            ", ".join(sorted(set(expected.values()))),
-            str(len(found.regions)),
-            f"{error:.1e}",
-        )
+    add_row(
+        "zoo",
+        model=entry.name,
+        attentions=f"{len(found.attention)} / {len(expected)}",
+        kinds=", ".join(sorted(set(expected.values()))),
+        regions=len(found.regions),
+        error=f"{error:.1e}",
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def print_table(request):
-    """After the tests: model, attentions found / expected, kinds, regions, largest error."""
-    yield
-    header = ("model", "attentions", "kinds", "regions", "largest error")
-    widths = [max(len(row[i]) for row in [header, *ROWS]) for i in range(len(header))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        for row in [header, *ROWS]
-    ]
-    capture = request.config.pluginmanager.getplugin("capturemanager")
-    with capture.global_and_fixture_disabled():
-        print("\n" + "\n".join(lines))
