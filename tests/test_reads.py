@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -397,3 +398,48 @@ def test_a_write_into_a_part_whose_size_follows_from_data():
         (call,) = make_calls(1, n_1=torch.tensor(n))
         with torch.no_grad():
             assert torch.equal(compiled(**call), model(**call))
+
+
+@dataclasses.dataclass
+class Mixed:
+    tokens: torch.Tensor
+    counts: list
+    label: str = "mixed"
+
+
+class GivesDataclass(Routed):
+    """An untraceable module with a dataclass among its arguments and for its result."""
+
+    def forward(self, mixed):
+        y = super().forward(mixed.tokens)
+        return Mixed(y.transpose(0, 1).contiguous().transpose(0, 1), [y.sum()], mixed.label)
+
+
+class ThroughDataclass(Experts):
+    def __init__(self):
+        super().__init__()
+        self.moe = GivesDataclass()
+
+    def forward(self, x, emb_BD, text=None):
+        mixed = self.moe(Mixed(self.norm(x), []))
+        return x + self.end(mixed.tokens * 2 + mixed.counts[0] * len(mixed.label))
+
+
+def test_dataclasses_into_and_out_of_a_module_that_runs_as_it_is():
+    model, calls = make(Plain, Branch(), ThroughDataclass()), make_calls()
+    compiled = pabc.compile(model, FULL, backend="eager")
+    masks = {("full", 0): MASKS["full", 0]}
+    expected = run_by_hand(model, calls, masks, "attention")
+    assert all(map(torch.equal, generate(compiled, calls), expected))
+
+
+def test_a_module_that_cannot_be_traced_and_writes_to_its_arguments_is_refused():
+    class Writes(Routed):
+        def forward(self, x):
+            return super().forward(x.mul_(2))
+
+    block = Experts()
+    block.moe = Writes()
+    model, (call, *_) = make(Plain, block), make_calls()
+    with pytest.raises(ValueError, match=r"blocks\.0\.moe cannot be .* writes to its argum"):
+        pabc.explain(model, **call)

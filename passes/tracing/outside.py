@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..attention_ops import is_attention
 from ..ir import OUTSIDE, SOFTMAXES
+from .structure import Structure, flatten
 
 _numbers = count()
 
@@ -31,24 +31,24 @@ class TensorCall:
 
     leaves: tuple[Any, ...]
     places: tuple[int, ...]
-    spec: pytree.TreeSpec
+    structure: Structure
 
     @classmethod
     def of(
         cls, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[TensorCall, tuple[torch.Tensor, ...]]:
         """The call and its tensors."""
-        leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        leaves, structure = flatten((tuple(args), dict(kwargs)))
         places = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
         others = tuple(None if i in places else leaf for i, leaf in enumerate(leaves))
-        return cls(others, places, spec), tuple(leaves[i] for i in places)
+        return cls(others, places, structure), tuple(leaves[i] for i in places)
 
     def fill(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Args and kwargs with these tensors."""
         leaves = list(self.leaves)
         for place, tensor in zip(self.places, tensors, strict=True):
             leaves[place] = tensor
-        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        args, kwargs = self.structure.unflatten(leaves)
         return args, kwargs
 
     def run(self, function: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> Any:
@@ -62,6 +62,7 @@ class _Layout:
     """What a tensor among the results looked like."""
 
     shape: tuple[int, ...]
+    strides: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
 
@@ -95,19 +96,22 @@ class OutsideCall:
     def run(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """Runs the module as it is now."""
         result = self.call.run(self.model.get_submodule(self.path).forward, tensors)
-        _, found = TensorCall.of((result,), {})
+        results, found = TensorCall.of((result,), {})
         layouts = tuple(map(_layout, found))
-        if layouts != self.layouts:
+        if layouts != self.layouts or results != self.results:
             raise RuntimeError(
-                f"{self.path} runs outside of the graph: expected results like {self.layouts}, "
-                f"found {layouts}"
+                f"{self.path} runs outside of the graph: expected results like those captured, "
+                f"{self.layouts} in {self.results}, found {layouts} in {results}"
             )
         ids = {id(t) for t in tensors}
         return [t.clone() if id(t) in ids or t._base is not None else t for t in found]
 
     def fake(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """Empty results of the right layout."""
-        return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in self.layouts]
+        return [
+            torch.empty_strided(x.shape, x.strides, dtype=x.dtype, device=x.device)
+            for x in self.layouts
+        ]
 
     def register(self) -> None:
         """Makes this call an op; it lives as long as `library`."""
@@ -120,7 +124,7 @@ class OutsideCall:
 
 
 def _layout(tensor: torch.Tensor) -> _Layout:
-    return _Layout(tuple(tensor.shape), tensor.dtype, tensor.device)
+    return _Layout(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
 
 
 class OutsideRecorder:
@@ -141,9 +145,15 @@ class OutsideRecorder:
             yield
 
     def _run(self, path: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call, inputs = TensorCall.of(args, kwargs)
+        versions = [tensor._version for tensor in inputs]
         with torch._C.DisableTorchFunction(), _AttentionCounter() as counter:
             result = forward(*args, **kwargs)  # what it reads is its own affair
-        call, _ = TensorCall.of(args, kwargs)
+        if versions != [tensor._version for tensor in inputs]:
+            raise ValueError(
+                f"{path} cannot be traced ({self._reasons[path]}), nor run outside of a graph: it "
+                "writes to its arguments"
+            )
         results, tensors = TensorCall.of((result,), {})
         layouts = tuple(map(_layout, tensors))
         self.calls.append(

@@ -23,14 +23,14 @@ def untouched(model: nn.Module) -> Iterator[None]:
     seen: dict[int, tuple[Any, Any]] = {}
     for module in model.modules():
         _remember(module, seen)
-    before = {id(cache): cache.cache_info() for cache in _function_caches()}
+    caches = [(cache, cache.cache_info()) for cache in _function_caches()]
     try:
         yield
     finally:
         for holder, contents in seen.values():
             _restore(holder, contents)
-        for cache in _function_caches():
-            if cache.cache_info() != before.get(id(cache)):
+        for cache, before in caches:
+            if cache.cache_info() != before:
                 cache.cache_clear()
 
 
