@@ -329,7 +329,8 @@ def main() -> None:
     facts = {
         "date": date.today().isoformat(),
         "device": "meta",
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "cores": os.cpu_count(),
         "versions": {name: version(name) for name in ("torch", "diffusers")},
         "rows": rows,
     }

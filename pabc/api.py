@@ -243,7 +243,7 @@ class CompiledModel(nn.Module):
         """
         at_start = self._trajectory is None or self._trajectory.step == 0
         differences = []
-        for promoted in {self._promotions.of(structure), frozenset[int]()}:
+        for promoted in dict.fromkeys((self._promotions.of(structure), frozenset[int]())):
             key = call_key(structure, leaves, promoted)
             known = self._programs.get(key, [])
             others = self._of_any_size.get(without_sizes(key), [])
