@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from .ir import is_tensor, module_path, output_node
 from .tracing.calls import Call, Result
 from .tracing.composites import decompose_unknown_composites
+from .tracing.known_sizes import tell_sizes
 from .tracing.lean import lean_tracing, quiet_tracing
 from .tracing.outside import OutsideCall, OutsideRecorder, patched, replayed_outside
 from .tracing.promote import check_numbers_stay_tensors
@@ -206,6 +207,7 @@ def _trace_recorded(
             arrays = [c.read for c in replayer.checked if c.read.is_float_array and c.read.path]
             unknown = with_static_sizes(program.graph)
             if not arrays and not unknown:
+                tell_sizes(program.graph)
                 return program, replayer, calls
             failing = arrays[0].path if arrays else module_path(unknown[0])
             why = str(arrays[0]) if arrays else f"the size of {unknown[0].name} follows from data"

@@ -443,3 +443,20 @@ def test_a_module_that_cannot_be_traced_and_writes_to_its_arguments_is_refused()
     model, (call, *_) = make(Plain, block), make_calls()
     with pytest.raises(ValueError, match=r"blocks\.0\.moe cannot be .* writes to its argum"):
         pabc.explain(model, **call)
+
+
+class ByMask(Plain):
+    """Latents picked by a mask of two dimensions: the size of what is picked follows from it."""
+
+    def forward(self, x_BCHW, t_B, mask_BL):
+        picked = x_BCHW.flatten(1)[:, :5][mask_BL]
+        return super().forward(x_BCHW + picked.sum() + mask_BL.nonzero().sum(), t_B)
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_what_a_mask_picks_from_the_latents(backend):
+    model, mask = make(ByMask, Mlp()), text_and_mask(3, 5)["mask_BL"]
+    compiled = pabc.compile(model, pabc.Schedule.none([2, 1]), backend=backend)
+    for call in make_calls(2, mask_BL=mask):
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(**call), model(**call), atol=1e-5, rtol=0)
