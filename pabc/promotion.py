@@ -2,7 +2,7 @@
 
 A Python number is a constant of a captured graph at first: it may be a size, or steer the model's
 control flow. When a second value is seen, the model is captured once more with the number as an
-input (:mod:`pabc.passes.tracing.promote`), and the graph compared with the model at both values.
+input (:mod:`pabc.passes.tracing.numbers`), and the graph compared with the model at both values.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 
 from pabc.autocast import active_autocast, without_autocast
 from pabc.passes.capture import leaf_key
-from pabc.passes.tracing.promote import is_number
+from pabc.passes.tracing.numbers import is_number
 from pabc.passes.tracing.structure import Structure, flatten
 from pabc.passes.tracing.untouched import untouched
 from pabc.program import Program

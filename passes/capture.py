@@ -21,8 +21,8 @@ from .tracing.calls import Call, Result
 from .tracing.composites import decompose_unknown_composites
 from .tracing.known_sizes import tell_sizes
 from .tracing.lean import lean_tracing, quiet_tracing
+from .tracing.numbers import RecordNumbers, check_numbers_stay_tensors
 from .tracing.outside import OutsideCall, OutsideRecorder, patched, replayed_outside
-from .tracing.promote import check_numbers_stay_tensors
 from .tracing.reads import (
     Checked,
     Read,
@@ -194,7 +194,7 @@ def _trace_recorded(
         replayer = ReadReplayer(model, reads, watch=watch)
         forward: Any = partial(_with_tensors, model.forward, replayer)
         forward.__signature__ = inspect.signature(model.forward)
-        modes = (replayed_outside(model, calls), patched(model, forward), replayer)
+        modes = (replayed_outside(model, calls), patched(model, forward), replayer, RecordNumbers())
         try:
             program = _export(model, args, kwargs, *modes)
         except Exception as error:
@@ -206,6 +206,9 @@ def _trace_recorded(
         else:
             arrays = [c.read for c in replayer.checked if c.read.is_float_array and c.read.path]
             unknown = with_static_sizes(program.graph)
+            if unknown and replayer.watches:
+                watch = False
+                continue
             if not arrays and not unknown:
                 tell_sizes(program.graph)
                 return program, replayer, calls

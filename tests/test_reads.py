@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from models import (
     WIDTH,
     Branch,
@@ -272,8 +274,39 @@ class ByTheNumber(Plain):
         return super().forward(x_BCHW * torch.full((1,), round(t, 1)), t_B)
 
 
+class InTensors(Plain):
+    """A number read becomes a tensor again, one that PyTorch makes from Python's numbers."""
+
+    def forward(self, x_BCHW, t_B, text_BLD=None):
+        t = t_B[0].item()
+        scale = torch.full((1,), t) if isinstance(t, float) else 1.0
+        return super().forward(x_BCHW * scale + torch.tensor([2 * t, 1.0]).sum(), t_B)
+
+
+class BehindItsBack(Plain):
+    """C code takes the number's value."""
+
+    def forward(self, x_BCHW, t_B, text_BLD=None):
+        t = t_B[0].item()
+        return super().forward(x_BCHW * math.cos(2 * t) + float(f"{t:.3f}"), t_B)
+
+
+class InOtherFunctions(Plain):
+    def forward(self, x_BCHW, t_B, text_BLD=None):
+        t = t_B[0].item()
+        return super().forward(F.leaky_relu(x_BCHW, t).clamp(min=-t), t_B)
+
+
 @pytest.mark.parametrize(
-    ("model_class", "captures"), [(OnTheHour, 2), (Scaled, 2), (ByTheNumber, NUM_STEPS)]
+    ("model_class", "captures"),
+    [
+        (OnTheHour, 2),
+        (Scaled, 2),
+        (InTensors, 1),
+        (ByTheNumber, NUM_STEPS),
+        (BehindItsBack, NUM_STEPS),
+        (InOtherFunctions, NUM_STEPS),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:pabc captured the model anew")
 def test_numbers_read_from_the_timestep(model_class, captures, monkeypatch):

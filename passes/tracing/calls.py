@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from . import promote
+from . import numbers
 from .outside import patched
 from .structure import Structure, flatten, holds_tensors
 
@@ -52,7 +52,7 @@ def pack(leaves: Sequence[Any], promoted: Collection[int] = ()) -> list[Any]:
     as a constant, and a tracer may not know, is left out."""
     known = (torch.Tensor, int, float, str)
     return [
-        promote.as_tensor(leaf) if i in promoted else leaf if isinstance(leaf, known) else None
+        numbers.as_tensor(leaf) if i in promoted else leaf if isinstance(leaf, known) else None
         for i, leaf in enumerate(leaves)
     ]
 
@@ -84,8 +84,8 @@ class Call:
         @functools.wraps(forward)
         def call(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
             args, kwargs = self._restore((args, {name: kwargs[name] for name in self.kwargs}))
-            numbers = promote.RecordNumbers() if self._promoted else nullcontext()
-            with _registering_unseen(model), numbers:
+            mode = numbers.RecordNumbers() if self._promoted else nullcontext()
+            with _registering_unseen(model), mode:
                 return self._take_apart(forward(*args, **kwargs))
 
         with patched(model, call):
@@ -98,20 +98,20 @@ class Call:
             zip(pytree.tree_leaves(arguments), self._leaves, strict=True)
         ):
             if i in self._promoted:
-                leaves.append(promote.traced(leaf, given))
+                leaves.append(numbers.promoted(leaf, given))
             else:
                 leaves.append(given if isinstance(given, _TRACED) else leaf)
         return self.structure.unflatten(leaves)
 
     def _take_apart(self, result: Any) -> tuple[Any, ...]:
         leaves, structure = flatten(result)
+        leaves = [numbers.plain_result(leaf) for leaf in leaves]
         for leaf in leaves:
             if not isinstance(leaf, torch.Tensor) and holds_tensors(leaf):
                 raise ValueError(
                     "expected a result of tensors in containers or dataclasses, found a "
                     f"{type(leaf).__name__} that holds tensors"
                 )
-            promote.check_is_plain(leaf)
         traced = tuple(leaf for leaf in leaves if isinstance(leaf, _TRACED))
         constants = tuple(() if isinstance(leaf, _TRACED) else (leaf,) for leaf in leaves)
         self.result = Result(structure, constants)

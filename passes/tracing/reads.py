@@ -29,8 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import ir
 from ..ir import aten, copy_into, is_tensor, user_inputs
+from .numbers import Policy, TracedNumber, plain
 from .outside import TensorCall
-from .watched import Uses, WatchedNumber
 
 _OWN_FOLDERS = tuple(
     os.path.dirname(os.path.abspath(file)) for file in (torch.__file__, ir.__file__)
@@ -81,26 +81,38 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A read with the tensors it was taken from, as they occur in a trace or its graph.
-
-    `uses`: what was asked of the number, where that was watched.
-    """
+    """A read with the tensors it was taken from, as they occur in a trace or its graph."""
 
     read: Read
     again: Measure
     tensors: tuple[Any, ...]
-    uses: Uses | None = None
 
-    def settled(self) -> Checked | None:
-        """With what was asked in the place of the number; None where nothing was."""
-        if self.uses is None:
-            return self
-        uses, again = self.uses, self.again
-        value = uses.outcomes(self.read.value)
-        if value is None:
-            return None
-        read = replace(self.read, value=value, compared=not uses.exact)
-        return Checked(read, lambda tensors: uses.outcomes(again(tensors)), self.tensors)
+
+class _Record(Policy):
+    """Of a number read from data, notes what is asked: how it compares, or its value."""
+
+    records = True
+
+    def __init__(self, read: Read, checked: list[Checked]) -> None:
+        self._read, self._checked = read, checked
+        self._known: list[torch.Tensor] = []
+
+    def value(self, number: TracedNumber) -> Any:
+        if any(tensor is number.tensor for tensor in self._known):
+            return plain(number)
+        self._known.append(number.tensor)
+        return self._note(number, lambda value: value, compared=False)
+
+    def compare(self, number: TracedNumber, ask: Callable[[Any], bool]) -> bool:
+        (outcome,) = self._note(number, lambda value: (bool(ask(value)),), compared=True)
+        return bool(outcome)
+
+    def _note(self, number: TracedNumber, ask: Callable[[Any], Any], *, compared: bool) -> Any:
+        answer = ask(plain(number))
+        read = replace(self._read, value=answer, compared=compared)
+        measure: Measure = lambda tensors: ask(tensors[0].item())  # noqa: E731
+        self._checked.append(Checked(read, measure, (number.tensor,)))
+        return answer
 
 
 class _Frames:
@@ -268,9 +280,9 @@ class ReadReplayer(TorchFunctionMode):
         if not self._watch or func is not torch.Tensor.item or type(read.value) is not float:
             self.checked.append(Checked(read, again, tensors))
             return read.value
-        self.watches, uses = True, Uses()
-        self.checked.append(Checked(read, again, tensors, uses))
-        return WatchedNumber(tensors[0].reshape(()).double(), read.value, uses)
+        self.watches = True
+        tensor = tensors[0].reshape(()).to(torch.double, copy=True)  # it may be written to later
+        return TracedNumber(read.value, tensor, _Record(read, self.checked))
 
     def _next(self, func: Any) -> Read | None:
         """The record of this call; those before it were made by code that did not run again."""
@@ -307,8 +319,7 @@ class Reads:
     def __init__(self, gm: GraphModule, checked: Sequence[Checked]) -> None:
         """`checked` holds nodes of `gm` in the place of tensors."""
         sources = _sources(gm.graph)
-        asked = [settled for c in checked if (settled := c.settled()) is not None]
-        kept = [c for c in asked if any(sources[node] for node in c.tensors)]
+        kept = [c for c in checked if any(sources[node] for node in c.tensors)]
         self.entries = tuple(c.read for c in kept)
         self.inputs = tuple(
             frozenset(

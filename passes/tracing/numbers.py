@@ -1,0 +1,293 @@
+"""numbers: Python numbers that stay ones for the model, and are tensors for the graph.
+
+A model that is called with a new timestep at every step, as a Python float or int, or that reads
+one with `t.item()`, would be captured anew at every step. Instead it is traced with a number that
+remembers the tensor it stands for: `isinstance(t, float)` holds and `torch.is_tensor(t)` does not,
+as in the user's call, but arithmetic on it and PyTorch functions that take it are recorded with
+the tensor. Where Python needs its value (a comparison, a size, `int(t)`), a policy decides:
+numbers among the arguments refuse, and stay constants; for numbers read from data, the outcome of
+the comparison, or the value, is one more thing that the graph assumes.
+
+It is no subclass of float: C code (`math.cos`, NumPy) would read the value without being seen.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.overrides import TorchFunctionMode
+
+from ..ir import aten, is_call
+
+
+class NumberIsReadError(ValueError):
+    """A promoted number's value is needed while tracing."""
+
+
+class TracedNumber:
+    """A number as it was given, and as a value of the graph: a tensor without dimensions."""
+
+    __slots__ = ("_plain", "policy", "tensor")
+
+    def __init__(self, plain: int | float, tensor: torch.Tensor, policy: Policy) -> None:
+        self._plain, self.tensor, self.policy = plain, tensor, policy
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """What `isinstance` asks for."""
+        return type(self._plain)
+
+    def __getattr__(self, name: str) -> Any:
+        if not hasattr(type(self._plain), name):
+            raise AttributeError(f"{type(self._plain).__name__!r} has no attribute {name!r}")
+        return getattr(self.policy.value(self), name)
+
+    @classmethod
+    def __torch_function__(cls, *_: Any) -> Any:
+        """Makes PyTorch's functions take it, for :class:`RecordNumbers` to see."""
+        return NotImplemented
+
+
+class Policy:
+    """What happens where Python needs a number; this one refuses, as promotion does."""
+
+    records = False
+    """Whether a value can be had: then it is, for functions not known to take a tensor alike."""
+
+    def value(self, number: TracedNumber) -> Any:
+        """The number itself."""
+        raise NumberIsReadError("the value of a number is needed")
+
+    def compare(self, number: TracedNumber, ask: Callable[[Any], bool]) -> bool:
+        """What `ask` says of the number."""
+        return ask(self.value(number))
+
+
+def is_number(leaf: Any) -> bool:
+    """Whether an argument is a Python (or NumPy) number; flags are not."""
+    return isinstance(leaf, Real) and not isinstance(leaf, bool)
+
+
+def as_tensor(number: Any) -> torch.Tensor:
+    """The graph input for a number: without dimensions, as precise as Python's own."""
+    if isinstance(number, Integral):
+        return torch.tensor(int(number), dtype=torch.int64)
+    return torch.tensor(float(number), dtype=torch.float64)
+
+
+def promoted(number: Any, tensor: torch.Tensor) -> TracedNumber:
+    """`number`, as an input of the graph that `tensor` holds."""
+    return TracedNumber(plain(number), tensor, Policy())
+
+
+def plain(number: Any) -> int | float:
+    """The value alone, without asking for it."""
+    if isinstance(number, TracedNumber):
+        return number._plain
+    return int(number) if isinstance(number, Integral) else float(number)
+
+
+def _value(number: Any) -> Any:
+    return number.policy.value(number) if isinstance(number, TracedNumber) else number
+
+
+def _tensor_of(number: Any) -> torch.Tensor:
+    return number.tensor if isinstance(number, TracedNumber) else as_tensor(number)
+
+
+def _read(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, *args: function(_value(self), *map(_value, args))
+
+
+def _compare(name: str) -> Callable[..., Any]:
+    function = getattr(operator, name)
+
+    def method(self: TracedNumber, other: Any) -> Any:
+        if not isinstance(other, Real):
+            return NotImplemented  # None, say, or a tensor, which decides itself
+        other = _value(other)
+        return self.policy.compare(self, lambda number: function(number, other))
+
+    return method
+
+
+def _compute(name: str, *, swapped: bool = False) -> Callable[..., Any]:
+    """An arithmetic method: Python's own result, and the same from the tensors, in its precision.
+
+    With anything but a number the other operand decides, as it does for Python's own numbers.
+    """
+    function = getattr(operator, name)
+
+    def method(self: TracedNumber, *others: Any) -> Any:
+        if not all(isinstance(other, Real) for other in others):
+            return NotImplemented
+        operands = [self, *others] if not swapped else [*others, self]
+        result = function(*map(plain, operands))
+        if not isinstance(result, (int, float)):
+            return NotImplemented
+        dtype = torch.int64 if isinstance(result, int) else torch.float64
+        tensors = [_tensor_of(operand).to(dtype) for operand in operands]
+        return TracedNumber(result, function(*tensors), self.policy)
+
+    return method
+
+
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
+_COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
+_READS: dict[str, Callable[..., Any]] = {
+    **{f.__name__: f for f in (hash, int, float, round, divmod, repr, format)},
+    **{name: getattr(math, name) for name in ("trunc", "floor", "ceil")},
+    "index": operator.index,
+    "rdivmod": lambda number, other: divmod(other, number),
+}
+for _name in _BINARY:
+    setattr(TracedNumber, f"__{_name}__", _compute(_name))
+    setattr(TracedNumber, f"__r{_name}__", _compute(_name, swapped=True))
+for _name in ("neg", "pos", "abs"):
+    setattr(TracedNumber, f"__{_name}__", _compute(_name))
+for _name in _COMPARISONS:
+    setattr(TracedNumber, f"__{_name}__", _compare(_name))
+for _name, _function in _READS.items():
+    setattr(TracedNumber, f"__{_name}__", _read(_function))
+TracedNumber.__bool__ = lambda self: self.policy.compare(self, bool)  # type: ignore[attr-defined]
+
+_ELEMENTWISE = frozenset(
+    (
+        *(f"__{prefix}{name}__" for name in _BINARY[:4] for prefix in ("", "r", "i")),
+        *(f"__{name}__" for name in _COMPARISONS),
+        *("add", "sub", "mul", "div", "true_divide", "add_", "sub_", "mul_", "div_"),
+        *_COMPARISONS,
+    )
+)
+"""Functions of two operands that give the same for a number and for a tensor that holds it."""
+
+
+class RecordNumbers(TorchFunctionMode):
+    """While active, PyTorch functions that are given traced numbers get their tensors instead."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        numbers = list(_numbers_in((args, kwargs)))
+        if not numbers:
+            return func(*args, **kwargs)
+        if func in _FROM_DATA:
+            return _from_data(func, args, kwargs)
+        if func in _FILLING:
+            (number,) = [x for x in (*args, *kwargs.values()) if x is numbers[0]]  # not a size
+            constant = func(*_replace(args, plain), **_replace(kwargs, plain))
+            return constant.fill_(number.tensor)
+        if all(number.policy.records for number in numbers):
+            if not _is_elementwise(func, args, kwargs):
+                return func(*_replace(args, _value), **_replace(kwargs, _value))
+        elif func is torch.Tensor.__getitem__:
+            raise NumberIsReadError("an index needs the value of a number")
+        return _call(func, args, kwargs)
+
+
+def _is_elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a tensor of the graph can take a number's place without a change of type."""
+    if getattr(func, "__name__", "") not in _ELEMENTWISE or len(args) != 2 or kwargs:
+        return False
+    tensors = [x for x in args if isinstance(x, torch.Tensor)]
+    return len(tensors) == 1 and tensors[0].is_floating_point() and tensors[0].ndim > 0
+
+
+_FROM_DATA: tuple[Any, ...] = (
+    torch.tensor,
+    torch.as_tensor,
+    torch.asarray,
+    torch.scalar_tensor,
+    torch.Tensor.new_tensor,
+)
+_FILLING = (torch.full, torch.full_like, torch.Tensor.new_full)
+
+
+def _from_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """A tensor built from (lists of) numbers: as PyTorch would, its elements then the inputs."""
+    constant: torch.Tensor = func(*_replace(args, plain), **_replace(kwargs, plain))
+    data = args[1] if func is torch.Tensor.new_tensor else (*args, *kwargs.values())[0]
+    elements = [_tensor_of(x) if is_number(x) else torch.as_tensor(x) for x in _elements(data)]
+    cast = [x.to(device=constant.device, dtype=constant.dtype) for x in elements]
+    return torch.stack(cast).reshape(constant.shape)
+
+
+def _elements(data: Any) -> Iterator[Any]:
+    if isinstance(data, (list, tuple)):
+        for item in data:
+            yield from _elements(item)
+    else:
+        yield data
+
+
+def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Calls with tensors in place of numbers, promoted as numbers are.
+
+    A number takes part in type promotion as PyTorch's default dtype and below any tensor; a tensor
+    without dimensions does so only beside one with dimensions, of its own category.
+    """
+    operands = [x for x in _flat((args, kwargs)) if isinstance(x, torch.Tensor)]
+
+    def substitute(number: Any) -> torch.Tensor:
+        tensor: torch.Tensor = number.tensor
+        for operand in operands:
+            wanted = torch.result_type(operand, plain(number))
+            if torch.result_type(operand, tensor) != wanted:
+                tensor = tensor.to(wanted)
+        return tensor
+
+    return func(*_replace(args, substitute), **_replace(kwargs, substitute))
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _flat(item)
+    elif isinstance(value, dict):
+        yield from _flat(list(value.values()))
+    elif isinstance(value, slice):
+        yield from _flat([value.start, value.stop, value.step])
+    else:
+        yield value
+
+
+def _numbers_in(value: Any) -> Iterator[TracedNumber]:
+    return (x for x in _flat(value) if isinstance(x, TracedNumber))
+
+
+def _replace(value: Any, function: Callable[[Any], Any]) -> Any:
+    """`value` with every traced number in it replaced."""
+    if isinstance(value, TracedNumber):
+        return function(value)
+    if type(value) in (list, tuple):
+        return type(value)(_replace(item, function) for item in value)
+    if type(value) is dict:
+        return {key: _replace(item, function) for key, item in value.items()}
+    return value
+
+
+def check_numbers_stay_tensors(
+    graph: Graph, names: Collection[str], read: Iterable[Collection[str]]
+) -> None:
+    """Raises :class:`NumberIsReadError` if a graph needs the values of the inputs `names`.
+
+    `read`: per value read from data, the inputs that it follows from.
+    """
+    for node in graph.nodes:
+        if is_call(node, (aten.item.default, aten._local_scalar_dense.default)):
+            source: Node = node.args[0]
+            raise NumberIsReadError(f"{node.name} needs the value of {source.name}")
+    if found := {name for inputs in read for name in inputs if name in names}:
+        raise NumberIsReadError(f"values are read that follow from {sorted(found)}")
+
+
+def plain_result(leaf: Any) -> Any:
+    """A leaf of the result, as it is kept: a traced number's value is needed there."""
+    return _value(leaf)
