@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,11 +33,16 @@ _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
 
 @dataclass(frozen=True)
 class _Residual:
-    """stream + branch, where the branch reads the stream."""
+    """stream + branch, where the branch reads the stream.
+
+    Or the share of a branch (`branch`) that joins another's at `add`, a sum or concatenation, and
+    is added to the stream with it, as what `later` holds.
+    """
 
     add: Node
     stream: Node
     branch: Node
+    later: Node | None = None
 
 
 @dataclass(frozen=True)
@@ -74,8 +79,10 @@ def mark_regions_pass(gm: GraphModule, *, cut: Cut = "attention") -> GraphModule
         raise ValueError(f"cut: expected 'attention' or 'branch', found {cut!r}")
     reach = Reach(gm.graph)
     residuals = find_residuals(gm.graph, reach)
-    branches, outside = _find_attention_branches(reach, tagged(gm), residuals, cut)
-    branches += _find_mlp_branches(gm, reach, residuals, branches, cut)
+    groups = _group_by_exits(reach, tagged(gm), residuals)
+    branches, outside = _find_attention_branches(reach, groups, residuals, cut)
+    shares = _find_shares(reach, groups, residuals)
+    branches += _find_mlp_branches(gm, reach, residuals, shares, branches, cut)
     branches = _split_around_others(reach, branches, residuals, outside)
     branches.sort(key=lambda b: reach.index[b.cuts[0]])
     for i, (branch, nodes) in enumerate(_own(reach, branches, residuals)):
@@ -161,15 +168,25 @@ def _whole(node: Node) -> Node:
     return node
 
 
-def _find_attention_branches(
-    reach: Reach, attentions: Sequence[Node], residuals: Sequence[_Residual], cut: Cut
-) -> tuple[list[_Branch], list[str]]:
-    """Branches for all attentions on the latents, and a line for each that none can hold."""
+def _group_by_exits(
+    reach: Reach, attentions: Sequence[Node], residuals: Sequence[_Residual]
+) -> dict[tuple[Node, ...], list[Node]]:
+    """The attentions on the latents by the adds that they reach; one without an add by itself."""
     groups: dict[tuple[Node, ...], list[Node]] = {}
     for attention in attentions:
         if attention.meta["attention"].kind != "other":
             exits = tuple(r.add for r in _exits(reach, residuals, attention))
             groups.setdefault(exits or (attention,), []).append(attention)
+    return groups
+
+
+def _find_attention_branches(
+    reach: Reach,
+    groups: Mapping[tuple[Node, ...], Sequence[Node]],
+    residuals: Sequence[_Residual],
+    cut: Cut,
+) -> tuple[list[_Branch], list[str]]:
+    """Branches for all attentions on the latents, and a line for each that none can hold."""
     by_add = {r.add: r for r in residuals}
     branches: list[_Branch] = []
     outside: list[str] = []
@@ -241,18 +258,42 @@ def _before_merge(
     That is a sum or concatenation with something else that is projected from the stream. None if
     the attention is in more than one of the operands.
     """
+    for node, _ in _merges(reach, residual, attentions, mask):
+        carried = [n for n in node.all_input_nodes if reach.touches(n, mask)]
+        return carried[0] if len(carried) == 1 else None
+    return residual.branch
+
+
+def _merges(
+    reach: Reach, residual: _Residual, attentions: Sequence[Node], mask: int
+) -> Iterator[tuple[Node, list[Node]]]:
+    """Where other branches join the attention's, in order, with what joins."""
     read = {_through_layouts(n) for attention in attentions for n in attention.all_input_nodes}
     read = {n for n in read if reach.depends(n, residual.stream)}  # not masks, which others share
     owned = mask | reach.mask(read)  # what follows from its values belongs to the attention
-    path = [n for n in reach.between(residual.stream, residual.branch) if reach.touches(n, mask)]
-    for node in path:
-        if not is_call(node, (*_ADDS, aten.cat.default)):
+    for node in reach.between(residual.stream, residual.branch):
+        if not is_call(node, (*_ADDS, aten.cat.default)) or not reach.touches(node, mask):
             continue
         others = [n for n in node.all_input_nodes if not reach.touches(n, owned)]
-        if any(_is_projected(reach, residual.stream, n) for n in others):
-            carried = [n for n in node.all_input_nodes if reach.touches(n, mask)]
-            return carried[0] if len(carried) == 1 else None
-    return residual.branch
+        joining = [n for n in others if _is_projected(reach, residual.stream, n)]
+        if joining:
+            yield node, joining
+
+
+def _find_shares(
+    reach: Reach,
+    groups: Mapping[tuple[Node, ...], Sequence[Node]],
+    residuals: Sequence[_Residual],
+) -> list[_Residual]:
+    """What joins attentions before their residual add, such as an MLP in parallel."""
+    by_add = {r.add: r for r in residuals}
+    return [
+        _Residual(node, residual.stream, share, residual.branch)
+        for exits, attentions in groups.items()
+        for residual in (by_add[add] for add in exits if add in by_add)
+        for node, joining in _merges(reach, residual, attentions, reach.mask(attentions))
+        for share in joining
+    ]
 
 
 def _is_projected(reach: Reach, stream: Node, node: Node) -> bool:
@@ -296,23 +337,29 @@ def _find_mlp_branches(
     gm: GraphModule,
     reach: Reach,
     residuals: Sequence[_Residual],
+    shares: Sequence[_Residual],
     attention_branches: Sequence[_Branch],
     cut: Cut,
 ) -> list[_Branch]:
     """Residual branches with two products, one after the other, and without attention.
 
     Several exits of the same products join. A single product is no MLP: a convolution for
-    positions, a projection at either end of the model under a skip over all blocks.
+    positions, a projection at either end of the model under a skip over all blocks. Of a share of
+    a branch, a product after the merge counts; the share is the region.
     """
     latents = gm.meta["latents"]
     owned = _own(reach, attention_branches, residuals)
     claimed = {node for _, nodes in owned for node in nodes}
     groups: dict[frozenset[Node], list[_Residual]] = {}
-    for residual in residuals:
+    for residual in (*residuals, *shares):
         inner = reach.between(residual.stream, residual.branch)
         products = frozenset(n for n in inner if is_contraction(n))
         free = not any(n in claimed or "attention" in n.meta for n in inner)
-        if free and _is_deep(reach, products) and _on_latents(residual.add, latents):
+        if (
+            free
+            and _is_deep(reach, products | _later(reach, residual))
+            and _on_latents(residual.add, latents)
+        ):
             groups.setdefault(products, []).append(residual)
     branches: list[_Branch] = []
     for shared, group in groups.items():
@@ -328,6 +375,13 @@ def _find_mlp_branches(
         if shared <= set(nodes):
             branches.append(branch)
     return branches
+
+
+def _later(reach: Reach, residual: _Residual) -> frozenset[Node]:
+    """The products between a share and the residual add."""
+    if residual.later is None:
+        return frozenset()
+    return frozenset(n for n in reach.between(residual.add, residual.later) if is_contraction(n))
 
 
 def _is_deep(reach: Reach, products: Collection[Node]) -> bool:

@@ -296,24 +296,20 @@ class HalfStream(Branch):
 
 
 class Summed(Branch):
-    """Attention and MLP in parallel, their sum gated: only the attention is cached."""
+    """Attention and MLP in parallel, their sum gated: each is cached before the sum."""
 
     def __init__(self, kind: str = "full") -> None:
         super().__init__(kind)
-        self.mlp = make_mlp()
+        self.mlp, self.mlp_end = make_mlp(), Point("mlp")
 
     def forward(self, x: Tensor, emb_BD: Tensor, text: Tensor | None = None) -> Tensor:
         _, scale, gate = self.modulation(emb_BD)
         n = self.norm(x) * (1 + scale)
-        return x + gate * (self.only(self.attn(n)) + self.mlp(n))
+        return x + gate * (self.only(self.attn(n)) + self.mlp_end(self.mlp(n)))
 
 
 class SummedPlain(Summed):
     """Attention and MLP in parallel, no gate: two branches, each added for itself."""
-
-    def __init__(self, kind: str = "full") -> None:
-        super().__init__(kind)
-        self.mlp_end = Point("mlp")
 
     def forward(self, x: Tensor, emb_BD: Tensor, text: Tensor | None = None) -> Tensor:
         n = self.norm(x)
@@ -327,7 +323,7 @@ class SummedBeforeProjection(Summed):
         _, scale, gate = self.modulation(emb_BD)
         n = self.norm(x) * (1 + scale)
         heads = self.only(merge_heads(self.attn.heads(n)))
-        return x + gate * self.attn.to_out(heads + self.mlp(n))
+        return x + gate * self.attn.to_out(heads + self.mlp_end(self.mlp(n)))
 
 
 class SharedProjection(Branch):
@@ -335,14 +331,16 @@ class SharedProjection(Branch):
 
     def __init__(self, kind: str = "full") -> None:
         super().__init__(kind)
-        self.to_mlp = nn.Linear(WIDTH, 2 * WIDTH)
+        self.to_mlp, self.mlp_end = nn.Linear(WIDTH, 2 * WIDTH), Point("mlp")
         self.proj = nn.Linear(3 * WIDTH, WIDTH)
 
     def forward(self, x: Tensor, emb_BD: Tensor, text: Tensor | None = None) -> Tensor:
         _, scale, gate = self.modulation(emb_BD)
         n = self.norm(x) * (1 + scale)
         heads = self.only(merge_heads(self.attn.heads(n)))
-        return x + gate * self.proj(torch.cat([heads, F.gelu(self.to_mlp(n))], dim=-1))
+        return x + gate * self.proj(
+            torch.cat([heads, self.mlp_end(F.gelu(self.to_mlp(n)))], dim=-1)
+        )
 
 
 class TwoKeys(Branch):

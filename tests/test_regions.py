@@ -5,7 +5,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import capture_call, run_graph, run_to
-from models import CASES, MODELS, WIDTH, Branch, Case, Image, Mlp, Point, run_by_hand
+from models import (
+    CASES,
+    MODELS,
+    WIDTH,
+    Branch,
+    Case,
+    Image,
+    Mlp,
+    Point,
+    SharedProjection,
+    attend_fused,
+    merge_heads,
+    run_by_hand,
+    split_heads,
+)
 from models import Attention as Attend
 from torch import nn
 
@@ -110,7 +124,7 @@ SDPA = "scaled_dot_product_attention"
         ("HalfStream", "branch", [("full", "mul"), ("mlp", "mul")]),
         ("Summed", "attention", [("full", "linear"), ("mlp", "linear")]),
         ("SummedPlain", "branch", [("full", "linear"), ("mlp", "linear"), ("mlp", "mul")]),
-        ("SharedProjection", "branch", [("full", "view"), ("mlp", "mul")]),
+        ("SharedProjection", "branch", [("full", "view"), ("mlp", "gelu"), ("mlp", "mul")]),
         ("TwoKeys", "attention", [("cross", "add"), ("mlp", "linear")]),
         ("TwoKinds", "attention", [("full", "view"), ("cross", "view"), ("mlp", "linear")]),
         ("FeedsQuery", "attention", [("full", "linear"), ("cross", "linear"), ("mlp", "linear")]),
@@ -247,6 +261,24 @@ def test_a_projection_under_a_skip_over_all_blocks_is_no_mlp():
         ("full", "blocks.0.block.attn"),
         ("mlp", "blocks.0.mlp.mlp"),
     ]
+
+
+class OneProjectionForAll(SharedProjection):
+    """Query, key, value and the MLP's hidden features from one product, as in Flux 2."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_all = nn.Linear(WIDTH, 5 * WIDTH)
+
+    def forward(self, x, emb, text=None):
+        q, k, v, h = self.to_all(self.norm(x)).split([WIDTH, WIDTH, WIDTH, 2 * WIDTH], dim=-1)
+        heads = merge_heads(attend_fused(*map(split_heads, (q, k, v))))
+        return x + self.proj(torch.cat([heads, F.gelu(h)], dim=-1))
+
+
+def test_an_mlp_whose_only_product_is_the_attentions_too_is_no_region():
+    gm = run_to(capture_call(Image(OneProjectionForAll()), BY_NAME["Branch"].call()), "outline")
+    assert [r.kind for r in gm.meta["regions"]] == ["full"]
 
 
 class MlpOfResidualLayers(nn.Module):

@@ -3,10 +3,11 @@ import itertools
 import pytest
 import torch
 from conftest import run_to, with_hoisted
-from models import MODELS, Case
+from models import MODELS, STYLES, Case
 from test_cache import Recorder
 
 from pabc.passes import specialize_phase_pass, tagged, verify_phase
+from pabc.passes.ir import aten
 
 CASES = [c for c in MODELS if c.name in ("Factorized", "JointText", "Refined", "OneStream")]
 FACTORIZED = CASES[0]
@@ -54,6 +55,17 @@ def test_phases_equal_the_oracle(case: Case, captured):
         wanted = [cut for slot in stored for cut in oracle.writes[slot]]
         assert len(results) == len(wanted)
         assert all(torch.equal(a, b) for a, b in zip(results, wanted, strict=True))
+
+
+def test_a_norm_that_two_shares_read_runs_unless_both_are_reused(captured):
+    (case,) = (c for c in STYLES if c.name == "SharedProjection")
+    gm = guard(case, captured)
+    assert [r.kind for r in gm.meta["regions"]] == ["full", "mlp", "mlp", "full", "mlp"]
+    for reused, norms in (((0,), 2), ((1,), 2), ((0, 1), 1), ((0, 1, 3, 4), 0)):
+        phase = specialize_phase_pass(gm, reused=(*reused, 2), stored=())
+        called = [phase.get_submodule(n.target) for n in phase.graph.nodes if "module" in n.op]
+        nodes = [n for graph in (phase, *called) for n in graph.graph.nodes]
+        assert sum(n.target is aten.layer_norm.default for n in nodes) == norms
 
 
 def test_reused_cuts_are_inputs_in_slot_order(captured):
