@@ -57,8 +57,9 @@ _CARRIERS = frozenset(
 class Chain:
     """An attention's last product, the factors of its sequences, and those of its other dimensions.
 
-    `query_source` and `key_source` are the operands; `linear`: keys and values are multiplied
-    first; `path`: what lies between the products, which are `first` and `node`.
+    `features`: those of the dimension that the scores, or the products of queries with keys and
+    values, sum over; `query_source` and `key_source` are the operands; `linear`: keys and values
+    are multiplied first; `path`: what lies between the products, which are `first` and `node`.
     """
 
     node: Node
@@ -66,6 +67,7 @@ class Chain:
     key_source: Node
     query: Dimension
     key: Dimension
+    features: Dimension
     outer: Dimension
     linear: bool
     first: Node
@@ -135,7 +137,7 @@ def _match(first: Product, last: Product, k: int, path: list[Node]) -> Chain | N
         return None
     softmax = any(is_call(n, _EXPONENTIALS) for n in path)
     mixes, summarizes = _name_tokens(last, inner), _name_tokens(first, summed)
-    if mixes or (softmax and not summarizes):
+    if mixes or softmax:  # over channels too, where the first product sums over tokens
         key = next(n for n, t in zip(first.operands, first.terms, strict=True) if keys[0] in t)
         pairs = zip(first.operands, first.terms, strict=True)
         query = next((n for n, t in pairs if n is not key and set(t) & set(summed)), key)
@@ -146,13 +148,14 @@ def _match(first: Product, last: Product, k: int, path: list[Node]) -> Chain | N
         sources = (last.operands[others[0]], first.operands[0])
     else:
         return None
-    labels = inner if mixing is last else summed
-    query_dims, key_dims, outer = _tokens(last, mixing, labels, queries)
+    tokens, features = (inner, (first, summed)) if mixing is last else (summed, (last, inner))
+    query_dims, key_dims, outer = _tokens(last, mixing, tokens, queries)
     chain = Chain(
         last.node,
         *sources,
         query_dims,
         key_dims,
+        _dimension_of(*features),
         outer,
         linear=mixing is first,
         first=first.node,
@@ -209,8 +212,7 @@ def _tokens(
         for label, dim in zip(last.terms[i], dims, strict=True):
             if label in last.result:
                 (outer if label in rest else query).extend(dim)
-    key = tuple(f for label in summed for f in _dimension(mixing, label))
-    return tuple(query), key, tuple(outer)
+    return tuple(query), _dimension_of(mixing, summed), tuple(outer)
 
 
 def _count(product: Product, label: str) -> int:
@@ -229,6 +231,10 @@ def _dimensions(product: Product, label: str) -> list[Dimension]:
 def _dimension(product: Product, label: str) -> Dimension:
     dims = _dimensions(product, label)
     return combine((max(map(length, dims)),), [(dim,) for dim in dims])[0]
+
+
+def _dimension_of(product: Product, labels: list[str]) -> Dimension:
+    return tuple(f for label in labels for f in _dimension(product, label))
 
 
 def _name_tokens(product: Product, labels: list[str]) -> bool:

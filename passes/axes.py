@@ -30,6 +30,7 @@ from .ir import (
 from .provenance.axis_rules import RULES
 from .provenance.factors import blur, combine, learned, length, narrow, unknown
 from .provenance.operands import argument, dim_of, lost
+from .provenance.positions import find_positions, rejoin
 
 _SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default})
 
@@ -42,8 +43,9 @@ def name_axes_pass(gm: GraphModule, *, latents: str | None = None) -> GraphModul
     dimension's; `gm.meta["latents"]` names the input that is denoised: `latents` where given, else
     the first input whose axes (but for channels) come out again in the first output: of those of
     three dimensions or more, else of packed tokens (N, C), else of token ids.
-    `gm.meta["denoised"]` has that name, and those of the other inputs in the same list: samples of
-    one batch, whose axes are the same.
+    `gm.meta["denoised"]` maps each input that is denoised to the one whose axes it has: the latents
+    and the other inputs in the same list, samples of one batch, to the latents; so too the inputs
+    of other streams (audio beside video), which come out again in some output.
     Raises: ValueError if `latents` names no input, or no input qualifies.
 
         # before                                # after
@@ -53,12 +55,16 @@ def name_axes_pass(gm: GraphModule, *, latents: str | None = None) -> GraphModul
     if latents is not None and latents not in names:
         raise ValueError(f"latents: expected one of the inputs {names}, found {latents!r}")
     candidates = [latents] if latents is not None else _find_candidates(gm)
+    outputs = [n for n in output_node(gm.graph).all_input_nodes if is_tensor(n)]
     for name in candidates:
-        samples = _samples(gm, name)
-        _propagate(gm, dict.fromkeys(samples, 0), samples)
-        if latents is not None or _comes_out_again(gm, name):
-            gm.meta["latents"], gm.meta["denoised"] = name, frozenset(samples)
-            _propagate(gm, {n: int(n not in samples) for n in names}, samples)
+        streams = dict.fromkeys(_samples(gm, name), name)
+        _propagate(gm, streams)
+        if latents is not None or any(_comes_out_again(gm, name, n) for n in outputs[:1]):
+            _propagate(gm, streams, conditions=names)
+            if others := _find_other_streams(gm, streams, outputs):
+                streams |= others
+                _propagate(gm, streams, conditions=names)
+            gm.meta["latents"], gm.meta["denoised"] = name, streams
             return gm
     raise ValueError(
         f"latents: expected an input whose axes come out again in the model's output, found none "
@@ -104,45 +110,65 @@ def _why_lost(gm: GraphModule) -> str:
     return f" ({node.name} runs outside of the graph)" if node is not None else ""
 
 
-def _comes_out_again(gm: GraphModule, name: str) -> bool:
-    """Whether the first output has all of the input's dimensions but the batch and the channels.
+def _comes_out_again(gm: GraphModule, name: str, output: Node, *, alone: bool = False) -> bool:
+    """Whether an output has all of the input's dimensions but the batch and the channels.
+
+    `alone`: none of them joined or mixed with others, as a condition's tokens may be.
 
     Integers are token ids and have no channels. An input without a token dimension beside the batch
     must come out in its own shape: pooled conditions have a batch too.
     """
-    outputs = [n for n in output_node(gm.graph).all_input_nodes if is_tensor(n)]
-    if not outputs:
-        return False
-    found = {axis.dim for product in outputs[0].meta["axes"] for f in product for axis in f.axes()}
+    factors = [f for product in output.meta["axes"] for f in product if not (alone and f.parts)]
+    axes = (axis for factor in factors for axis in factor.axes())
+    found = {axis.dim for axis in axes if axis.source == name}
     source = value(next(n for n in user_inputs(gm.graph) if n.name == name))
     if not source.is_floating_point():
         return len(found) == source.ndim
     if source.ndim < 3:
-        return bool(found) and value(outputs[0]).shape == source.shape
+        return bool(found) and value(output).shape == source.shape
     return len(found - {0}) >= source.ndim - 2
 
 
-def _propagate(gm: GraphModule, ranks: Mapping[str, int], samples: Sequence[str]) -> None:
-    """Computes every node's dimensions; only the inputs in `ranks` have axes of their own.
+def _find_other_streams(
+    gm: GraphModule, streams: Mapping[str, str], outputs: Sequence[Node]
+) -> dict[str, str]:
+    """The inputs that come out again beside the latents, each mapped to its stream's name."""
+    others: dict[str, str] = {}
+    for name in _find_candidates(gm):
+        if name in streams or name in others:
+            continue
+        if any(_comes_out_again(gm, name, output, alone=True) for output in outputs):
+            others |= dict.fromkeys(_samples(gm, name), name)
+    return others
 
-    Inputs in `samples`, of rank 0, are the latents and share theirs. What does not follow from them
-    has no latent axes to lose.
+
+def _propagate(
+    gm: GraphModule, streams: Mapping[str, str], *, conditions: Sequence[str] = ()
+) -> None:
+    """Computes every node's dimensions; no input but these has axes of its own.
+
+    `streams` maps what is denoised to the input whose axes it has. Those of the first of them have
+    the lowest rank, conditions the highest. What follows from none has no latent axes to lose.
     """
     following: set[Node] = set()
+    sources = {**{name: name for name in conditions}, **streams}
+    ranks = {name: rank for rank, name in enumerate(dict.fromkeys(streams.values()))}
     for node in gm.graph.nodes:
-        if ranks.get(node.name) == 0 or not following.isdisjoint(node.all_input_nodes):
+        if node.name in streams or not following.isdisjoint(node.all_input_nodes):
             following.add(node)
+        node.meta["positions"] = find_positions(node)
         if not is_tensor(node):
             if isinstance(node.meta.get("val"), (tuple, list)):
                 node.meta["axes"] = infer(node)
             continue
         shape = tuple(value(node).shape)
-        if node.op == "placeholder" and node.name in ranks:
-            source = samples[0] if node.name in samples else node.name
-            axes = [Axis(source, i, ranks[node.name]) for i in range(len(shape))]
+        if node.op == "placeholder" and node.name in sources:
+            source = sources[node.name]
+            rank = ranks.get(source, len(ranks))
+            axes = [Axis(source, i, rank) for i in range(len(shape))]
             dims: Dims = tuple((Factor(s, a),) for s, a in zip(shape, axes, strict=True))
         elif node.op == "call_function":
-            dims = infer(node)
+            dims, node.meta["positions"] = rejoin(node, infer(node))
         else:
             dims = learned(shape)
         node.meta["axes"] = dims if node in following else _without_reasons(dims)

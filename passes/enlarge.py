@@ -47,11 +47,14 @@ def enlarge_call(
     """
     found = find_attentions(gm)
     axes = find_single_axes(gm, found)
-    if not axes or not any(hinges_on_single_axes(f) and not stated_by(f, kinds) for f in found):
+    name = gm.meta["latents"]
+    if not axes or not any(
+        hinges_on_single_axes(f, name) and not stated_by(f, kinds) for f in found
+    ):
         return None
     leaves: Leaves
     leaves, structure = flatten((args, kwargs))
-    latents = gm.meta["signature"].inputs.index(gm.meta["latents"])
+    latents = gm.meta["signature"].inputs.index(name)
     with _takes(model, structure) as takes:
         for dim in axes:
             taken = (larger for larger in _grow(leaves, latents, dim) if takes(larger))

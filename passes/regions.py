@@ -347,7 +347,7 @@ def _find_mlp_branches(
     positions, a projection at either end of the model under a skip over all blocks. Of a share of
     a branch, a product after the merge counts; the share is the region.
     """
-    latents = gm.meta["latents"]
+    streams = set(gm.meta["denoised"].values())
     owned = _own(reach, attention_branches, residuals)
     claimed = {node for _, nodes in owned for node in nodes}
     groups: dict[frozenset[Node], list[_Residual]] = {}
@@ -358,7 +358,7 @@ def _find_mlp_branches(
         if (
             free
             and _is_deep(reach, products | _later(reach, residual))
-            and _on_latents(residual.add, latents)
+            and _on_streams(residual.add, streams)
         ):
             groups.setdefault(products, []).append(residual)
     branches: list[_Branch] = []
@@ -445,9 +445,9 @@ def _own(
     return result
 
 
-def _on_latents(node: Node, latents: str) -> bool:
+def _on_streams(node: Node, streams: Collection[str]) -> bool:
     return any(
-        axis.source == latents
+        axis.source in streams
         for product in node.meta["axes"]
         for factor in product
         for axis in factor.axes()

@@ -26,21 +26,23 @@ from .ir import (
     user_inputs,
     value,
 )
-from .provenance.factors import is_join, length
+from .provenance.factors import is_join, is_named, length
 
 
 @dataclass(frozen=True)
 class _Found:
     """An attention's output node and the factors of its query and key sequence dimensions.
 
-    `outer` has those of the query's other dimensions but the last; `query_on_latents`,
-    `key_on_latents`: whether the operand is computed from the latents at all; `packed`: which
-    tokens share a sequence is data; `linear`: keys and values are multiplied first.
+    `features` has those of the dimension that its scores sum over, `outer` those of the query's
+    other dimensions; `query_on_latents`, `key_on_latents`: whether the operand is computed from
+    what is denoised at all; `packed`: which tokens share a sequence is data; `linear`: keys and
+    values are multiplied first.
     """
 
     node: Node
     query: tuple[Factor, ...]
     key: tuple[Factor, ...]
+    features: tuple[Factor, ...]
     outer: tuple[Factor, ...]
     query_on_latents: bool
     key_on_latents: bool
@@ -50,9 +52,9 @@ class _Found:
 
 @dataclass(frozen=True)
 class TokenAxes:
-    """Which axes of the latents are frames, and which lie within a frame."""
+    """Which axes of a denoised stream are frames, and which lie within a frame."""
 
-    latents: str
+    stream: str
     time: Axis | None
     space: tuple[Axis, ...]
 
@@ -83,7 +85,7 @@ def tag_attention_pass(gm: GraphModule, *, kinds: Mapping[str, str] | None = Non
         for node in find_unclaimed_softmaxes(gm, chains)
     )
     telling, larger = _find_in_larger(gm, found)
-    tokens = find_token_axes(larger, telling)
+    streams = [find_token_axes(larger, telling, name) for name in _streams(larger)]
     single = _undecided_axes(larger, telling)
     names: dict[str, int] = {}
     used: set[str] = set()
@@ -93,7 +95,7 @@ def tag_attention_pass(gm: GraphModule, *, kinds: Mapping[str, str] | None = Non
         name = path if not names[path] else f"{path}#{names[path]}"
         pattern = stated_by(attention, stated)
         used.update([pattern] if pattern is not None else [])
-        kind = stated[pattern] if pattern is not None else name_kind(same, tokens, single)
+        kind = stated[pattern] if pattern is not None else name_kind(same, streams, single)
         attention.node.meta["attention"] = Attention(
             name, kind, attention.node.name, attention.query, attention.key, attention.linear
         )
@@ -175,6 +177,7 @@ def _find(gm: GraphModule) -> tuple[list[_Found], list[Chain]]:
             chain.node,
             chain.query,
             chain.key,
+            chain.features,
             chain.outer,
             query_on_latents=reach.touches(chain.query_source, latents),
             key_on_latents=reach.touches(chain.key_source, latents),
@@ -190,11 +193,13 @@ def _find(gm: GraphModule) -> tuple[list[_Found], list[Chain]]:
 def _describe_fused(node: Node, reach: Reach, latents: int) -> _Found:
     call = attention_call(node)
     query: Dims = call.query.meta["axes"]
-    inner = {len(query) + call.layout.sequence, len(query) + call.layout.features}
+    features = len(query) + call.layout.features
+    inner = {len(query) + call.layout.sequence, features}
     return _Found(
         node,
         query=query[call.layout.sequence],
         key=call.key.meta["axes"][call.layout.sequence],
+        features=query[features],
         outer=tuple(f for d, product in enumerate(query) if d not in inner for f in product),
         query_on_latents=reach.touches(call.query, latents),
         key_on_latents=reach.touches(call.key, latents),
@@ -202,28 +207,33 @@ def _describe_fused(node: Node, reach: Reach, latents: int) -> _Found:
     )
 
 
-def find_token_axes(gm: GraphModule, found: list[_Found]) -> TokenAxes:
-    """The latents' axes that tokens are made of: all but the batch and the contracted channels.
+def _streams(gm: GraphModule) -> list[str]:
+    """The inputs whose axes the denoised streams have, the latents first."""
+    return list(dict.fromkeys(gm.meta["denoised"].values()))
+
+
+def find_token_axes(gm: GraphModule, found: list[_Found], stream: str) -> TokenAxes:
+    """A stream's axes that tokens are made of: all but the batch and the contracted channels.
 
     Of three such axes the first is time (B, C, T, H, W and B, T, C, H, W both occur); of two or one
     all lie within a frame. The first axis is the batch, unless some attention mixes positions along
     it alone: then it has frames (B*T, C, H, W), or tokens if no other axis has (N, C and N, B, C).
     """
-    latents: str = gm.meta["latents"]
-    rank = next(value(n).ndim for n in user_inputs(gm.graph) if n.name == latents)
-    mixed = [_dims_of(attention.query, latents) for attention in found]
-    seen = set().union(*mixed, *(_dims_of(attention.outer, latents) for attention in found)) - {0}
+    rank = next(value(n).ndim for n in user_inputs(gm.graph) if n.name == stream)
+    mixed = [_dims_of(attention.query, stream) for attention in found]
+    others = [f.outer if is_named(f.query) else (*f.outer, *f.features) for f in found]
+    seen = set().union(*mixed, *(_dims_of(product, stream) for product in others)) - {0}
     rest = [dim for dim in range(1, rank) if dim in seen]
     if rank == 5 and len(rest) != 3:
         rest = [d for d in range(1, 5) if d != (1 if 1 not in seen else 2)]
-    axes = [Axis(latents, dim) for dim in rest]
+    axes = [Axis(stream, dim) for dim in rest]
     time = axes[0] if len(axes) == 3 else None
     if time is None and {0} in mixed:
-        first = Axis(latents, 0)
+        first = Axis(stream, 0)
         if not any(dims - {0} for dims in mixed) and rank < 4:
-            return TokenAxes(latents, None, (first,))
+            return TokenAxes(stream, None, (first,))
         time = first
-    return TokenAxes(latents, time, tuple(a for a in axes if a != time))
+    return TokenAxes(stream, time, tuple(a for a in axes if a != time))
 
 
 def _dims_of(product: tuple[Factor, ...], source: str) -> set[int]:
@@ -271,32 +281,42 @@ def _count_positions(product: tuple[Factor, ...], latents: str) -> dict[int, int
     return counts
 
 
-def hinges_on_single_axes(found: _Found) -> bool:
-    """Whether the kind depends on where an axis of one position lies: for self-attention alone."""
-    joined = any(map(is_join, (*found.query, *found.key)))
-    return found.query_on_latents and found.key_on_latents and not joined and not found.packed
+def hinges_on_single_axes(found: _Found, latents: str) -> bool:
+    """Whether the kind depends on where an axis of one position of the latents lies.
 
-
-def name_kind(found: _Found, tokens: TokenAxes, single: Sequence[int] = ()) -> str:
-    """The kind from the axes of Q and K alone; `single`: axes that may lie anywhere.
-
-    Raises: ValueError where Q or K is computed from the latents and its sequence has lost its axes,
-    or may have an axis of one position or not.
+    It does for self-attention alone, and not for that of another input's tokens.
     """
-    if single and hinges_on_single_axes(found):
-        axes = ", ".join(f"{tokens.latents}[{dim}]" for dim in single)
+    sources = {axis.source for factor in (*found.query, *found.key) for axis in factor.axes()}
+    joined = any(map(is_join, (*found.query, *found.key)))
+    elsewhere = bool(sources) and latents not in sources
+    on_latents = found.query_on_latents and found.key_on_latents
+    return on_latents and not (elsewhere or joined or found.packed)
+
+
+def name_kind(found: _Found, streams: Sequence[TokenAxes], single: Sequence[int] = ()) -> str:
+    """The kind from the axes of Q and K alone; `single`: the latents' axes that may lie anywhere.
+
+    Raises: ValueError where Q or K is computed from what is denoised and its sequence has lost its
+    axes, or may have an axis of one position or not.
+    """
+    latents = streams[0].stream
+    if single and hinges_on_single_axes(found, latents):
+        axes = ", ".join(f"{latents}[{dim}]" for dim in single)
         raise ValueError(
             f"{_undecided(found)}, since {axes} has one position, which may lie in the batch or in "
             f"the sequence, and the model takes no larger input that would show it; "
             f"{_remedy(found)}"
         )
-    q_latent = _known_latent_axes(found, found.query, found.query_on_latents, tokens)
-    k_latent = _known_latent_axes(found, found.key, found.key_on_latents, tokens)
-    if not q_latent and _is_one_of_many(found, tokens):
-        q_latent = k_latent
-    if not q_latent:
+    query = found.key if _is_one_of_many(found, streams) else found.query
+    queries = [t for t in streams if _known_token_axes(found, query, t)]
+    keys = [t for t in streams if _known_token_axes(found, found.key, t)]
+    if not queries:
+        _check_other(found, streams)
         return "other"
-    if not k_latent:
+    if not keys and found.key_on_latents:
+        _check_known(found, found.key)
+    tokens = next((t for t in queries if t in keys), None)
+    if tokens is None:
         return "cross"
     if found.packed:
         raise ValueError(
@@ -306,33 +326,52 @@ def name_kind(found: _Found, tokens: TokenAxes, single: Sequence[int] = ()) -> s
     if _has_other_tokens(found.query, tokens) or _has_other_tokens(found.key, tokens):
         return "joint"
     if tokens.time is None:
-        covers = max(_latent_sizes(found.outer, tokens).values(), default=1) == 1
+        covers = max(_token_sizes(found.outer, tokens).values(), default=1) == 1
         return "full" if covers else "spatial"
-    if q_latent == {tokens.time}:
+    mixed = _known_token_axes(found, query, tokens)
+    if mixed == {tokens.time}:
         return "temporal"
-    return "full" if tokens.time in q_latent else "spatial"
+    return "full" if tokens.time in mixed else "spatial"
 
 
-def _is_one_of_many(found: _Found, tokens: TokenAxes) -> bool:
+def _is_one_of_many(found: _Found, streams: Sequence[TokenAxes]) -> bool:
     """Whether every latent token is a query for itself, as where its neighbors are its keys."""
-    alone = length(found.query) == 1 and not any(factor.reason for factor in found.query)
-    return alone and any(size > 1 for size in _latent_sizes(found.outer, tokens).values())
+    if length(found.query) > 1 or any(factor.reason for factor in found.query):
+        return False
+    if any(_known_token_axes(found, found.query, tokens) for tokens in streams):
+        return False
+    sizes = (size for tokens in streams for size in _token_sizes(found.outer, tokens).values())
+    return max(sizes, default=1) > 1
 
 
-def _known_latent_axes(
-    found: _Found, product: tuple[Factor, ...], on_latents: bool, tokens: TokenAxes
-) -> set[Axis]:
-    """The latents' axes of a sequence, or an error where some op on the latents has lost them.
+def _known_token_axes(found: _Found, product: tuple[Factor, ...], tokens: TokenAxes) -> set[Axis]:
+    """A stream's axes of a sequence.
 
     A single position along an axis whose others lie in the batch is no part of the sequence.
     """
-    outer = _latent_sizes(found.outer, tokens)
-    sizes = _latent_sizes(product, tokens)
-    axes = {axis for axis, size in sizes.items() if size > 1 or outer.get(axis, 1) == 1}
-    reasons = [factor.reason for factor in product if factor.reason]
-    if not axes and reasons and on_latents:
-        raise ValueError(f"{_undecided(found)}, since {reasons[0]}; {_remedy(found)}")
-    return axes
+    outer = _token_sizes(found.outer, tokens)
+    sizes = _token_sizes(product, tokens)
+    return {axis for axis, size in sizes.items() if size > 1 or outer.get(axis, 1) == 1}
+
+
+def _check_other(found: _Found, streams: Sequence[TokenAxes]) -> None:
+    """Raises unless the query is known to have no token of what is denoised: tokens of a condition,
+    learned ones, a pooled one, or channels, where the scores sum over the tokens."""
+    if not found.query_on_latents or any(_token_sizes(found.features, t) for t in streams):
+        return
+    _check_known(found, found.query)
+    learned = all(factor.learned for factor in found.query)
+    if not learned and not is_named(found.query) and length(found.query) > 1:
+        raise ValueError(
+            f"{_undecided(found)}, since its queries follow from the latents and lie along no axis "
+            f"of an input; {_remedy(found)}"
+        )
+
+
+def _check_known(found: _Found, product: tuple[Factor, ...]) -> None:
+    """Raises where some op on the latents has lost the axes of a sequence."""
+    if reason := next((factor.reason for factor in product if factor.reason), ""):
+        raise ValueError(f"{_undecided(found)}, since {reason}; {_remedy(found)}")
 
 
 def _undecided(found: _Found) -> str:
@@ -343,12 +382,8 @@ def _remedy(found: _Found) -> str:
     return f"state it with kinds={{{module_path(found.node)!r}: 'spatial'}} (one of {KINDS})"
 
 
-def _latent_axes(product: tuple[Factor, ...], tokens: TokenAxes) -> set[Axis]:
-    return set(_latent_sizes(product, tokens))
-
-
-def _latent_sizes(product: tuple[Factor, ...], tokens: TokenAxes) -> dict[Axis, int]:
-    """Per token axis of the latents in a dimension, the positions along it there."""
+def _token_sizes(product: tuple[Factor, ...], tokens: TokenAxes) -> dict[Axis, int]:
+    """Per token axis of a stream in a dimension, the positions along it there."""
     known = {*tokens.space, *([tokens.time] if tokens.time else [])}
     sizes: dict[Axis, int] = {}
     for factor in product:
@@ -361,7 +396,7 @@ def _latent_sizes(product: tuple[Factor, ...], tokens: TokenAxes) -> dict[Axis, 
 def _has_other_tokens(product: tuple[Factor, ...], tokens: TokenAxes) -> bool:
     """Whether some part of a joined sequence has tokens of another input; learned ones have not."""
     return any(
-        not _latent_axes(part, tokens) and not all(inner.learned for inner in part)
+        not _token_sizes(part, tokens) and not all(inner.learned for inner in part)
         for factor in product
         if factor.parts
         for part in factor.parts

@@ -494,7 +494,7 @@ def routed() -> nn.Module:
 
 
 def over_channels() -> nn.Module:
-    return Blocks(attend("full"), Residual("full", OverChannels()), feed_forward())
+    return Blocks(attend("full"), Residual("other", OverChannels()), feed_forward())
 
 
 IMAGE = ("x_BCHW", (2, CHANNELS, 8, 4))
@@ -508,7 +508,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(Unfolded, IMAGE, ("full",)),
     Layout(Neighbors, IMAGE, ("spatial",)),
     Layout(routed, IMAGE, ("full",)),
-    Layout(over_channels, IMAGE, ("full", "full")),
+    Layout(over_channels, IMAGE, ("full", "other")),
     Layout(Nested, IMAGE, ("full", "cross", "full"), 0),
     Layout(PartsGated, IMAGE, ("full", "full")),
     Layout(FramesInBatch, ("x_BCHW", (6, CHANNELS, 8, 4)), ("spatial", "temporal")),

@@ -122,6 +122,37 @@ EXPECTED = {
         ["0", "1", "2", "3"],
     ),
     "one_hot": (lambda x: F.one_hot(x[..., 0].long() % 3, 3), ["0", "1", "2", "-"]),
+    "loop": (lambda x: torch.stack([F.linear(x[:, i], WEIGHT) for i in range(4)], 1), list("012-")),
+    "loop over unbound": (lambda x: torch.stack([y * 2 for y in x.unbind(2)], 2), list("0123")),
+    "loop over slices": (lambda x: torch.cat([x[i : i + 1] * 2 for i in range(2)]), list("0123")),
+    "loop over chunks": (lambda x: torch.cat([y * 2 for y in x.chunk(4, 1)], 1), list("0123")),
+    "loop into the batch": (lambda x: torch.cat([x[:, i] for i in range(4)]), ["10", "2", "3"]),
+    "loop over merged": (
+        lambda x: torch.stack([y.flatten(1) for y in x.unbind(1)], 1),
+        ["0", "1", "23"],
+    ),
+    "loop in a loop": (
+        lambda x: torch.stack(
+            [torch.stack([x[b, t] * 2 for t in range(4)]) for b in range(2)],
+        ),
+        list("0123"),
+    ),
+    "loop with all positions": (
+        lambda x: torch.stack([x[:, i] + x.mean(1) for i in range(4)], 1),
+        list("0123"),
+    ),
+    "loop that leaves one out": (
+        lambda x: torch.stack([x[:, i] for i in range(3)], 1),
+        ["0", "-", "2", "3"],
+    ),
+    "loop that mixes": (
+        lambda x: torch.stack([x[:, i] + x[:, i - 1] for i in range(4)], 1),
+        ["0", "-", "2", "3"],
+    ),
+    "loop whose results are padded": (
+        lambda x: nn.utils.rnn.pad_sequence([x[i] * 2 for i in range(2)], batch_first=True),
+        list("0123"),
+    ),
     "attention": (lambda x: F.scaled_dot_product_attention(x, x, x), ["0", "1", "2", "3"]),
 }
 
@@ -167,7 +198,7 @@ def test_samples_written_one_by_one_keep_their_axes():
             result[i] = x[i] * 2
         return result
 
-    assert axes_after(fill) == ["-", "1", "2", "3"]
+    assert axes_after(fill) == ["0", "1", "2", "3"]
 
 
 def test_concatenation_keeps_each_part():
@@ -269,3 +300,22 @@ def test_packed_tokens_are_the_latents_but_pooled_conditions_are_not():
 
     call = {"pooled": torch.randn(2, 6), "x": torch.randn(5, 3)}
     assert run_to(capture_call(Unbatched(), call), "axes").meta["latents"] == "x"
+
+
+def test_all_inputs_that_come_out_again_are_denoised():
+    class Streams(nn.Module):
+        """Video and audio, the latter in a list of samples; text is joined with what comes out."""
+
+        def forward(self, video, text, audio):
+            heard = torch.stack(audio).mean((0, 1, 2))
+            joined = torch.cat([text + heard, video * heard], 1)
+            return joined[:, 5:], [y + video.mean((0, 1)) for y in audio], joined
+
+    call = {
+        "video": torch.randn(2, 4, 6),
+        "text": torch.randn(2, 5, 6),
+        "audio": [torch.randn(1, 7, 6), torch.randn(1, 7, 6)],
+    }
+    gm = run_to(capture_call(Streams(), call), "axes")
+    assert gm.meta["latents"] == "video"
+    assert gm.meta["denoised"] == {"video": "video", "audio_0": "audio_0", "audio_1": "audio_0"}

@@ -12,6 +12,7 @@ from models import (
     Branch,
     Case,
     Cross,
+    Factorized,
     Image,
     Mlp,
     Sizes,
@@ -303,6 +304,101 @@ def test_a_key_that_lost_its_axes_is_cross_where_it_does_not_depend_on_the_laten
         )
 
     assert tag_core(attend_pooled) == ("cross",)
+
+
+def test_attention_over_channels_is_other_however_it_is_written():
+    def attend_written(q, k, v):
+        q, k, v = (x.transpose(-1, -2) for x in (q, k, v))
+        return ((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(-1, -2)
+
+    def attend_einsum(q, k, v):
+        scores = torch.einsum("bhnd,bhne->bhde", F.normalize(q, dim=-2), F.normalize(k, dim=-2))
+        return torch.einsum("bhde,bhne->bhnd", scores.softmax(-1), v)
+
+    def attend_channels(q, k, v):
+        return attend_fused(*(x.transpose(-1, -2) for x in (q, k, v))).transpose(-1, -2)
+
+    for attend in (attend_written, attend_einsum, attend_channels):
+        assert tag_core(attend) == ("other",)
+
+
+def test_attention_after_loops_over_frames_or_samples_has_its_kind():
+    class Looped(Factorized):
+        def forward(self, x_BCTHW, t_B, text_BLD):
+            frames = [x_BCTHW[:, :, i] * 2 for i in range(x_BCTHW.shape[2])]
+            x = torch.stack(frames, 2)
+            x = torch.cat([x[i : i + 1] + 1 for i in range(len(x))])
+            return super().forward(x, t_B, text_BLD)
+
+    case = BY_NAME["Factorized"]
+    assert kinds_of(tag(Looped(), case.call())) == case.kinds
+
+
+def test_kinds_within_each_of_two_streams_are_told_by_its_own_axes():
+    class AudioVideo(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ears, self.eyes = nn.Linear(3, WIDTH), nn.Linear(4, WIDTH)
+            self.attns = nn.ModuleList(Attention() for _ in range(7))
+            self.mlp, self.out = nn.Linear(WIDTH, 3), nn.Linear(WIDTH, 4)
+
+        def forward(self, video, audio, text):
+            video, audio = self.eyes(video), self.ears(audio)
+            video, audio = video + self.attns[0](video), audio + self.attns[1](audio)
+            video, audio = video + self.attns[2](video, audio), audio + self.attns[3](audio, video)
+            video, audio = video + self.attns[4](video, text), audio + self.attns[5](audio, text)
+            both = torch.cat([video, audio], 1)
+            video, audio = (both + self.attns[6](both)).split([12, 7], 1)
+            return self.out(video), self.mlp(audio)
+
+    call = {
+        "video": torch.randn(2, 12, 4),
+        "audio": torch.randn(2, 7, 3),
+        "text": torch.randn(2, 5, WIDTH),
+    }
+    kinds = {
+        n.meta["attention"].name: n.meta["attention"].kind for n in tagged(tag(AudioVideo(), call))
+    }
+    expected = ("full", "full", "cross", "cross", "cross", "cross", "joint")
+    assert kinds == {f"attns.{i}": kind for i, kind in enumerate(expected)}
+
+
+def test_queries_that_follow_from_the_latents_along_no_axis_are_an_error():
+    class Mixer(nn.Module):
+        """Tokens mixed by weights, twice: what is left are as many features."""
+
+        def __init__(self):
+            super().__init__()
+            self.attn, self.down, self.up = Attention(), nn.Linear(8, 3), nn.Linear(3, 8)
+
+        def forward(self, x, emb, text=None):
+            mixed = self.down(x.transpose(1, 2)).transpose(1, 2)
+            return x + self.up(self.attn(mixed).transpose(1, 2)).transpose(1, 2)
+
+    message = (
+        r"cannot tell its kind, since its queries follow .* no axis of an input; state it with"
+    )
+    with pytest.raises(ValueError, match=message):
+        tag(Image(Mixer()), IMAGE.call())
+    stated = tag(Image(Mixer()), IMAGE.call(), kinds={"*.attn": "other"})
+    assert kinds_of(stated) == ("other",)
+
+
+def test_learned_and_pooled_queries_are_other():
+    class Pooler(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.registers = nn.Parameter(torch.linspace(-1, 1, 3 * WIDTH).view(1, 3, WIDTH))
+            self.attns = nn.ModuleList((Attention(), Attention(), Attention()))
+
+        def forward(self, x, emb, text=None):
+            registers = self.registers.expand(len(x), -1, -1)
+            registers = registers + self.attns[0](registers, x)
+            registers = registers + self.attns[1](registers)
+            pooled = self.attns[2](x.mean(1, keepdim=True), x)
+            return x + pooled + registers.mean(1, keepdim=True)
+
+    assert kinds_of(tag(Image(Pooler()), IMAGE.call())) == ("other",) * 3
 
 
 def test_a_query_whose_places_are_all_lost_is_an_error():

@@ -593,6 +593,33 @@ def make_ltx2():
     }
 
 
+def make_kandinsky6():
+    """Video and audio, each with a stream of its own, and attention between them."""
+    model = diffusers.Kandinsky6Transformer3DModel(
+        in_visual_dim=C,
+        out_visual_dim=C,
+        in_text_dim=8,
+        in_text_dim2=6,
+        time_dim=16,
+        model_dim=24,
+        ff_dim=32,
+        num_text_blocks=1,
+        num_visual_blocks=1,
+        axes_dims=(4, 4, 4),
+        visual_cond=False,
+        in_audio_dim=5,
+        out_audio_dim=5,
+    )
+    return model, {
+        "hidden_states": randn(B, T, H, W, C),
+        "audio_hidden_states": randn(B, 7, 5),
+        "encoder_hidden_states": randn(B, L, 8),
+        "pooled_projections": randn(B, 6),
+        "timestep": steps(torch.float32),
+        "encoder_attention_mask": torch.ones(B, L, dtype=torch.bool),
+    }
+
+
 def make_stable_audio():
     model = diffusers.StableAudioDiTModel(
         sample_size=12,
@@ -797,11 +824,17 @@ ENTRIES = (
         "LTX2",
         make_ltx2,
         {
-            "*.audio_attn?": "other",
-            "*.video_to_audio_attn": "other",
+            "*.audio_attn1": "full",
+            "*.audio_attn2": "cross",
+            "*.video_to_audio_attn": "cross",
             "*.audio_to_video_attn": "cross",
             **_SELF_AND_CROSS,
         },
+    ),
+    Entry(
+        "Kandinsky6",
+        make_kandinsky6,
+        {"*_text_*.attn": "other", "*.self_attention": "full", "*cross_attention": "cross"},
     ),
     Entry("StableAudio", make_stable_audio, {"*.attn1": "joint", "*.attn2": "cross"}),
     Entry(
