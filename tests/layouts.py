@@ -509,7 +509,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(Neighbors, IMAGE, ("spatial",)),
     Layout(routed, IMAGE, ("full",)),
     Layout(over_channels, IMAGE, ("full", "other")),
-    Layout(Nested, IMAGE, ("full", "cross", "full"), 0),
+    Layout(Nested, IMAGE, ("full", "cross", "full"), 1),
     Layout(PartsGated, IMAGE, ("full", "full")),
     Layout(FramesInBatch, ("x_BCHW", (6, CHANNELS, 8, 4)), ("spatial", "temporal")),
     Layout(SequenceFirst, ("x_NBC", (12, 2, CHANNELS)), ("full", "cross")),

@@ -493,3 +493,21 @@ def test_what_a_mask_picks_from_the_latents(backend):
     for call in make_calls(2, mask_BL=mask):
         with torch.no_grad():
             torch.testing.assert_close(compiled(**call), model(**call), atol=1e-5, rtol=0)
+
+
+def test_a_mask_that_leaves_nothing_out():
+    """As where valid tokens are moved to the front: what is picked may be empty."""
+
+    class ValidFirst(Plain):
+        def forward(self, x_BCHW, t_B, text_BLD, mask_BL):
+            pairs = zip(text_BLD, mask_BL, strict=True)
+            rows = [torch.cat([text[m], torch.zeros_like(text[~m])]) for text, m in pairs]
+            weights = torch.linspace(0, 1, 5).view(1, 5, 1)
+            return super().forward(x_BCHW + (torch.stack(rows) * weights).mean(), t_B)
+
+    model = make(ValidFirst, Mlp())
+    compiled = pabc.compile(model, pabc.Schedule.none([1]), backend="eager")
+    for lengths in ((5, 5), (3, 5)):
+        (call,) = make_calls(1, **text_and_mask(*lengths))
+        with torch.no_grad():
+            assert torch.equal(compiled(**call), model(**call))

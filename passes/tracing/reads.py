@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import ir
-from ..ir import aten, copy_into, is_tensor, user_inputs
+from ..ir import aten, copy_into, is_call, is_tensor, user_inputs
 from .numbers import Policy, TracedNumber, plain
 from .outside import TensorCall
 
@@ -435,7 +435,20 @@ def with_static_sizes(graph: Graph) -> list[Node]:
             leaves = pytree.tree_leaves(node.meta["val"])
             if any(isinstance(t, torch.Tensor) and free_unbacked_symbols(t.shape) for t in leaves):
                 unknown.append(node)
-    return unknown
+    return [node for node in unknown if not _take_size_from_view(node)]
+
+
+def _take_size_from_view(node: Node) -> bool:
+    """Whether a result is only read with its size fixed: PyTorch forgets an empty one's own."""
+    readers = [user for user in node.users if is_tensor(user)]
+    views = [user for user in readers if is_call(user, (aten.view.default,))]
+    if not is_tensor(node) or not views or len(views) < len(readers):
+        return False
+    view = views[0].meta["val"]
+    if view.ndim != node.meta["val"].ndim or free_unbacked_symbols(view.shape):
+        return False
+    node.meta["val"] = view
+    return True
 
 
 def _replace_by_number(node: Node, number: int) -> None:
