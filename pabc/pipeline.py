@@ -1,6 +1,6 @@
 """The compiler as a list: which pass follows which, and what must hold after each.
 
-    capture -> canonicalize -> axes -> tag -> regions -> hoist -> outline -> cache
+    capture -> canonicalize -> axes (-> enlarge) -> tag -> regions -> hoist -> outline -> cache
                                                              once per signature
     specialize -> inline -> lift -> Inductor                 once per phase
 

@@ -20,6 +20,7 @@ from .ir import (
     Axis,
     Dims,
     Factor,
+    Reach,
     aten,
     is_outside,
     is_tensor,
@@ -132,7 +133,14 @@ def _comes_out_again(gm: GraphModule, name: str, output: Node, *, alone: bool = 
 def _find_other_streams(
     gm: GraphModule, streams: Mapping[str, str], outputs: Sequence[Node]
 ) -> dict[str, str]:
-    """The inputs that come out again beside the latents, each mapped to its stream's name."""
+    """The inputs that come out again beside the latents, each mapped to its stream's name.
+
+    In outputs that change over the steps: a condition may be returned as well.
+    """
+    reach = Reach(gm.graph)
+    inputs = [n for n in user_inputs(gm.graph) if is_tensor(n)]
+    changing = reach.mask(n for n in inputs if n.name in streams or value(n).ndim < 2)
+    outputs = [output for output in outputs if reach.touches(output, changing)]
     others: dict[str, str] = {}
     for name in _find_candidates(gm):
         if name in streams or name in others:
