@@ -12,9 +12,10 @@ from .outline import outline_regions_pass, verify_outline
 from .regions import Cut, mark_regions_pass, verify_marks
 from .specialize import specialize_phase_pass, verify_phase
 from .tag import tag_attention_pass, tagged, verify_tags
+from .tracing.assumptions import Reads
 from .tracing.calls import pack
 from .tracing.outside import OutsideCall
-from .tracing.reads import Read, Reads
+from .tracing.reads import Read
 from .tracing.sizes import Sizes, concrete, hinted
 
 __all__ = [

@@ -57,6 +57,8 @@ LAYOUTS = frozenset(
     }
 )
 SOFTMAXES = frozenset({aten.softmax.int, aten._softmax.default, aten._safe_softmax.default})
+MASKS = (torch.bool, torch.uint8)
+"""The dtypes of an index that says which elements, not at which positions."""
 OUTSIDE = "pabc_outside"
 """Namespace of the ops that stand for modules which a graph calls as they are."""
 

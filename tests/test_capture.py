@@ -52,6 +52,23 @@ class LazyBuffer(Small):
         return self.table
 
 
+class LazyBufferWithin(Small):
+    """A module in the model registers the buffer."""
+
+    class Table(nn.Module):
+        def forward(self, x):
+            if not hasattr(self, "table"):
+                self.register_buffer("table", torch.linspace(0, 1, x.shape[-1]) * 2)
+            return self.table
+
+    def __init__(self):
+        super().__init__()
+        self.inner = self.Table()
+
+    def extra(self, x):
+        return self.inner(x)
+
+
 class LazyDictionary(Small):
     def __init__(self):
         super().__init__()
@@ -109,6 +126,7 @@ def snapshot(module):
     [
         LazyAttribute,
         LazyBuffer,
+        LazyBufferWithin,
         LazyDictionary,
         LazyHelper,
         LazySubmodule,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch.fx import Node
 
-from ..ir import Dims, Factor, aten, is_tensor, value
+from ..ir import MASKS, Dims, Factor, aten, is_tensor, value
 from .factors import anonymous, blur, combine, join, length, narrow, unknown
 from .operands import Rule, argument, dim_of, lost
 
@@ -22,9 +21,6 @@ def _drawn(index: Product, source: Product, size: int, node: Node) -> Product:
     return product
 
 
-_MASKS = (torch.bool, torch.uint8)
-
-
 def _index(node: Node, operands: list[Dims]) -> Dims:
     """x[:, i, j]: a dimension of the index draws on each dimension of x whose index varies there.
 
@@ -34,7 +30,7 @@ def _index(node: Node, operands: list[Dims]) -> Dims:
     given = [d for d, index in enumerate(node.args[1]) if index is not None]
     if any(not is_tensor(node.args[1][d]) for d in given):
         return unknown(shape, lost(node))
-    if any(value(node.args[1][d]).dtype in _MASKS for d in given):
+    if any(value(node.args[1][d]).dtype in MASKS for d in given):
         return unknown(shape, lost(node))  # a mask covers several dimensions at once
     picked = dict(zip(given, operands[1:], strict=True))
     rest = [product for d, product in enumerate(dims) if d not in picked]

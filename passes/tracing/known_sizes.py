@@ -1,21 +1,79 @@
-"""known_sizes: ops whose result's size follows from data, as ops that are told the size.
+"""known_sizes: a traced graph whose sizes are numbers, those that follow from data included.
 
-The size was recorded, and is checked at each call. So the graph can run where sizes must be known
-beforehand: a compiler allocates results, and a device is not waited for.
+Those were recorded, and are checked at each call. Ops that find a size are told it: so the graph
+can run where sizes must be known beforehand: a compiler allocates results, and a device is not
+waited for.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
-from ..ir import aten, is_tensor, value
+from ..ir import MASKS, aten, is_call, is_tensor, value
 
-_MASKS = (torch.bool, torch.uint8)
+
+def with_static_sizes(graph: Graph) -> list[Node]:
+    """Replaces sizes known by now by numbers, in facts and arguments.
+
+    Returns the nodes whose sizes, or numbers, are still not known.
+    """
+    unknown = []
+    for node in list(graph.nodes):
+        val = node.meta.get("val")
+        if isinstance(val, torch.SymInt) and val.node.maybe_as_int() is not None:
+            _replace_by_number(node, val.node.maybe_as_int())
+        elif isinstance(val, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            if free_unbacked_symbols(val) and any(is_tensor(user) for user in node.users):
+                unknown.append(node)
+        elif val is not None and node.op != "output":
+            node.meta["val"] = pytree.tree_map_only(torch.Tensor, _static, val)
+            leaves = pytree.tree_leaves(node.meta["val"])
+            if any(isinstance(t, torch.Tensor) and free_unbacked_symbols(t.shape) for t in leaves):
+                unknown.append(node)
+    return [node for node in unknown if not _take_size_from_view(node)]
+
+
+def _take_size_from_view(node: Node) -> bool:
+    """Whether a result is only read with its size fixed: PyTorch forgets an empty one's own."""
+    readers = [user for user in node.users if is_tensor(user)]
+    views = [user for user in readers if is_call(user, (aten.view.default,))]
+    if not is_tensor(node) or not views or len(views) < len(readers):
+        return False
+    view = views[0].meta["val"]
+    if view.ndim != node.meta["val"].ndim or free_unbacked_symbols(view.shape):
+        return False
+    node.meta["val"] = view
+    return True
+
+
+def _replace_by_number(node: Node, number: int) -> None:
+    for user in list(node.users):
+        args, kwargs = map_arg((user.args, user.kwargs), lambda n: number if n is node else n)
+        user.args, user.kwargs = args, kwargs
+
+
+def _static(fake: torch.Tensor) -> torch.Tensor:
+    if not any(isinstance(s, torch.SymInt) for s in (*fake.shape, *fake.stride())):
+        return fake
+    sizes = [size for s in (*fake.shape, *fake.stride()) if (size := _number(s)) is not None]
+    if len(sizes) < 2 * fake.ndim:
+        return fake
+    with fake.fake_mode:  # type: ignore[attr-defined]
+        return torch.empty_strided(
+            sizes[: fake.ndim], sizes[fake.ndim :], dtype=fake.dtype, device=fake.device
+        )
+
+
+def _number(size: int | torch.SymInt) -> int | None:
+    return size.node.maybe_as_int() if isinstance(size, torch.SymInt) else operator.index(size)
 
 
 def tell_sizes(graph: Graph) -> None:
@@ -57,7 +115,7 @@ def _positions(node: Node, mask: Node, count: int) -> list[Node]:
 def _index(node: Node) -> Node | None:
     source, indices = node.args
     given = [d for d, index in enumerate(indices) if index is not None]
-    if len(given) != 1 or value(indices[given[0]]).dtype not in _MASKS:
+    if len(given) != 1 or value(indices[given[0]]).dtype not in MASKS:
         return None
     (d,) = given
     positions = _positions(node, indices[d], value(node).shape[d])

@@ -3,16 +3,16 @@
 Text lengths by `mask.sum(1).tolist()`, `int(positions.max())`, a branch on `torch.any(mask)`, sizes
 that follow from data (`x[mask]`, `nonzero`): a graph is right for the values it was traced with.
 The model is run once to record them, the trace replays them, and every tensor they were read from
-becomes a result of the trace, so that a later call can be checked against them.
+becomes a result of the trace, so that a later call can be checked against them
+(:mod:`pabc.passes.tracing.assumptions`).
 """
 
 from __future__ import annotations
 
-import operator
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import FrameType
@@ -20,27 +20,26 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-from torch.fx.node import map_arg
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import ir
-from ..ir import aten, copy_into, is_call, is_tensor, user_inputs
+from ..ir import MASKS, aten
 from .numbers import Policy, TracedNumber, plain
 from .outside import TensorCall
 
-_OWN_FOLDERS = tuple(
+OWN_FOLDERS = tuple(
     os.path.dirname(os.path.abspath(file)) for file in (torch.__file__, ir.__file__)
 )
+"""PyTorch's and the passes' own: what is called from files elsewhere is the model's code."""
 _UNSEEN = (torch.Tensor.numpy, torch.Tensor.__array__)
 """Functions that read memory without an op that a dispatch mode would see."""
 _INDEXING = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
 _REPEATS = (torch.repeat_interleave, torch.Tensor.repeat_interleave)
-_MASKING = (aten.index.Tensor,)
-_MASKS = (torch.bool, torch.uint8)
+_MASKING = (aten.index.Tensor, aten._unsafe_index.Tensor)
+_FROM_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 Measure = Callable[[Sequence[torch.Tensor]], Any]
 """Takes a value from tensors, or what the size of a result follows from."""
 
@@ -123,7 +122,7 @@ class _Frames:
 
     def site(self) -> str:
         frame: FrameType | None = sys._getframe(1)
-        while frame is not None and frame.f_code.co_filename.startswith(_OWN_FOLDERS):
+        while frame is not None and frame.f_code.co_filename.startswith(OWN_FOLDERS):
             frame = frame.f_back
         if frame is None:
             return ""
@@ -139,27 +138,6 @@ class _Frames:
         return ""
 
 
-def failing_module(model: nn.Module, error: BaseException) -> str:
-    """The qualified name of the innermost module whose own code raised; empty: the model itself."""
-    paths = {id(module): name for name, module in model.named_modules()}
-    chain: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and current not in chain:
-        chain.append(current)
-        current = current.__cause__ or current.__context__
-    for raised in reversed(chain):
-        found = None
-        trace = raised.__traceback__
-        while trace is not None:
-            frame = trace.tb_frame
-            if not frame.f_code.co_filename.startswith(_OWN_FOLDERS):
-                found = paths.get(id(frame.f_locals.get("self")), found)
-            trace = trace.tb_next
-        if found is not None:
-            return found
-    return ""
-
-
 class _Watch(TorchDispatchMode):
     """Notices ops whose result, or its size, is read from data."""
 
@@ -170,12 +148,11 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
-            masked = func in _MASKING or "index" not in func.name()
-            self.seen = self.seen or masked
-        if func in _MASKING:
+        if func in _MASKING:  # tagged, but most indices are positions
             indices = [i for i in args[1] if i is not None]
-            self.seen = self.seen or any(i.dtype in _MASKS for i in indices)
+            self.seen = self.seen or any(i.dtype in MASKS for i in indices)
+        elif _FROM_DATA & set(func.tags):
+            self.seen = True
         return func(*args, **(kwargs or {}))
 
 
@@ -219,7 +196,7 @@ def _size_source(
 ) -> tuple[tuple[torch.Tensor, ...], Measure]:
     """The tensors that a result's size follows from, and how: masks, repeats, else the call."""
     call, tensors = TensorCall.of(args, kwargs)
-    masks = tuple(tensor for tensor in tensors if tensor.dtype in _MASKS)
+    masks = tuple(tensor for tensor in tensors if tensor.dtype in MASKS)
     if masks:
         return masks, lambda given: tuple(int(t.count_nonzero()) for t in given)
     if func in _REPEATS:
@@ -233,7 +210,7 @@ def _with_numbers(index: Any) -> Any:
         return tuple(map(_with_numbers, index))
     if isinstance(index, slice):
         return slice(*map(_with_numbers, (index.start, index.stop, index.step)))
-    if isinstance(index, torch.Tensor) and index.ndim == 0 and index.dtype not in _MASKS:
+    if isinstance(index, torch.Tensor) and index.ndim == 0 and index.dtype not in MASKS:
         return index.item()
     return index
 
@@ -305,169 +282,3 @@ def _fix_size(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     for size, known in zip(tensor.shape, shape, strict=True):
         torch._check(size == known)
     return tensor.view(shape)
-
-
-class Reads:
-    """What a graph assumes of data: reads, and a graph that computes the tensors they came from.
-
-    Attributes:
-        entries: the reads.
-        inputs: per read, the names of the model's inputs that its value follows from.
-        graph: the model's inputs -> nothing; run node by node by :meth:`difference`.
-    """
-
-    def __init__(self, gm: GraphModule, checked: Sequence[Checked]) -> None:
-        """`checked` holds nodes of `gm` in the place of tensors."""
-        sources = _sources(gm.graph)
-        kept = [c for c in checked if any(sources[node] for node in c.tensors)]
-        self.entries = tuple(c.read for c in kept)
-        self.inputs = tuple(
-            frozenset(
-                source.name
-                for node in c.tensors
-                for source in sources[node]
-                if source.op == "placeholder"
-            )
-            for c in kept
-        )
-        needed: set[Node] = set()
-        stack = [node for c in kept for node in c.tensors]
-        while stack:
-            node = stack.pop()
-            if node not in needed:
-                needed.add(node)
-                stack.extend(node.all_input_nodes)
-        graph, mapping = Graph(), dict[Node, Node]()
-        inputs = user_inputs(gm.graph)
-        copy_into(graph, inputs, mapping)
-        copy_into(graph, [n for n in gm.graph.nodes if n in needed and n not in inputs], mapping)
-        graph.output(())
-        self.graph = GraphModule(gm, graph)
-        self.used = tuple(i for i, n in enumerate(inputs) if mapping[n].users or n in needed)
-        self.weights = tuple(str(n.target) for n in graph.nodes if n.op == "get_attr")
-        order = {node: i for i, node in enumerate(graph.nodes)}
-        self._checks: dict[Node, list[tuple[Checked, tuple[Node, ...]]]] = {}
-        for c in kept:
-            nodes = tuple(mapping[node] for node in c.tensors)
-            self._checks.setdefault(max(nodes, key=order.__getitem__), []).append((c, nodes))
-
-    def __bool__(self) -> bool:
-        return bool(self.entries)
-
-    def difference(self, inputs: Sequence[Any]) -> tuple[Read, Any] | None:
-        """The first read that gives another value for these inputs, with that value."""
-        try:
-            with torch.no_grad():
-                _Checker(self.graph, self._checks).run(*inputs)
-        except _Differs as found:
-            return found.read, found.value
-        return None
-
-    def follow(self, denoised: Collection[str]) -> dict[str, str]:
-        """Modules (not the model itself) that read values which follow from the latents, and why
-        that keeps them out of a graph."""
-        reads = zip(self.entries, self.inputs, strict=True)
-        return {
-            read.path: f"it reads values that follow from the latents ({read.site})"
-            for read, inputs in reads
-            if read.path and not inputs.isdisjoint(denoised)
-        }
-
-
-class _Differs(Exception):
-    def __init__(self, read: Read, value: Any) -> None:
-        self.read, self.value = read, value
-
-
-class _Checker(Interpreter):
-    """Runs a graph and stops at the first read that differs: what follows assumes its value."""
-
-    def __init__(
-        self,
-        gm: GraphModule,
-        checks: Mapping[Node, Sequence[tuple[Checked, tuple[Node, ...]]]],
-    ) -> None:
-        super().__init__(gm, garbage_collect_values=False)
-        self._checks = checks
-
-    def run_node(self, n: Node) -> Any:
-        self.env[n] = result = super().run_node(n)
-        for checked, nodes in self._checks.get(n, ()):
-            value = checked.again([self.env[node] for node in nodes])
-            if not _same(value, checked.read.value):
-                raise _Differs(checked.read, value)
-        return result
-
-
-def _same(a: Any, b: Any) -> bool:
-    if hasattr(a, "shape") and hasattr(b, "shape"):
-        return bool(a.shape == b.shape and (a == b).all())
-    return bool(a == b) or (a != a and b != b)
-
-
-def _sources(graph: Graph) -> dict[Node, frozenset[Node]]:
-    """Per node, the inputs and weights that it is computed from."""
-    found: dict[Node, frozenset[Node]] = {}
-    for node in graph.nodes:
-        if node.op in ("placeholder", "get_attr"):
-            found[node] = frozenset([node])
-        else:
-            parts = (found[n] for n in node.all_input_nodes)
-            found[node] = frozenset().union(*parts)
-    return found
-
-
-def with_static_sizes(graph: Graph) -> list[Node]:
-    """Replaces sizes known by now by numbers, in facts and arguments.
-
-    Returns the nodes whose sizes, or numbers, are still not known.
-    """
-    unknown = []
-    for node in list(graph.nodes):
-        val = node.meta.get("val")
-        if isinstance(val, torch.SymInt) and val.node.maybe_as_int() is not None:
-            _replace_by_number(node, val.node.maybe_as_int())
-        elif isinstance(val, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            if free_unbacked_symbols(val) and any(is_tensor(user) for user in node.users):
-                unknown.append(node)
-        elif val is not None and node.op != "output":
-            node.meta["val"] = pytree.tree_map_only(torch.Tensor, _static, val)
-            leaves = pytree.tree_leaves(node.meta["val"])
-            if any(isinstance(t, torch.Tensor) and free_unbacked_symbols(t.shape) for t in leaves):
-                unknown.append(node)
-    return [node for node in unknown if not _take_size_from_view(node)]
-
-
-def _take_size_from_view(node: Node) -> bool:
-    """Whether a result is only read with its size fixed: PyTorch forgets an empty one's own."""
-    readers = [user for user in node.users if is_tensor(user)]
-    views = [user for user in readers if is_call(user, (aten.view.default,))]
-    if not is_tensor(node) or not views or len(views) < len(readers):
-        return False
-    view = views[0].meta["val"]
-    if view.ndim != node.meta["val"].ndim or free_unbacked_symbols(view.shape):
-        return False
-    node.meta["val"] = view
-    return True
-
-
-def _replace_by_number(node: Node, number: int) -> None:
-    for user in list(node.users):
-        args, kwargs = map_arg((user.args, user.kwargs), lambda n: number if n is node else n)
-        user.args, user.kwargs = args, kwargs
-
-
-def _static(fake: torch.Tensor) -> torch.Tensor:
-    if not any(isinstance(s, torch.SymInt) for s in (*fake.shape, *fake.stride())):
-        return fake
-    sizes = [size for s in (*fake.shape, *fake.stride()) if (size := _number(s)) is not None]
-    if len(sizes) < 2 * fake.ndim:
-        return fake
-    with fake.fake_mode:  # type: ignore[attr-defined]
-        return torch.empty_strided(
-            sizes[: fake.ndim], sizes[fake.ndim :], dtype=fake.dtype, device=fake.device
-        )
-
-
-def _number(size: int | torch.SymInt) -> int | None:
-    return size.node.maybe_as_int() if isinstance(size, torch.SymInt) else operator.index(size)
