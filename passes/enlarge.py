@@ -17,7 +17,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
-from .tag import find_attentions, find_single_axes, hinges_on_single_axes, stated_by
+from .kinds import find_single_axes, hinges_on_single_axes
+from .tag import find_attentions, stated_by
 from .tracing.structure import Structure, flatten
 from .tracing.untouched import untouched
 

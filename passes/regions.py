@@ -2,47 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from .attention_ops import attention_result
 from .ir import (
-    GETITEM,
     LAYOUTS,
     Attention,
     Reach,
-    aten,
     dead_without,
     is_call,
     is_contraction,
     is_outside,
     is_pointwise,
-    is_tensor,
     user_inputs,
     value,
 )
+from .residuals import Residual, find_exits, find_merges, find_residuals, find_shares
 from .tag import find_inner_attentions, tagged
 
 Cut = Literal["attention", "branch"]
-_ADDS = (aten.add.Tensor,)
-_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
-
-
-@dataclass(frozen=True)
-class _Residual:
-    """stream + branch, where the branch reads the stream.
-
-    Or the share of a branch (`branch`) that joins another's at `add`, a sum or concatenation, and
-    is added to the stream with it, as what `later` holds.
-    """
-
-    add: Node
-    stream: Node
-    branch: Node
-    later: Node | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +63,7 @@ def mark_regions_pass(gm: GraphModule, *, cut: Cut = "attention") -> GraphModule
     residuals = find_residuals(gm.graph, reach)
     groups = _group_by_exits(reach, tagged(gm), residuals)
     branches, outside = _find_attention_branches(reach, groups, residuals, cut)
-    shares = _find_shares(reach, groups, residuals)
+    shares = find_shares(reach, groups, residuals)
     branches += _find_mlp_branches(gm, reach, residuals, shares, branches, cut)
     branches = _split_around_others(reach, branches, residuals, outside)
     branches.sort(key=lambda b: reach.index[b.cuts[0]])
@@ -113,69 +95,14 @@ def verify_marks(gm: GraphModule) -> None:
         assert _is_convex(reach, nodes), f"region {i} needs what is computed from it"
 
 
-def find_residuals(graph: Graph, reach: Reach) -> list[_Residual]:
-    """Additions of equal shapes of which one operand is computed from the other by a product."""
-    streams: dict[Node, Node] = {}
-    found = []
-    for node in graph.nodes:
-        if not is_call(node, _ADDS) or len(node.all_input_nodes) != 2:
-            continue
-        a, b = node.all_input_nodes
-        if not value(a).shape == value(b).shape == value(node).shape:
-            continue
-        for branch, other in ((a, b), (b, a)):
-            stream = _shared_stream(reach, streams, branch, other)
-            if stream is not None:
-                streams[node] = stream
-                found.append(_Residual(node, stream, branch))
-                break
-    return found
-
-
-def _shared_stream(
-    reach: Reach, streams: dict[Node, Node], branch: Node, other: Node
-) -> Node | None:
-    """The value that `branch` reads and `other` carries on: `other`, or what it was added to.
-
-    A part of the stream carries on the stream: some models add to each part with its own gate.
-    """
-    candidate: Node | None = _through_layouts(other)
-    if candidate is not None and not reach.depends(branch, candidate):
-        candidate = _whole(candidate)
-    while candidate is not None and not reach.depends(branch, candidate):
-        candidate = streams.get(candidate)
-    if candidate is None or reach.depends(other, branch):
-        return None
-    crossed = any(is_contraction(n) for n in reach.between(candidate, branch))
-    return candidate if crossed else None
-
-
-def _through_layouts(node: Node) -> Node:
-    while is_call(node, LAYOUTS) and is_tensor(node.args[0]):
-        node = node.args[0]
-    return node
-
-
-def _whole(node: Node) -> Node:
-    """What a node is a part, or another layout, of."""
-    while is_call(node, (*LAYOUTS, aten.slice.Tensor, GETITEM)) and isinstance(node.args[0], Node):
-        source = node.args[0]
-        if node.target is GETITEM:
-            if not is_call(source, _SPLITS):
-                break
-            source = source.args[0]
-        node = source
-    return node
-
-
 def _group_by_exits(
-    reach: Reach, attentions: Sequence[Node], residuals: Sequence[_Residual]
+    reach: Reach, attentions: Sequence[Node], residuals: Sequence[Residual]
 ) -> dict[tuple[Node, ...], list[Node]]:
     """The attentions on the latents by the adds that they reach; one without an add by itself."""
     groups: dict[tuple[Node, ...], list[Node]] = {}
     for attention in attentions:
         if attention.meta["attention"].kind != "other":
-            exits = tuple(r.add for r in _exits(reach, residuals, attention))
+            exits = tuple(r.add for r in find_exits(reach, residuals, attention))
             groups.setdefault(exits or (attention,), []).append(attention)
     return groups
 
@@ -183,7 +110,7 @@ def _group_by_exits(
 def _find_attention_branches(
     reach: Reach,
     groups: Mapping[tuple[Node, ...], Sequence[Node]],
-    residuals: Sequence[_Residual],
+    residuals: Sequence[Residual],
     cut: Cut,
 ) -> tuple[list[_Branch], list[str]]:
     """Branches for all attentions on the latents, and a line for each that none can hold."""
@@ -211,31 +138,12 @@ def _refusal(attention: Node) -> str:
     return f"{fact.name}: its output cannot be separated from its inputs"
 
 
-def _exits(reach: Reach, residuals: Sequence[_Residual], attention: Node) -> list[_Residual]:
-    """The innermost residual adds that the attention's output reaches, one per stream."""
-    exits: list[_Residual] = []
-    for residual in residuals:
-        reached = residual.branch is attention or reach.depends(residual.branch, attention)
-        if not reached or not _projects(reach, residual.stream, attention):
-            continue
-        if not any(reach.depends(residual.add, earlier.add) for earlier in exits):
-            exits.append(residual)
-    return exits
-
-
-def _projects(reach: Reach, stream: Node, attention: Node) -> bool:
-    """Whether the attention reads the stream through a product: a query is not a stream."""
-    return reach.depends(attention, stream) and any(
-        is_contraction(n) for n in reach.between(stream, attention)[:-1]
-    )
-
-
 def _cut_at(
     reach: Reach,
-    exits: Sequence[_Residual],
+    exits: Sequence[Residual],
     attentions: Sequence[Node],
     cut: Cut,
-    residuals: Sequence[_Residual],
+    residuals: Sequence[Residual],
 ) -> _Branch | None:
     """The branch with its cuts before the residual adds, or None where they would not free it."""
     mask = reach.mask(attentions)
@@ -251,53 +159,17 @@ def _cut_at(
 
 
 def _before_merge(
-    reach: Reach, residual: _Residual, attentions: Sequence[Node], mask: int
+    reach: Reach, residual: Residual, attentions: Sequence[Node], mask: int
 ) -> Node | None:
     """The attention's own share of a branch: all of it, or up to where another branch joins in.
 
     That is a sum or concatenation with something else that is projected from the stream. None if
     the attention is in more than one of the operands.
     """
-    for node, _ in _merges(reach, residual, attentions, mask):
+    for node, _ in find_merges(reach, residual, attentions, mask):
         carried = [n for n in node.all_input_nodes if reach.touches(n, mask)]
         return carried[0] if len(carried) == 1 else None
     return residual.branch
-
-
-def _merges(
-    reach: Reach, residual: _Residual, attentions: Sequence[Node], mask: int
-) -> Iterator[tuple[Node, list[Node]]]:
-    """Where other branches join the attention's, in order, with what joins."""
-    read = {_through_layouts(n) for attention in attentions for n in attention.all_input_nodes}
-    read = {n for n in read if reach.depends(n, residual.stream)}  # not masks, which others share
-    owned = mask | reach.mask(read)  # what follows from its values belongs to the attention
-    for node in reach.between(residual.stream, residual.branch):
-        if not is_call(node, (*_ADDS, aten.cat.default)) or not reach.touches(node, mask):
-            continue
-        others = [n for n in node.all_input_nodes if not reach.touches(n, owned)]
-        joining = [n for n in others if _is_projected(reach, residual.stream, n)]
-        if joining:
-            yield node, joining
-
-
-def _find_shares(
-    reach: Reach,
-    groups: Mapping[tuple[Node, ...], Sequence[Node]],
-    residuals: Sequence[_Residual],
-) -> list[_Residual]:
-    """What joins attentions before their residual add, such as an MLP in parallel."""
-    by_add = {r.add: r for r in residuals}
-    return [
-        _Residual(node, residual.stream, share, residual.branch)
-        for exits, attentions in groups.items()
-        for residual in (by_add[add] for add in exits if add in by_add)
-        for node, joining in _merges(reach, residual, attentions, reach.mask(attentions))
-        for share in joining
-    ]
-
-
-def _is_projected(reach: Reach, stream: Node, node: Node) -> bool:
-    return reach.depends(node, stream) and any(map(is_contraction, reach.between(stream, node)))
 
 
 def _fresh_operands(reach: Reach, node: Node, mask: int) -> list[Node]:
@@ -336,8 +208,8 @@ def _cut_raw(attention: Node) -> _Branch | None:
 def _find_mlp_branches(
     gm: GraphModule,
     reach: Reach,
-    residuals: Sequence[_Residual],
-    shares: Sequence[_Residual],
+    residuals: Sequence[Residual],
+    shares: Sequence[Residual],
     attention_branches: Sequence[_Branch],
     cut: Cut,
 ) -> list[_Branch]:
@@ -350,7 +222,7 @@ def _find_mlp_branches(
     streams = set(gm.meta["denoised"].values())
     owned = _own(reach, attention_branches, residuals)
     claimed = {node for _, nodes in owned for node in nodes}
-    groups: dict[frozenset[Node], list[_Residual]] = {}
+    groups: dict[frozenset[Node], list[Residual]] = {}
     for residual in (*residuals, *shares):
         inner = reach.between(residual.stream, residual.branch)
         products = frozenset(n for n in inner if is_contraction(n))
@@ -377,7 +249,7 @@ def _find_mlp_branches(
     return branches
 
 
-def _later(reach: Reach, residual: _Residual) -> frozenset[Node]:
+def _later(reach: Reach, residual: Residual) -> frozenset[Node]:
     """The products between a share and the residual add."""
     if residual.later is None:
         return frozenset()
@@ -392,7 +264,7 @@ def _is_deep(reach: Reach, products: Collection[Node]) -> bool:
 def _split_around_others(
     reach: Reach,
     branches: Sequence[_Branch],
-    residuals: Sequence[_Residual],
+    residuals: Sequence[Residual],
     outside: list[str],
 ) -> list[_Branch]:
     """Replaces each branch that something leaves and enters again, such as one within another.
@@ -422,7 +294,7 @@ def _is_convex(reach: Reach, nodes: Sequence[Node]) -> bool:
 
 
 def _own(
-    reach: Reach, branches: Sequence[_Branch], residuals: Sequence[_Residual]
+    reach: Reach, branches: Sequence[_Branch], residuals: Sequence[Residual]
 ) -> list[tuple[_Branch, tuple[Node, ...]]]:
     """The nodes that only a branch's cuts need, back to the stream or another branch's cut.
 

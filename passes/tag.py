@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
-import torch
 from torch.fx import GraphModule, Node
 
 from pabc.plan import KINDS
@@ -16,47 +14,14 @@ from .attention_ops import attention_call, is_attention_op
 from .ir import (
     SOFTMAXES,
     Attention,
-    Axis,
     Dims,
-    Factor,
     Reach,
     attribute,
     is_call,
     module_path,
     user_inputs,
-    value,
 )
-from .provenance.factors import is_join, is_named, length
-
-
-@dataclass(frozen=True)
-class _Found:
-    """An attention's output node and the factors of its query and key sequence dimensions.
-
-    `features` has those of the dimension that its scores sum over, `outer` those of the query's
-    other dimensions; `query_on_latents`, `key_on_latents`: whether the operand is computed from
-    what is denoised at all; `packed`: which tokens share a sequence is data; `linear`: keys and
-    values are multiplied first.
-    """
-
-    node: Node
-    query: tuple[Factor, ...]
-    key: tuple[Factor, ...]
-    features: tuple[Factor, ...]
-    outer: tuple[Factor, ...]
-    query_on_latents: bool
-    key_on_latents: bool
-    packed: bool = False
-    linear: bool = False
-
-
-@dataclass(frozen=True)
-class TokenAxes:
-    """Which axes of a denoised stream are frames, and which lie within a frame."""
-
-    stream: str
-    time: Axis | None
-    space: tuple[Axis, ...]
+from .kinds import Found, find_streams, find_token_axes, find_undecided_axes, name_kind
 
 
 def tag_attention_pass(gm: GraphModule, *, kinds: Mapping[str, str] | None = None) -> GraphModule:
@@ -85,8 +50,8 @@ def tag_attention_pass(gm: GraphModule, *, kinds: Mapping[str, str] | None = Non
         for node in find_unclaimed_softmaxes(gm, chains)
     )
     telling, larger = _find_in_larger(gm, found)
-    streams = [find_token_axes(larger, telling, name) for name in _streams(larger)]
-    single = _undecided_axes(larger, telling)
+    streams = [find_token_axes(larger, telling, name) for name in find_streams(larger)]
+    single = find_undecided_axes(larger, telling)
     names: dict[str, int] = {}
     used: set[str] = set()
     for attention, same in zip(found, telling, strict=True):
@@ -105,13 +70,13 @@ def tag_attention_pass(gm: GraphModule, *, kinds: Mapping[str, str] | None = Non
     return gm
 
 
-def stated_by(found: _Found, kinds: Mapping[str, str]) -> str | None:
+def stated_by(found: Found, kinds: Mapping[str, str]) -> str | None:
     """The first pattern that matches an attention's module."""
     path = module_path(found.node) or found.node.name
     return next((pattern for pattern in kinds if fnmatchcase(path, pattern)), None)
 
 
-def _find_in_larger(gm: GraphModule, found: list[_Found]) -> tuple[list[_Found], GraphModule]:
+def _find_in_larger(gm: GraphModule, found: list[Found]) -> tuple[list[Found], GraphModule]:
     """The same attentions in the graph of a larger call, where there is one and they are the same.
 
     That is: as many, of the same modules, by the same ops, in the same order.
@@ -124,7 +89,7 @@ def _find_in_larger(gm: GraphModule, found: list[_Found]) -> tuple[list[_Found],
     return found, gm
 
 
-def _identity(found: _Found) -> tuple[str, object]:
+def _identity(found: Found) -> tuple[str, object]:
     return module_path(found.node), found.node.target
 
 
@@ -163,17 +128,17 @@ def _is_graph(value: object) -> bool:
     return isinstance(value, GraphModule)
 
 
-def find_attentions(gm: GraphModule) -> list[_Found]:
+def find_attentions(gm: GraphModule) -> list[Found]:
     """Fused attention ops, and those written out as products, in graph order."""
     return _find(gm)[0]
 
 
-def _find(gm: GraphModule) -> tuple[list[_Found], list[Chain]]:
+def _find(gm: GraphModule) -> tuple[list[Found], list[Chain]]:
     reach = Reach(gm.graph)
     chains = find_chains(gm, reach)
     latents = reach.mask(n for n in user_inputs(gm.graph) if n.name in gm.meta["denoised"])
     written = [
-        _Found(
+        Found(
             chain.node,
             chain.query,
             chain.key,
@@ -190,12 +155,12 @@ def _find(gm: GraphModule) -> tuple[list[_Found], list[Chain]]:
     return sorted(found, key=lambda f: reach.index[f.node]), chains
 
 
-def _describe_fused(node: Node, reach: Reach, latents: int) -> _Found:
+def _describe_fused(node: Node, reach: Reach, latents: int) -> Found:
     call = attention_call(node)
     query: Dims = call.query.meta["axes"]
     features = len(query) + call.layout.features
     inner = {len(query) + call.layout.sequence, features}
-    return _Found(
+    return Found(
         node,
         query=query[call.layout.sequence],
         key=call.key.meta["axes"][call.layout.sequence],
@@ -204,200 +169,4 @@ def _describe_fused(node: Node, reach: Reach, latents: int) -> _Found:
         query_on_latents=reach.touches(call.query, latents),
         key_on_latents=reach.touches(call.key, latents),
         packed=call.packed,
-    )
-
-
-def _streams(gm: GraphModule) -> list[str]:
-    """The inputs whose axes the denoised streams have, the latents first."""
-    return list(dict.fromkeys(gm.meta["denoised"].values()))
-
-
-def find_token_axes(gm: GraphModule, found: list[_Found], stream: str) -> TokenAxes:
-    """A stream's axes that tokens are made of: all but the batch and the contracted channels.
-
-    Of three such axes the first is time (B, C, T, H, W and B, T, C, H, W both occur); of two or one
-    all lie within a frame. The first axis is the batch, unless some attention mixes positions along
-    it alone: then it has frames (B*T, C, H, W), or tokens if no other axis has (N, C and N, B, C).
-    """
-    rank = next(value(n).ndim for n in user_inputs(gm.graph) if n.name == stream)
-    mixed = [_dims_of(attention.query, stream) for attention in found]
-    others = [f.outer if is_named(f.query) else (*f.outer, *f.features) for f in found]
-    seen = set().union(*mixed, *(_dims_of(product, stream) for product in others)) - {0}
-    rest = [dim for dim in range(1, rank) if dim in seen]
-    if rank == 5 and len(rest) != 3:
-        rest = [d for d in range(1, 5) if d != (1 if 1 not in seen else 2)]
-    axes = [Axis(stream, dim) for dim in rest]
-    time = axes[0] if len(axes) == 3 else None
-    if time is None and {0} in mixed:
-        first = Axis(stream, 0)
-        if not any(dims - {0} for dims in mixed) and rank < 4:
-            return TokenAxes(stream, None, (first,))
-        time = first
-    return TokenAxes(stream, time, tuple(a for a in axes if a != time))
-
-
-def _dims_of(product: tuple[Factor, ...], source: str) -> set[int]:
-    return {axis.dim for factor in product for axis in factor.axes() if axis.source == source}
-
-
-def find_single_axes(gm: GraphModule, found: list[_Found]) -> list[int]:
-    """The dimensions of the latents that may be token axes of one position, or the channels.
-
-    None where all but the batch and the channels have several positions.
-    """
-    shape, positions = _latent_positions(gm, found)
-    single = [dim for dim in range(1, len(shape)) if positions.get(dim, 1) == 1]
-    return single if len(single) > 1 else []
-
-
-def _undecided_axes(gm: GraphModule, found: list[_Found]) -> list[int]:
-    """Those of them that are no channels: of size one, or seen in an attention."""
-    shape, positions = _latent_positions(gm, found)
-    return [dim for dim in find_single_axes(gm, found) if shape[dim] == 1 or dim in positions]
-
-
-def _latent_positions(gm: GraphModule, found: list[_Found]) -> tuple[torch.Size, dict[int, int]]:
-    """The latents' shape, and per dimension the positions along it in the attentions."""
-    latents: str = gm.meta["latents"]
-    shape = next(value(n).shape for n in user_inputs(gm.graph) if n.name == latents)
-    positions: dict[int, int] = {}
-    for attention in found:
-        for dim, count in _count_positions((*attention.query, *attention.outer), latents).items():
-            positions[dim] = max(count, positions.get(dim, 1))
-    return shape, positions
-
-
-def _count_positions(product: tuple[Factor, ...], latents: str) -> dict[int, int]:
-    """Per dimension of the latents, the positions along it; all of them where the order is lost."""
-    counts: dict[int, int] = {}
-    for factor in product:
-        if is_join(factor):
-            for part in factor.parts:
-                counts.update(_count_positions(part, latents))
-            continue
-        for axis in factor.axes():
-            if axis.source == latents:
-                counts[axis.dim] = counts.get(axis.dim, 1) * factor.size
-    return counts
-
-
-def hinges_on_single_axes(found: _Found, latents: str) -> bool:
-    """Whether the kind depends on where an axis of one position of the latents lies.
-
-    It does for self-attention alone, and not for that of another input's tokens.
-    """
-    sources = {axis.source for factor in (*found.query, *found.key) for axis in factor.axes()}
-    joined = any(map(is_join, (*found.query, *found.key)))
-    elsewhere = bool(sources) and latents not in sources
-    on_latents = found.query_on_latents and found.key_on_latents
-    return on_latents and not (elsewhere or joined or found.packed)
-
-
-def name_kind(found: _Found, streams: Sequence[TokenAxes], single: Sequence[int] = ()) -> str:
-    """The kind from the axes of Q and K alone; `single`: the latents' axes that may lie anywhere.
-
-    Raises: ValueError where Q or K is computed from what is denoised and its sequence has lost its
-    axes, or may have an axis of one position or not.
-    """
-    latents = streams[0].stream
-    if single and hinges_on_single_axes(found, latents):
-        axes = ", ".join(f"{latents}[{dim}]" for dim in single)
-        raise ValueError(
-            f"{_undecided(found)}, since {axes} has one position, which may lie in the batch or in "
-            f"the sequence, and the model takes no larger input that would show it; "
-            f"{_remedy(found)}"
-        )
-    query = found.key if _is_one_of_many(found, streams) else found.query
-    queries = [t for t in streams if _known_token_axes(found, query, t)]
-    keys = [t for t in streams if _known_token_axes(found, found.key, t)]
-    if not queries:
-        _check_other(found, streams)
-        return "other"
-    if not keys and found.key_on_latents:
-        _check_known(found, found.key)
-    tokens = next((t for t in queries if t in keys), None)
-    if tokens is None:
-        return "cross"
-    if found.packed:
-        raise ValueError(
-            f"{_undecided(found)}, since its sequences are packed into one, and only the data says "
-            f"which tokens share a sequence; {_remedy(found)}"
-        )
-    if _has_other_tokens(found.query, tokens) or _has_other_tokens(found.key, tokens):
-        return "joint"
-    if tokens.time is None:
-        covers = max(_token_sizes(found.outer, tokens).values(), default=1) == 1
-        return "full" if covers else "spatial"
-    mixed = _known_token_axes(found, query, tokens)
-    if mixed == {tokens.time}:
-        return "temporal"
-    return "full" if tokens.time in mixed else "spatial"
-
-
-def _is_one_of_many(found: _Found, streams: Sequence[TokenAxes]) -> bool:
-    """Whether every latent token is a query for itself, as where its neighbors are its keys."""
-    if length(found.query) > 1 or any(factor.reason for factor in found.query):
-        return False
-    if any(_known_token_axes(found, found.query, tokens) for tokens in streams):
-        return False
-    sizes = (size for tokens in streams for size in _token_sizes(found.outer, tokens).values())
-    return max(sizes, default=1) > 1
-
-
-def _known_token_axes(found: _Found, product: tuple[Factor, ...], tokens: TokenAxes) -> set[Axis]:
-    """A stream's axes of a sequence.
-
-    A single position along an axis whose others lie in the batch is no part of the sequence.
-    """
-    outer = _token_sizes(found.outer, tokens)
-    sizes = _token_sizes(product, tokens)
-    return {axis for axis, size in sizes.items() if size > 1 or outer.get(axis, 1) == 1}
-
-
-def _check_other(found: _Found, streams: Sequence[TokenAxes]) -> None:
-    """Raises unless the query is known to have no token of what is denoised: tokens of a condition,
-    learned ones, a pooled one, or channels, where the scores sum over the tokens."""
-    if not found.query_on_latents or any(_token_sizes(found.features, t) for t in streams):
-        return
-    _check_known(found, found.query)
-    learned = all(factor.learned for factor in found.query)
-    if not learned and not is_named(found.query) and length(found.query) > 1:
-        raise ValueError(
-            f"{_undecided(found)}, since its queries follow from the latents and lie along no axis "
-            f"of an input; {_remedy(found)}"
-        )
-
-
-def _check_known(found: _Found, product: tuple[Factor, ...]) -> None:
-    """Raises where some op on the latents has lost the axes of a sequence."""
-    if reason := next((factor.reason for factor in product if factor.reason), ""):
-        raise ValueError(f"{_undecided(found)}, since {reason}; {_remedy(found)}")
-
-
-def _undecided(found: _Found) -> str:
-    return f"attention {found.node.name} ({module_path(found.node)}): cannot tell its kind"
-
-
-def _remedy(found: _Found) -> str:
-    return f"state it with kinds={{{module_path(found.node)!r}: 'spatial'}} (one of {KINDS})"
-
-
-def _token_sizes(product: tuple[Factor, ...], tokens: TokenAxes) -> dict[Axis, int]:
-    """Per token axis of a stream in a dimension, the positions along it there."""
-    known = {*tokens.space, *([tokens.time] if tokens.time else [])}
-    sizes: dict[Axis, int] = {}
-    for factor in product:
-        for axis in factor.axes():
-            if axis in known:
-                sizes[axis] = sizes.get(axis, 1) * factor.size
-    return sizes
-
-
-def _has_other_tokens(product: tuple[Factor, ...], tokens: TokenAxes) -> bool:
-    """Whether some part of a joined sequence has tokens of another input; learned ones have not."""
-    return any(
-        not _token_sizes(part, tokens) and not all(inner.learned for inner in part)
-        for factor in product
-        if factor.parts
-        for part in factor.parts
     )
