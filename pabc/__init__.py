@@ -8,11 +8,15 @@ if (Path(__file__).parents[1] / "setup.py").is_file():
     __path__.append(str(Path(__file__).parents[1]))
 
 from pabc import presets
-from pabc.api import CompiledModel, compile, explain
+from pabc.api import compile, explain
+from pabc.compiled import CompiledModel
 from pabc.explanation import Explanation
+from pabc.guards import GuardError
 from pabc.passes.attention_ops import register_attention_op
 from pabc.plan import Action, Plan, SlotSpec
 from pabc.schedule import Schedule
+from pabc.stats import Stats
+from pabc.trajectory import Trajectory
 
 __version__ = "0.1.0"
 
@@ -20,9 +24,12 @@ __all__ = [
     "Action",
     "CompiledModel",
     "Explanation",
+    "GuardError",
     "Plan",
     "Schedule",
     "SlotSpec",
+    "Stats",
+    "Trajectory",
     "compile",
     "explain",
     "presets",

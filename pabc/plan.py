@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -131,6 +132,20 @@ class Plan:
     def reuse(self) -> npt.NDArray[np.bool_]:
         """Boolean [num_steps, num_slots]: where the action is `REUSE`."""
         return self.actions == Action.REUSE
+
+    @cached_property
+    def until(self) -> npt.NDArray[np.int32]:
+        """The last step that may read a value computed at a step: int32 [num_steps, num_slots].
+
+        That is where the reuse that follows the step ends; -1 where the next step computes anew.
+        It is also said of steps that reuse, for a value computed there because none was kept.
+        """
+        until = np.full((self.num_steps + 1, len(self.slots)), -1, dtype=np.int32)
+        for step in range(self.num_steps - 2, -1, -1):
+            last = np.maximum(until[step + 1], step + 1)
+            until[step] = np.where(self.reuse[step + 1], last, -1)
+        until.setflags(write=False)
+        return until[: self.num_steps]
 
     @property
     def bytes_at(self) -> npt.NDArray[np.int64]:

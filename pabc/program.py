@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Literal
 
@@ -11,17 +13,42 @@ from torch import nn
 from torch.fx import GraphModule
 
 from pabc import passes
+from pabc.guards import find_numbers
+from pabc.passes.cache import Cuts
+from pabc.passes.ir import output_node
 from pabc.pipeline import Config, analyze
-from pabc.plan import Plan, SlotSpec
+from pabc.plan import SlotSpec
 from pabc.schedule import Schedule
-from pabc.trajectory import Hoisted, Trajectory, version_of
+from pabc.stats import Recorder
+from pabc.trajectory import (
+    Binding,
+    Branch,
+    Hoisted,
+    Layout,
+    Source,
+    version_of,
+    without_spare_memory,
+)
 from pabc.weights import Weights
 
-Layout = tuple[tuple[int, ...], ...]
-"""The inputs' shapes, where one program serves several; else empty."""
 Backend = Literal["inductor", "eager", "oracle"]
-Executable = Callable[..., tuple[Sequence[Any], Sequence[torch.Tensor]]]
+Flat = Callable[..., tuple[Sequence[Any], Sequence[torch.Tensor]]]
 """(inputs, hoisted values, the reused cuts) -> (outputs, the stored cuts), as flat sequences."""
+
+
+@dataclass(frozen=True, slots=True)
+class Executable:
+    """What runs a phase, and the slots whose cuts it gives out."""
+
+    run: Flat
+    stored: tuple[int, ...]
+
+
+def compiling() -> AbstractContextManager[Any]:
+    """PyTorch's own lock: it traces and compiles for one thread at a time."""
+    from torch._dynamo.convert_frame import compile_lock
+
+    return compile_lock
 
 
 def slot_specs(regions: Sequence[passes.Region]) -> tuple[SlotSpec, ...]:
@@ -39,12 +66,14 @@ def slot_specs(regions: Sequence[passes.Region]) -> tuple[SlotSpec, ...]:
 
 
 class Program:
-    """Everything that follows from a model, a schedule, and the shapes of one call.
+    """Everything that follows from a model and the shapes of one call, whatever the schedule.
+
+    Not to be used by two threads at once but for :meth:`run`, whose caller holds no lock.
 
     Attributes:
-        guarded: the guarded, unspecialized graph; its first input is the trajectory.
-        regions: what may be reused; region i is slot i of the plan.
-        plan: the schedule bound to these slots.
+        guarded: the guarded, unspecialized graph; its first input is the state of a generation.
+        regions: what may be reused; region i is slot i of a plan.
+        slots: the same, as a plan needs them.
         records: what the pipeline did, stage by stage.
         compile_seconds: time spent on specializing and compiling phases so far.
     """
@@ -55,37 +84,45 @@ class Program:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         *,
-        schedule: Schedule,
         backend: Backend,
         config: Config,
         promoted: Collection[int] = (),
+        recorder: Recorder | None = None,
     ) -> None:
-        self.guarded, self.records = analyze(model, args, kwargs, config, promoted)
+        with compiling():
+            self.guarded, self.records = analyze(model, args, kwargs, config, promoted)
         self._promoted = frozenset(promoted)
         self._sizes: passes.Sizes | None = self.guarded.meta.get("sizes")
         self.regions: tuple[passes.Region, ...] = self.guarded.meta["regions"]
+        self.slots = slot_specs(self.regions)
         self.reads: passes.Reads = self.guarded.meta["reads"]
         self._read: Hoisted | None = None
         self.signature: passes.Signature = self.guarded.meta["signature"]
         self.backend = backend
-        self.plan: Plan = schedule.plan(slot_specs(self.regions))
         self.compile_seconds = 0.0
+        self._recorder = recorder or Recorder()
         self._prologue: GraphModule = self.guarded.meta["prologue"]
         self._steady: tuple[int, ...] = self.guarded.meta["steady"]
         self._hoisted_weights = [
             str(n.target) for n in self._prologue.graph.nodes if n.op == "get_attr"
         ]
         self._weights = Weights((self.guarded, self._prologue, self.reads.graph))
-        self._stored = {phase.reused: phase.stored for phase in self.plan.phases}
-        # The phase that reuses nothing also stands in where a value is missing: it stores all.
-        self._stored[()] = tuple(sorted({s for p in self.plan.phases for s in p.stored}))
-        self._modules: dict[tuple[int, ...], GraphModule] = {}
-        self._executables: dict[tuple[tuple[int, ...], Layout], Executable] = {}
+        self._weights_state = 0
+        self._bindings: dict[Schedule, Binding] = {}
+        self._numbers: tuple[int, ...] | None = None
+        self._modules: dict[tuple[tuple[int, ...], tuple[int, ...]], GraphModule] = {}
+        self._executables: dict[tuple[tuple[int, ...], Layout], list[Executable]] = {}
 
-    @property
-    def phases(self) -> tuple[GraphModule, ...]:
+    def bind(self, schedule: Schedule) -> Binding:
+        """The schedule bound to these slots."""
+        if schedule not in self._bindings:
+            self._bindings[schedule] = Binding.of(schedule.plan(self.slots))
+        return self._bindings[schedule]
+
+    def phases(self, binding: Binding) -> tuple[GraphModule, ...]:
         """One specialized module per phase, in the plan's order."""
-        return tuple(self._specialize(phase.reused) for phase in self.plan.phases)
+        reused = [phase.reused for phase in binding.plan.phases]
+        return tuple(self._specialize(slots, binding.stored[slots]) for slots in reused)
 
     def pack(self, leaves: Sequence[Any]) -> list[Any]:
         """The graphs' inputs from the model's flattened arguments."""
@@ -95,50 +132,91 @@ class Program:
         """Whether the graphs, captured for any sizes, hold for these arguments."""
         return self._sizes is not None and self._sizes.bind(self.pack(leaves)) is not None
 
+    def numbers(self, leaves: Sequence[Any]) -> tuple[int, ...]:
+        """Which leaves may be timesteps."""
+        if self._numbers is None:
+            self._numbers = find_numbers(leaves)
+        return self._numbers
+
     def layout(self, inputs: Sequence[Any]) -> Layout:
         """What the graphs leave open of the inputs' sizes: a value kept under one fits no other."""
         if self._sizes is None:
             return ()
         return tuple(tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor))
 
+    def source(self, inputs: Sequence[Any]) -> Source:
+        """What values that are computed from these inputs follow from."""
+        return Source(self, self.layout(inputs), self._weights_state)
+
+    def differs_in(self, inputs: Sequence[Any], source: Source) -> str:
+        """What tells a call with these inputs from the one that `source` is of."""
+        other = source.program
+        assert isinstance(other, Program)
+        if other is self:
+            return "shape" if source.layout != self.layout(inputs) else "weights"
+        theirs, own = other._described(), self._described()
+        for name, mine, yours in zip(("dtype", "device", "shape"), own, theirs, strict=True):
+            if mine != yours:
+                return name
+        return "arguments"
+
+    def _described(self) -> tuple[list[Any], list[Any], list[Any]]:
+        """Of the tensors among the inputs: dtypes, devices, and shapes as captured."""
+        nodes = [n for n in self.guarded.graph.nodes if n.op == "placeholder"]
+        values = [n.meta.get("val") for n in nodes[1 : 1 + len(self.signature.inputs)]]
+        tensors = [x for x in values if isinstance(x, torch.Tensor)]
+        return (
+            [x.dtype for x in tensors],
+            [x.device for x in tensors],
+            [tuple(map(str, x.shape)) for x in tensors],
+        )
+
     def evaluate(self, leaves: Sequence[Any]) -> Any:
         """The model's result for flattened arguments, with nothing reused or kept."""
         inputs = self.pack(leaves)
-        outputs = self.guarded(Trajectory(self.plan), *inputs, *self._prologue(*inputs))
+        outputs = self.guarded(_NothingKept(), *inputs, *self._prologue(*inputs))
         return self.signature.out_spec.unflatten(outputs)
 
-    def run(self, trajectory: Trajectory, inputs: Sequence[Any]) -> Sequence[Any]:
-        """One step: the model's flat outputs. Advances the trajectory unless it raises."""
+    def executable(
+        self, binding: Binding, reused: tuple[int, ...], inputs: Sequence[Any]
+    ) -> Executable:
+        """What runs the phase that reuses these slots, for inputs like these."""
         if self.backend == "oracle":
-            outputs: Sequence[Any] = self.guarded(trajectory, *inputs, *self._prologue(*inputs))
-            trajectory.advance()
-            return outputs
-        reused = self.plan.phases[self.plan.phase_of_step[trajectory.step]].reused
-        cuts: list[torch.Tensor] = []
-        for slot in reused:
-            held = trajectory.slots[slot]
-            if held is None:
-                reused, cuts = (), []
-                break
-            cuts.extend(held)
-        key = (reused, self.layout(inputs))
-        execute = self._executables.get(key) or self._compile(reused, inputs)
-        outputs, kept = execute(*inputs, *self._hoist(trajectory, inputs), *cuts)
-        start = 0
-        for slot in self._stored[reused]:
-            stop = start + len(self.regions[slot].cuts)
-            trajectory.write(slot, tuple(kept[start:stop]))
-            start = stop
-        trajectory.advance()
-        return outputs
+            return Executable(self.guarded, ())
+        stored = binding.stored[reused]
+        for known in self._executables.get((reused, self.layout(inputs)), ()):
+            if known.stored == stored or set(known.stored) >= set(stored):
+                return known
+        return self._compile(reused, stored, inputs)
 
-    def _hoist(self, trajectory: Trajectory, inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+    def run(
+        self,
+        branch: Branch,
+        reused: tuple[int, ...],
+        executable: Executable,
+        inputs: Sequence[Any],
+    ) -> Any:
+        """Runs a step that has begun: the model's result. The branch advances unless it raises."""
+        if self.backend == "oracle":
+            outputs: Any = executable.run(branch, *inputs, *self._prologue(*inputs))
+        else:
+            cuts = branch.reused_cuts(reused)
+            outputs, kept = executable.run(*inputs, *self._hoist(branch, inputs), *cuts)
+            start = 0
+            for slot in executable.stored:
+                stop = start + len(self.regions[slot].cuts)
+                branch.write(slot, tuple(kept[start:stop]))
+                start = stop
+        branch.advance()
+        return self.signature.out_spec.unflatten(outputs)
+
+    def _hoist(self, branch: Branch, inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:
         """The prologue's results, computed anew only where something it reads has changed."""
         sources = (*(inputs[i] for i in self._steady), *self._weights.get(self._hoisted_weights))
-        held = trajectory.hoisted
+        held = branch.hoisted
         if held is None or not held.holds_for(sources):
             versions = tuple(map(version_of, sources))
-            held = trajectory.hoisted = Hoisted(sources, versions, self._prologue(*inputs))
+            held = branch.hoisted = Hoisted(sources, versions, self._prologue(*inputs))
         return held.values
 
     def difference(self, inputs: Sequence[Any]) -> tuple[passes.Read, Any] | None:
@@ -159,36 +237,45 @@ class Program:
             self._read = Hoisted(sources, tuple(map(version_of, sources)), ())
         return found
 
-    def prepare(self, inputs: Sequence[Any]) -> None:
+    def prepare(self, binding: Binding, inputs: Sequence[Any]) -> None:
         """Compiles every phase now, for inputs like these."""
-        for phase in self.plan.phases if self.backend != "oracle" else ():
-            if (phase.reused, self.layout(inputs)) not in self._executables:
-                self._compile(phase.reused, inputs)
+        for phase in binding.plan.phases:
+            self.executable(binding, phase.reused, inputs)
+
+    @property
+    def calls_modules(self) -> bool:
+        """Whether the graphs call modules of the model."""
+        return bool(self.guarded.meta["calls"])
 
     def follow_weights(self, model: nn.Module) -> bool:
         """Picks up tensors that were replaced in the model; False if the graphs no longer fit."""
         graphs = (self.guarded, self._prologue, self.reads.graph, *self._modules.values())
         replaced = self._weights.follow(model, graphs)
+        self._weights_state += bool(replaced)
         return replaced is not None
 
-    def _specialize(self, reused: tuple[int, ...]) -> GraphModule:
-        if reused not in self._modules:
-            stored = self._stored[reused]
+    def _specialize(self, reused: tuple[int, ...], stored: tuple[int, ...]) -> GraphModule:
+        if (reused, stored) not in self._modules:
             gm = passes.specialize_phase_pass(self.guarded, reused=reused, stored=stored)
             gm.graph.lint()
             passes.verify_phase(gm, reused=reused)
-            self._modules[reused] = gm
-        return self._modules[reused]
+            self._modules[reused, stored] = gm
+        return self._modules[reused, stored]
 
-    def _compile(self, reused: tuple[int, ...], inputs: Sequence[Any]) -> Executable:
+    def _compile(
+        self, reused: tuple[int, ...], stored: tuple[int, ...], inputs: Sequence[Any]
+    ) -> Executable:
         start = perf_counter()
-        gm = self._specialize(reused)
-        execute: Executable = gm if self.backend == "eager" else self._compile_inductor(gm, inputs)
-        self._executables[reused, self.layout(inputs)] = execute
+        with compiling():
+            gm = self._specialize(reused, stored)
+            run: Flat = gm if self.backend == "eager" else self._compile_inductor(gm, inputs)
+        executable = Executable(run, stored)
+        self._executables.setdefault((reused, self.layout(inputs)), []).append(executable)
         self.compile_seconds += perf_counter() - start
-        return execute
+        self._recorder.add(compiles=1)
+        return executable
 
-    def _compile_inductor(self, gm: GraphModule, inputs: Sequence[Any]) -> Executable:
+    def _compile_inductor(self, gm: GraphModule, inputs: Sequence[Any]) -> Flat:
         """Compiles for the sizes of these inputs: what is computed from sizes is folded."""
         flat = passes.lift_weights_pass(passes.inline_regions_pass(gm))
         flat.graph.lint()
@@ -196,7 +283,9 @@ class Program:
         outputs: tuple[Any, ...] = flat.meta["outputs"]
         others = [n for n in flat.graph.nodes if n.op == "placeholder"][len(names) + len(inputs) :]
         binding = (self._sizes and self._sizes.bind(inputs)) or {}
-        kept = [_example(passes.concrete(n.meta["val"], binding)) for n in others]
+        given = [_example(passes.concrete(n.meta["val"], binding)) for n in others]
+        num_hoisted = len(output_node(self._prologue.graph).args[0])
+        kept = [*given[:num_hoisted], *map(without_spare_memory, given[num_hoisted:])]
         examples = [*self._weights.get(names), *inputs, *kept]
         compiled = passes.compile_flat(flat, examples)
         num_tensors = sum(isinstance(place, passes.Place) for place in outputs)
@@ -209,8 +298,18 @@ class Program:
         return execute
 
 
+class _NothingKept:
+    """The state of a step that reuses nothing and keeps nothing."""
+
+    def read(self, slot: int) -> None:
+        """Nothing is kept."""
+
+    def write(self, slot: int, cuts: Cuts) -> None:
+        """Drops the cuts."""
+
+
 def _example(fake: torch.Tensor) -> torch.Tensor:
-    """A tensor laid out as the cut, or hoisted value, will be when it is passed in."""
+    """A tensor laid out as a cut or a hoisted value is when it is computed."""
     return torch.empty_strided(
         tuple(fake.shape), fake.stride(), dtype=fake.dtype, device=fake.device
     )

@@ -184,6 +184,11 @@ class Schedule:
         """Number of diffusion steps."""
         return len(self.timesteps)
 
+    @property
+    def reuses(self) -> bool:
+        """Whether it asks for any reuse."""
+        return bool(self.masks) or any(any(override.mask) for override in self.overrides)
+
     def mask(self, kind: str) -> Mask:
         """The mask of a kind, without overrides; all False if it is always computed."""
         check_kind(kind, "mask")

@@ -1,14 +1,31 @@
-"""The state of one generation: which step comes next, and what its slots hold."""
+"""The state of generations: which step comes next, and what the slots hold.
+
+A :class:`Trajectory` is one generation at a time; the calls that follow one another in it form a
+:class:`Branch`. There is one branch, or, where guidance makes two calls a step, one for each.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from types import TracebackType
 
 import torch
 
+from pabc.guards import Clock, GuardError
 from pabc.passes.cache import Cuts
 from pabc.plan import Action, Plan
+from pabc.schedule import Schedule
+from pabc.stats import Recorder
+
+Layout = tuple[tuple[int, ...], ...]
+"""The inputs' shapes, where one program serves several; else empty."""
+BranchKey = tuple[str | None, int]
+"""The name of a branch, and which of that name's calls within one step it is."""
 
 
 @dataclass(frozen=True)
@@ -32,54 +49,358 @@ def version_of(tensor: torch.Tensor) -> tuple[int, int] | None:
     return None if tensor.is_inference() else (tensor._version, tensor.data_ptr())
 
 
-class Trajectory:
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """A schedule bound to a program's slots: what each step does.
+
+    Attributes:
+        plan: actions, lifetimes, phases.
+        stored: the slots that a phase reuses -> those whose cuts it gives out. The phase that
+            reuses nothing stands in where a value is missing: it gives out all.
+    """
+
+    plan: Plan
+    stored: Mapping[tuple[int, ...], tuple[int, ...]]
+
+    @classmethod
+    def of(cls, plan: Plan) -> Binding:
+        """The binding that follows from a plan."""
+        stored = {phase.reused: phase.stored for phase in plan.phases}
+        stored[()] = tuple(sorted({slot for p in plan.phases for slot in p.stored}))
+        return cls(plan, stored)
+
+    def reused_at(self, step: int) -> tuple[int, ...]:
+        """The slots that a step reuses."""
+        return self.plan.phases[self.plan.phase_of_step[step]].reused
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What a slot holds: the cuts, the step that computed them, the last that may read them."""
+
+    cuts: Cuts
+    step: int
+    until: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What the values of a branch follow from; under another one they are not valid.
+
+    Attributes:
+        program: what computed them: one captured signature.
+        layout: the sizes that it leaves open.
+        weights: which of its states the model's tensors had.
+    """
+
+    program: object
+    layout: Layout
+    weights: int
+
+
+class Branch:
     """A step counter and one place per slot; what to do with a slot is the plan's to say.
 
     A slot holds the cuts of one region between the step that stored them and their last read.
-    `layout`: the shapes of the calls whose values it keeps, where a program serves several.
     """
 
-    def __init__(self, plan: Plan, layout: object = ()) -> None:
-        self.plan = plan
-        self.layout = layout
+    def __init__(self, recorder: Recorder, check_finite: bool = False) -> None:
         self.step = 0
-        self.slots: list[Cuts | None] = [None] * len(plan.slots)
         self.hoisted: Hoisted | None = None
+        self.source: Source | None = None
+        self._schedule: Schedule | None = None
+        self._binding: Binding | None = None
+        self._clock: Clock | None = None
+        self._reuses = False
+        self._num_reused = 0
+        self._held: dict[int, _Held] = {}
+        self._recorder = recorder
+        self._account = recorder.account(self)
+        self._check_finite = check_finite
 
-    def read(self, slot: int) -> Cuts | None:
-        """The stored cuts where the plan reuses the slot at this step; None: compute."""
-        if self.plan.actions[self.step, slot] != Action.REUSE:
-            return None
-        return self.slots[slot]
-
-    def write(self, slot: int, cuts: Cuts) -> None:
-        """Keeps freshly computed cuts if a later step reads them."""
-        if self.keeps(slot):
-            self.slots[slot] = cuts
-
-    def keeps(self, slot: int) -> bool:
-        """Whether a value computed now is read later: it was to be stored, or stands in for a
-        value that was to be reused and is missing, while later steps still read that one."""
-        step, plan = self.step, self.plan
-        if plan.actions[step, slot] == Action.REUSE:
-            return bool((plan.sources[step + 1 :, slot] == plan.sources[step, slot]).any())
-        return bool(plan.actions[step, slot] == Action.STORE)
-
-    def advance(self) -> None:
-        """Frees what no later step reads; after the last step a new generation starts."""
-        for slot in self.plan.frees[self.step]:
-            self.slots[slot] = None
-        self.step += 1
-        if self.step == self.plan.num_steps:
-            self.reset()
-
-    def reset(self) -> None:
-        """Starts a new generation: step 0, all slots empty, nothing hoisted."""
-        self.step = 0
-        self.hoisted = None
-        self.slots = [None] * len(self.plan.slots)
+    @property
+    def schedule(self) -> Schedule | None:
+        """What the generation under way follows; None: it has not begun."""
+        return self._schedule
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the slots hold now."""
-        return sum(t.numel() * t.element_size() for cuts in self.slots if cuts for t in cuts)
+        """Bytes that the slots keep alive."""
+        return self._account.nbytes
+
+    def bind(self, schedule: Schedule, binding: Binding) -> None:
+        """States what the step that begins follows. Raises GuardError if there is no such step."""
+        if self.step >= binding.plan.num_steps:
+            raise GuardError(
+                f"expected a step below {binding.plan.num_steps}, as many as the schedule has, "
+                f"found {self.step}"
+            )
+        self._schedule, self._binding = schedule, binding
+
+    def begin(self, source: Source, change: str | None) -> tuple[int, ...]:
+        """Begins a step; returns the slots it reuses: all that the plan says, or none.
+
+        `change`: what tells `source` from that of the step before, where they differ.
+        """
+        assert self._binding is not None
+        if source != self.source:
+            self._drop()
+            self.source, self.hoisted = source, None
+        reused = self._binding.reused_at(self.step)
+        self._reuses = all(self._find(slot) is not None for slot in reused)
+        if not self._reuses:
+            self._recorder.fall_back(change or "missing", self.step)
+            return ()
+        return reused
+
+    def reused_cuts(self, reused: Sequence[int]) -> list[torch.Tensor]:
+        """The cuts of the slots that :meth:`begin` returned."""
+        return [cut for slot in reused for cut in self._held[slot].cuts]
+
+    def check_time(self, leaves: Sequence[object], positions: Sequence[int]) -> None:
+        """Raises GuardError where the timestep is not that of the step that begins."""
+        if self._clock is None:
+            assert self._binding is not None
+            self._clock = Clock(self._binding.plan.timesteps)
+        self._clock.check(self.step, leaves, positions)
+
+    def read(self, slot: int) -> Cuts | None:
+        """The stored cuts where this step reuses the slot; None: compute."""
+        assert self._binding is not None
+        if not self._reuses or self._binding.plan.actions[self.step, slot] != Action.REUSE:
+            return None
+        held = self._find(slot)
+        return None if held is None else held.cuts
+
+    def write(self, slot: int, cuts: Cuts) -> None:
+        """Keeps freshly computed cuts if a later step reads them."""
+        assert self._binding is not None
+        plan = self._binding.plan
+        until = int(plan.until[self.step, slot])
+        if until < 0:
+            return
+        if self._check_finite and not all(map(_is_finite, cuts)):
+            spec = plan.slots[slot]
+            raise GuardError(
+                f"expected finite values to keep, found NaN or infinity in the {spec.kind} branch "
+                f"{spec.name!r} at step {self.step}"
+            )
+        self._remove(slot)
+        cuts = tuple(map(without_spare_memory, cuts))
+        nbytes = sum(
+            {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in cuts}.values()
+        )
+        self._held[slot] = _Held(cuts, self.step, until, nbytes)
+        self._account.set(self._account.nbytes + nbytes)
+
+    def advance(self) -> bool:
+        """Frees what no later step reads. True: that was the last step, and a new generation is
+        next."""
+        assert self._binding is not None and self._schedule is not None
+        plan = self._binding.plan
+        num_reused = len(self._binding.reused_at(self.step)) if self._reuses else 0
+        self._num_reused += num_reused
+        num_stored = sum(held.step == self.step for held in self._held.values())
+        self._recorder.add(
+            calls=1,
+            reused=num_reused,
+            computed=len(plan.slots) - num_reused,
+            stored=num_stored,
+        )
+        self.step += 1
+        self._free()
+        if self.step < plan.num_steps:
+            return False
+        if self._schedule.reuses and not self._num_reused:
+            warnings.warn(
+                "pabc: nothing was reused in a whole generation, though the schedule asks for it; "
+                "see stats.fallbacks and explain()",
+                stacklevel=4,
+            )
+        self._recorder.add(generations=1)
+        self.reset()
+        return True
+
+    def seek(self, step: int) -> None:
+        """The next call is this step; step 0 begins a new generation."""
+        if step == self.step:
+            return
+        if step == 0:
+            self.reset()
+        self.step = step
+        self._free()
+
+    def reset(self) -> None:
+        """Starts a new generation: step 0, all slots empty, nothing hoisted."""
+        self.step = self._num_reused = 0
+        self.hoisted = self._schedule = self._binding = self._clock = None
+        self._reuses = False
+        self._drop()
+
+    def _find(self, slot: int) -> _Held | None:
+        """What the slot holds, if it is valid at this step."""
+        held = self._held.get(slot)
+        return held if held is not None and held.step < self.step <= held.until else None
+
+    def _free(self) -> None:
+        """Frees what no step from this one on reads, or was computed at one that is to come."""
+        held = list(self._held.items())
+        for slot in [j for j, h in held if h.until < self.step or h.step >= self.step]:
+            self._remove(slot)
+
+    def _remove(self, slot: int) -> None:
+        held = self._held.pop(slot, None)
+        if held is not None:
+            self._account.set(self._account.nbytes - held.nbytes)
+
+    def _drop(self) -> None:
+        self._held.clear()
+        self._account.set(0)
+
+
+def without_spare_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or, where it is a part of a larger buffer, a copy that does not keep that alive.
+
+    Of a tensor without gaps, the copy has the same strides.
+    """
+    spare = tensor.untyped_storage().nbytes() - tensor.numel() * tensor.element_size()
+    return tensor.clone() if spare > 0 else tensor
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+_Entered = tuple[tuple[object, object], ...]
+_TRAJECTORIES: ContextVar[_Entered] = ContextVar("trajectories", default=())
+_NAMES: ContextVar[_Entered] = ContextVar("names", default=())
+
+
+@contextmanager
+def _entered(stack: ContextVar[_Entered], owner: object, value: object) -> Iterator[None]:
+    """Makes `value` the innermost one of `owner`, in this thread or task alone."""
+    outer = stack.get()
+    stack.set((*outer, (owner, value)))
+    try:
+        yield
+    finally:
+        stack.set(outer)
+
+
+def _innermost(stack: ContextVar[_Entered], owner: object) -> object | None:
+    return next((value for key, value in reversed(stack.get()) if key is owner), None)
+
+
+class Trajectory:
+    """The state of one generation at a time, apart from that of every other one.
+
+    `with trajectory: fast(...)` runs a step in it, in any thread; one step at a time. It may be
+    left and entered again between steps, so that many can be under way. Leaving it by an exception
+    abandons the generation: its slots are freed.
+    """
+
+    def __init__(
+        self,
+        owner: object,
+        recorder: Recorder,
+        *,
+        schedule: Schedule | None = None,
+        check_finite: bool = False,
+    ) -> None:
+        self.schedule = schedule
+        self._owner = owner
+        self._recorder = recorder
+        self._check_finite = check_finite
+        self._branches: dict[BranchKey, Branch] = {}
+        self._stated_step: int | None = None
+        self._calls: dict[str | None, int] = {}
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> Trajectory:
+        _TRAJECTORIES.set((*_TRAJECTORIES.get(), (self._owner, self)))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        _TRAJECTORIES.set(_TRAJECTORIES.get()[:-1])
+        if kind is not None:
+            self.reset()
+
+    def at_step(self, step: int) -> None:
+        """States that the calls that follow are this step of the plan, until told otherwise.
+
+        Several calls under one name in one step are branches of their own, told apart by order.
+        Raises ValueError for a step below 0.
+        """
+        if step < 0:
+            raise ValueError(f"at_step: got {step}, allowed: 0 or more")
+        with self._lock:
+            self._stated_step, self._calls = step, {}
+
+    def reset(self) -> None:
+        """Starts a new generation: the next call is step 0 and finds nothing kept."""
+        with self._lock:
+            self._branches.clear()
+            self._stated_step, self._calls = None, {}
+
+    @property
+    def step(self) -> int:
+        """The step that the next call is; with several branches, of the one that is furthest."""
+        if self._stated_step is not None:
+            return self._stated_step
+        return max((branch.step for branch in list(self._branches.values())), default=0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the slots keep alive."""
+        return sum(branch.nbytes for branch in list(self._branches.values()))
+
+    @contextmanager
+    def running(self) -> Iterator[Branch]:
+        """The branch of the call that is made now; abandons the generation if it raises.
+
+        Raises GuardError if a step is under way in another thread.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise GuardError(
+                "expected one step of a trajectory at a time, found another one under way; "
+                "`with fast.trajectory():` gives each thread its own"
+            )
+        try:
+            yield self._branch()
+        except BaseException:
+            self.reset()
+            raise
+        finally:
+            self._lock.release()
+
+    def _branch(self) -> Branch:
+        name = _innermost(_NAMES, self._owner)
+        assert name is None or isinstance(name, str)
+        order = 0
+        if self._stated_step is not None:
+            order = self._calls.get(name, 0)
+            self._calls[name] = order + 1
+        branch = self._branches.get((name, order))
+        if branch is None:
+            branch = Branch(self._recorder, self._check_finite)
+            self._branches[name, order] = branch
+        if self._stated_step is not None:
+            branch.seek(self._stated_step)
+        return branch
+
+
+def current_trajectory(owner: object, default: Trajectory) -> Trajectory:
+    """The innermost trajectory of `owner` that this thread, or task, has entered."""
+    found = _innermost(_TRAJECTORIES, owner)
+    return found if isinstance(found, Trajectory) else default
+
+
+def named_branch(owner: object, name: str) -> AbstractContextManager[None]:
+    """Within it, calls of `owner` belong to the branch of this name."""
+    return _entered(_NAMES, owner, name)

@@ -243,7 +243,7 @@ def test_writing_to_a_result_changes_no_later_step(backend):
         assert all(map(torch.equal, expected, results))
         for result in results[1:]:
             result.add_(100)
-    assert (kept.plan.actions == pabc.Action.REUSE).any() and kept._program._steady
+    assert (kept.plan.actions == pabc.Action.REUSE).any() and kept._last[0]._steady
 
 
 class Numbered(Tiny):
@@ -404,7 +404,7 @@ def test_a_promoted_number_is_compiled_once(inputs):
     fast = pabc.compile(model, pabc.Schedule.pyramid(range(5), full=1))
     for number in (900, 700, 500, 300, 100):
         assert torch.allclose(fast(x, number), model(x, number), atol=1e-5)
-    assert len(fast._programs) == 1 and len(fast._program._executables) == 1
+    assert len(fast._programs) == 1 and len(fast._last[0]._executables) == 1
 
 
 def test_kinds_asked_for_in_vain_warn(model, inputs):

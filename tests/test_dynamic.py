@@ -29,7 +29,7 @@ def generate(compiled, case, sizes, steps=range(4)):
 
 
 def num_captures(compiled):
-    return len({id(p) for programs in compiled._programs.values() for p in programs})
+    return len({id(p) for programs in compiled._programs._programs.values() for p in programs})
 
 
 @pytest.mark.parametrize(("name", "backend"), [("Factorized", "eager"), ("JointImage", "oracle")])
@@ -66,9 +66,9 @@ def test_the_analysis_is_that_of_the_captured_sizes():
     assert (found.attention, found.regions) == (expected.attention, expected.regions)
     assert found.flops == expected.flops
     assert str(free.plan) == str(fixed.plan)
-    hoisted = [len(c._program._prologue.graph.nodes) for c in (fixed, free)]
+    hoisted = [len(c._last[0]._prologue.graph.nodes) for c in (fixed, free)]
     assert hoisted[1] >= hoisted[0], "as much is hoisted, with the sizes that it needs"
-    assert free._program._steady == fixed._program._steady
+    assert free._last[0]._steady == fixed._last[0]._steady
 
 
 def test_sizes_outside_of_what_was_captured_are_captured_anew():
@@ -99,7 +99,7 @@ def test_nothing_kept_for_other_sizes_is_reused():
     compiled(**IMAGE.call(0, HINT))
     other = IMAGE.call(1, OTHER)
     assert torch.equal(compiled(**other), model(**other))
-    assert compiled._trajectory.step == 2 and num_captures(compiled) == 1
+    assert compiled._default.step == 2 and num_captures(compiled) == 1
 
 
 def test_a_promoted_number_and_any_size():

@@ -82,7 +82,7 @@ SCHEDULE = pabc.Schedule.pyramid(STEPS, cross=2)
 
 
 def count_prologues(fast, monkeypatch):
-    program = fast._captured("test")
+    program, _ = fast._captured("test")
     calls, original = [], program._prologue.forward
     monkeypatch.setattr(
         program._prologue, "forward", lambda *args: calls.append(1) or original(*args)

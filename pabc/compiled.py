@@ -1,0 +1,251 @@
+"""A model that follows a schedule: what :func:`pabc.compile` returns."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import threading
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from pabc.autocast import without_autocast
+from pabc.explanation import Explanation, describe
+from pabc.passes.capture import bind_arguments
+from pabc.passes.tracing.structure import check_constants, flatten
+from pabc.pipeline import Config
+from pabc.plan import Plan
+from pabc.program import Backend, Executable, Program
+from pabc.programs import Programs
+from pabc.schedule import Schedule
+from pabc.stats import Recorder, Stats
+from pabc.trajectory import Binding, Branch, Trajectory, current_trajectory, named_branch
+
+
+class CompiledModel(nn.Module):
+    """A model that follows a schedule. Made by :func:`pabc.compile`; called like the model itself.
+
+    The calls of one generation are its steps, in order; their state is that of the trajectory in
+    which they are made: see :meth:`trajectory` and :meth:`cache_context`. Attributes of the model
+    (`config`, `dtype`, ...) and its state dict are passed through.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        backend: Backend,
+        config: Config,
+        *,
+        check_finite: bool = False,
+    ) -> None:
+        super().__init__()
+        self._orig_mod = model
+        self.training = model.training
+        self._schedule = schedule
+        self._check_finite = check_finite
+        self._call_signature = inspect.signature(model.forward)
+        self._recorder = Recorder()
+        self._programs = Programs(model, backend, config, self._recorder)
+        self._last: tuple[Program, Binding] | None = None
+        self._warned: set[tuple[int, Schedule]] = set()
+        self._lock = threading.RLock()
+        self._default = self.trajectory()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """One diffusion step, with the model's own arguments and result.
+
+        Raises: GuardError where the call contradicts the plan: a step too many, the timestep of
+        another step, a trajectory that is in use. Whatever is raised, the trajectory is reset.
+        """
+        trajectory = current_trajectory(self._recorder, self._default)
+        with trajectory.running() as branch:
+            schedule = branch.schedule or trajectory.schedule or self._schedule
+            with self._lock:
+                program, leaves = self._select(args, kwargs, at_start=branch.step == 0)
+                inputs = program.pack(leaves)
+                with torch.no_grad(), without_autocast(inputs):
+                    reused, executable = self._begin(program, branch, schedule, leaves, inputs)
+            alone = self._lock if program.calls_modules else nullcontext()
+            with torch.no_grad(), without_autocast(inputs), alone:
+                return program.run(branch, reused, executable, inputs)
+
+    def prepare(self, *args: Any, **kwargs: Any) -> None:
+        """Captures this call's signature and compiles all of its phases, without running a step."""
+        with self._lock:
+            program, leaves = self._select(args, kwargs, at_start=True)
+            inputs = program.pack(leaves)
+            with torch.no_grad(), without_autocast(inputs):
+                program.prepare(self._bind(program, self._schedule), inputs)
+
+    def trajectory(self, schedule: Schedule | None = None) -> Trajectory:
+        """State of its own for one generation at a time: `with fast.trajectory(): ...`.
+
+        Any number can be under way at once, in turns or in several threads; each gives what it
+        would give alone. `schedule`: in place of this model's.
+
+            a, b = fast.trajectory(), fast.trajectory()
+            for t in timesteps:
+                with a:
+                    noise_a = fast(latents_a, t, text_a)
+                with b:
+                    noise_b = fast(latents_b, t, text_b)
+        """
+        return Trajectory(
+            self._recorder, self._recorder, schedule=schedule, check_finite=self._check_finite
+        )
+
+    def cache_context(self, name: str) -> AbstractContextManager[None]:
+        """Names the calls within, where one step makes several: `with fast.cache_context("cond")`.
+
+        Calls of different names share nothing. The protocol is that of diffusers' models.
+        """
+        return named_branch(self._recorder, name)
+
+    def reset(self) -> None:
+        """Starts a new generation: the next call is step 0 and finds nothing stored."""
+        current_trajectory(self._recorder, self._default).reset()
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule. Another one takes effect where the next generation starts."""
+        return self._schedule
+
+    @schedule.setter
+    def schedule(self, schedule: Schedule) -> None:
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"schedule: expected a pabc.Schedule, found {type(schedule).__name__}")
+        with self._lock:
+            self._schedule = schedule
+            if self._last is not None:
+                self._bind(self._last[0], schedule)
+
+    @property
+    def stats(self) -> Stats:
+        """What was computed, reused and stored so far, and how many bytes are held."""
+        return self._recorder.snapshot()
+
+    @property
+    def plan(self) -> Plan:
+        """The schedule bound to this model's slots."""
+        return self._captured("plan")[1].plan
+
+    @property
+    def phases(self) -> tuple[GraphModule, ...]:
+        """The specialized modules, one per phase of the plan, in the plan's order.
+
+        Inputs: the model's flattened arguments, then the reused cuts; output: (the model's
+        flattened outputs, the stored cuts). Regions that are computed are called submodules.
+        """
+        program, binding = self._captured("phases")
+        with self._lock:
+            return program.phases(binding)
+
+    def explain(self) -> Explanation:
+        """What was found in the model, and the plan."""
+        program, binding = self._captured("explain()")
+        return describe(
+            program.guarded,
+            plan=binding.plan,
+            unmatched=self._schedule.unmatched(program.slots),
+            compile_seconds=program.compile_seconds,
+        )
+
+    def dump(self, folder: str | Path) -> Path:
+        """Writes what the compiler did: each stage's graph, the phases, the plan, the findings."""
+        program, binding = self._captured("dump()")
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        for i, record in enumerate(program.records):
+            (target / f"{i}_{record.name}.py").write_text(record.code)
+        for region in program.regions:
+            code = program.guarded.get_submodule(region.name).code
+            (target / f"region_{region.name}.py").write_text(str(code))
+        for i, phase in enumerate(self.phases):
+            (target / f"phase_{i}.py").write_text(phase.code)
+        (target / "plan.json").write_text(binding.plan.to_json())
+        (target / "explain.txt").write_text(f"{self.explain()}\n")
+        seconds = {record.name: record.seconds for record in program.records}
+        (target / "seconds.json").write_text(json.dumps(seconds, indent=1))
+        return target
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own state dict, keys unchanged."""
+        return self._orig_mod.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Loads into the model: values copied in take effect at the next call, tensors that are
+        replaced (`assign=True`) at the next generation; neither recompiles."""
+        return self._orig_mod.load_state_dict(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("_orig_mod"), name)
+
+    def _captured(self, what: str) -> tuple[Program, Binding]:
+        if self._last is None:
+            raise RuntimeError(
+                f"{what}: nothing is captured yet; call the model once, or give example_inputs"
+            )
+        return self._last
+
+    def _select(self, args: Any, kwargs: Any, *, at_start: bool) -> tuple[Program, list[Any]]:
+        """The program for these arguments, captured if need be, and the arguments, flattened."""
+        if self._orig_mod.training:
+            raise RuntimeError(
+                "pabc runs inference: expected a model in eval mode, found training mode; "
+                "call .eval() on it first"
+            )
+        args, kwargs = bind_arguments(self._call_signature, args, kwargs)
+        leaves, structure = flatten((args, kwargs))
+        for leaf in leaves:
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                raise RuntimeError(
+                    "pabc runs inference: expected inputs without gradients, found one of shape "
+                    f"{tuple(leaf.shape)} that requires grad; detach it"
+                )
+        check_constants((args, kwargs), leaves, tuple(self._call_signature.parameters))
+        program = self._programs.get(args, kwargs, leaves, structure, at_start=at_start)
+        return program, leaves
+
+    def _bind(self, program: Program, schedule: Schedule) -> Binding:
+        """The schedule bound to the program; it becomes what `plan` and `explain` tell of."""
+        binding = program.bind(schedule)
+        if self._last is None or self._last[1] is not binding:
+            self._last = program, binding
+            missing = schedule.unmatched(program.slots)
+            if missing and (id(program), schedule) not in self._warned:
+                self._warned.add((id(program), schedule))
+                kinds = sorted({slot.kind for slot in program.slots})
+                warnings.warn(
+                    f"pabc: the schedule asks for {', '.join(missing)}, which this model does not "
+                    f"have; it has {kinds}",
+                    stacklevel=5,
+                )
+        return binding
+
+    def _begin(
+        self,
+        program: Program,
+        branch: Branch,
+        schedule: Schedule,
+        leaves: list[Any],
+        inputs: list[Any],
+    ) -> tuple[tuple[int, ...], Executable]:
+        """Begins a step: the slots that it reuses, and what runs it."""
+        binding = self._bind(program, schedule)
+        branch.bind(schedule, binding)
+        branch.check_time(leaves, program.numbers(leaves))
+        source, earlier = program.source(inputs), branch.source
+        change = None
+        if earlier is not None and source != earlier:
+            change = program.differs_in(inputs, earlier)
+        reused = branch.begin(source, change)
+        return reused, program.executable(binding, reused, inputs)

@@ -1,0 +1,136 @@
+"""Which captured program serves a call; where none does, the model is captured anew."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from pabc import passes
+from pabc.passes.tracing.structure import Structure
+from pabc.pipeline import Config
+from pabc.program import Backend, Program
+from pabc.promotion import Promotions, call_key, changed_numbers, superseded, without_sizes
+from pabc.stats import Recorder
+
+
+class Programs:
+    """The programs of one model, by what the calls that each one serves have in common."""
+
+    def __init__(
+        self, model: nn.Module, backend: Backend, config: Config, recorder: Recorder
+    ) -> None:
+        self._model = model
+        self._backend = backend
+        self._config = config
+        self._recorder = recorder
+        self._programs: dict[Any, list[Program]] = {}
+        self._of_any_size: dict[Any, list[Program]] = {}
+        self._promotions = Promotions()
+
+    def __len__(self) -> int:
+        """How many kinds of call are served."""
+        return len(self._programs)
+
+    def get(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        leaves: list[Any],
+        structure: Structure,
+        *,
+        at_start: bool,
+    ) -> Program:
+        """The program for a call, given as it is and flattened; captured if there is none.
+
+        `at_start`: of a generation, when tensors that were replaced in the model are picked up.
+        """
+        program, differences = self._find(structure, leaves, at_start)
+        if program is None:
+            program = self._capture(args, kwargs, structure, leaves)
+            self._recorder.add(captures=1)
+            _warn_of_reads(differences)
+        return program
+
+    def _find(
+        self, structure: Structure, leaves: list[Any], at_start: bool
+    ) -> tuple[Program | None, list[tuple[passes.Read, Any]]]:
+        """The program captured for calls like this one, with numbers as inputs or as constants.
+
+        Where there is none: the values read from data in which it differs from those there are.
+        """
+        differences = []
+        for promoted in dict.fromkeys((self._promotions.of(structure), frozenset[int]())):
+            key = call_key(structure, leaves, promoted)
+            known = self._programs.get(key, [])
+            others = self._of_any_size.get(without_sizes(key), [])
+            for programs in (known, others) if at_start else ():
+                programs[:] = [p for p in programs if p.follow_weights(self._model)]
+            for program in (*known, *(p for p in others if p.serves(leaves))):
+                difference = program.difference(program.pack(leaves))
+                if difference is None:
+                    return program, []
+                differences.append(difference)
+        return None, differences
+
+    def _build(self, args: Any, kwargs: Any, promoted: Collection[int]) -> Program:
+        """A program for any sizes where so configured, and the model allows."""
+
+        def build(config: Config) -> Program:
+            return Program(
+                self._model,
+                args,
+                kwargs,
+                backend=self._backend,
+                config=config,
+                promoted=promoted,
+                recorder=self._recorder,
+            )
+
+        try:
+            return build(self._config)
+        except ValueError as error:
+            if not self._config.dynamic:
+                raise
+            program = build(replace(self._config, dynamic=False))
+            warnings.warn(
+                f"pabc: dynamic=True: captured for the sizes of this call alone, since {error}",
+                stacklevel=2,
+            )
+            return program
+
+    def _capture(self, args: Any, kwargs: Any, structure: Structure, leaves: list[Any]) -> Program:
+        def build(promoted: Collection[int]) -> Program:
+            return self._build(args, kwargs, promoted)
+
+        key = call_key(structure, leaves, ())
+        changed = changed_numbers(self._programs, key, leaves)
+        found = self._promotions.capture(build, self._model, structure, leaves, changed)
+        program, promoted = found or (build(()), frozenset())
+        key = call_key(structure, leaves, promoted)
+        for old in superseded(self._programs, key, promoted):
+            del self._programs[old]
+        self._programs.setdefault(key, []).append(program)
+        if program.serves(leaves):
+            self._of_any_size.setdefault(without_sizes(key), []).append(program)
+        if names := [program.signature.inputs[i] for i in changed if i not in promoted]:
+            warnings.warn(
+                f"pabc captured the model anew because the number passed as {names} changed; "
+                "pass a tensor where a value changes from call to call",
+                stacklevel=5,
+            )
+        return program
+
+
+def _warn_of_reads(differences: Sequence[tuple[passes.Read, Any]]) -> None:
+    """Says from the third capture of one signature on what keeps changing."""
+    if len(differences) > 1:
+        read, value = differences[-1]
+        warnings.warn(
+            f"pabc captured the model anew because it reads a value from data that changed: {read} "
+            f"when captured, {value} now; capture number {len(differences) + 1} of this signature",
+            stacklevel=5,
+        )

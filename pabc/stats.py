@@ -1,0 +1,115 @@
+"""What a compiled model did so far, counted."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """Counts since a model was compiled, over all trajectories; printed, a table.
+
+    Attributes:
+        calls: steps that ran to their end.
+        generations: sequences of calls that reached the last step of their plan.
+        computed, reused, stored: regions, one per slot and call.
+        fallbacks: reason -> calls that computed what was to be reused: `shape`, `dtype`, `device`,
+            `arguments`: the call differs so from the one before it; `weights`: a tensor of the
+            model was replaced; `missing`: the step that stores the value was not run.
+        nbytes: bytes that slots hold now.
+        peak_nbytes: bytes that slots held at the fullest moment.
+        captures: graphs captured from the model.
+        compiles: phases specialized and compiled.
+    """
+
+    calls: int
+    generations: int
+    computed: int
+    reused: int
+    stored: int
+    fallbacks: Mapping[str, int]
+    nbytes: int
+    peak_nbytes: int
+    captures: int
+    compiles: int
+
+    def __str__(self) -> str:
+        rows = {field.name: getattr(self, field.name) for field in fields(self)}
+        rows["fallbacks"] = ", ".join(f"{k} {n}" for k, n in self.fallbacks.items()) or "none"
+        width = max(map(len, rows))
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+class Recorder:
+    """Counts for :class:`Stats`; any thread may add to it."""
+
+    def __init__(self) -> None:
+        # Re-entrant: an account may be closed by garbage collection while its lock is held.
+        self._lock = threading.RLock()
+        self._counts: Counter[str] = Counter()
+        self._fallbacks: Counter[str] = Counter()
+        self._nbytes = 0
+        self._peak = 0
+
+    def add(self, **counts: int) -> None:
+        """Adds to counts by the names of :class:`Stats`."""
+        with self._lock:
+            for name, count in counts.items():
+                self._counts[name] += count
+
+    def fall_back(self, reason: str, step: int) -> None:
+        """Counts a call that computes what was to be reused; logs the first one of each reason."""
+        with self._lock:
+            self._fallbacks[reason] += 1
+            is_first = self._fallbacks[reason] == 1
+        if is_first:
+            logger.warning(
+                "step %d computes what was to be reused (%s); further ones are counted in stats",
+                step,
+                reason,
+            )
+
+    def move(self, nbytes: int) -> None:
+        """Counts bytes that came to be held, or, below 0, are no longer."""
+        with self._lock:
+            self._nbytes += nbytes
+            self._peak = max(self._peak, self._nbytes)
+
+    def account(self, holder: object) -> Account:
+        """Counts the bytes that `holder` holds, as long as it lives."""
+        account = Account(self)
+        weakref.finalize(holder, account.set, 0).atexit = False
+        return account
+
+    def snapshot(self) -> Stats:
+        """The counts as they are."""
+        with self._lock:
+            names = ("calls", "generations", "computed", "reused", "stored", "captures", "compiles")
+            counts: dict[str, Any] = {name: self._counts[name] for name in names}
+            return Stats(
+                **counts,
+                fallbacks=dict(self._fallbacks),
+                nbytes=self._nbytes,
+                peak_nbytes=self._peak,
+            )
+
+
+class Account:
+    """The bytes of one holder within a recorder's sum."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self.nbytes = 0
+
+    def set(self, nbytes: int) -> None:
+        """The holder now holds this much."""
+        change, self.nbytes = nbytes - self.nbytes, nbytes
+        self._recorder.move(change)

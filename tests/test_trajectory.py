@@ -1,0 +1,462 @@
+"""Trajectories and branches: kept apart, freed, and refused where they contradict the plan."""
+
+import gc
+import threading
+import warnings
+import weakref
+from contextlib import nullcontext
+
+import pytest
+import torch
+from test_api import Tiny
+
+import pabc
+
+pytestmark = pytest.mark.runtime
+TIMESTEPS = (900.0, 700.0, 500.0, 300.0, 100.0)
+SCHEDULE = pabc.Schedule.pyramid(TIMESTEPS, full=2, mlp=3)
+
+
+@pytest.fixture
+def model():
+    return Tiny().eval()
+
+
+def compile_eager(model, schedule=SCHEDULE, **options):
+    return pabc.compile(model, schedule, backend="eager", **options)
+
+
+def make_call(seed, step, tokens=6, batch=2):
+    generator = torch.Generator().manual_seed(100 * seed + step)
+    return torch.randn(batch, tokens, 4, generator=generator), torch.full((batch,), TIMESTEPS[step])
+
+
+def generate(fast, seed, tokens=6, steps=range(5)):
+    return [fast(*make_call(seed, step, tokens)) for step in steps]
+
+
+def run_alone(model, seed, tokens=6):
+    outputs = generate(pabc.compile(model, SCHEDULE, backend="oracle"), seed, tokens)
+    assert not torch.equal(outputs[1], model(*make_call(seed, 1, tokens))), "nothing was reused"
+    return outputs
+
+
+def assert_equal(found, expected):
+    assert all(map(torch.equal, found, expected)) and len(found) == len(expected)
+
+
+def test_trajectories_in_turns_give_what_each_gives_alone(model):
+    fast = compile_eager(model)
+    runs = [fast.trajectory() for _ in range(3)]
+    found = [[], [], []]
+    for seed, step in [(0, 0), (1, 0), (0, 1), (0, 2), (2, 0), (1, 1), (0, 3), (2, 1), (1, 2)] + [
+        (2, 2), (1, 3), (1, 4), (2, 3), (0, 4), (2, 4)
+    ]:  # fmt: skip
+        with runs[seed]:
+            found[seed].append(fast(*make_call(seed, step)))
+    for seed in range(3):
+        assert_equal(found[seed], run_alone(model, seed))
+    assert fast.stats.captures == 1 and not fast.stats.fallbacks
+    assert fast.stats.generations == 3 and fast.stats.nbytes == 0
+
+
+def test_default_trajectory_goes_on_after_another_one(model):
+    fast = compile_eager(model)
+    first = generate(fast, 0, steps=range(2))
+    with fast.trajectory():
+        inner = generate(fast, 1)
+        with fast.trajectory():
+            innermost = generate(fast, 2)
+    assert_equal(first + generate(fast, 0, steps=range(2, 5)), run_alone(model, 0))
+    assert_equal(inner, run_alone(model, 1))
+    assert_equal(innermost, run_alone(model, 2))
+
+
+def test_two_calls_a_step_are_kept_apart_by_name(model):
+    fast = compile_eager(model)
+    found = {"cond": [], "uncond": []}
+    for step in range(5):
+        for seed, name in enumerate(found):
+            with fast.cache_context(name):
+                found[name].append(fast(*make_call(seed, step)))
+    assert_equal(found["cond"], run_alone(model, 0))
+    assert_equal(found["uncond"], run_alone(model, 1))
+
+
+def test_branches_belong_to_their_trajectory(model):
+    fast = compile_eager(model)
+    runs, found = [fast.trajectory(), fast.trajectory()], [[], []]
+    for step in range(5):
+        for seed, run in enumerate(runs):
+            with run, fast.cache_context("cond"):
+                found[seed].append(fast(*make_call(seed, step)))
+    for seed in range(2):
+        assert_equal(found[seed], run_alone(model, seed))
+
+
+def test_two_models_do_not_share_contexts(model):
+    fast, other = compile_eager(model), compile_eager(model)
+    with fast.trajectory() as run, fast.cache_context("cond"):
+        generate(other, 0, steps=range(3))
+        assert run.step == 0
+    assert_equal(generate(other, 0, steps=range(3, 5)), run_alone(model, 0)[3:])
+
+
+def test_calls_within_a_stated_step_are_told_apart_by_order(model):
+    fast = compile_eager(model)
+    found = [[], []]
+    with fast.trajectory() as run:
+        for step in range(5):
+            run.at_step(step)
+            for seed in range(2):
+                found[seed].append(fast(*make_call(seed, step)))
+    for seed in range(2):
+        assert_equal(found[seed], run_alone(model, seed))
+    assert fast.stats.nbytes == 0
+
+
+def test_a_stated_step_may_be_skipped(model):
+    """What a skipped step would have stored is computed by the next one, and kept from there on."""
+    fast = compile_eager(model, pabc.Schedule.pyramid(TIMESTEPS, full=5))
+    with fast.trajectory() as run:
+        for step in (0, 1, 3, 4):
+            run.at_step(step)
+            fast(*make_call(0, step))
+        assert not fast.stats.fallbacks, "valid until step 4"
+        run.reset()
+        for step in (1, 2):
+            run.at_step(step)
+            found = fast(*make_call(0, step))
+        assert fast.stats.fallbacks == {"missing": 1}
+    assert not torch.equal(found, model(*make_call(0, 2)))
+    with pytest.raises(ValueError, match="got -1, allowed: 0 or more"):
+        run.at_step(-1)
+
+
+def test_a_value_is_not_read_after_the_step_that_replaces_it(model):
+    fast = compile_eager(model, pabc.Schedule.pyramid(TIMESTEPS, full=2))
+    with fast.trajectory() as run:
+        for step in (0, 3):  # step 2 would have stored what step 3 reads
+            run.at_step(step)
+            found = fast(*make_call(0, step))
+    assert torch.equal(found, model(*make_call(0, 3)))
+    assert fast.stats.fallbacks == {"missing": 1}
+
+
+def test_threads_each_with_a_trajectory(model):
+    fast = compile_eager(model)
+    found, errors = {}, []
+
+    def work(seed):
+        try:
+            with fast.trajectory():
+                found[seed] = generate(fast, seed, tokens=6 + seed % 3)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    for seed in range(6):
+        assert_equal(found[seed], run_alone(model, seed, tokens=6 + seed % 3))
+    assert fast.stats.captures == 3 and fast.stats.nbytes == 0
+
+
+def test_one_step_of_a_trajectory_at_a_time(model):
+    inside, release = threading.Event(), threading.Event()
+
+    class Waiting(Tiny):
+        def forward(self, x, t):
+            return super().forward(x, t)
+
+    fast = compile_eager(Waiting().eval())
+    fast(*make_call(0, 0))
+    program = fast._last[0]
+    run = program.run
+
+    def wait(*args):
+        inside.set()
+        assert release.wait(10)
+        return run(*args)
+
+    program.run = wait
+    thread = threading.Thread(target=lambda: fast(*make_call(0, 1)))
+    thread.start()
+    assert inside.wait(10)
+    with pytest.raises(
+        pabc.GuardError, match=r"one step of a trajectory at a time.*trajectory\(\)"
+    ):
+        fast(*make_call(0, 1))
+    release.set()
+    thread.join()
+    program.run = run
+    expected = run_alone(fast._orig_mod, 0)
+    assert torch.equal(fast(*make_call(0, 2)), expected[2]), "the step under way was not disturbed"
+
+
+def test_slots_are_freed_after_their_last_read(model):
+    fast = compile_eager(model)
+    for step in range(5):
+        fast(*make_call(0, step))
+        live = [slot for slot in range(4) if (fast.plan.sources[step + 1 :, slot] >= 0).any()]
+        kept = fast.plan.sources[step + 1 : step + 2].max(initial=-1) >= 0
+        assert (fast.stats.nbytes > 0) == bool(kept and live)
+    assert fast.stats.nbytes == 0
+    assert fast.stats.peak_nbytes == fast.plan.peak_bytes
+
+
+@pytest.mark.parametrize("how", ["reset", "exception", "dropped", "raised inside"])
+def test_an_abandoned_generation_frees_its_slots(model, how, monkeypatch):
+    fast = compile_eager(model)
+    run = fast.trajectory()
+    with run:
+        generate(fast, 0, steps=range(1))
+    assert run.nbytes == fast.stats.nbytes > 0
+    held = weakref.ref(next(iter(run._branches[None, 0]._held.values())).cuts[0])
+    if how == "reset":
+        run.reset()
+    elif how == "exception":
+        with pytest.raises(ZeroDivisionError), run:
+            _ = 1 / 0
+    elif how == "dropped":
+        del run
+    else:
+        with pytest.raises(TypeError), run:
+            fast(nonsense=1)
+    gc.collect()
+    assert fast.stats.nbytes == 0 and held() is None
+    assert_equal(generate(fast, 1), run_alone(model, 1))
+
+
+def test_an_exception_in_the_default_trajectory_resets_it(model, monkeypatch):
+    fast = compile_eager(model)
+    generate(fast, 0, steps=range(2))
+    program = fast._last[0]
+
+    def fail(*args):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(program, "run", fail)
+    with pytest.raises(MemoryError):
+        fast(*make_call(0, 2))
+    monkeypatch.undo()
+    assert fast.stats.nbytes == 0
+    assert_equal(generate(fast, 0), run_alone(model, 0))
+
+
+def test_out_of_memory_while_storing_leaves_nothing(model, monkeypatch):
+    fast = compile_eager(model)
+    generate(fast, 0, steps=range(2))
+    calls = []
+
+    def fail(tensor):
+        calls.append(tensor)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no room")
+        return tensor
+
+    monkeypatch.setattr("pabc.trajectory.without_spare_memory", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        fast(*make_call(0, 2))
+    monkeypatch.undo()
+    assert fast.stats.nbytes == 0 and len(calls) == 2
+    assert_equal(generate(fast, 0), run_alone(model, 0))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda x, t: (x[:, :4], t), "shape"),
+        (lambda x, t: (x, t.half()), "dtype"),
+    ],
+)
+def test_a_call_unlike_the_last_computes_and_is_counted(model, change, reason, caplog):
+    fast = compile_eager(model)
+    for step in (0, 1, 2, 3):
+        call = make_call(0, step)
+        call = change(*call) if step in (1, 3) else call
+        assert torch.equal(fast(*call), model(*call))
+    assert fast.stats.fallbacks == {reason: 3}
+    assert fast.stats.calls == 4 and fast.stats.reused == 0
+    assert len([r for r in caplog.records if reason in r.getMessage()]) == 1, "logged once"
+
+
+def test_replaced_weights_are_counted(model):
+    fast = compile_eager(model)
+    generate(fast, 0)
+    model.head.weight = torch.nn.Parameter(model.head.weight * 2)
+    assert_equal(generate(fast, 0), run_alone(model, 0))
+    assert fast.stats.captures == 1
+
+
+def test_schedule_of_the_next_generation(model):
+    fast = compile_eager(model)
+    generate(fast, 0, steps=range(2))
+    compiles = fast.stats.compiles
+    fast.schedule = pabc.Schedule.pyramid(TIMESTEPS[:3], full=2, mlp=3)
+    assert_equal(generate(fast, 0, steps=range(2, 5)), run_alone(model, 0)[2:])
+    assert fast.plan.num_steps == 5 or fast.plan.num_steps == 3
+    outputs = generate(fast, 1, steps=range(3))
+    assert_equal(outputs, run_alone(model, 1)[:3])
+    assert fast.stats.generations == 2
+    assert fast.stats.captures == 1 and fast.stats.compiles <= compiles + 2
+    with pytest.raises(TypeError, match=r"expected a pabc\.Schedule, found int"):
+        fast.schedule = 3
+
+
+def test_a_trajectory_with_a_schedule_of_its_own(model):
+    fast = compile_eager(model, pabc.Schedule.none(TIMESTEPS))
+    with fast.trajectory(SCHEDULE):
+        found = generate(fast, 0)
+    assert_equal(found, run_alone(model, 0))
+    assert_equal(generate(fast, 0), [model(*make_call(0, step)) for step in range(5)])
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ((0, 0), r"timestep 700 at step 1, found 900, that of step 0 again.*cache_context"),
+        ((0, 1, 3), r"timestep 500 at step 2, found 300, that of step 3"),
+        ((0, 1, 2, 0), r"timestep 300 at step 3, found 900, that of step 0.*reset"),
+        ((2, 3), r"timestep 700 at step 1, found 300, that of step 3"),
+        ((0, 2), r"timestep 700 at step 1, found 500, that of step 2"),
+    ],
+)
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_a_timestep_of_another_step_is_an_error(model, steps, message, scale):
+    fast = compile_eager(model)
+    if scale != 1:
+        message = r"expected timestep 0\.[1-9] at step \d, found 0\.[1-9], that of step \d"
+    *others, (x, t) = [make_call(0, step) for step in steps]
+    for x_before, t_before in others:
+        fast(x_before, t_before * scale)
+    with pytest.raises(pabc.GuardError, match=message):
+        fast(x, t * scale)
+    assert fast.stats.nbytes == 0
+    assert_equal(generate(fast, 0), run_alone(model, 0))
+
+
+def test_other_timesteps_than_the_schedules_are_an_error(model):
+    fast = compile_eager(model)
+    x, t = make_call(0, 0)
+    fast(x, t)
+    with pytest.raises(pabc.GuardError, match="found 880, no step's: make the schedule from"):
+        fast(x, torch.full((2,), 880.0))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [0.5] * 5,
+        [0.0] * 5,
+        list(torch.linspace(1, 0.2, 5)),
+        [900.25, 700.5, 500.125, 300.0, 100.9],
+    ],
+)
+def test_other_numbers_are_not_taken_for_timesteps(model, values):
+    schedule = pabc.Schedule.pyramid([900.25, 700.5, 500.125, 300.0, 100.9], full=2)
+    if values[0] == 1:
+        schedule = pabc.Schedule.pyramid(range(5), full=2)
+    fast = compile_eager(model, schedule)
+    for value in values:
+        t = torch.full((2,), float(value))
+        fast(make_call(0, 0)[0], t.long() if value == 900.25 else t)
+    assert fast.stats.generations == 1
+
+
+class Guided(Tiny):
+    def forward(self, x, guidance, t):
+        return super().forward(x, t + guidance)
+
+
+def test_a_constant_that_is_like_the_first_timestep(model):
+    """A guidance scale of 1 beside noise levels from 1."""
+    levels = (1.0, 0.8, 0.5, 0.1)
+    fast = compile_eager(Guided().eval(), pabc.Schedule.pyramid(levels, full=2))
+    x, _ = make_call(0, 0)
+    guidance = torch.ones(2)
+    for level in levels:
+        fast(x, guidance, torch.full((2,), level))
+    for level in levels:  # the timestep is spelled in no known way
+        fast(x, guidance, torch.full((2,), level**2 + 2))
+    assert fast.stats.generations == 2
+
+
+def test_more_calls_than_steps_start_a_new_generation_unless_stated(model):
+    fast = compile_eager(model)
+    with fast.trajectory() as run:
+        run.at_step(5)
+        with pytest.raises(pabc.GuardError, match=r"expected a step below 5.*found 5"):
+            fast(*make_call(0, 4))
+
+
+def test_nan_does_not_enter_a_slot_where_checking_is_asked_for(model):
+    fast = compile_eager(model, check_finite=True)
+    x, t = make_call(0, 0)
+    with pytest.raises(pabc.GuardError, match=r"NaN or infinity in the full.*'blocks\.0.*step 0"):
+        fast(x.fill_(torch.nan), t)
+    assert fast.stats.nbytes == 0
+    assert_equal(generate(fast, 0), run_alone(model, 0))
+
+
+def test_a_generation_without_reuse_warns(model):
+    fast = compile_eager(model)
+    for step in range(4):
+        fast(*make_call(0, step, tokens=4 + step % 2))
+    with pytest.warns(UserWarning, match="nothing was reused in a whole generation"):
+        fast(*make_call(0, 4, tokens=4))
+    assert fast.stats.fallbacks["shape"] > 0
+
+
+@pytest.mark.parametrize(
+    "schedule", [SCHEDULE, pabc.Schedule.none(TIMESTEPS)], ids=["pyramid", "none"]
+)
+def test_no_warning_where_reuse_works_or_is_not_asked_for(model, schedule):
+    fast = compile_eager(model, schedule)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(fast, 0)
+
+
+def test_stats_count_regions(model):
+    fast = compile_eager(model)
+    generate(fast, 0)
+    plan, stats = fast.plan, fast.stats
+    assert stats.reused == plan.reuse.sum()
+    assert stats.computed == (~plan.reuse).sum()
+    assert stats.stored == (plan.actions == pabc.Action.STORE).sum()
+    assert (stats.calls, stats.generations) == (5, 1)
+    assert "peak_nbytes" in str(stats) and "fallbacks    none" in str(stats)
+
+
+class Split(Tiny):
+    """The branch is a half of a larger buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide = torch.nn.Linear(8, 16)
+
+    def forward(self, x, t):
+        h = super().forward(x, t) @ self.proj.weight.T
+        return h + self.wide(torch.nn.functional.gelu(h)).chunk(2, -1)[1] * t[:, None, None]
+
+
+@pytest.mark.parametrize("backend", ["eager", "oracle", "inductor"])
+def test_slots_keep_no_larger_buffer_alive(backend):
+    model = Split().eval()
+    fast = pabc.compile(model, pabc.Schedule.pyramid(TIMESTEPS, full=2, mlp=2), backend=backend)
+    outputs = generate(fast, 0)
+    assert fast.stats.peak_nbytes == fast.plan.peak_bytes
+    oracle = pabc.compile(model, fast.schedule, backend="oracle")
+    for found, expected in zip(outputs, generate(oracle, 0), strict=True):
+        assert torch.allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("enter", [True, False])
+def test_a_generation_is_the_same_in_either_trajectory(model, enter):
+    fast = compile_eager(model)
+    with fast.trajectory() if enter else nullcontext():
+        assert_equal(generate(fast, 0), run_alone(model, 0))
