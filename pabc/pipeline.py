@@ -1,7 +1,7 @@
 """The compiler as a list: which pass follows which, and what must hold after each.
 
     capture -> canonicalize -> axes (-> enlarge) -> tag -> regions -> hoist -> outline -> cache
-                                                             once per signature
+    -> encode -> offload                                     once per signature
     specialize -> inline -> lift -> Inductor                 once per phase
 
 Passes neither print, time nor check themselves: :func:`run_stages` does.
@@ -14,12 +14,14 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from torch.fx import GraphModule
 
 from pabc import passes
+
+Offload = Literal["cpu"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +34,8 @@ class Config:
     kinds: Mapping[str, str] = field(default_factory=dict)
     latents: str | None = None
     dynamic: bool = False
+    cache_dtype: passes.CacheDtype = "keep"
+    offload: Offload | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,16 @@ ANALYSIS: tuple[Stage, ...] = (
     Stage("hoist", lambda gm, c: passes.hoist_invariants_pass(gm), passes.verify_hoist),
     Stage("outline", lambda gm, c: passes.outline_regions_pass(gm), passes.verify_outline),
     Stage("cache", lambda gm, c: passes.insert_cache_pass(gm), passes.verify_cache),
+    Stage(
+        "encode",
+        lambda gm, c: passes.encode_cuts_pass(gm, cache_dtype=c.cache_dtype),
+        passes.verify_cache,
+    ),
+    Stage(
+        "offload",
+        lambda gm, c: passes.offload_cuts_pass(gm) if c.offload else gm,
+        passes.verify_cache,
+    ),
 )
 """The stages between capture and specialization, in order."""
 NUM_NAMING = 2

@@ -204,7 +204,7 @@ class Program:
             outputs, kept = executable.run(*inputs, *self._hoist(branch, inputs), *cuts)
             start = 0
             for slot in executable.stored:
-                stop = start + len(self.regions[slot].cuts)
+                stop = start + len(self.regions[slot].kept)
                 branch.write(slot, tuple(kept[start:stop]))
                 start = stop
         branch.advance()

@@ -5,9 +5,11 @@ from .cache import cache_read, cache_write, compute_unless, insert_cache_pass, v
 from .canonicalize import canonicalize_pass
 from .capture import Signature, bind_arguments, capture
 from .emit import Place, compile_flat, inline_regions_pass, lift_weights_pass
+from .encode import CacheDtype, encode_cuts_pass
 from .enlarge import enlarge_call
 from .hoist import hoist_invariants_pass, verify_hoist
 from .ir import Attention, Axis, Factor, Region
+from .offload import offload_cuts_pass
 from .outline import outline_regions_pass, verify_outline
 from .regions import Cut, mark_regions_pass, verify_marks
 from .specialize import specialize_phase_pass, verify_phase
@@ -21,6 +23,7 @@ from .tracing.sizes import Sizes, concrete, hinted
 __all__ = [
     "Attention",
     "Axis",
+    "CacheDtype",
     "Cut",
     "Factor",
     "OutsideCall",
@@ -38,6 +41,7 @@ __all__ = [
     "compile_flat",
     "compute_unless",
     "concrete",
+    "encode_cuts_pass",
     "enlarge_call",
     "hinted",
     "hoist_invariants_pass",
@@ -46,6 +50,7 @@ __all__ = [
     "lift_weights_pass",
     "mark_regions_pass",
     "name_axes_pass",
+    "offload_cuts_pass",
     "outline_regions_pass",
     "pack",
     "specialize_phase_pass",

@@ -13,7 +13,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from .ir import GETITEM, Region, aten, copy_into, derived, output_node, user_inputs
+from .ir import GETITEM, Region, aten, copy_into, derived, output_node, user_inputs, value
+from .transfers import fetch, stash
 
 Cuts = tuple[torch.Tensor, ...]
 
@@ -45,6 +46,44 @@ def cache_write(trajectory: Slots, slot: int, cached: Cuts | None, cuts: Cuts) -
     return cuts
 
 
+def fetch_cached(cached: Cuts | None, devices: tuple[torch.device | None, ...]) -> Cuts | None:
+    """What a slot holds, each tensor on its device; None: it was never moved."""
+    if cached is None:
+        return None
+    pairs = zip(cached, devices, strict=True)
+    return tuple(fetch(kept, device) if device is not None else kept for kept, device in pairs)
+
+
+def decode_cached(cached: Cuts | None, decoder: GraphModule) -> Cuts | None:
+    """The cuts whose encoded form a slot holds; None where there is nothing to reuse."""
+    return None if cached is None else decoder(*cached)
+
+
+def encode_unless(cached: Cuts | None, encoder: GraphModule, cuts: Cuts) -> Cuts:
+    """The encoded form of freshly computed cuts; where there is one to reuse, that."""
+    return encoder(*cuts) if cached is None else cached
+
+
+def stash_unless(cached: Cuts | None, devices: tuple[torch.device | None, ...], cuts: Cuts) -> Cuts:
+    """What a slot is to hold, moved to host memory if it has a device; else what it holds."""
+    if cached is not None:
+        return cached
+    pairs = zip(cuts, devices, strict=True)
+    return tuple(stash(cut) if device is not None else cut for cut, device in pairs)
+
+
+_GUARDS = (fetch_cached, decode_cached, compute_unless, encode_unless, stash_unless)
+
+
+def slot_of(node: Node) -> int | None:
+    """The slot of a guard in a guarded graph; None of any other node."""
+    if node.target in (cache_read, cache_write):
+        return int(node.args[1])
+    if node.target in _GUARDS:
+        return slot_of(node.args[0])
+    return None
+
+
 def insert_cache_pass(gm: GraphModule) -> GraphModule:
     """Puts a read, a guarded call and a write in place of every region's call.
 
@@ -68,6 +107,7 @@ def insert_cache_pass(gm: GraphModule) -> GraphModule:
             continue
         slot = slots[str(node.target)]
         cached = graph.call_function(cache_read, (trajectory, slot))
+        cached.meta["val"] = tuple(map(value, _cuts(gm, node)))
         region = graph.get_attr(str(node.target))
         inputs = tuple(mapping[n] for n in node.args)
         computed = graph.call_function(compute_unless, (cached, region, *inputs))
@@ -76,6 +116,12 @@ def insert_cache_pass(gm: GraphModule) -> GraphModule:
     hoisted = user_inputs(gm.graph)[len(gm.meta["signature"].inputs) :]
     _copy_kept_outputs(graph, {mapping[node] for node in hoisted})
     return derived(gm, graph)
+
+
+def _cuts(gm: GraphModule, call: Node) -> tuple[Node, ...]:
+    region = gm.get_submodule(str(call.target))
+    assert isinstance(region, GraphModule)
+    return output_node(region.graph).args[0]
 
 
 def _copy_kept_outputs(graph: Graph, hoisted: Collection[Node]) -> None:

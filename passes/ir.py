@@ -127,7 +127,8 @@ class Region:
     """One residual branch, outlined to a submodule whose outputs are its cuts.
 
     `name` is the submodule's attribute, `path` the user's module it came from, `layer` its ordinal
-    among regions of its kind, `shapes` and `nbytes` describe the cut tensors.
+    among regions of its kind, `shapes` and `dtypes` describe the cut tensors; `encoded` those that
+    a slot holds in their place (:func:`encode_cuts_pass`), where it does not hold the cuts.
     """
 
     name: str
@@ -138,14 +139,17 @@ class Region:
     cuts: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
+    encoded: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
+
+    @property
+    def kept(self) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+        """Shape and dtype of each tensor that a slot holds for it."""
+        return self.encoded or tuple(zip(self.shapes, self.dtypes, strict=True))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the cut tensors."""
-        return sum(
-            dtype.itemsize * torch.Size(shape).numel()
-            for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
-        )
+        """Bytes of the tensors that a slot holds for it."""
+        return sum(dtype.itemsize * torch.Size(shape).numel() for shape, dtype in self.kept)
 
 
 class Reach:

@@ -1,0 +1,105 @@
+"""offload: slots of regions that run on an accelerator lie in host memory, as part of the graph.
+
+Each cut leaves the device where its region was computed, and comes back where it is used: a phase
+takes all it reuses at once and gives all it stores at once, and a value is reused from the step
+after its own on, so copies between steps would free nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from .cache import (
+    cache_read,
+    cache_write,
+    compute_unless,
+    decode_cached,
+    fetch_cached,
+    slot_of,
+    stash_unless,
+)
+from .ir import copy_into, derived
+from .transfers import stash
+
+FETCH = torch.ops.pabc.fetch.default
+STASH = torch.ops.pabc.stash.default
+Devices = tuple[torch.device | None, ...]
+"""Per tensor that a slot holds: the device it comes from and goes to; None: it stays there."""
+
+
+def offload_cuts_pass(gm: GraphModule, *, accelerators: Sequence[str] = ("cuda",)) -> GraphModule:
+    """Moves what cache writes are offered to host memory, and what cache reads give back.
+
+    Requires: a guarded graph (:func:`insert_cache_pass`), encoded or not.
+    Ensures: slots hold no tensor on a device whose type is among `accelerators`; where there is no
+    such tensor, the graph is left as it is; outputs bitwise as before.
+
+        # before                                # after
+        %c = cache_read(%trajectory, 0)         %c = cache_read(%trajectory, 0)
+        %u = compute_unless(%c, spatial_0, %x)  %f = fetch_cached(%c, (cuda:0,))
+        %r = cache_write(%trajectory, 0,        %u = compute_unless(%f, spatial_0, %x)
+                         %c, %u)                %s = stash_unless(%c, (cuda:0,), %u)
+        %v = getitem(%r, 0)                     %w = cache_write(%trajectory, 0, %c, %s)
+                                                %v = getitem(%u, 0)
+    """
+    moved = {
+        slot_of(node): _devices(node.meta["val"], accelerators)
+        for node in gm.graph.nodes
+        if node.target is cache_read
+    }
+    moved = {slot: devices for slot, devices in moved.items() if any(devices)}
+    if not moved:
+        return gm
+    readers = (decode_cached, compute_unless)
+    graph = Graph()
+    mapping: dict[Node, Node] = {}
+    for node in gm.graph.nodes:
+        devices = moved.get(slot_of(node))
+        if devices is not None and node.target is cache_write:
+            trajectory, slot, cached, cuts = (mapping.get(n, n) for n in node.args)
+            stashed = graph.call_function(stash_unless, (cached, devices, cuts))
+            graph.call_function(cache_write, (trajectory, slot, cached, stashed))
+            mapping[node] = cuts
+            continue
+        copy_into(graph, [node], mapping)
+        if devices is not None and node.target is cache_read:
+            pairs = zip(node.meta["val"], devices, strict=True)
+            mapping[node].meta["val"] = tuple(v if d is None else stash(v) for v, d in pairs)
+        elif devices is not None and node.target in readers and node.args[0].target is cache_read:
+            with graph.inserting_before(mapping[node]):
+                fetched = graph.call_function(fetch_cached, (mapping[node.args[0]], devices))
+            mapping[node].update_arg(0, fetched)
+    return derived(gm, graph)
+
+
+def _devices(vals: Sequence[torch.Tensor], accelerators: Sequence[str]) -> Devices:
+    return tuple(val.device if val.device.type in accelerators else None for val in vals)
+
+
+def insert_fetches(graph: Graph, held: Sequence[Node], devices: Devices) -> tuple[Node, ...]:
+    """Fetches what slots hold, at the end of the graph; what is not moved is left as it is."""
+    pairs = zip(held, devices, strict=True)
+    return tuple(
+        node if device is None else graph.call_function(FETCH, (node, device))
+        for node, device in pairs
+    )
+
+
+def insert_stashes(graph: Graph, cuts: Sequence[Node], devices: Devices) -> tuple[Node, ...]:
+    """Stashes cuts, at the end of the graph; what is not moved is left as it is."""
+    pairs = zip(cuts, devices, strict=True)
+    return tuple(
+        node if device is None else graph.call_function(STASH, (node,)) for node, device in pairs
+    )
+
+
+def link_fetches(graph: Graph) -> None:
+    """Tells each fetch what is fetched next: that copy begins while what uses this one runs."""
+    fetches = [node for node in graph.nodes if node.target is FETCH]
+    for node, following in pairwise(fetches):
+        if node.args[1] == following.args[1]:
+            node.args = (*node.args, following.args[0])
