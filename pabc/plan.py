@@ -245,7 +245,7 @@ class Plan:
                 " # compute, + compute and store, . reuse",
                 *(f"  {label:<{width}}  {column}" for label, column in rows),
                 f"  {len(self.phases)} phases; reused: {reused or 'nothing'};"
-                f" peak {_format_bytes(self.peak_bytes)}",
+                f" peak {format_bytes(self.peak_bytes)}",
             ]
         )
 
@@ -320,7 +320,7 @@ def _table_rows(plan: Plan) -> list[tuple[str, str]]:
         groups.setdefault((slot.kind, plan._column(index)), set()).add(slot.layer)
     kinds = [kind for kind, _ in groups]
     return [
-        (kind if kinds.count(kind) == 1 else f"{kind} {_format_numbers(layers)}", column)
+        (kind if kinds.count(kind) == 1 else f"{kind} {format_numbers(layers)}", column)
         for (kind, column), layers in groups.items()
     ]
 
@@ -330,7 +330,7 @@ def _digit(phase: int) -> str:
     return digits[phase] if phase < len(digits) else "*"
 
 
-def _format_numbers(numbers: set[int]) -> str:
+def format_numbers(numbers: set[int]) -> str:
     """`{0, 1, 2, 5}` as `0-2,5`."""
     starts = sorted(n for n in numbers if n - 1 not in numbers)
     ends = sorted(n for n in numbers if n + 1 not in numbers)
@@ -338,7 +338,8 @@ def _format_numbers(numbers: set[int]) -> str:
     return ",".join(f"{low}" if low == high else f"{low}-{high}" for low, high in runs)
 
 
-def _format_bytes(count: int) -> str:
+def format_bytes(count: int) -> str:
+    """`2097152` as `2.0 MiB`."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.1f} {unit}"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import operator
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -44,6 +46,28 @@ def as_range(value: Any, name: str) -> int:
     if every < 1:
         raise ValueError(f"{name}: got range {value!r}, allowed: an integer of 1 or more, or None")
     return every
+
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9} | {
+    unit: 2 ** (10 * power) for power, unit in enumerate(("KiB", "MiB", "GiB"), start=1)
+}
+
+
+def as_bytes(value: Any, name: str) -> int:
+    """A number of bytes, 1 or more: an integer, or text with a unit, such as `"1.5 GiB"`."""
+    found = 0
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", value)
+        if match is not None and match[2] in _UNITS:
+            found = int(Fraction(match[1]) * _UNITS[match[2]])
+    elif isinstance(value, int | np.integer) and not isinstance(value, bool):
+        found = int(value)
+    if found < 1:
+        raise ValueError(
+            f"{name}: got {value!r}, allowed: a number of bytes, 1 or more, or text with a unit "
+            f"({', '.join(_UNITS)}), such as '2GiB'"
+        )
+    return found
 
 
 def as_pair(value: Any, name: str) -> tuple[float, float]:

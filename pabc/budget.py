@@ -1,0 +1,201 @@
+"""Which slots a memory budget has room for: those that save the most work, together.
+
+Slots are considered by the work that they save per byte, and taken while they fit; then others are
+tried in their place. What counts against the budget is the fullest step: slots whose lifetimes do
+not meet share the room. Everything is worked out in integers, so that all ranks come to the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import numpy.typing as npt
+
+from pabc.plan import Action, Plan, format_bytes, format_numbers
+
+MAX_CHOICES = 2000
+"""How many partial choices are looked at; with fewer in all, what is found is the best there is."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A plan that keeps within a budget, and the one that it was made from.
+
+    Attributes:
+        plan: the slots of `kept` do what they did; the others are computed at every step.
+        full: the plan without a budget.
+        budget: bytes.
+        kept: ascending indices of the slots, among those that `full` reuses.
+        saved: per slot, the floating-point operations that its reuse saves over a generation.
+    """
+
+    plan: Plan
+    full: Plan
+    budget: int
+    kept: tuple[int, ...]
+    saved: tuple[int, ...]
+
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        """The slots that were to be reused, and are not: there is no room for them."""
+        return tuple(j for j in _reused(self.full) if j not in self.kept)
+
+    def __str__(self) -> str:
+        """Which slots are kept and which computed, and the figures by which that was decided."""
+        reused = _reused(self.full)
+        total = sum(self.saved[j] for j in reused) or 1
+        share = sum(self.saved[j] for j in self.kept) / total
+        return "\n".join(
+            [
+                f"  memory budget {format_bytes(self.budget)}: room for {len(self.kept)} of"
+                f" {len(reused)} slots, {format_bytes(self.plan.peak_bytes)} of"
+                f" {format_bytes(self.full.peak_bytes)}; they save {share:.1%} of the FLOPs that"
+                " all would, the most per byte first:",
+                *self._lines("kept", self.kept),
+                *self._lines("computed", self.dropped),
+            ]
+        )
+
+    def _lines(self, what: str, slots: Sequence[int]) -> list[str]:
+        groups: dict[tuple[str, int, int], set[int]] = {}
+        for j in slots:
+            slot = self.full.slots[j]
+            key = (slot.kind, slot.nbytes, self.saved[j])
+            groups.setdefault(key, set()).add(slot.layer)
+        rows = sorted(groups.items(), key=lambda row: -Fraction(row[0][2], row[0][1] or 1))
+        return [
+            f"    {what:<8}  {kind} {format_numbers(layers)}: {format_bytes(nbytes)} each, saves"
+            f" {saved / 1e9:.3f} GFLOP a generation, {saved / (nbytes or 1):,.0f} a byte"
+            for (kind, nbytes, saved), layers in rows
+        ]
+
+
+def fit_plan(plan: Plan, flops: Sequence[int], budget: int) -> Fit:
+    """The plan with as many of its slots as a budget has room for.
+
+    Args:
+        plan: what is to be reused if there is room.
+        flops: per slot, what one run of its region costs.
+        budget: bytes of stored values at the fullest step; see `Plan.peak_bytes`.
+
+    Raises: ValueError if there is not room for one slot; it names the smallest useful budget.
+    """
+    reuses = plan.reuse.sum(axis=0)
+    saved = tuple(int(count) * cost for count, cost in zip(reuses, flops, strict=True))
+    candidates = _reused(plan)
+    smallest = min(candidates, key=lambda j: plan.slots[j].nbytes, default=None)
+    if smallest is None or plan.peak_bytes <= budget:
+        return Fit(plan, plan, budget, candidates, saved)
+    least = plan.slots[smallest].nbytes
+    if least > budget:
+        raise ValueError(
+            f"memory_budget: got {budget} bytes, allowed: {least} ({format_bytes(least)}) or more,"
+            f" for {plan.slots[smallest].name!r} alone; all slots take"
+            f" {plan.peak_bytes} ({format_bytes(plan.peak_bytes)})"
+        )
+    kept = choose_slots(plan, saved, budget)
+    reuse = plan.reuse.copy()
+    reuse[:, [j for j in range(len(plan.slots)) if j not in kept]] = False
+    return Fit(Plan.from_reuse(plan.timesteps, plan.slots, reuse), plan, budget, kept, saved)
+
+
+def choose_slots(plan: Plan, saved: Sequence[int], budget: int) -> tuple[int, ...]:
+    """The slots that save the most together, of those that the plan reuses, within a budget."""
+    search = _Search(plan, saved, budget)
+    search.descend((), np.zeros(len(search.alive), dtype=np.int64), 0)
+    return tuple(
+        sorted(
+            j
+            for group, count in zip(search.groups, search.best, strict=True)
+            for j in group.slots[:count]
+        )
+    )
+
+
+def _reused(plan: Plan) -> tuple[int, ...]:
+    return tuple(np.nonzero(plan.reuse.any(axis=0))[0].tolist())
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Slots that are as good as one another: of a size, alive at the same steps, saving as much."""
+
+    slots: tuple[int, ...]
+    nbytes: int
+    saved: int
+    alive: npt.NDArray[np.bool_]
+
+
+class _Search:
+    """Branch and bound over how many slots of each group are kept, the densest group first."""
+
+    def __init__(self, plan: Plan, saved: Sequence[int], budget: int) -> None:
+        alive = plan.actions != Action.COMPUTE
+        self.alive = np.unique(alive, axis=0)
+        self.groups = _group(plan, saved, self.alive)
+        self.budget = budget
+        self.best: tuple[int, ...] = ()
+        self._best_saved = -1
+        self._num_choices = 0
+
+    def descend(self, counts: tuple[int, ...], load: npt.NDArray[np.int64], saved: int) -> None:
+        """Tries all numbers of the next group's slots that fit, the most first."""
+        if len(counts) == len(self.groups):
+            if saved > self._best_saved:
+                self.best, self._best_saved = counts, saved
+            return
+        self._num_choices += 1
+        group = self.groups[len(counts)]
+        room = self.budget - int(load[group.alive].max())
+        most = len(group.slots) if not group.nbytes else min(len(group.slots), room // group.nbytes)
+        for count in range(most, -1, -1):
+            later = load + group.alive * (count * group.nbytes)
+            total = saved + count * group.saved
+            is_first = self._best_saved < 0
+            if is_first or (
+                self._num_choices < MAX_CHOICES
+                and total + self._bound(len(counts) + 1, later) > self._best_saved
+            ):
+                self.descend((*counts, count), later, total)
+
+    def _bound(self, first: int, load: npt.NDArray[np.int64]) -> int:
+        """More than this cannot be saved by the groups from `first` on.
+
+        Each step by itself allows what parts of slots could save, were they of use.
+        """
+        return min(
+            (self._bound_at(step, first, int(load[step])) for step in range(len(load))), default=0
+        )
+
+    def _bound_at(self, step: int, first: int, load: int) -> int:
+        room, saved = self.budget - load, 0
+        for group in self.groups[first:]:
+            if not group.alive[step] or not group.nbytes:
+                saved += len(group.slots) * group.saved
+                continue
+            taken = min(room, len(group.slots) * group.nbytes)
+            saved += taken * group.saved // group.nbytes
+            room -= taken
+        return saved
+
+
+def _group(plan: Plan, saved: Sequence[int], alive: npt.NDArray[np.bool_]) -> tuple[_Group, ...]:
+    """Groups of the slots that are reused, by what they save per byte; the densest first."""
+    members: dict[tuple[int, int, bytes], list[int]] = {}
+    for j in _reused(plan):
+        # What saves no counted operation still saves a little.
+        worth = max(saved[j], 1)
+        key = (plan.slots[j].nbytes, worth, alive[:, j].tobytes())
+        members.setdefault(key, []).append(j)
+    groups = [
+        _Group(tuple(slots), nbytes, worth, alive[:, slots[0]])
+        for (nbytes, worth, _), slots in members.items()
+    ]
+    return tuple(sorted(groups, key=_density, reverse=True))
+
+
+def _density(group: _Group) -> tuple[bool, Fraction]:
+    return not group.nbytes, Fraction(group.saved, group.nbytes or 1)
