@@ -68,12 +68,12 @@ class CompiledModel(nn.Module):
             schedule = branch.schedule or trajectory.schedule or self._schedule
             with self._lock:
                 program, leaves = self._select(args, kwargs, at_start=branch.step == 0)
-                inputs = program.pack(leaves)
-                with torch.no_grad(), without_autocast(inputs):
+            inputs = program.pack(leaves)
+            with torch.no_grad(), without_autocast(inputs):
+                with self._lock:
                     reused, executable = self._begin(program, branch, schedule, leaves, inputs)
-            alone = self._lock if program.calls_modules else nullcontext()
-            with torch.no_grad(), without_autocast(inputs), alone:
-                return program.run(branch, reused, executable, inputs)
+                with self._lock if program.calls_modules else nullcontext():
+                    return program.run(branch, reused, executable, inputs)
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Captures this call's signature and compiles all of its phases, without running a step."""

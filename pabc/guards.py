@@ -58,6 +58,7 @@ class Clock:
 
     def __init__(self, timesteps: tuple[float, ...]) -> None:
         self._timesteps = timesteps
+        self._are_indices = timesteps == tuple(range(len(timesteps)))
         self._followed: list[_Spelled] = []
         self._earlier: dict[int, _Value] = {}
         self._num_judged = 0
@@ -73,7 +74,7 @@ class Clock:
             judge()
         if self._num_judged > 1:
             positions = tuple(dict.fromkeys(i for i, _ in self._followed))
-        if not positions or self._timesteps == tuple(range(len(self._timesteps))):
+        if self._are_indices or not positions:
             return
         readings = {i: _read(leaves[i]) for i in positions}
         judge = lambda: self._judge(step, {i: get() for i, (get, _) in readings.items()})  # noqa: E731

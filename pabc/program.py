@@ -109,15 +109,19 @@ class Program:
         self._weights = Weights((self.guarded, self._prologue, self.reads.graph))
         self._weights_state = 0
         self._bindings: dict[Schedule, Binding] = {}
+        self._bound: tuple[Schedule | None, Binding | None] = None, None
         self._numbers: tuple[int, ...] | None = None
         self._modules: dict[tuple[tuple[int, ...], tuple[int, ...]], GraphModule] = {}
         self._executables: dict[tuple[tuple[int, ...], Layout], list[Executable]] = {}
 
     def bind(self, schedule: Schedule) -> Binding:
         """The schedule bound to these slots."""
-        if schedule not in self._bindings:
-            self._bindings[schedule] = Binding.of(schedule.plan(self.slots))
-        return self._bindings[schedule]
+        last, binding = self._bound
+        if schedule is not last or binding is None:
+            binding = self._bindings.get(schedule) or Binding.of(schedule.plan(self.slots))
+            self._bindings[schedule] = binding
+            self._bound = schedule, binding
+        return binding
 
     def phases(self, binding: Binding) -> tuple[GraphModule, ...]:
         """One specialized module per phase, in the plan's order."""
