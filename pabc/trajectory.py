@@ -148,7 +148,7 @@ class Branch:
             self._drop()
             self.source, self.hoisted = source, None
         reused = self._binding.reused_at(self.step)
-        self._reuses = all(self._find(slot) is not None for slot in reused)
+        self._reuses = all(slot in self._held for slot in reused)
         if not self._reuses:
             self._recorder.fall_back(change or "missing", self.step)
             return ()
@@ -170,8 +170,7 @@ class Branch:
         assert self._binding is not None
         if not self._reuses or self._binding.plan.actions[self.step, slot] != Action.REUSE:
             return None
-        held = self._find(slot)
-        return None if held is None else held.cuts
+        return self._held[slot].cuts
 
     def write(self, slot: int, cuts: Cuts) -> None:
         """Keeps freshly computed cuts if a later step reads them."""
@@ -237,11 +236,6 @@ class Branch:
         self.hoisted = self._schedule = self._binding = self._clock = None
         self._reuses = False
         self._drop()
-
-    def _find(self, slot: int) -> _Held | None:
-        """What the slot holds, if it is valid at this step."""
-        held = self._held.get(slot)
-        return held if held is not None and held.step < self.step <= held.until else None
 
     def _free(self) -> None:
         """Frees what no step from this one on reads, or was computed at one that is to come."""

@@ -1,4 +1,4 @@
-"""Any order of calls, branches, resets, exceptions, threads: what a dictionary written by hand gives."""
+"""Calls, branches, resets, exceptions and threads in any order, against a dictionary."""
 
 from __future__ import annotations
 
