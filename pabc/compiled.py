@@ -183,6 +183,12 @@ class CompiledModel(nn.Module):
         replaced (`assign=True`) at the next generation; neither recompiles."""
         return self._orig_mod.load_state_dict(*args, **kwargs)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raises TypeError: what is compiled belongs to this process."""
+        raise TypeError(
+            "a compiled model cannot be copied or pickled: copy the model, and compile the copy"
+        )
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)

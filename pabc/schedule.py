@@ -143,7 +143,8 @@ class Schedule:
         is compared as it is. `fraction` is (low, high) of the steps instead: step i of n is inside
         when low * n <= i < high * n. With neither, all steps are inside.
 
-        Raises `ValueError` on bad values; warns when a window has no step in it.
+        Raises `ValueError` on bad values; warns when a window has no step in it, or nothing is
+        reused.
         """
         steps = as_timesteps(timesteps)
         given = {
@@ -158,6 +159,13 @@ class Schedule:
         ranges = {kind: as_range(n, kind) for kind, n in given.items() if n is not None}
         inside = _find_inside_per_kind(steps, ranges, window, fraction)
         masks = {kind: _pyramid_mask(every, inside[kind]) for kind, every in ranges.items()}
+        wanted = [kind for kind, every in ranges.items() if every > 1 and any(inside[kind])]
+        if wanted and not any(map(any, masks.values())):
+            warnings.warn(
+                f"nothing is reused: the {len(steps)} steps, or those in the window, are too few "
+                f"for the ranges of {', '.join(wanted)}",
+                stacklevel=2,
+            )
         parts = {**ranges, "window": window, "fraction": fraction}
         words = [f"{name}={value}" for name, value in parts.items() if value is not None]
         return cls(steps, masks, label=" ".join(["pyramid", *words]))

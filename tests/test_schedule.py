@@ -52,6 +52,7 @@ def test_pyramid_follows_the_published_rule(steps, ranges, window):
             assert schedule.mask(kind)[i] == (i % every != 0 and low < int(t) < high)
 
 
+@pytest.mark.filterwarnings("ignore:nothing is reused")
 @settings(deadline=None)
 @given(
     num_steps=st.integers(1, 200),
@@ -384,3 +385,11 @@ def test_bad_json_is_named(text, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         Schedule.from_json(text)
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("steps", "options"), [([9], {}), (range(30, 0, -1), {"window": (14, 16)})]
+)
+def test_a_pyramid_that_reuses_nothing_warns(steps, options):
+    with pytest.warns(UserWarning, match="nothing is reused.*ranges of spatial"):
+        assert not Schedule.pyramid(steps, spatial=3, **options).reuses

@@ -1,6 +1,8 @@
 """Trajectories and branches: kept apart, freed, and refused where they contradict the plan."""
 
+import copy
 import gc
+import pickle
 import threading
 import warnings
 import weakref
@@ -11,6 +13,7 @@ import torch
 from test_api import Tiny
 
 import pabc
+from pabc import guards
 
 pytestmark = pytest.mark.runtime
 TIMESTEPS = (900.0, 700.0, 500.0, 300.0, 100.0)
@@ -367,6 +370,19 @@ def test_other_numbers_are_not_taken_for_timesteps(model, values):
     assert fast.stats.generations == 1
 
 
+def test_a_timestep_on_its_way_from_the_device_is_looked_at_one_call_later(model, monkeypatch):
+    """As on a GPU; here, what is copied is at hand, and said not to be."""
+    read = guards._read
+    monkeypatch.setattr(guards, "_read", lambda leaf: (read(leaf)[0], False))
+    fast = compile_eager(model)
+    assert_equal(generate(fast, 0), run_alone(model, 0))
+    for step in (0, 1, 3):
+        fast(*make_call(0, step))
+    with pytest.raises(pabc.GuardError, match="timestep 500 at step 2, found 300, that of step 3"):
+        fast(*make_call(0, 4))
+    assert_equal(generate(fast, 1), run_alone(model, 1))
+
+
 class Guided(Tiny):
     def forward(self, x, guidance, t):
         return super().forward(x, t + guidance)
@@ -419,6 +435,12 @@ def test_no_warning_where_reuse_works_or_is_not_asked_for(model, schedule):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         generate(fast, 0)
+
+
+@pytest.mark.parametrize("copy_it", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_compiled_model_cannot_be_copied(model, copy_it):
+    with pytest.raises(TypeError, match="compile the copy"):
+        copy_it(compile_eager(model))
 
 
 def test_stats_count_regions(model):
