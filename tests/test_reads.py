@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from torch import nn
 
 import pabc
 from pabc.passes import capture
+from pabc.passes.tracing.untouched import _function_caches
 
 NUM_STEPS = 4
 FULL = pabc.Schedule.pyramid(range(NUM_STEPS, 0, -1), full=2)
@@ -155,6 +157,26 @@ def test_a_functions_cache_and_a_branch_on_a_mask():
         assert type(make_table(height / 3, 8)) is torch.Tensor
     names = [line.split(" gives")[0] for line in compiled.explain().assumed]
     assert names == ["item", "__bool__"]  # positions are constant: nothing to assume of them
+
+
+def test_to_find_functions_caches_disturbs_no_other_thread():
+    """A tuple that is being built must not be referred to by anything else."""
+    ended, errors = threading.Event(), []
+
+    def build():
+        try:
+            while not ended.is_set():
+                tuple(x for x in range(200))
+        except SystemError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=build)
+    thread.start()
+    for _ in range(5):
+        assert make_table in _function_caches()
+    ended.set()
+    thread.join()
+    assert not errors
 
 
 def test_a_functions_cache_holds_no_fake_tensor_after_a_plain_capture():

@@ -35,8 +35,12 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 def _function_caches() -> list[Any]:
-    """Functions under `functools.lru_cache`, but for those of Python and of PyTorch itself."""
-    caches = [c for c in gc.get_objects() if type(c) is _FunctionCache]
+    """Functions under `functools.lru_cache`, but for those of Python and of PyTorch itself.
+
+    Found as what refers to their type. Not among `gc.get_objects()`: to hold all objects, even for
+    a moment, breaks every `tuple(...)` that another thread is about to build from an iterator.
+    """
+    caches = [c for c in gc.get_referrers(_FunctionCache) if type(c) is _FunctionCache]
     return [c for c in caches if str(c.__module__).partition(".")[0] not in _LIBRARIES]
 
 
