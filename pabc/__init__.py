@@ -9,6 +9,8 @@ if (Path(__file__).parents[1] / "setup.py").is_file():
 
 from pabc import presets
 from pabc.api import compile, explain
+from pabc.artifact.errors import ArtifactError
+from pabc.artifact.files import load
 from pabc.compiled import CompiledModel
 from pabc.explanation import Explanation
 from pabc.guards import GuardError
@@ -22,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Action",
+    "ArtifactError",
     "CompiledModel",
     "Explanation",
     "GuardError",
@@ -32,6 +35,7 @@ __all__ = [
     "Trajectory",
     "compile",
     "explain",
+    "load",
     "presets",
     "register_attention_op",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import threading
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -43,6 +44,7 @@ class CompiledModel(nn.Module):
         config: Config,
         *,
         check_finite: bool = False,
+        programs: Programs | None = None,
     ) -> None:
         super().__init__()
         self._orig_mod = model
@@ -50,12 +52,16 @@ class CompiledModel(nn.Module):
         self._schedule = schedule
         self._check_finite = check_finite
         self._call_signature = inspect.signature(model.forward)
-        self._recorder = Recorder()
-        self._programs = Programs(model, backend, config, self._recorder)
+        self._programs = (
+            Programs(model, backend, config, Recorder()) if programs is None else programs
+        )
+        self._recorder = self._programs.recorder
         self._last: tuple[Program, Binding] | None = None
         self._warned: set[tuple[int, Schedule]] = set()
         self._lock = threading.RLock()
         self._default = self.trajectory()
+        for _, program in self._programs.items():
+            self._bind(program, schedule)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """One diffusion step, with the model's own arguments and result.
@@ -173,6 +179,26 @@ class CompiledModel(nn.Module):
         seconds = {record.name: record.seconds for record in program.records}
         (target / "seconds.json").write_text(json.dumps(seconds, indent=1))
         return target
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes graphs, schedule and compiled code to a file, for :func:`pabc.load`; no weights.
+
+        Every phase of the schedule is compiled for the file, for each kind of call seen so far:
+        what is compiled already serves this process alone. The file is written whole or not at all.
+
+        Raises: ArtifactError for what cannot be saved; it names the node, argument or option.
+        """
+        from pabc.artifact.files import write_artifact  # which makes compiled models itself
+
+        with self._lock:
+            write_artifact(
+                path,
+                self._orig_mod,
+                self._schedule,
+                self._programs,
+                last=self._captured("save()")[0],
+                check_finite=self._check_finite,
+            )
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own state dict, keys unchanged."""

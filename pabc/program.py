@@ -16,7 +16,7 @@ from pabc import passes
 from pabc.guards import find_numbers
 from pabc.passes.cache import Cuts
 from pabc.passes.ir import output_node
-from pabc.pipeline import Config, analyze
+from pabc.pipeline import Config, Record, analyze
 from pabc.plan import SlotSpec
 from pabc.schedule import Schedule
 from pabc.stats import Recorder
@@ -42,6 +42,20 @@ class Executable:
 
     run: Flat
     stored: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """A phase as a flat graph: weights, inputs, hoisted values and cuts in; tensors out.
+
+    `weights` names its first inputs, `outputs` says where the model's outputs are among its
+    results; `examples` are inputs to compile it for.
+    """
+
+    graph: GraphModule
+    examples: tuple[Any, ...]
+    weights: tuple[str, ...]
+    outputs: tuple[Any, ...]
 
 
 def compiling() -> AbstractContextManager[Any]:
@@ -74,24 +88,22 @@ class Program:
         guarded: the guarded, unspecialized graph; its first input is the state of a generation.
         regions: what may be reused; region i is slot i of a plan.
         slots: the same, as a plan needs them.
+        promoted: positions among the flattened arguments of numbers that are inputs.
         records: what the pipeline did, stage by stage.
         compile_seconds: time spent on specializing and compiling phases so far.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        guarded: GraphModule,
         *,
         backend: Backend,
-        config: Config,
         promoted: Collection[int] = (),
+        records: tuple[Record, ...] = (),
         recorder: Recorder | None = None,
     ) -> None:
-        with compiling():
-            self.guarded, self.records = analyze(model, args, kwargs, config, promoted)
-        self._promoted = frozenset(promoted)
+        self.guarded, self.records = guarded, records
+        self.promoted = frozenset(promoted)
         self._sizes: passes.Sizes | None = self.guarded.meta.get("sizes")
         self.regions: tuple[passes.Region, ...] = self.guarded.meta["regions"]
         self.slots = slot_specs(self.regions)
@@ -114,6 +126,23 @@ class Program:
         self._modules: dict[tuple[tuple[int, ...], tuple[int, ...]], GraphModule] = {}
         self._executables: dict[tuple[tuple[int, ...], Layout], list[Executable]] = {}
 
+    @classmethod
+    def capture(
+        cls,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        backend: Backend,
+        config: Config,
+        promoted: Collection[int] = (),
+        recorder: Recorder | None = None,
+    ) -> Program:
+        """The program for a call with these arguments."""
+        with compiling():
+            guarded, records = analyze(model, args, kwargs, config, promoted)
+        return cls(guarded, backend=backend, promoted=promoted, records=records, recorder=recorder)
+
     def bind(self, schedule: Schedule) -> Binding:
         """The schedule bound to these slots."""
         last, binding = self._bound
@@ -130,7 +159,7 @@ class Program:
 
     def pack(self, leaves: Sequence[Any]) -> list[Any]:
         """The graphs' inputs from the model's flattened arguments."""
-        return passes.pack(leaves, self._promoted)
+        return passes.pack(leaves, self.promoted)
 
     def serves(self, leaves: Sequence[Any]) -> bool:
         """Whether the graphs, captured for any sizes, hold for these arguments."""
@@ -279,19 +308,64 @@ class Program:
         self._recorder.add(compiles=1)
         return executable
 
+    def lower(self, reused: tuple[int, ...], stored: tuple[int, ...]) -> Lowered:
+        """A phase for the inputs of the call that was captured."""
+        nodes = [n for n in self.guarded.graph.nodes if n.op == "placeholder"]
+        vals = [n.meta.get("val") for n in nodes[1 : 1 + len(self.signature.inputs)]]
+        inputs = [_example(val).zero_() if isinstance(val, torch.Tensor) else None for val in vals]
+        return self._lower(self._specialize(reused, stored), inputs)
+
+    def add_code(
+        self,
+        reused: tuple[int, ...],
+        stored: tuple[int, ...],
+        compiled: Callable[..., Sequence[torch.Tensor]],
+        weights: tuple[str, ...],
+        outputs: tuple[Any, ...],
+    ) -> None:
+        """Takes code for a phase of :meth:`lower` that was compiled elsewhere."""
+        executable = Executable(self._around(compiled, weights, outputs), stored)
+        self._executables.setdefault((reused, ()), []).append(executable)
+
+    @property
+    def compiled(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """What there is an executable for: the slots that it reuses, and those it gives out."""
+        return [
+            (reused, executable.stored)
+            for (reused, _), executables in self._executables.items()
+            for executable in executables
+        ]
+
+    @property
+    def of_any_size(self) -> bool:
+        """Whether the graphs leave sizes open."""
+        return self._sizes is not None
+
     def _compile_inductor(self, gm: GraphModule, inputs: Sequence[Any]) -> Flat:
-        """Compiles for the sizes of these inputs: what is computed from sizes is folded."""
+        lowered = self._lower(gm, inputs)
+        compiled = passes.compile_flat(lowered.graph, lowered.examples)
+        return self._around(compiled, lowered.weights, lowered.outputs)
+
+    def _lower(self, gm: GraphModule, inputs: Sequence[Any]) -> Lowered:
+        """A phase for the sizes of these inputs: what is computed from sizes is folded."""
         flat = passes.lift_weights_pass(passes.inline_regions_pass(gm))
         flat.graph.lint()
         names: tuple[str, ...] = flat.meta["weights"]
-        outputs: tuple[Any, ...] = flat.meta["outputs"]
         others = [n for n in flat.graph.nodes if n.op == "placeholder"][len(names) + len(inputs) :]
         binding = (self._sizes and self._sizes.bind(inputs)) or {}
         given = [_example(passes.concrete(n.meta["val"], binding)) for n in others]
         num_hoisted = len(output_node(self._prologue.graph).args[0])
         kept = [*given[:num_hoisted], *map(without_spare_memory, given[num_hoisted:])]
-        examples = [*self._weights.get(names), *inputs, *kept]
-        compiled = passes.compile_flat(flat, examples)
+        examples = (*self._weights.get(names), *inputs, *kept)
+        return Lowered(flat, examples, names, flat.meta["outputs"])
+
+    def _around(
+        self,
+        compiled: Callable[..., Sequence[torch.Tensor]],
+        names: tuple[str, ...],
+        outputs: tuple[Any, ...],
+    ) -> Flat:
+        """Compiled code, given the weights as they are now; its results apart."""
         num_tensors = sum(isinstance(place, passes.Place) for place in outputs)
 
         def execute(*args: Any) -> tuple[Sequence[Any], Sequence[torch.Tensor]]:

@@ -13,7 +13,7 @@ from pabc import passes
 from pabc.passes.tracing.structure import Structure
 from pabc.pipeline import Config
 from pabc.program import Backend, Program
-from pabc.promotion import Promotions, call_key, changed_numbers, superseded, without_sizes
+from pabc.promotion import Key, Promotions, call_key, changed_numbers, superseded, without_sizes
 from pabc.stats import Recorder
 
 
@@ -24,16 +24,24 @@ class Programs:
         self, model: nn.Module, backend: Backend, config: Config, recorder: Recorder
     ) -> None:
         self._model = model
-        self._backend = backend
-        self._config = config
-        self._recorder = recorder
+        self.backend = backend
+        self.config = config
+        self.recorder = recorder
         self._programs: dict[Any, list[Program]] = {}
         self._of_any_size: dict[Any, list[Program]] = {}
-        self._promotions = Promotions()
+        self.promotions = Promotions()
 
     def __len__(self) -> int:
         """How many kinds of call are served."""
         return len(self._programs)
+
+    def items(self) -> list[tuple[Key, Program]]:
+        """Every program with what the calls that it serves have in common."""
+        return [(key, program) for key, known in self._programs.items() for program in known]
+
+    def add(self, key: Key, program: Program) -> None:
+        """Takes a program that was captured elsewhere."""
+        self._programs.setdefault(key, []).append(program)
 
     def get(
         self,
@@ -51,7 +59,7 @@ class Programs:
         program, differences = self._find(structure, leaves, at_start)
         if program is None:
             program = self._capture(args, kwargs, structure, leaves)
-            self._recorder.add(captures=1)
+            self.recorder.add(captures=1)
             _warn_of_reads(differences)
         return program
 
@@ -63,7 +71,7 @@ class Programs:
         Where there is none: the values read from data in which it differs from those there are.
         """
         differences = []
-        for promoted in dict.fromkeys((self._promotions.of(structure), frozenset[int]())):
+        for promoted in dict.fromkeys((self.promotions.of(structure), frozenset[int]())):
             key = call_key(structure, leaves, promoted)
             known = self._programs.get(key, [])
             others = self._of_any_size.get(without_sizes(key), [])
@@ -80,22 +88,22 @@ class Programs:
         """A program for any sizes where so configured, and the model allows."""
 
         def build(config: Config) -> Program:
-            return Program(
+            return Program.capture(
                 self._model,
                 args,
                 kwargs,
-                backend=self._backend,
+                backend=self.backend,
                 config=config,
                 promoted=promoted,
-                recorder=self._recorder,
+                recorder=self.recorder,
             )
 
         try:
-            return build(self._config)
+            return build(self.config)
         except ValueError as error:
-            if not self._config.dynamic:
+            if not self.config.dynamic:
                 raise
-            program = build(replace(self._config, dynamic=False))
+            program = build(replace(self.config, dynamic=False))
             warnings.warn(
                 f"pabc: dynamic=True: captured for the sizes of this call alone, since {error}",
                 stacklevel=2,
@@ -108,7 +116,7 @@ class Programs:
 
         key = call_key(structure, leaves, ())
         changed = changed_numbers(self._programs, key, leaves)
-        found = self._promotions.capture(build, self._model, structure, leaves, changed)
+        found = self.promotions.capture(build, self._model, structure, leaves, changed)
         program, promoted = found or (build(()), frozenset())
         key = call_key(structure, leaves, promoted)
         for old in superseded(self._programs, key, promoted):

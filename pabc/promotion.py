@@ -8,7 +8,7 @@ input (:mod:`pabc.passes.tracing.numbers`), and the graph compared with the mode
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,20 @@ class Promotions:
     def __init__(self) -> None:
         self._values: dict[Structure, dict[int, tuple[Any, Any]]] = {}
         self._constant: dict[Structure, set[int]] = {}
+
+    def state(self) -> tuple[tuple[Structure, dict[int, Any], frozenset[int]], ...]:
+        """All that is known: per form of call, two values of each promoted number, and which are
+        constants."""
+        forms = dict.fromkeys((*self._values, *self._constant))
+        return tuple(
+            (f, dict(self._values.get(f, {})), frozenset(self._constant.get(f, ()))) for f in forms
+        )
+
+    def restore(self, state: Iterable[tuple[Structure, dict[int, Any], frozenset[int]]]) -> None:
+        """Takes what :meth:`state` gave."""
+        for form, values, constant in state:
+            self._values[form] = dict(values)
+            self._constant[form] = set(constant)
 
     def of(self, structure: Structure) -> frozenset[int]:
         """The positions, among the flattened arguments, of numbers that are inputs."""

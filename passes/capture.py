@@ -134,7 +134,7 @@ def _finish(
     checked: list[Checked] = []
     if replayer is not None:
         checked = _split_off_tensors(graph, call.result.num_outputs, replayer.checked)
-    gm.meta["reads"] = Reads(gm, checked)
+    gm.meta["reads"] = Reads.of(gm, checked)
     gm.meta["calls"] = tuple(calls)
     gm.meta["aliases"] = _find_aliases(model, root)
     gm.meta["signature"] = Signature(call.structure, call.result, tuple(inputs))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,40 +22,43 @@ class Reads:
         graph: the model's inputs -> nothing; run node by node by :meth:`difference`.
     """
 
-    def __init__(self, gm: GraphModule, checked: Sequence[Checked]) -> None:
-        """`checked` holds nodes of `gm` in the place of tensors."""
+    def __init__(
+        self,
+        graph: GraphModule,
+        checked: Sequence[Checked],
+        inputs: Sequence[frozenset[str]],
+        used: Sequence[int],
+    ) -> None:
+        """`checked` holds nodes of `graph` in the place of tensors; `used`: positions of the inputs
+        that it reads."""
+        self.graph = graph
+        self.checked = tuple(checked)
+        self.entries = tuple(c.read for c in checked)
+        self.inputs = tuple(inputs)
+        self.used = tuple(used)
+        self.weights = tuple(str(n.target) for n in graph.graph.nodes if n.op == "get_attr")
+        order = {node: i for i, node in enumerate(graph.graph.nodes)}
+        self._checks: dict[Node, list[Checked]] = {}
+        for c in checked:
+            self._checks.setdefault(max(c.tensors, key=order.__getitem__), []).append(c)
+
+    @classmethod
+    def of(cls, gm: GraphModule, checked: Sequence[Checked]) -> Reads:
+        """The reads that follow from inputs or weights; `checked` holds nodes of `gm`."""
         sources = _sources(gm.graph)
         kept = [c for c in checked if any(sources[node] for node in c.tensors)]
-        self.entries = tuple(c.read for c in kept)
-        self.inputs = tuple(
-            frozenset(
-                source.name
-                for node in c.tensors
-                for source in sources[node]
-                if source.op == "placeholder"
-            )
-            for c in kept
-        )
-        needed: set[Node] = set()
-        stack = [node for c in kept for node in c.tensors]
-        while stack:
-            node = stack.pop()
-            if node not in needed:
-                needed.add(node)
-                stack.extend(node.all_input_nodes)
+        needed = _needed_by(node for c in kept for node in c.tensors)
         graph, mapping = Graph(), dict[Node, Node]()
         inputs = user_inputs(gm.graph)
         copy_into(graph, inputs, mapping)
         copy_into(graph, [n for n in gm.graph.nodes if n in needed and n not in inputs], mapping)
         graph.output(())
-        self.graph = GraphModule(gm, graph)
-        self.used = tuple(i for i, n in enumerate(inputs) if mapping[n].users or n in needed)
-        self.weights = tuple(str(n.target) for n in graph.nodes if n.op == "get_attr")
-        order = {node: i for i, node in enumerate(graph.nodes)}
-        self._checks: dict[Node, list[tuple[Checked, tuple[Node, ...]]]] = {}
-        for c in kept:
-            nodes = tuple(mapping[node] for node in c.tensors)
-            self._checks.setdefault(max(nodes, key=order.__getitem__), []).append((c, nodes))
+        return cls(
+            GraphModule(gm, graph),
+            [replace(c, tensors=tuple(mapping[node] for node in c.tensors)) for c in kept],
+            [_inputs_among(n for node in c.tensors for n in sources[node]) for c in kept],
+            [i for i, n in enumerate(inputs) if mapping[n].users or n in needed],
+        )
 
     def __bool__(self) -> bool:
         return bool(self.entries)
@@ -90,15 +94,15 @@ class _Checker(Interpreter):
     def __init__(
         self,
         gm: GraphModule,
-        checks: Mapping[Node, Sequence[tuple[Checked, tuple[Node, ...]]]],
+        checks: Mapping[Node, Sequence[Checked]],
     ) -> None:
         super().__init__(gm, garbage_collect_values=False)
         self._checks = checks
 
     def run_node(self, n: Node) -> Any:
         self.env[n] = result = super().run_node(n)
-        for checked, nodes in self._checks.get(n, ()):
-            value = checked.again([self.env[node] for node in nodes])
+        for checked in self._checks.get(n, ()):
+            value = checked.again([self.env[node] for node in checked.tensors])
             if not _same(value, checked.read.value):
                 raise _Differs(checked.read, value)
         return result
@@ -108,6 +112,22 @@ def _same(a: Any, b: Any) -> bool:
     if hasattr(a, "shape") and hasattr(b, "shape"):
         return bool(a.shape == b.shape and (a == b).all())
     return bool(a == b) or (a != a and b != b)
+
+
+def _inputs_among(nodes: Iterable[Node]) -> frozenset[str]:
+    return frozenset(node.name for node in nodes if node.op == "placeholder")
+
+
+def _needed_by(nodes: Iterable[Node]) -> set[Node]:
+    """The nodes and all that they are computed from."""
+    needed: set[Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
+    return needed
 
 
 def _sources(graph: Graph) -> dict[Node, frozenset[Node]]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
@@ -105,14 +106,23 @@ def _read(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda self, *args: function(_value(self), *map(_value, args))
 
 
-def _compare(name: str) -> Callable[..., Any]:
-    function = getattr(operator, name)
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Asks how a number compares with another; `name` is the operator's."""
 
+    name: str
+    other: Any
+
+    def __call__(self, number: Any) -> bool:
+        """The outcome."""
+        return bool(getattr(operator, self.name)(number, self.other))
+
+
+def _compare(name: str) -> Callable[..., Any]:
     def method(self: TracedNumber, other: Any) -> Any:
         if not isinstance(other, Real):
             return NotImplemented  # None, say, or a tensor, which decides itself
-        other = _value(other)
-        return self.policy.compare(self, lambda number: function(number, other))
+        return self.policy.compare(self, Comparison(name, _value(other)))
 
     return method
 

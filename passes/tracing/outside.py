@@ -58,7 +58,7 @@ class TensorCall:
 
 
 @dataclass(frozen=True, slots=True)
-class _Layout:
+class ResultLayout:
     """What a tensor among the results looked like."""
 
     shape: tuple[int, ...]
@@ -84,7 +84,7 @@ class OutsideCall:
     reason: str
     num_attentions: int
     call: TensorCall
-    layouts: tuple[_Layout, ...]
+    layouts: tuple[ResultLayout, ...]
     results: TensorCall
     op: Any = None
     library: Any = field(default=None, repr=False)
@@ -123,8 +123,8 @@ class OutsideCall:
         self.op = getattr(getattr(torch.ops, OUTSIDE), name).default
 
 
-def _layout(tensor: torch.Tensor) -> _Layout:
-    return _Layout(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+def _layout(tensor: torch.Tensor) -> ResultLayout:
+    return ResultLayout(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
 
 
 class OutsideRecorder:

@@ -14,7 +14,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -42,6 +41,65 @@ _MASKING = (aten.index.Tensor, aten._unsafe_index.Tensor)
 _FROM_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 Measure = Callable[[Sequence[torch.Tensor]], Any]
 """Takes a value from tensors, or what the size of a result follows from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """Calls what the model called."""
+
+    function: Callable[..., Any]
+    call: TensorCall
+
+    def __call__(self, given: Sequence[torch.Tensor]) -> Any:
+        """The value that is read."""
+        return self.call.run(self.function, given)
+
+
+@dataclass(frozen=True, slots=True)
+class ShapesOf:
+    """Calls what the model called, for the shapes of its results."""
+
+    function: Callable[..., Any]
+    call: TensorCall
+
+    def __call__(self, given: Sequence[torch.Tensor]) -> Any:
+        """One shape per tensor."""
+        return tuple(tuple(t.shape) for t in _tensors(self.call.run(self.function, given)))
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """How many elements of each mask are set."""
+
+    def __call__(self, given: Sequence[torch.Tensor]) -> Any:
+        """One number per mask."""
+        return tuple(int(t.count_nonzero()) for t in given)
+
+
+@dataclass(frozen=True, slots=True)
+class Total:
+    """How many repeats there are."""
+
+    def __call__(self, given: Sequence[torch.Tensor]) -> Any:
+        """The sum."""
+        return int(given[0].sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is asked of a number: how it compares, the answer in a tuple; None: its value."""
+
+    ask: Callable[[Any], bool] | None
+
+    def __call__(self, given: Sequence[torch.Tensor]) -> Any:
+        """The answer for the number that a tensor holds."""
+        return self.answer(given[0].item())
+
+    def answer(self, number: Any) -> Any:
+        """The answer for a number."""
+        if self.ask is None:
+            return number
+        return (bool(self.ask(number)),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,17 +158,16 @@ class _Record(Policy):
         if any(tensor is number.tensor for tensor in self._known):
             return plain(number)
         self._known.append(number.tensor)
-        return self._note(number, lambda value: value, compared=False)
+        return self._note(number, Asked(None))
 
     def compare(self, number: TracedNumber, ask: Callable[[Any], bool]) -> bool:
-        (outcome,) = self._note(number, lambda value: (bool(ask(value)),), compared=True)
+        (outcome,) = self._note(number, Asked(ask))
         return bool(outcome)
 
-    def _note(self, number: TracedNumber, ask: Callable[[Any], Any], *, compared: bool) -> Any:
-        answer = ask(plain(number))
-        read = replace(self._read, value=answer, compared=compared)
-        measure: Measure = lambda tensors: ask(tensors[0].item())  # noqa: E731
-        self._checked.append(Checked(read, measure, (number.tensor,)))
+    def _note(self, number: TracedNumber, asked: Asked) -> Any:
+        answer = asked.answer(plain(number))
+        read = replace(self._read, value=answer, compared=asked.ask is not None)
+        self._checked.append(Checked(read, asked, (number.tensor,)))
         return answer
 
 
@@ -198,10 +255,10 @@ def _size_source(
     call, tensors = TensorCall.of(args, kwargs)
     masks = tuple(tensor for tensor in tensors if tensor.dtype in MASKS)
     if masks:
-        return masks, lambda given: tuple(int(t.count_nonzero()) for t in given)
+        return masks, Count()
     if func in _REPEATS:
-        return tensors[-1:], lambda given: int(given[0].sum())
-    return tensors, lambda given: tuple(tuple(t.shape) for t in _tensors(call.run(func, given)))
+        return tensors[-1:], Total()
+    return tensors, ShapesOf(func, call)
 
 
 def _with_numbers(index: Any) -> Any:
@@ -253,7 +310,7 @@ class ReadReplayer(TorchFunctionMode):
             self.checked.append(Checked(read, measure, givers))
             return _fix_sizes(result, read.shapes)
         call, tensors = TensorCall.of(args, kwargs)
-        again = partial(call.run, read.function)
+        again = Again(read.function, call)
         if not self._watch or func is not torch.Tensor.item or type(read.value) is not float:
             self.checked.append(Checked(read, again, tensors))
             return read.value

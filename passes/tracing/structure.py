@@ -26,7 +26,7 @@ class Structure:
     """
 
     spec: pytree.TreeSpec
-    records: tuple[_Record | None, ...]
+    records: tuple[Record | None, ...]
 
     def unflatten(self, leaves: Sequence[Any]) -> Any:
         """The containers around `leaves`: the inverse of :func:`flatten`."""
@@ -55,7 +55,7 @@ class Structure:
 
 
 @dataclass(frozen=True)
-class _Record:
+class Record:
     """A dataclass instance: `contents` is the structure of a dictionary, of its attributes first
     and, where the class is a dictionary too, of its items, whose keys are `keys`."""
 
@@ -82,7 +82,7 @@ def flatten(tree: Any) -> tuple[list[Any], Structure]:
     """The leaves of nested containers, dataclasses among them, and their structure."""
     tops, spec = pytree.tree_flatten(tree, is_leaf=_is_record)
     leaves: list[Any] = []
-    records: list[_Record | None] = []
+    records: list[Record | None] = []
     for top in tops:
         if not _is_record(top):
             leaves.append(top)
@@ -92,7 +92,7 @@ def flatten(tree: Any) -> tuple[list[Any], Structure]:
         named = {f"item_{i}": value for i, value in enumerate(items.values())}
         inner, contents = flatten({**attributes, **named})
         leaves.extend(inner)
-        records.append(_Record(type(top), tuple(attributes), tuple(items), contents))
+        records.append(Record(type(top), tuple(attributes), tuple(items), contents))
     return leaves, Structure(spec, tuple(records))
 
 

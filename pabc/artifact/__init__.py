@@ -1,0 +1,1 @@
+"""Compiled models in files: :meth:`pabc.CompiledModel.save` and :func:`pabc.load`."""

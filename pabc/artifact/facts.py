@@ -1,0 +1,132 @@
+"""What an artifact is made for: versions, hardware, and the model's structure.
+
+Each is a flat table of text, compared entry by entry, so that a mismatch is named.
+"""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pabc.artifact.errors import ArtifactError
+from pabc.artifact.sources import code_of_class, version
+
+Table = dict[str, str]
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+_FLAGS = "CPU flags"
+
+
+def describe_versions() -> Table:
+    """The software that graphs and code are made with."""
+    return {
+        "pabc": importlib.import_module("pabc").__version__,
+        "python": ".".join(map(str, sys.version_info[:2])),
+        "torch": str(torch.__version__),
+        "triton": version("triton") or "none",
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def describe_hardware(devices: Iterable[torch.device]) -> Table:
+    """The processors that compiled code runs on."""
+    table = {
+        "CPU capability": torch.backends.cpu.get_cpu_capability(),
+        _FLAGS: " ".join(_cpu_flags()),
+    }
+    for device in sorted({d for d in devices if d.type == "cuda"}, key=str):
+        properties = torch.cuda.get_device_properties(device)
+        table[str(device)] = f"{properties.name} ({properties.major}.{properties.minor})"
+        table["CUDA"] = str(torch.version.cuda or torch.version.hip)
+    return table
+
+
+def describe_model(model: nn.Module) -> Table:
+    """Names and layouts of parameters and buffers, who shares them; settings and code of modules.
+
+    The values of tensors are left out: an artifact fits any weights.
+    """
+    table: Table = {}
+    seen: dict[int, str] = {}
+    for name, tensor in _tensors(model):
+        shared = seen.setdefault(id(tensor), name)
+        layout = f"{tuple(tensor.shape)} {tensor.stride()} {tensor.dtype} {tensor.device}"
+        kind = type(tensor).__qualname__
+        table[f"tensor {name}"] = f"{kind} {layout}" if shared == name else f"is {shared}"
+    for path, module in model.named_modules():
+        code = code_of_class(type(module))
+        table[f"code of {type(module).__qualname__}"] = code.digest
+        table.update((f"version of {name}", found) for name, found in code.versions)
+        for name, value in vars(module).items():
+            if not name.startswith("_") and name not in code.changing and name != "training":
+                text = _plain_text(value)
+                if text is not None:
+                    table[f"setting {path}.{name}".replace(" .", " ")] = text
+    return table
+
+
+def check_table(what: str, saved: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Raises :class:`ArtifactError` naming the first entries that differ."""
+    differing = [name for name in {**saved, **found} if not _fits(name, saved, found)]
+    if not differing:
+        return
+    lines = [
+        f"{name}: saved with {_short(saved.get(name))}, found {_short(found.get(name))}"
+        for name in differing[:3]
+    ]
+    rest = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
+    raise ArtifactError(
+        f"the artifact was made for {what}: {'; '.join(lines)}{rest}. Compile, and save it again"
+    )
+
+
+def _fits(name: str, saved: Mapping[str, str], found: Mapping[str, str]) -> bool:
+    if name == _FLAGS:  # code uses what the CPU it was made on can do
+        return set(saved.get(name, "").split()) <= set(found.get(name, "").split())
+    return saved.get(name) == found.get(name)
+
+
+def _short(text: str | None) -> str:
+    if text is None:
+        return "nothing"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _cpu_flags() -> list[str]:
+    """What the CPU can do, where the system says so in a file."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    for line in lines:
+        name, _, flags = line.partition(":")
+        if name.strip().lower() in ("flags", "features"):
+            return sorted(flags.split())
+    return [platform.processor()]
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+
+
+def _plain_text(value: Any, depth: int = 0) -> str | None:
+    """A setting as text; None for an object, which is no setting."""
+    if type(value) in _PLAIN:
+        return repr(value)
+    if depth > 4:
+        return None
+    if isinstance(value, (list, tuple)):
+        items = [_plain_text(item, depth + 1) for item in value]
+    elif isinstance(value, dict) and all(type(key) in _PLAIN for key in value):
+        pairs = sorted(value.items(), key=lambda pair: repr(pair[0]))
+        items = [f"{key!r}: {_plain_text(item, depth + 1)}" for key, item in pairs]
+    else:
+        return None
+    return f"{type(value).__name__}({', '.join(map(str, items))})"

@@ -1,0 +1,125 @@
+"""save and load: a compiled model as a file, and back for a model of the same structure."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Iterable
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from pabc.artifact.container import read_container, write_container
+from pabc.artifact.errors import ArtifactError
+from pabc.artifact.facts import (
+    check_table,
+    describe_hardware,
+    describe_model,
+    describe_versions,
+)
+from pabc.artifact.programs import read_key, read_program, write_key, write_program
+from pabc.artifact.values import Json, decode, encode
+from pabc.compiled import CompiledModel
+from pabc.pipeline import Config
+from pabc.plan import Plan
+from pabc.program import Program
+from pabc.programs import Programs
+from pabc.schedule import Schedule
+from pabc.stats import Recorder
+
+FORMAT = 1
+Path = str | os.PathLike[str]
+
+
+def write_artifact(
+    path: Path,
+    model: nn.Module,
+    schedule: Schedule,
+    programs: Programs,
+    *,
+    last: Program,
+    check_finite: bool,
+) -> None:
+    """Writes all that :func:`load` needs; what :meth:`pabc.CompiledModel.save` does.
+
+    `last`: the program that ran last, which is the one that `plan` and `explain` tell of.
+
+    Raises: :class:`ArtifactError` for what cannot be saved; it names the node, the argument or the
+    option.
+    """
+    found = sorted(programs.items(), key=lambda item: item[1] is last)
+    members: dict[str, bytes] = {}
+    for i, (_, program) in enumerate(found):
+        members |= write_program(program, program.bind(schedule), f"program{i}")
+    manifest = {
+        "pabc": "artifact",
+        "format": FORMAT,
+        "versions": describe_versions(),
+        "hardware": describe_hardware(_devices(model)),
+        "model": describe_model(model),
+        "backend": programs.backend,
+        "config": _write_config(programs.config),
+        "check_finite": check_finite,
+        "schedule": schedule.to_json(),
+        "keys": [write_key(key) for key, _ in found],
+        "promotions": encode(programs.promotions.state()),
+    }
+    write_container(path, {"manifest.json": json.dumps(manifest).encode(), **members})
+
+
+def load(path: Path, model: nn.Module) -> CompiledModel:
+    """The compiled model that was saved, around `model`, whose weights it uses.
+
+    It is as if just compiled: what the file has no graph for is captured, and what it has no code
+    for is compiled, when it is called for.
+
+    Raises: :class:`ArtifactError` if the file is damaged, or was made by other versions, on other
+    hardware or for a model of another structure; FileNotFoundError. The file is data and machine
+    code: nothing in it is unpickled or imported. As with any library, load only what you trust.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
+    members = read_container(path)
+    try:
+        manifest = json.loads(members["manifest.json"])
+        if manifest["pabc"] != "artifact" or manifest["format"] != FORMAT:
+            raise ArtifactError(f"expected an artifact of format {FORMAT}")
+        check_table("other versions", manifest["versions"], describe_versions())
+        check_table("a model of another structure", manifest["model"], describe_model(model))
+        devices = _devices(model)
+        check_table("other hardware", manifest["hardware"], describe_hardware(devices))
+        return _build(manifest, members, model)
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise ArtifactError(f"{path}: not as pabc writes it: {error!r}") from error
+
+
+def _build(manifest: Json, members: dict[str, bytes], model: nn.Module) -> CompiledModel:
+    schedule, backend = Schedule.from_json(manifest["schedule"]), manifest["backend"]
+    config = Config(**{name: decode(value) for name, value in manifest["config"].items()})
+    programs = Programs(model, backend, config, Recorder())
+    programs.promotions.restore(decode(manifest["promotions"]))
+    for i, key in enumerate(manifest["keys"]):
+        program, plan = read_program(
+            members, f"program{i}", model, backend=backend, recorder=programs.recorder
+        )
+        if program.bind(schedule).plan != Plan.from_json(plan):
+            raise ArtifactError("the schedule gives another plan than it gave when saved")
+        programs.add(read_key(key), program)
+    return CompiledModel(
+        model, schedule, backend, config, check_finite=manifest["check_finite"], programs=programs
+    )
+
+
+def _write_config(config: Config) -> Json:
+    options = {field.name: getattr(config, field.name) for field in fields(Config)}
+    options["kinds"] = dict(config.kinds)
+    return {name: encode(value) for name, value in options.items()}
+
+
+def _devices(model: nn.Module) -> Collection[torch.device]:
+    tensors: Iterable[Any] = (*model.parameters(), *model.buffers())
+    return {tensor.device for tensor in tensors}

@@ -1,0 +1,218 @@
+"""Graphs as JSON: nodes in order, with the facts that later passes read.
+
+The tensors of the model are named, not saved: a graph that is read gets those of the model at hand.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+
+from pabc.artifact.errors import ArtifactError
+from pabc.artifact.tensors import TensorWriter
+from pabc.artifact.values import Json, decode, encode
+from pabc.passes import cache
+from pabc.passes.capture import CONSTANTS
+from pabc.passes.ir import attribute, is_outside
+from pabc.passes.tracing.outside import OutsideCall
+
+_GUARDS = (
+    cache.cache_read,
+    cache.cache_write,
+    cache.compute_unless,
+    cache.decode_cached,
+    cache.encode_unless,
+    cache.fetch_cached,
+    cache.stash_unless,
+)
+_FUNCTIONS: dict[str, Any] = {
+    **{function.__name__: function for function in _GUARDS},
+    "getitem": operator.getitem,
+}
+"""The Python functions that a graph may call."""
+_NAMES = {function: name for name, function in _FUNCTIONS.items()}
+_FACTS = ("attention",)
+"""Keys of `node.meta`, beside `"val"`, that are read after the analysis."""
+
+
+class GraphWriter:
+    """Writes the graphs of one program; `tensors` gains their constants."""
+
+    def __init__(self, calls: Sequence[OutsideCall], tensors: TensorWriter) -> None:
+        self._outside = {call.op: i for i, call in enumerate(calls)}
+        self._tensors = tensors
+
+    def write(self, gm: GraphModule) -> Json:
+        """One graph with the graphs that it calls. Raises: :class:`ArtifactError`."""
+        graphs: dict[str, Json] = {}
+        for name in _read_names(gm.graph):
+            held = attribute(gm, name)
+            if isinstance(held, GraphModule):
+                graphs[name] = self.write(held)
+            elif not isinstance(held, torch.Tensor):
+                raise ArtifactError(f"{name}, a {type(held).__name__}, cannot be saved")
+            elif name.startswith(CONSTANTS):
+                self._tensors.add(name, held)
+        return {"nodes": [self._node(node) for node in gm.graph.nodes], "graphs": graphs}
+
+    def _node(self, node: Node) -> Json:
+        try:
+            facts = {key: encode(node.meta[key]) for key in _FACTS if key in node.meta}
+            if "val" in node.meta:
+                facts["val"] = _write_val(node.meta["val"])
+            arguments = [_write_argument(node.args), _write_argument(node.kwargs)]
+            return [node.op, node.name, self._target(node), *arguments, facts]
+        except ArtifactError as error:
+            raise ArtifactError(f"node {node.name}: {error}") from error
+
+    def _target(self, node: Node) -> Json:
+        target: Any = node.target
+        if node.op in ("placeholder", "get_attr", "output", "call_module"):
+            return target
+        if is_outside(node):
+            return {"outside": self._outside[target]}
+        if isinstance(target, torch._ops.OpOverload):
+            return {"op": [target.namespace, target._opname, target._overloadname]}
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            return {"higher": target.name()}
+        if target in _NAMES:
+            return {"function": _NAMES[target]}
+        raise ArtifactError(f"a call of {target} cannot be saved")
+
+
+class GraphReader:
+    """Reads the graphs of one program for a model.
+
+    `constants`: the graphs' own tensors; `calls`: what is called outside of them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        constants: Mapping[str, torch.Tensor],
+        calls: Sequence[OutsideCall] = (),
+    ) -> None:
+        self._model, self._constants, self._calls = model, constants, calls
+        self._fake = FakeTensorMode()
+
+    def read(self, content: Json) -> GraphModule:
+        """The graph that :meth:`GraphWriter.write` wrote."""
+        graph, nodes = Graph(), dict[str, Node]()
+        for op, name, target, args, kwargs, facts in content["nodes"]:
+            node = graph.create_node(
+                op,
+                self._target(target),
+                _read_argument(args, nodes),
+                _read_argument(kwargs, nodes),
+                name=name,
+            )
+            if node.name != name:
+                raise ArtifactError(f"artifact: the node name {name!r} is taken or no name")
+            node.meta.update({key: decode(facts[key]) for key in _FACTS if key in facts})
+            if "val" in facts:
+                node.meta["val"] = self._val(facts["val"])
+            nodes[name] = node
+        root = {name: self._held(name, content["graphs"]) for name in _read_names(graph)}
+        gm = GraphModule(root, graph)
+        gm.graph.lint()
+        return gm
+
+    def _held(self, name: str, graphs: Mapping[str, Json]) -> Any:
+        if name in graphs:
+            return self.read(graphs[name])
+        if name in self._constants:
+            return self._constants[name]
+        try:
+            return attribute(self._model, name)
+        except AttributeError:
+            raise ArtifactError(f"the model has no {name}") from None
+
+    def _target(self, content: Json) -> Any:
+        if isinstance(content, str):
+            return content
+        ((kind, name),) = content.items()
+        if kind == "function":
+            return _FUNCTIONS[name]
+        if kind == "outside":
+            return self._calls[name].op
+        found: Any = torch.ops
+        for part in name if kind == "op" else ("higher_order", name):
+            found = getattr(found, part, None)
+        if not isinstance(found, (torch._ops.OpOverload, torch._ops.HigherOrderOperator)):
+            raise ArtifactError(f"there is no op {name}: import what defines it before loading")
+        return found
+
+    def _val(self, content: Json) -> Any:
+        if isinstance(content, list):
+            return [self._val(item) for item in content]
+        ((kind, inner),) = content.items()
+        if kind == "tuple":
+            return tuple(map(self._val, inner))
+        if kind == "plain":
+            return decode(inner)
+        shape, strides, dtype, device = map(decode, inner)
+        with self._fake:
+            return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+
+def _read_names(graph: Graph) -> list[str]:
+    """What the graph takes from its module: tensors, and graphs."""
+    return list(
+        dict.fromkeys(str(n.target) for n in graph.nodes if n.op in ("get_attr", "call_module"))
+    )
+
+
+def _write_argument(argument: Any) -> Json:
+    """Like :func:`encode`, with nodes."""
+    if isinstance(argument, Node):
+        return {"node": argument.name}
+    if isinstance(argument, tuple) and not isinstance(argument, torch.Size):
+        return {"tuple": [_write_argument(item) for item in argument]}
+    if isinstance(argument, list):
+        return [_write_argument(item) for item in argument]
+    if isinstance(argument, dict):
+        return {"dict": [[encode(key), _write_argument(item)] for key, item in argument.items()]}
+    if isinstance(argument, slice):
+        parts = (argument.start, argument.stop, argument.step)
+        return {"slice": [_write_argument(part) for part in parts]}
+    return encode(argument)
+
+
+def _read_argument(content: Json, nodes: Mapping[str, Node]) -> Any:
+    if isinstance(content, list):
+        return [_read_argument(item, nodes) for item in content]
+    if not isinstance(content, dict):
+        return decode(content)
+    ((kind, inner),) = content.items()
+    if kind == "node":
+        return nodes[inner]
+    if kind == "tuple":
+        return tuple(_read_argument(item, nodes) for item in inner)
+    if kind == "dict":
+        return {decode(key): _read_argument(item, nodes) for key, item in inner}
+    if kind == "slice":
+        return slice(*(_read_argument(part, nodes) for part in inner))
+    return decode(content)
+
+
+def _write_val(val: Any) -> Json:
+    """A fake result: layouts in place of tensors."""
+    if isinstance(val, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        raise ArtifactError("a size that is left open cannot be saved: compile with dynamic=False")
+    if isinstance(val, torch.Tensor):
+        sizes = (*val.shape, *val.stride())
+        if any(isinstance(size, torch.SymInt) for size in sizes):
+            _write_val(sizes[0])
+        layout = [list(val.shape), list(val.stride()), val.dtype, val.device]
+        return {"tensor": [*map(encode, layout)]}
+    if isinstance(val, tuple):
+        return {"tuple": [_write_val(item) for item in val]}
+    if isinstance(val, list):
+        return [_write_val(item) for item in val]
+    return {"plain": encode(val)}

@@ -1,0 +1,171 @@
+"""A digest of the code that a model's modules run: an edit of a forward makes its graph stale.
+
+It covers the methods of a module's classes, and the functions, classes and plain constants that
+they reach by name; of libraries that are installed, the versions. Comments, layout and line numbers
+do not count.
+"""
+
+from __future__ import annotations
+
+import dis
+import hashlib
+import importlib.metadata
+import sys
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+_INSTALLED = tuple(
+    str(Path(sysconfig.get_path(name)).resolve()) for name in ("stdlib", "purelib", "platlib")
+)
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """The code of a class.
+
+    Attributes:
+        digest: SHA-256 as hex; empty where all of it is installed.
+        versions: of the libraries that it comes from.
+        changing: the attributes that methods other than `__init__` set: state, not settings.
+    """
+
+    digest: str
+    versions: tuple[tuple[str, str], ...]
+    changing: frozenset[str]
+
+
+def code_of_class(kind: type) -> Code:
+    """The code of a module's class, read once."""
+    if kind not in _KNOWN:
+        _KNOWN[kind] = _read_class(kind)
+    return _KNOWN[kind]
+
+
+def _read_class(kind: type) -> Code:
+    walk = _Walk()
+    text = "\n".join(walk.of_class(kind))
+    digest = hashlib.sha256(text.encode()).hexdigest() if text else ""
+    libraries = {base.__module__.partition(".")[0] for base in kind.__mro__}
+    versions = tuple((name, found) for name in sorted(libraries) if (found := version(name)))
+    changing = {
+        name
+        for base in kind.__mro__
+        for method, function in vars(base).items()
+        if isinstance(function, FunctionType) and method != "__init__"
+        for name in _stored_attributes(function.__code__)
+    }
+    return Code(digest, versions, frozenset(changing))
+
+
+def version(library: str) -> str:
+    """The version of an installed library; empty if it is none."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+_KNOWN: WeakKeyDictionary[type, Code] = WeakKeyDictionary()
+
+
+class _Walk:
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+
+    def of_class(self, kind: type) -> Iterator[str]:
+        for base in kind.__mro__:
+            if _is_library(base.__module__) or id(base) in self._seen:
+                continue
+            self._seen.add(id(base))
+            yield f"class {base.__qualname__}"
+            for name, value in sorted(vars(base).items()):
+                if name.startswith("__") and not isinstance(value, FunctionType):
+                    continue
+                yield from self._of_value(name, value)
+
+    def _of_value(self, name: str, value: Any) -> Iterator[str]:
+        if isinstance(value, (staticmethod, classmethod)):
+            value = value.__func__
+        if isinstance(value, property):
+            value = value.fget
+        value = getattr(value, "__wrapped__", value)
+        if isinstance(value, FunctionType):
+            yield from self._of_function(value)
+        elif isinstance(value, type):
+            yield from self.of_class(value)
+        elif all(type(item) in _PLAIN for item in _items(value)):
+            yield f"{name} = {value!r}"
+
+    def _of_function(self, function: FunctionType) -> Iterator[str]:
+        if _is_library(function.__module__) or id(function) in self._seen:
+            return
+        self._seen.add(id(function))
+        yield f"def {function.__qualname__}"
+        for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).items()):
+            yield from self._of_value("", default)
+        for code in _nested(function.__code__):
+            yield code.co_code.hex()
+            yield repr((code.co_names, code.co_varnames, [*map(_constant, code.co_consts)]))
+            for name in code.co_names:
+                if name in function.__globals__:
+                    yield from self._of_global(name, function.__globals__[name])
+        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
+        for name, cell in cells:
+            yield from self._of_value(name, _contents(cell))
+
+    def _of_global(self, name: str, value: Any) -> Iterator[str]:
+        if not isinstance(value, ModuleType):
+            yield from self._of_value(name, value)
+
+
+def _items(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (tuple, list)) else (value,)
+
+
+def _is_library(module: str | None) -> bool:
+    """Whether a module is installed, rather than the user's own."""
+    file = getattr(sys.modules.get(module or ""), "__file__", None)
+    if module == "__main__" or file is None:
+        return module != "__main__"
+    return str(Path(file).resolve()).startswith(_INSTALLED)
+
+
+def _nested(code: CodeType) -> Iterator[CodeType]:
+    """The code, and that of the functions within it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _nested(constant)
+
+
+def _constant(value: Any) -> str:
+    """A constant of a function; nested code is hashed by itself, sets have no order."""
+    if isinstance(value, CodeType):
+        return value.co_name
+    if isinstance(value, frozenset):
+        return repr(sorted(map(repr, value)))
+    if isinstance(value, tuple):
+        return repr([*map(_constant, value)])
+    return repr(value)
+
+
+def _stored_attributes(code: CodeType) -> set[str]:
+    return {
+        str(instruction.argval)
+        for part in _nested(code)
+        for instruction in dis.get_instructions(part)
+        if instruction.opname in ("STORE_ATTR", "DELETE_ATTR")
+    }
+
+
+def _contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None
