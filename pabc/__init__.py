@@ -15,6 +15,7 @@ from pabc.compiled import CompiledModel
 from pabc.explanation import Explanation
 from pabc.guards import GuardError
 from pabc.passes.attention_ops import register_attention_op
+from pabc.pipelines import CompiledPipeline, compile_pipeline
 from pabc.plan import Action, Plan, SlotSpec
 from pabc.schedule import Schedule
 from pabc.stats import Stats
@@ -26,6 +27,7 @@ __all__ = [
     "Action",
     "ArtifactError",
     "CompiledModel",
+    "CompiledPipeline",
     "Explanation",
     "GuardError",
     "Plan",
@@ -34,6 +36,7 @@ __all__ = [
     "Stats",
     "Trajectory",
     "compile",
+    "compile_pipeline",
     "explain",
     "load",
     "presets",

@@ -69,7 +69,7 @@ class CompiledModel(nn.Module):
         Raises: GuardError where the call contradicts the plan: a step too many, the timestep of
         another step, a trajectory that is in use. Whatever is raised, the trajectory is reset.
         """
-        trajectory = current_trajectory(self._recorder, self._default)
+        trajectory = self.current
         with trajectory.running() as branch:
             schedule = branch.schedule or trajectory.schedule or self._schedule
             with self._lock:
@@ -106,16 +106,22 @@ class CompiledModel(nn.Module):
             self._recorder, self._recorder, schedule=schedule, check_finite=self._check_finite
         )
 
-    def cache_context(self, name: str) -> AbstractContextManager[None]:
+    @property
+    def current(self) -> Trajectory:
+        """The trajectory that a call made here and now belongs to."""
+        return current_trajectory(self._recorder, self._default)
+
+    def cache_context(self, name: str, **where: object) -> AbstractContextManager[None]:
         """Names the calls within, where one step makes several: `with fast.cache_context("cond")`.
 
-        Calls of different names share nothing. The protocol is that of diffusers' models.
+        Calls of different names share nothing. The protocol is that of diffusers' models, some of
+        which also say where the loop is; the trajectory knows.
         """
         return named_branch(self._recorder, name)
 
     def reset(self) -> None:
         """Starts a new generation: the next call is step 0 and finds nothing stored."""
-        current_trajectory(self._recorder, self._default).reset()
+        self.current.reset()
 
     @property
     def schedule(self) -> Schedule:

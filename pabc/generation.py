@@ -1,0 +1,184 @@
+"""Where one run of a pipeline's denoising loop is, as its scheduler tells."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from pabc.compiled import CompiledModel
+from pabc.guards import GuardError
+from pabc.schedule import Schedule
+from pabc.scheduler import index_of
+from pabc.validate import as_timesteps
+
+Bind = Callable[[tuple[float, ...]], Schedule]
+"""The schedule for the timesteps that will run."""
+
+MAX_CALLS = 64
+"""Calls of one model in one step, each a branch of its own, above which the loop must be one that
+does not use the pipeline's scheduler."""
+
+
+class Generation:
+    """One run of a denoising loop: binds the schedule when it begins, and counts its steps.
+
+    A step ends where the scheduler's `step` is called, so a second-order scheduler, whose
+    `timesteps` lists one per model call, has a step per model call. Each model that takes part
+    begins at the first step in which it is called, where it computes everything, and is done when
+    a step passes without it: the experts of one pipeline hold what they keep one after the other.
+
+    The models' state is that of the trajectories that are current where the calls are made.
+
+    Attributes:
+        schedule: what the loop under way follows; None: the model was not called yet.
+        step: the step under way, of those that run.
+    """
+
+    schedule: Schedule | None
+    step: int
+    _start: int
+    _followed: Any
+    _timesteps: Any
+    _first: Any
+    _calls: Counter[CompiledModel]
+    _copy_stepped: bool
+
+    def __init__(self, bind: Bind, scheduler: Callable[[], Any]) -> None:
+        self._bind = bind
+        self._scheduler = scheduler
+        self._begun: list[CompiledModel] = []
+        self._clear()
+
+    def timesteps_set(self) -> None:
+        """A new loop: nothing of the one before it is kept."""
+        self.end()
+
+    def input_scaled(self, timestep: Any) -> None:
+        """Says at which step the loop begins, where the scheduler itself does not."""
+        if self._first is None:
+            self._first = timestep
+
+    def stepped(self, timestep: Any) -> None:
+        """The step is done: the next one begins."""
+        if self.schedule is None:
+            return
+        found = index_of(timestep, self._timesteps, self._start + self.step)
+        if found is not None and self.step == 0 and found != self._start:
+            self._begin_later(found)
+        self.step = self.step + 1 if found is None else max(found + 1 - self._start, 0)
+        self._num_steps += 1
+        is_last = self.step >= self.schedule.num_steps
+        self._free(lambda model: is_last or bool(self._calls and not self._calls[model]))
+        self._calls.clear()
+
+    def copy_stepped(self) -> None:
+        """A copy of the scheduler did a step."""
+        self._copy_stepped = True
+
+    def begin_call(self, model: CompiledModel) -> None:
+        """Puts the current trajectory of a model at the step that is under way."""
+        if self.schedule is None or self._scheduler() is not self._followed:
+            self._begin()
+        if model not in self._begun:
+            model.current.reset()
+            model.current.schedule = computing_until(self._schedule_begun(), self.step)
+            self._begun.append(model)
+        if not self._calls[model]:
+            model.current.at_step(self.step)
+            self._copy_stepped = self._copy_stepped and bool(self._calls)
+        self._calls[model] += 1
+        self._num_calls += 1
+        self._check_is_followed(model)
+
+    def abandon(self) -> None:
+        """Frees what is kept."""
+        self._free()
+        self._clear()
+
+    def end(self) -> None:
+        """Frees what is kept; says so if the loop never used its scheduler."""
+        calls, steps = self._num_calls, self._num_steps
+        self.abandon()
+        if calls > 1 and not steps:
+            warnings.warn(
+                f"pabc: the model was called {calls} times and its pipeline's scheduler made no "
+                "step, so that nothing could be reused; compile the model with pabc.compile and "
+                "give the steps with trajectory.at_step",
+                stacklevel=2,
+            )
+
+    def _clear(self) -> None:
+        self.schedule = None
+        self.step = self._start = 0
+        self._followed = self._timesteps = self._first = None
+        self._calls = Counter()
+        self._num_calls = self._num_steps = 0
+        self._copy_stepped = False
+
+    def _free(self, is_done: Callable[[CompiledModel], bool] = lambda _: True) -> None:
+        """Ends the part of the models that are done."""
+        for model in filter(is_done, self._begun):
+            model.current.reset()
+        self._begun = [model for model in self._begun if not is_done(model)]
+
+    def _begin(self) -> None:
+        """Binds the schedule to the timesteps that will run: those from the first one on."""
+        scheduler = self._followed = self._scheduler()
+        self._free()
+        self._calls.clear()
+        self.step = 0
+        self._timesteps = getattr(scheduler, "timesteps", None)
+        if self._timesteps is None or not len(self._timesteps):
+            raise GuardError(
+                f"expected a loop over the timesteps of the pipeline's {type(scheduler).__name__}, "
+                "found none: set_timesteps was not called"
+            )
+        start = getattr(scheduler, "begin_index", None)
+        if start is None and self._first is not None:
+            start = index_of(self._first, self._timesteps, 0)
+        self._start = start or 0
+        self.schedule = self._bind(as_timesteps(self._timesteps)[self._start :])
+
+    def _begin_later(self, start: int) -> None:
+        """The first step was not that of the first timestep: binds the schedule to the rest."""
+        self._free()
+        self._start = start
+        self.schedule = self._bind(as_timesteps(self._timesteps)[start:])
+
+    def _schedule_begun(self) -> Schedule:
+        assert self.schedule is not None
+        if self.step >= self.schedule.num_steps:
+            raise GuardError(
+                f"expected {self.schedule.num_steps} steps, as many as the scheduler has "
+                f"timesteps to run, found a call after step {self.schedule.num_steps - 1}"
+            )
+        return self.schedule
+
+    def _check_is_followed(self, model: CompiledModel) -> None:
+        calls = self._calls[model]
+        if calls > 1 and self._copy_stepped:
+            found = "a step of a copy of it"
+        elif calls > MAX_CALLS:
+            found = f"{calls} calls of the model"
+        else:
+            return
+        raise GuardError(
+            f"expected steps of the pipeline's scheduler between calls, found {found} in one step; "
+            "compile the model with pabc.compile and give the steps with trajectory.at_step"
+        )
+
+
+def computing_until(schedule: Schedule, step: int) -> Schedule:
+    """The schedule for a model whose first call is at `step`: nothing is reused up to there."""
+    if step == 0:
+        return schedule
+
+    def cut(mask: tuple[bool, ...]) -> tuple[bool, ...]:
+        return (False,) * (step + 1) + mask[step + 1 :]
+
+    masks = {kind: cut(mask) for kind, mask in schedule.masks.items()}
+    overrides = tuple(replace(o, mask=cut(o.mask)) for o in schedule.overrides)
+    return Schedule(schedule.timesteps, masks, overrides, schedule.label)

@@ -1,0 +1,289 @@
+"""Whole diffusers pipelines: their transformers follow a schedule, bound to what their scheduler
+really runs. Nothing here imports diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType, TracebackType
+from typing import Any
+
+from torch import nn
+
+from pabc import presets
+from pabc.api import compile
+from pabc.compiled import CompiledModel
+from pabc.generation import Generation
+from pabc.guards import GuardError
+from pabc.schedule import Schedule
+from pabc.scheduler import are_same, follow
+
+ScheduleSource = Schedule | str | Callable[[tuple[float, ...]], Schedule]
+"""A schedule, a preset's name, or what makes a schedule from the timesteps that will run."""
+
+
+def compile_pipeline(
+    pipe: Any,
+    schedule: ScheduleSource,
+    *,
+    components: Iterable[str] | None = None,
+    **options: Any,
+) -> CompiledPipeline:
+    """Makes a diffusers pipeline reuse attention (and MLP) branches across its steps.
+
+    In place: the pipeline's transformers become compiled ones, until `undo()`, or the end of a
+    `with` block. Call what is returned as you would the pipeline:
+
+        with pabc.compile_pipeline(pipe, "latte") as fast_pipe:
+            video = fast_pipe(prompt, num_inference_steps=30).frames
+
+    Args:
+        pipe: a pipeline with a `scheduler` that has `set_timesteps`, `timesteps` and `step`.
+        schedule: called with the timesteps that run, at the start of each generation: a preset, its
+            name, or `lambda ts: pabc.Schedule.pyramid(ts, spatial=2)`. A :class:`pabc.Schedule`
+            must have the timesteps that run. Steps are the scheduler's: of a second-order one, such
+            as Heun, each call of the model is one.
+        components: the names of the modules that are called with the denoised latents; by default
+            all whose name has "transformer" in it, as diffusers registers them.
+        options: those of :func:`pabc.compile`.
+
+    Raises:
+        TypeError, ValueError: no such component, a wrong schedule or option.
+        GuardError: when called, for timesteps that are not those of a fixed schedule.
+    """
+    return CompiledPipeline(pipe, _binder(schedule), components, options)
+
+
+class CompiledPipeline:
+    """A pipeline whose transformers follow a schedule. Made by :func:`compile_pipeline`.
+
+    Called like the pipeline. Each call has trajectories of its own, and frees all they keep when it
+    ends, is interrupted or raises; calls in several threads are as safe as they are without pabc
+    (a pipeline's own scheduler counts the steps of one loop at a time). `pipe(...)` runs compiled
+    too, but if it raises, what it kept stays until its next call, or `undo()`.
+
+    Other attributes are the pipeline's, to read and to set.
+
+    Attributes:
+        pipe: the pipeline.
+        models: name -> compiled model.
+    """
+
+    pipe: Any
+    models: Mapping[str, CompiledModel]
+
+    def __init__(
+        self,
+        pipe: Any,
+        bind: Callable[[tuple[float, ...]], Schedule],
+        components: Iterable[str] | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        originals = find_denoisers(pipe, components)
+        placeholder = Schedule.none((0,))
+        models = {
+            name: compile(getattr(model, "_orig_mod", model), placeholder, **options)
+            for name, model in originals.items()
+        }
+        own = vars(self)
+        own.update(pipe=pipe, models=MappingProxyType(models), _originals=originals, _bind=bind)
+        own.update(_scheduler=None, _leave=None, _default=Generation(bind, self._observed))
+        own["_hooks"] = [
+            model.register_forward_pre_hook(lambda model, _: self._generation().begin_call(model))
+            for model in models.values()
+        ]
+        self._observe()
+        for name, model in models.items():
+            _move_hook(originals[name], model)
+            _replace(pipe, name, model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The pipeline's own call."""
+        if self._leave is None:
+            raise RuntimeError("expected a compiled pipeline, found one that was undone")
+        self._observe()
+        for name, model in self.models.items():
+            _check_hooks(name, model._orig_mod)
+        generation = Generation(self._bind, self._observed)
+        with ExitStack() as stack:
+            for model in self.models.values():
+                stack.enter_context(model.trajectory())
+            stack.enter_context(_running(self, generation))
+            return self.pipe(*args, **kwargs)
+
+    def undo(self) -> None:
+        """Gives the pipeline back as it was. A component that was replaced since stays so."""
+        if self._leave is None:
+            return
+        self.reset()
+        self._leave()
+        for name, model in self.models.items():
+            _move_hook(model, self._originals[name])
+            if getattr(self.pipe, name, None) is model:
+                _replace(self.pipe, name, self._originals[name])
+        for handle in self._hooks:
+            handle.remove()
+        vars(self).update(_leave=None, _scheduler=None)
+
+    def reset(self) -> None:
+        """Frees what a `pipe(...)` that raised has kept."""
+        self._default.abandon()
+
+    def to(self, *args: Any, **kwargs: Any) -> CompiledPipeline:
+        """The pipeline's own: moves or casts its components."""
+        self.pipe.to(*args, **kwargs)
+        return self
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """The pipeline's own, which looks at its components' classes: with the original ones."""
+        for name, original in self._originals.items():
+            _replace(self.pipe, name, original)
+        try:
+            return self.pipe.save_pretrained(*args, **kwargs)
+        finally:
+            for name, model in self.models.items():
+                _replace(self.pipe, name, model)
+
+    def __enter__(self) -> CompiledPipeline:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.undo()
+
+    def __getattr__(self, name: str) -> Any:
+        if "pipe" not in vars(self):
+            raise AttributeError(name)
+        return getattr(vars(self)["pipe"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.pipe, name, value)
+
+    def _generation(self) -> Generation:
+        """That of the call that this thread, or task, is in; else that of `pipe(...)`."""
+        running = (generation for owner, generation in reversed(_RUNNING.get()) if owner is self)
+        return next(running, self._default)
+
+    def _observed(self) -> Any:
+        """The pipeline's scheduler; follows it if it was replaced."""
+        self._observe()
+        return self._scheduler
+
+    def _observe(self) -> None:
+        if self.pipe.scheduler is not self._scheduler:
+            if self._leave is not None:
+                self._leave()
+            scheduler = self.pipe.scheduler
+            vars(self).update(_scheduler=scheduler, _leave=follow(scheduler, self._generation))
+
+
+_RUNNING: ContextVar[tuple[tuple[CompiledPipeline, Generation], ...]] = ContextVar(
+    "running", default=()
+)
+
+
+@contextmanager
+def _running(owner: CompiledPipeline, generation: Generation) -> Iterator[None]:
+    """Makes the generation the one that this thread, or task, runs; frees its state in the end."""
+    outer = _RUNNING.get()
+    _RUNNING.set((*outer, (owner, generation)))
+    try:
+        yield
+        generation.end()
+    finally:
+        generation.abandon()
+        _RUNNING.set(outer)
+
+
+def find_denoisers(pipe: Any, names: Iterable[str] | None = None) -> dict[str, nn.Module]:
+    """The modules of a pipeline that are called with the denoised latents, by name.
+
+    Those that are named, or all that it registered under a name with "transformer" in it: that is
+    how diffusers names them, `transformer`, `transformer_2`, `unconditional_transformer`.
+    """
+    found = getattr(pipe, "components", None) or vars(pipe)
+    modules = {name: part for name, part in found.items() if isinstance(part, nn.Module)}
+    chosen = [name for name in modules if "transformer" in name] if names is None else list(names)
+    for name in chosen:
+        if name not in modules:
+            raise ValueError(f"components: got {name!r}, allowed: {', '.join(modules) or 'none'}")
+        _check_hooks(name, modules[name])
+    if not chosen:
+        raise ValueError(
+            f"components: found none among {', '.join(modules) or 'no modules'} named as a "
+            "transformer; name those that are called with the denoised latents"
+        )
+    return {name: modules[name] for name in chosen}
+
+
+def _binder(source: ScheduleSource) -> Callable[[tuple[float, ...]], Schedule]:
+    """What gives the schedule for the timesteps that run, and makes sure that it is theirs."""
+    make = presets.get(source) if isinstance(source, str) else source
+    if not isinstance(make, Schedule) and not callable(make):
+        raise TypeError(
+            "schedule: expected a pabc.Schedule, a preset or its name, or what makes a schedule "
+            f"from timesteps, found {type(source).__name__}"
+        )
+
+    def bind(timesteps: tuple[float, ...]) -> Schedule:
+        schedule = make if isinstance(make, Schedule) else make(timesteps)
+        if not isinstance(schedule, Schedule):
+            raise TypeError(
+                f"schedule: expected what gives a pabc.Schedule, found {type(schedule).__name__}"
+            )
+        if not are_same(timesteps, schedule.timesteps):
+            raise GuardError(
+                f"expected the schedule's timesteps, {_format(schedule.timesteps)}, found that the "
+                f"scheduler runs {_format(timesteps)}; give what makes a schedule from them, such "
+                "as `lambda ts: pabc.Schedule.pyramid(ts, ...)`"
+            )
+        return Schedule(timesteps, schedule.masks, schedule.overrides, schedule.label)
+
+    return bind
+
+
+def _format(timesteps: tuple[float, ...]) -> str:
+    shown = [f"{t:g}" for t in timesteps]
+    middle = shown if len(shown) <= 12 else [*shown[:6], "...", *shown[-5:]]
+    return f"{len(shown)} of them: {', '.join(middle)}"
+
+
+def _replace(pipe: Any, name: str, module: nn.Module) -> None:
+    """Puts another module in a component's place; what the pipeline has registered stays."""
+    if name in vars(pipe):
+        vars(pipe)[name] = module
+    else:
+        setattr(pipe, name, module)
+
+
+def _check_hooks(name: str, model: nn.Module) -> None:
+    """Refuses what changes, at each call, modules inside of the one that is captured."""
+    for path, module in model.named_modules():
+        hooks = getattr(vars(module).get("_diffusers_hook"), "hooks", None)
+        if hooks:
+            raise ValueError(
+                f"{name}: expected no hooks of diffusers on its modules, found "
+                f"{', '.join(hooks)} on {path or 'itself'}; disable caching, group offloading or "
+                "layerwise casting first (enable_model_cpu_offload can be used)"
+            )
+        if path and "_hf_hook" in vars(module):
+            raise ValueError(
+                f"{name}: expected weights that stay where they are during a call, found a hook "
+                f"of accelerate on {path}; use enable_model_cpu_offload in place of "
+                "enable_sequential_cpu_offload, or load without a device map"
+            )
+
+
+def _move_hook(source: nn.Module, target: nn.Module) -> None:
+    """Moves a hook of accelerate (enable_model_cpu_offload), which acts around each call."""
+    hook = vars(source).get("_hf_hook")
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+        remove_hook_from_module(source)
+        add_hook_to_module(target, hook)
