@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 from torch import nn
 
 from pabc import passes
+from pabc.budget import fit_plan
 from pabc.compiled import CompiledModel
 from pabc.explanation import Explanation, describe
 from pabc.passes.capture import bind_arguments
-from pabc.pipeline import Config, analyze
-from pabc.program import Backend, compiling
+from pabc.pipeline import Config, Offload, analyze
+from pabc.program import Backend, compiling, slot_specs
 from pabc.schedule import Schedule
+from pabc.validate import as_bytes
 
 
 def compile(
@@ -26,6 +29,9 @@ def compile(
     kinds: Mapping[str, str] | None = None,
     latents: str | None = None,
     dynamic: bool = False,
+    cache_dtype: passes.CacheDtype = "keep",
+    offload: Offload | None = None,
+    memory_budget: int | str | None = None,
     check_finite: bool = False,
     example_inputs: tuple[Sequence[Any], Mapping[str, Any]] | None = None,
 ) -> CompiledModel:
@@ -42,6 +48,15 @@ def compile(
         latents: the name of the denoised input, where it is not the first that comes out again.
         dynamic: one capture serves all sizes of the tensors for which the model does the same; the
             plan's bytes are those of the first call. `backend="inductor"` still compiles per size.
+        cache_dtype: the form in which slots hold floating-point values: `"keep"`, their own;
+            `"bf16"`; `"fp8"`, e4m3 with a float32 scale for each token. Steps that compute a
+            region go on with its exact values.
+        offload: `"cpu"`: slots of a model on a CUDA device lie in pinned host memory; each is
+            copied to the device, beside the computation, shortly before it is used.
+        memory_budget: bytes, as an integer or as text ("2GiB"), that the slots of one branch of a
+            generation may take at the fullest step: those that save the most work per byte are
+            kept, the other regions computed at every step. Two guidance calls a step are two
+            branches.
         check_finite: a NaN or infinity that would be kept raises :class:`pabc.GuardError`; looking
             for one waits for the device at each step that stores.
         example_inputs: `(args, kwargs)` of a call: captures and compiles now, not when called.
@@ -65,8 +80,15 @@ def compile(
             "see pabc.Schedule.pyramid and pabc.presets"
         )
     _check_choice("backend", backend, get_args(Backend))
-    _check_choice("cut", cut, get_args(passes.Cut))
-    config = Config(cut=cut, kinds=dict(kinds or {}), latents=latents, dynamic=dynamic)
+    config = _configure(
+        cut=cut,
+        kinds=dict(kinds or {}),
+        latents=latents,
+        dynamic=dynamic,
+        cache_dtype=cache_dtype,
+        offload=offload,
+        memory_budget=memory_budget,
+    )
     compiled = CompiledModel(model, schedule, backend, config, check_finite=check_finite)
     if example_inputs is not None:
         args, kwargs = example_inputs
@@ -80,19 +102,51 @@ def explain(
     kinds: Mapping[str, str] | None = None,
     latents: str | None = None,
     cut: passes.Cut = "attention",
+    schedule: Schedule | None = None,
+    cache_dtype: passes.CacheDtype = "keep",
+    offload: Offload | None = None,
+    memory_budget: int | str | None = None,
     **kwargs: Any,
 ) -> Explanation:
-    """What :func:`compile` would find in `model` when called with these arguments; no schedule.
+    """What :func:`compile` would find in `model` when called with these arguments.
+
+    With a schedule, also what it would do at each step, and the memory that its slots take. Nothing
+    runs and nothing is compiled: the model and the arguments may lie on the meta device.
 
     Raises: ValueError as :func:`compile` does.
     """
-    config = Config(cut=cut, kinds=dict(kinds or {}), latents=latents)
+    config = _configure(
+        cut=cut,
+        kinds=dict(kinds or {}),
+        latents=latents,
+        cache_dtype=cache_dtype,
+        offload=offload,
+        memory_budget=memory_budget,
+    )
     bound = bind_arguments(inspect.signature(model.forward), args, kwargs)
     with compiling():
         guarded, _ = analyze(model, *bound, config)
-    return describe(guarded)
+    found = describe(guarded)
+    if schedule is None:
+        return found
+    slots = slot_specs(guarded.meta["regions"])
+    plan, fit = schedule.plan(slots), None
+    if config.memory_budget is not None:
+        fit = fit_plan(plan, [region.flops for region in found.regions], config.memory_budget)
+        plan = fit.plan
+    return replace(found, plan=plan, fit=fit, unmatched=schedule.unmatched(slots))
 
 
-def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+def _configure(*, memory_budget: int | str | None, **options: Any) -> Config:
+    """The options, checked."""
+    budget = None if memory_budget is None else as_bytes(memory_budget, "memory_budget")
+    config = Config(memory_budget=budget, **options)
+    _check_choice("cut", config.cut, get_args(passes.Cut))
+    _check_choice("cache_dtype", config.cache_dtype, get_args(passes.CacheDtype))
+    _check_choice("offload", config.offload, (None, *get_args(Offload)))
+    return config
+
+
+def _check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {tuple(allowed)}, found {value!r}")

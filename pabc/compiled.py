@@ -164,6 +164,7 @@ class CompiledModel(nn.Module):
         return describe(
             program.guarded,
             plan=binding.plan,
+            fit=binding.fit,
             unmatched=self._schedule.unmatched(program.slots),
             compile_seconds=program.compile_seconds,
         )

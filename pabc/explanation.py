@@ -14,14 +14,16 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
+from pabc.budget import Fit
 from pabc.passes import Attention, Region, hinted
 from pabc.passes.attention_ops import attention_call, is_attention_op
-from pabc.plan import Plan
+from pabc.passes.cache import fetch_cached
+from pabc.plan import Plan, format_bytes
 
 
 @dataclass(frozen=True)
 class RegionFacts:
-    """One region as it is shown: `flops` of one call, `nbytes` of its stored cuts."""
+    """One region as it is shown: `flops` of one call, `nbytes` of what its slot holds."""
 
     name: str
     kind: str
@@ -48,6 +50,8 @@ class Explanation:
             other values get a capture of their own.
         inputs: the names of the graph's inputs; `latents` names the one that is denoised.
         plan: the plan, where there is a schedule.
+        fit: how the plan came to keep within a memory budget, where there is one.
+        offloaded: whether slots lie in host memory, and the model on a device.
         compile_seconds: spent on compiling phases so far.
     """
 
@@ -59,6 +63,8 @@ class Explanation:
     latents: str
     assumed: tuple[str, ...] = ()
     plan: Plan | None = None
+    fit: Fit | None = None
+    offloaded: bool = False
     unmatched: tuple[str, ...] = ()
     linear: tuple[str, ...] = ()
     compile_seconds: float = 0.0
@@ -115,7 +121,16 @@ class Explanation:
         missing = [
             f"  the schedule also asks for {what}: nothing matches" for what in self.unmatched
         ]
-        return [str(self.plan), *missing]
+        peak = self.plan.peak_bytes
+        place = ", in host memory" if self.offloaded else ""
+        fit = [str(self.fit)] if self.fit is not None else []
+        return [
+            str(self.plan),
+            f"  slots take {format_bytes(peak)} ({peak} bytes) at the fullest step, for each branch"
+            f" of a generation{place}",
+            *fit,
+            *missing,
+        ]
 
 
 def describe(guarded: GraphModule, **facts: Any) -> Explanation:
@@ -143,6 +158,7 @@ def describe(guarded: GraphModule, **facts: Any) -> Explanation:
         assumed=tuple(map(str, guarded.meta["reads"].entries)),
         inputs=signature.inputs,
         latents=guarded.meta["latents"],
+        offloaded=any(node.target is fetch_cached for node in guarded.graph.nodes),
         **facts,
     )
 

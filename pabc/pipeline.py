@@ -36,6 +36,7 @@ class Config:
     dynamic: bool = False
     cache_dtype: passes.CacheDtype = "keep"
     offload: Offload | None = None
+    memory_budget: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from time import perf_counter
 from typing import Any, Literal
 
@@ -13,11 +14,13 @@ from torch import nn
 from torch.fx import GraphModule
 
 from pabc import passes
+from pabc.budget import fit_plan
+from pabc.explanation import FlopCounter
 from pabc.guards import find_numbers
 from pabc.passes.cache import Cuts
 from pabc.passes.ir import output_node
 from pabc.pipeline import Config, Record, analyze
-from pabc.plan import SlotSpec
+from pabc.plan import Plan, SlotSpec
 from pabc.schedule import Schedule
 from pabc.stats import Recorder
 from pabc.trajectory import (
@@ -32,6 +35,8 @@ from pabc.trajectory import (
 from pabc.weights import Weights
 
 Backend = Literal["inductor", "eager", "oracle"]
+FP8_CAPABILITY = (8, 9)
+"""The least CUDA compute capability for which Triton converts to float8_e4m3fn."""
 Flat = Callable[..., tuple[Sequence[Any], Sequence[torch.Tensor]]]
 """(inputs, hoisted values, the reused cuts) -> (outputs, the stored cuts), as flat sequences."""
 
@@ -79,6 +84,24 @@ def slot_specs(regions: Sequence[passes.Region]) -> tuple[SlotSpec, ...]:
     )
 
 
+def check_fp8(devices: Collection[torch.device]) -> None:
+    """Raises ValueError where compiled kernels cannot convert to float8_e4m3fn."""
+    for device in devices:
+        if device.type != "cuda":
+            continue
+        found = torch.cuda.get_device_capability(device)
+        if found < FP8_CAPABILITY:
+            raise ValueError(
+                f"cache_dtype: expected 'keep' or 'bf16' on {device} with backend='inductor', "
+                f"found 'fp8': it needs CUDA compute capability {_dotted(FP8_CAPABILITY)}, and "
+                f"this device has {_dotted(found)}"
+            )
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
+
+
 class Program:
     """Everything that follows from a model and the shapes of one call, whatever the schedule.
 
@@ -99,6 +122,7 @@ class Program:
         *,
         backend: Backend,
         promoted: Collection[int] = (),
+        memory_budget: int | None = None,
         records: tuple[Record, ...] = (),
         recorder: Recorder | None = None,
     ) -> None:
@@ -112,6 +136,7 @@ class Program:
         self.signature: passes.Signature = self.guarded.meta["signature"]
         self.backend = backend
         self.compile_seconds = 0.0
+        self._memory_budget = memory_budget
         self._recorder = recorder or Recorder()
         self._prologue: GraphModule = self.guarded.meta["prologue"]
         self._steady: tuple[int, ...] = self.guarded.meta["steady"]
@@ -141,16 +166,41 @@ class Program:
         """The program for a call with these arguments."""
         with compiling():
             guarded, records = analyze(model, args, kwargs, config, promoted)
-        return cls(guarded, backend=backend, promoted=promoted, records=records, recorder=recorder)
+        if backend == "inductor" and config.cache_dtype == "fp8":
+            vals = [n.meta.get("val") for n in guarded.graph.nodes if n.op == "placeholder"]
+            check_fp8({val.device for val in vals if isinstance(val, torch.Tensor)})
+        return cls(
+            guarded,
+            backend=backend,
+            promoted=promoted,
+            memory_budget=config.memory_budget,
+            records=records,
+            recorder=recorder,
+        )
 
     def bind(self, schedule: Schedule) -> Binding:
-        """The schedule bound to these slots."""
+        """The schedule bound to these slots, or to those of them that a memory budget allows.
+
+        Raises ValueError if it allows none.
+        """
         last, binding = self._bound
         if schedule is not last or binding is None:
-            binding = self._bindings.get(schedule) or Binding.of(schedule.plan(self.slots))
+            binding = self._bindings.get(schedule) or self._fit(schedule.plan(self.slots))
             self._bindings[schedule] = binding
             self._bound = schedule, binding
         return binding
+
+    def _fit(self, plan: Plan) -> Binding:
+        if self._memory_budget is None:
+            return Binding.of(plan)
+        fit = fit_plan(plan, self._flops, self._memory_budget)
+        return Binding.of(fit.plan, fit)
+
+    @cached_property
+    def _flops(self) -> list[int]:
+        """What one run of each region costs."""
+        count = FlopCounter()
+        return [count(self.guarded.get_submodule(region.name)) for region in self.regions]
 
     def phases(self, binding: Binding) -> tuple[GraphModule, ...]:
         """One specialized module per phase, in the plan's order."""

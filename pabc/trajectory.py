@@ -16,6 +16,7 @@ from types import TracebackType
 
 import torch
 
+from pabc.budget import Fit
 from pabc.guards import Clock, GuardError
 from pabc.passes.cache import Cuts
 from pabc.plan import Action, Plan
@@ -57,17 +58,19 @@ class Binding:
         plan: actions, lifetimes, phases.
         stored: the slots that a phase reuses -> those whose cuts it gives out. The phase that
             reuses nothing stands in where a value is missing: it gives out all.
+        fit: how the plan came to keep within a memory budget, where there is one.
     """
 
     plan: Plan
     stored: Mapping[tuple[int, ...], tuple[int, ...]]
+    fit: Fit | None = None
 
     @classmethod
-    def of(cls, plan: Plan) -> Binding:
+    def of(cls, plan: Plan, fit: Fit | None = None) -> Binding:
         """The binding that follows from a plan."""
         stored = {phase.reused: phase.stored for phase in plan.phases}
         stored[()] = tuple(sorted({slot for p in plan.phases for slot in p.stored}))
-        return cls(plan, stored)
+        return cls(plan, stored, fit)
 
     def reused_at(self, step: int) -> tuple[int, ...]:
         """The slots that a step reuses."""
@@ -263,7 +266,13 @@ def without_spare_memory(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+    if not tensor.is_floating_point():
+        return True
+    if tensor.is_pinned():
+        torch.cuda.synchronize()  # it may be on its way from the device
+    if tensor.element_size() == 1:
+        tensor = tensor.to(torch.float32)  # of which 8-bit formats have not every op
+    return bool(torch.isfinite(tensor).all())
 
 
 _Entered = tuple[tuple[object, object], ...]

@@ -104,7 +104,12 @@ def _build(manifest: Json, members: dict[str, bytes], model: nn.Module) -> Compi
     programs.promotions.restore(decode(manifest["promotions"]))
     for i, key in enumerate(manifest["keys"]):
         program, plan = read_program(
-            members, f"program{i}", model, backend=backend, recorder=programs.recorder
+            members,
+            f"program{i}",
+            model,
+            backend=backend,
+            memory_budget=config.memory_budget,
+            recorder=programs.recorder,
         )
         if program.bind(schedule).plan != Plan.from_json(plan):
             raise ArtifactError("the schedule gives another plan than it gave when saved")

@@ -83,12 +83,19 @@ def read_program(
     model: nn.Module,
     *,
     backend: Backend,
+    memory_budget: int | None,
     recorder: Recorder,
 ) -> tuple[Program, str]:
     """The program that :func:`write_program` wrote, and its plan as JSON."""
     content = json.loads(members[f"{folder}/program.json"])
     guarded = read_analysis(content["analysis"], members[f"{folder}/constants"], model)
-    program = Program(guarded, backend=backend, promoted=content["promoted"], recorder=recorder)
+    program = Program(
+        guarded,
+        backend=backend,
+        promoted=content["promoted"],
+        memory_budget=memory_budget,
+        recorder=recorder,
+    )
     device = _device(program)
     packages = _PACKAGES.setdefault(program, {})
     for i, (phase, used, weights, outputs) in enumerate(content["phases"]):
