@@ -204,6 +204,8 @@ def test_dump_writes_stages_phases_and_plan(model, inputs, tmp_path):
         "hoist",
         "outline",
         "cache",
+        "encode",
+        "offload",
     ]
 
 
