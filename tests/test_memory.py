@@ -245,3 +245,20 @@ def test_check_finite_sees_what_is_encoded(cache_dtype):
         call["x_BCTHW"][0, 0, 0, 0, 0] = float("inf")
         with pytest.raises(pabc.GuardError, match="NaN or infinity in the spatial branch"):
             fast(**call)
+
+
+@pytest.mark.runtime
+def test_options_come_back_with_a_saved_model(tmp_path):
+    model, calls = FACTORIZED.model().eval(), [FACTORIZED.call(step) for step in range(STEPS)]
+    schedule = pyramid(["spatial", "temporal", "cross", "mlp"])
+    fast = pabc.compile(
+        model, schedule, backend="eager", cache_dtype="fp8", offload="cpu", memory_budget="3KiB"
+    )
+    with torch.no_grad():
+        expected = [fast(**call) for call in calls]
+        fast.save(tmp_path / "model.pabc")
+        loaded = pabc.load(tmp_path / "model.pabc", model)
+        assert all(torch.equal(loaded(**c), e) for c, e in zip(calls, expected, strict=True))
+    assert loaded.stats.captures == 0
+    assert loaded.explain().fit == fast.explain().fit and fast.explain().fit.dropped
+    assert loaded.stats.peak_nbytes == fast.stats.peak_nbytes == fast.plan.peak_bytes
