@@ -15,10 +15,9 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from pabc.arguments import Arguments
 from pabc.autocast import without_autocast
 from pabc.explanation import Explanation, describe
-from pabc.passes.capture import bind_arguments
-from pabc.passes.tracing.structure import check_constants, flatten
 from pabc.pipeline import Config
 from pabc.plan import Plan
 from pabc.program import Backend, Executable, Program
@@ -51,7 +50,7 @@ class CompiledModel(nn.Module):
         self.training = model.training
         self._schedule = schedule
         self._check_finite = check_finite
-        self._call_signature = inspect.signature(model.forward)
+        self._arguments = Arguments(inspect.signature(model.forward))
         self._programs = (
             Programs(model, backend, config, Recorder()) if programs is None else programs
         )
@@ -242,16 +241,16 @@ class CompiledModel(nn.Module):
                 "pabc runs inference: expected a model in eval mode, found training mode; "
                 "call .eval() on it first"
             )
-        args, kwargs = bind_arguments(self._call_signature, args, kwargs)
-        leaves, structure = flatten((args, kwargs))
+        leaves, structure = self._arguments.flatten(args, kwargs)
         for leaf in leaves:
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
                 raise RuntimeError(
                     "pabc runs inference: expected inputs without gradients, found one of shape "
                     f"{tuple(leaf.shape)} that requires grad; detach it"
                 )
-        check_constants((args, kwargs), leaves, tuple(self._call_signature.parameters))
-        program = self._programs.get(args, kwargs, leaves, structure, at_start=at_start)
+        program = self._programs.find(structure, leaves, at_start=at_start)
+        if program is None:
+            program = self._programs.capture(*self._arguments.bind(args, kwargs), leaves, structure)
         return program, leaves
 
     def _bind(self, program: Program, schedule: Schedule) -> Binding:

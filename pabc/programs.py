@@ -43,38 +43,37 @@ class Programs:
         """Takes a program that was captured elsewhere."""
         self._programs.setdefault(key, []).append(program)
 
-    def get(
+    def find(self, structure: Structure, leaves: list[Any], *, at_start: bool) -> Program | None:
+        """The program captured for calls like this one, with numbers as inputs or as constants.
+
+        `at_start`: of a generation, when tensors that were replaced in the model are picked up.
+        """
+        return self._find(structure, leaves, at_start)[0]
+
+    def capture(
         self,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         leaves: list[Any],
         structure: Structure,
-        *,
-        at_start: bool,
     ) -> Program:
-        """The program for a call, given as it is and flattened; captured if there is none.
-
-        `at_start`: of a generation, when tensors that were replaced in the model are picked up.
-        """
-        program, differences = self._find(structure, leaves, at_start)
-        if program is None:
-            program = self._capture(args, kwargs, structure, leaves)
-            self.recorder.add(captures=1)
-            _warn_of_reads(differences)
+        """Captures the model for a call, given as it is and flattened, that no program serves."""
+        differences = self._find(structure, leaves, at_start=False)[1]
+        program = self._capture(args, kwargs, structure, leaves)
+        self.recorder.add(captures=1)
+        _warn_of_reads(differences)
         return program
 
     def _find(
         self, structure: Structure, leaves: list[Any], at_start: bool
     ) -> tuple[Program | None, list[tuple[passes.Read, Any]]]:
-        """The program captured for calls like this one, with numbers as inputs or as constants.
-
-        Where there is none: the values read from data in which it differs from those there are.
-        """
+        """The program, or, where there is none, the values read from data in which the call differs
+        from those that there are programs for."""
         differences = []
         for promoted in dict.fromkeys((self.promotions.of(structure), frozenset[int]())):
             key = call_key(structure, leaves, promoted)
             known = self._programs.get(key, [])
-            others = self._of_any_size.get(without_sizes(key), [])
+            others = (self._of_any_size and self._of_any_size.get(without_sizes(key), [])) or []
             for programs in (known, others) if at_start else ():
                 programs[:] = [p for p in programs if p.follow_weights(self._model)]
             for program in (*known, *(p for p in others if p.serves(leaves))):

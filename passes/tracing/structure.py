@@ -10,6 +10,7 @@ import dataclasses
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,6 +28,13 @@ class Structure:
 
     spec: pytree.TreeSpec
     records: tuple[Record | None, ...]
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.spec, self.records))
 
     def unflatten(self, leaves: Sequence[Any]) -> Any:
         """The containers around `leaves`: the inverse of :func:`flatten`."""

@@ -1,0 +1,69 @@
+"""A model's arguments as flat leaves, in one order however the call is spelled."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from pabc.passes.capture import bind_arguments
+from pabc.passes.tracing.structure import Structure, check_constants, flatten
+
+_PLAIN = frozenset((torch.Tensor, int, float, bool, str, type(None)))
+"""Types of arguments that hold no others."""
+
+
+class _Place:
+    """Stands for the argument at `index` while it is found out where that goes."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+class Arguments:
+    """Flattens the calls of one model.
+
+    Where no argument is a container, where each one goes follows from how the call is spelled (how
+    many are positional, which are named) and is remembered.
+    """
+
+    def __init__(self, signature: inspect.Signature) -> None:
+        self._signature = signature
+        self._known: dict[tuple[int, tuple[str, ...]], tuple[list[Any], Structure]] = {}
+
+    def bind(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call in its one spelling. Raises TypeError as the model itself would."""
+        return bind_arguments(self._signature, args, kwargs)
+
+    def flatten(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[list[Any], Structure]:
+        """The leaves and the structure of the call in its one spelling.
+
+        Raises TypeError for arguments that the model does not take, and for those that can be
+        neither inputs of a graph nor constants; see :func:`check_constants`.
+        """
+        values = (*args, *kwargs.values())
+        if not _PLAIN.issuperset(map(type, values)):
+            return self._flatten(*self.bind(args, kwargs))
+        spelling = len(args), tuple(kwargs)
+        if spelling not in self._known:
+            self._flatten(*self.bind(args, kwargs))
+            places = map(_Place, range(len(values)))
+            positional = [next(places) for _ in args]
+            self._known[spelling] = flatten(
+                self.bind(positional, dict(zip(kwargs, places, strict=True)))
+            )
+        order, structure = self._known[spelling]
+        return [values[x.index] if type(x) is _Place else x for x in order], structure
+
+    def _flatten(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[list[Any], Structure]:
+        leaves, structure = flatten((args, kwargs))
+        check_constants((args, kwargs), leaves, tuple(self._signature.parameters))
+        return leaves, structure
