@@ -69,7 +69,8 @@ class CompiledModel(nn.Module):
         another step, a trajectory that is in use. Whatever is raised, the trajectory is reset.
         """
         trajectory = self.current
-        with trajectory.running() as branch:
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+        with trajectory.running(tensors) as branch:
             schedule = branch.schedule or trajectory.schedule or self._schedule
             with self._lock:
                 program, leaves = self._select(args, kwargs, at_start=branch.step == 0)

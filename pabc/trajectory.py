@@ -17,6 +17,7 @@ from types import TracebackType
 import torch
 
 from pabc.budget import Fit
+from pabc.conditions import Calls
 from pabc.guards import Clock, GuardError
 from pabc.passes.cache import Cuts
 from pabc.plan import Action, Plan
@@ -317,7 +318,7 @@ class Trajectory:
         self._check_finite = check_finite
         self._branches: dict[BranchKey, Branch] = {}
         self._stated_step: int | None = None
-        self._calls: dict[str | None, int] = {}
+        self._calls: dict[str | None, Calls] = {}
         self._lock = threading.RLock()
 
     def __enter__(self) -> Trajectory:
@@ -337,13 +338,20 @@ class Trajectory:
     def at_step(self, step: int) -> None:
         """States that the calls that follow are this step of the plan, until told otherwise.
 
-        Several calls under one name in one step are branches of their own, told apart by order.
+        Several calls under one name in one step are branches of their own, told apart by the
+        tensors that a branch is given at every step, or, where there are none, by order.
         Raises ValueError for a step below 0.
         """
         if step < 0:
             raise ValueError(f"at_step: got {step}, allowed: 0 or more")
         with self._lock:
-            self._stated_step, self._calls = step, {}
+            self._stated_step = step
+            if step == 0:
+                self._calls.clear()
+            for calls in self._calls.values():
+                calls.begin_step()
+            for branch in self._branches.values():
+                branch.seek(step)
 
     def reset(self) -> None:
         """Starts a new generation: the next call is step 0 and finds nothing kept."""
@@ -364,8 +372,9 @@ class Trajectory:
         return sum(branch.nbytes for branch in list(self._branches.values()))
 
     @contextmanager
-    def running(self) -> Iterator[Branch]:
-        """The branch of the call that is made now; abandons the generation if it raises.
+    def running(self, tensors: Sequence[torch.Tensor] = ()) -> Iterator[Branch]:
+        """The branch of the call that is made now, with these tensors; abandons the generation if
+        it raises.
 
         Raises GuardError if a step is under way in another thread.
         """
@@ -375,20 +384,19 @@ class Trajectory:
                 "`with fast.trajectory():` gives each thread its own"
             )
         try:
-            yield self._branch()
+            yield self._branch(tensors)
         except BaseException:
             self.reset()
             raise
         finally:
             self._lock.release()
 
-    def _branch(self) -> Branch:
+    def _branch(self, tensors: Sequence[torch.Tensor]) -> Branch:
         name = _innermost(_NAMES, self._owner)
         assert name is None or isinstance(name, str)
         order = 0
         if self._stated_step is not None:
-            order = self._calls.get(name, 0)
-            self._calls[name] = order + 1
+            order = self._calls.setdefault(name, Calls()).index_of(tensors)
         branch = self._branches.get((name, order))
         if branch is None:
             branch = Branch(self._recorder, self._check_finite)

@@ -428,6 +428,8 @@ class Loop:
         *texts: Tensor,
         start: int = 0,
         guided: Callable[[int], bool] = lambda _: True,
+        alone: int = 0,
+        text_of: Callable[[Tensor, int], Tensor] = lambda text, _: text,
         model_of: Callable[[int], str] = lambda _: "transformer",
         scheduler: Any = None,
         callback: Callable[[int], None] = lambda _: None,
@@ -442,7 +444,8 @@ class Loop:
             scales = hasattr(scheduler, "scale_model_input")
             given = scheduler.scale_model_input(latents, t) if scales else latents
             when = t.expand(len(latents)).float()
-            found = [model(given, when, text) for text in (texts if guided(i) else texts[:1])]
+            used = texts if guided(i) else texts[alone : alone + 1]
+            found = [model(given, when, text_of(text, i)) for text in used]
             latents = scheduler.step(sum(found) / len(found), t, latents, return_dict=False)[0]
             callback(i)
         return latents

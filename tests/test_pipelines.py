@@ -118,6 +118,37 @@ def test_a_step_without_guidance_does_no_harm(loop):
     assert torch.equal(ended, loop_by_hand(loop, where, 6, *call, guided=lambda step: step < 2))
 
 
+@pytest.mark.parametrize("guided_at", [{0}, {0, 1, 2}, {0, 1, 4, 5}, {2, 3, 4}, {0, 1, 2, 3, 4, 5}])
+@pytest.mark.parametrize("alone", [0, 1])
+def test_calls_are_told_apart_by_their_text_where_guidance_pauses(loop, alone, guided_at):
+    """By order alone, a call without guidance would read what the first text's calls have kept."""
+    call = loop_call()
+    where = [(b, step) for b, step in ALL_STEPS if step in guided_at or b == alone]
+    how = {"guided": guided_at.__contains__, "alone": alone}
+    expected = loop_by_hand(loop, where, 6, *call, **how)
+    with compile_eager(loop) as fast:
+        assert torch.equal(fast(6, *call, **how), expected)
+
+
+def test_texts_that_are_built_anew_at_each_step_are_told_apart_by_order(loop):
+    call = loop_call()
+    expected = loop_by_hand(loop, ALL_STEPS, 6, *call)
+    with compile_eager(loop) as fast:
+        assert torch.equal(fast(6, *call, text_of=lambda text, _: text.clone()), expected)
+        assert not fast.models["transformer"].stats.fallbacks
+
+
+def test_nothing_kept_for_one_text_is_read_for_another(loop):
+    call = loop_call(num_texts=1)
+    other = call[1] * 2
+    text_of = lambda text, step: text if step < 3 else other  # noqa: E731
+    where = [(int(step >= 3), step) for step in range(6)]
+    expected = loop_by_hand(loop, where, 6, *call, text_of=text_of)
+    with compile_eager(loop) as fast:
+        assert torch.equal(fast(6, *call, text_of=text_of), expected)
+        assert fast.models["transformer"].stats.fallbacks == {"missing": 1}
+
+
 def test_each_expert_begins_at_its_own_first_step(loop):
     loop.transformer_2, call = make_denoiser(1), loop_call()
     model_of = lambda step: "transformer" if step < 3 else "transformer_2"  # noqa: E731

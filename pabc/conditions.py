@@ -1,0 +1,69 @@
+"""Which of several sequences of calls a call belongs to, told by the conditions it is given."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+
+
+class Conditions:
+    """The tensors that each call of one sequence is given: the same objects, not equal values.
+
+    The first call notes all its tensors, each later one drops those that it is not given again:
+    from the second on, what is left are conditions (text, masks, positions), and a call without one
+    of them is of another sequence. Where a caller builds all of them anew for each call, nothing is
+    left, and nothing can be told.
+    """
+
+    def __init__(self) -> None:
+        self._noted: dict[int, weakref.ref[torch.Tensor]] | None = None
+        self._are_known = False
+
+    def num_shared(self, tensors: Sequence[torch.Tensor]) -> int:
+        """How many of these are among those noted."""
+        return len(self._shared(tensors))
+
+    def contradict(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether a call with these tensors is of another sequence."""
+        return self._are_known and self.num_shared(tensors) < len(self._noted or ())
+
+    def note(self, tensors: Sequence[torch.Tensor]) -> None:
+        """A call of this sequence was given these tensors."""
+        if self._noted is None:
+            self._noted = {id(tensor): weakref.ref(tensor) for tensor in tensors}
+        else:
+            self._noted, self._are_known = self._shared(tensors), True
+
+    def _shared(self, tensors: Sequence[torch.Tensor]) -> dict[int, weakref.ref[torch.Tensor]]:
+        noted = self._noted or {}
+        here = [tensor for tensor in tensors if id(tensor) in noted]
+        return {id(t): noted[id(t)] for t in here if noted[id(t)]() is t}
+
+
+class Calls:
+    """Tells the calls of one step apart, by their conditions where they can, else by order."""
+
+    def __init__(self) -> None:
+        self._conditions: list[Conditions] = []
+        self._taken: set[int] = set()
+
+    def begin_step(self) -> None:
+        """The calls that follow are those of another step."""
+        self._taken.clear()
+
+    def index_of(self, tensors: Sequence[torch.Tensor]) -> int:
+        """Which sequence a call with these tensors continues; the next number for a new one."""
+        fitting = [
+            index
+            for index, conditions in enumerate(self._conditions)
+            if index not in self._taken and not conditions.contradict(tensors)
+        ]
+        shared = {index: self._conditions[index].num_shared(tensors) for index in fitting}
+        index = max(fitting, key=lambda i: (shared[i], -i), default=len(self._conditions))
+        if index == len(self._conditions):
+            self._conditions.append(Conditions())
+        self._taken.add(index)
+        self._conditions[index].note(tensors)
+        return index
