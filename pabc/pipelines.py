@@ -46,7 +46,9 @@ def compile_pipeline(
             as Heun, each call of the model is one.
         components: the names of the modules that are called with the denoised latents; by default
             all whose name has "transformer" in it, as diffusers registers them.
-        options: those of :func:`pabc.compile`.
+        options: those of :func:`pabc.compile`. Without any, a component that is a compiled model
+            already (from :func:`pabc.compile` or :func:`pabc.load`) is used as it is, and nothing
+            of it is captured or compiled anew.
 
     Raises:
         TypeError, ValueError: no such component, a wrong schedule or option.
@@ -81,11 +83,8 @@ class CompiledPipeline:
         options: Mapping[str, Any],
     ) -> None:
         originals = find_denoisers(pipe, components)
-        placeholder = Schedule.none((0,))
-        models = {
-            name: compile(getattr(model, "_orig_mod", model), placeholder, **options)
-            for name, model in originals.items()
-        }
+        _check_scheduler(pipe)
+        models = {name: _compiled(model, options) for name, model in originals.items()}
         own = vars(self)
         own.update(pipe=pipe, models=MappingProxyType(models), _originals=originals, _bind=bind)
         own.update(_scheduler=None, _leave=None, _default=Generation(bind, self._observed))
@@ -95,8 +94,9 @@ class CompiledPipeline:
         ]
         self._observe()
         for name, model in models.items():
-            _move_hook(originals[name], model)
-            _replace(pipe, name, model)
+            if model is not originals[name]:
+                _move_hook(originals[name], model)
+                _replace(pipe, name, model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The pipeline's own call."""
@@ -119,6 +119,8 @@ class CompiledPipeline:
         self.reset()
         self._leave()
         for name, model in self.models.items():
+            if model is self._originals[name]:
+                continue
             _move_hook(model, self._originals[name])
             if getattr(self.pipe, name, None) is model:
                 _replace(self.pipe, name, self._originals[name])
@@ -138,7 +140,7 @@ class CompiledPipeline:
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """The pipeline's own, which looks at its components' classes: with the original ones."""
         for name, original in self._originals.items():
-            _replace(self.pipe, name, original)
+            _replace(self.pipe, name, getattr(original, "_orig_mod", original))
         try:
             return self.pipe.save_pretrained(*args, **kwargs)
         finally:
@@ -185,6 +187,24 @@ class CompiledPipeline:
 _RUNNING: ContextVar[tuple[tuple[CompiledPipeline, Generation], ...]] = ContextVar(
     "running", default=()
 )
+
+
+def _compiled(model: nn.Module, options: Mapping[str, Any]) -> CompiledModel:
+    """The model compiled; itself if it is already and no pipeline has it."""
+    if isinstance(model, CompiledModel) and not options and not model._forward_pre_hooks:
+        return model
+    original = getattr(model, "_orig_mod", model)
+    return compile(original, Schedule.none((0,)), **options)
+
+
+def _check_scheduler(pipe: Any) -> None:
+    scheduler = getattr(pipe, "scheduler", None)
+    missing = [name for name in ("set_timesteps", "step") if not hasattr(scheduler, name)]
+    if missing:
+        raise TypeError(
+            f"pipe.scheduler: expected one with set_timesteps and step, found "
+            f"{type(scheduler).__name__} without {' and '.join(missing)}"
+        )
 
 
 @contextmanager

@@ -328,7 +328,37 @@ def test_what_is_no_schedule_or_component_is_refused(loop):
         pabc.compile_pipeline(Loop(loop.scheduler, denoiser=make_denoiser()), loop_schedule)
     with pytest.raises(ValueError, match="backend"):
         pabc.compile_pipeline(loop, loop_schedule, backend="nonsense")
+    with pytest.raises(TypeError, match=r"pipe.scheduler: .* found NoneType without set_timesteps"):
+        pabc.compile_pipeline(Loop(None, transformer=loop.transformer), loop_schedule)
     assert "step" not in vars(loop.scheduler) and type(loop.transformer).__name__ == "Image"
+
+
+def test_a_model_that_is_compiled_already_is_used_as_it_is(loop):
+    call, original = loop_call(), loop.transformer
+    expected = loop_by_hand(loop, ALL_STEPS, 6, *call)
+    compiled = pabc.compile(original, pabc.Schedule.none((0,)), backend="eager")
+    when = torch.tensor(0.0).expand(1)
+    compiled(call[0], when, call[1])
+    loop.transformer = compiled
+    with pabc.compile_pipeline(loop, loop_schedule) as fast:
+        assert fast.models["transformer"] is compiled
+        assert torch.equal(fast(6, *call), expected)
+        assert compiled.stats.captures == 1
+        with compile_eager(loop) as other:  # it is in use: compiled for a second time
+            assert other.models["transformer"] is not compiled
+            assert torch.equal(other(6, *call), expected)
+    assert loop.transformer is compiled
+    compiled(call[0], when, call[1])  # by itself, as before
+
+
+def test_memory_options_reach_the_model(loop):
+    call = loop_call()
+    with compile_eager(loop, memory_budget=2**20) as fast:
+        fast(6, *call)
+        held = fast.models["transformer"].stats.peak_nbytes
+    with compile_eager(loop, memory_budget=held // 4) as fast:
+        fast(6, *call)
+        assert 0 < fast.models["transformer"].stats.peak_nbytes <= held // 2  # of two branches
 
 
 def test_a_component_by_name():
