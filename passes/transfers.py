@@ -98,7 +98,7 @@ def lane(device: torch.device) -> Lane:
     return Lane(device)
 
 
-@torch.library.custom_op("pabc::stash", mutates_args=())
+@torch.library.custom_op("pabc::stash", mutates_args=(), schema="(Tensor cut) -> Tensor")
 def stash(cut: torch.Tensor) -> torch.Tensor:
     """A copy of a cut in host memory."""
     return lane(cut.device).stash(cut) if cut.is_cuda else cut.to("cpu", copy=True)
@@ -109,7 +109,11 @@ def _(cut: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(cut, device="cpu")
 
 
-@torch.library.custom_op("pabc::fetch", mutates_args=())
+@torch.library.custom_op(
+    "pabc::fetch",
+    mutates_args=(),
+    schema="(Tensor kept, Device device, Tensor? upcoming=None) -> Tensor",
+)
 def fetch(
     kept: torch.Tensor, device: torch.device, upcoming: torch.Tensor | None = None
 ) -> torch.Tensor:
