@@ -46,8 +46,9 @@ def compile(
             `"branch"`: the value added to the residual stream.
         kinds: patterns of qualified module names (fnmatch) -> kind, where you know better.
         latents: the name of the denoised input, where it is not the first that comes out again.
-        dynamic: one capture serves all sizes of the tensors for which the model does the same; the
-            plan's bytes are those of the first call. `backend="inductor"` still compiles per size.
+        dynamic: one capture serves all sizes of the tensors for which the model does the same;
+            the plan's bytes are those of the call at hand. `backend="inductor"` still compiles per
+            size.
         cache_dtype: the form in which slots hold floating-point values: `"keep"`, their own;
             `"bf16"`; `"fp8"`, e4m3 with a float32 scale for each token. Steps that compute a
             region go on with its exact values.

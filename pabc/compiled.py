@@ -87,7 +87,7 @@ class CompiledModel(nn.Module):
             program, leaves = self._select(args, kwargs, at_start=True)
             inputs = program.pack(leaves)
             with torch.no_grad(), without_autocast(inputs):
-                program.prepare(self._bind(program, self._schedule), inputs)
+                program.prepare(self._bind(program, self._schedule, inputs), inputs)
 
     def trajectory(self, schedule: Schedule | None = None) -> Trajectory:
         """State of its own for one generation at a time: `with fast.trajectory(): ...`.
@@ -254,9 +254,11 @@ class CompiledModel(nn.Module):
             program = self._programs.capture(*self._arguments.bind(args, kwargs), leaves, structure)
         return program, leaves
 
-    def _bind(self, program: Program, schedule: Schedule) -> Binding:
+    def _bind(
+        self, program: Program, schedule: Schedule, inputs: list[Any] | None = None
+    ) -> Binding:
         """The schedule bound to the program; it becomes what `plan` and `explain` tell of."""
-        binding = program.bind(schedule)
+        binding = program.bind(schedule, inputs)
         if self._last is None or self._last[1] is not binding:
             self._last = program, binding
             missing = schedule.unmatched(program.slots)
@@ -279,7 +281,7 @@ class CompiledModel(nn.Module):
         inputs: list[Any],
     ) -> tuple[tuple[int, ...], Executable]:
         """Begins a step: the slots that it reuses, and what runs it."""
-        binding = self._bind(program, schedule)
+        binding = self._bind(program, schedule, inputs)
         branch.bind(schedule, binding)
         branch.check_time(leaves, program.numbers(leaves))
         source, earlier = program.source(inputs), branch.source

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from time import perf_counter
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from pabc import passes
 from pabc.budget import fit_plan
 from pabc.explanation import FlopCounter
 from pabc.guards import find_numbers
-from pabc.passes.cache import Cuts
+from pabc.passes.cache import Cuts, cache_read
 from pabc.passes.ir import output_node
 from pabc.pipeline import Config, Record, analyze
 from pabc.plan import Plan, SlotSpec
@@ -145,8 +145,8 @@ class Program:
         ]
         self._weights = Weights((self.guarded, self._prologue, self.reads.graph))
         self._weights_state = 0
-        self._bindings: dict[Schedule, Binding] = {}
-        self._bound: tuple[Schedule | None, Binding | None] = None, None
+        self._bindings: dict[tuple[Schedule, Layout], Binding] = {}
+        self._bound: tuple[Schedule | None, Layout, Binding | None] = None, (), None
         self._numbers: tuple[int, ...] | None = None
         self._modules: dict[tuple[tuple[int, ...], tuple[int, ...]], GraphModule] = {}
         self._executables: dict[tuple[tuple[int, ...], Layout], list[Executable]] = {}
@@ -178,17 +178,33 @@ class Program:
             recorder=recorder,
         )
 
-    def bind(self, schedule: Schedule) -> Binding:
+    def bind(self, schedule: Schedule, inputs: Sequence[Any] | None = None) -> Binding:
         """The schedule bound to these slots, or to those of them that a memory budget allows.
 
-        Raises ValueError if it allows none.
+        `inputs`: of the call whose sizes decide how many bytes a slot takes; by default, the one
+        that was captured. Raises ValueError if a budget allows no slot.
         """
-        last, binding = self._bound
-        if schedule is not last or binding is None:
-            binding = self._bindings.get(schedule) or self._fit(schedule.plan(self.slots))
-            self._bindings[schedule] = binding
-            self._bound = schedule, binding
+        layout = () if inputs is None else self.layout(inputs)
+        last, last_layout, binding = self._bound
+        if schedule is not last or layout != last_layout or binding is None:
+            binding = self._bindings.get((schedule, layout))
+            if binding is None:
+                binding = self._fit(schedule.plan(self._slots_for(inputs)))
+            self._bindings[schedule, layout] = binding
+            self._bound = schedule, layout, binding
         return binding
+
+    def _slots_for(self, inputs: Sequence[Any] | None) -> tuple[SlotSpec, ...]:
+        """The slots, with the bytes that they take for inputs of these sizes."""
+        sizes = self._sizes.bind(inputs) if self._sizes is not None and inputs is not None else None
+        if sizes is None:
+            return self.slots
+        reads = [n for n in self.guarded.graph.nodes if n.target is cache_read]
+        held = {int(n.args[1]): passes.concrete(n.meta["val"], sizes) for n in reads}
+        return tuple(
+            replace(spec, nbytes=sum(t.numel() * t.element_size() for t in held[slot]))
+            for slot, spec in enumerate(self.slots)
+        )
 
     def _fit(self, plan: Plan) -> Binding:
         if self._memory_budget is None:

@@ -3,6 +3,7 @@
 import gc
 import re
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -325,3 +326,22 @@ def test_options_come_back_with_a_saved_model(tmp_path):
     assert loaded.stats.captures == 0
     assert loaded.explain().fit == fast.explain().fit and fast.explain().fit.dropped
     assert loaded.stats.peak_nbytes == fast.stats.peak_nbytes == fast.plan.peak_bytes
+
+
+@pytest.mark.runtime
+def test_a_graph_for_any_sizes_takes_the_bytes_of_the_call_at_hand():
+    """And keeps within the budget at each of them."""
+    case = next(case for case in MODELS if case.name == "Packed")
+    model, budget = case.model().eval(), 6 * 2**10
+    fast = pabc.compile(
+        model, pyramid(["full", "cross"]), backend="eager", dynamic=True, memory_budget=budget
+    )
+    kept, sizes, peaks = [], [], []
+    for height in (4, 8):
+        generate(fast, case.call(0, replace(case.sizes, height=height)))
+        kept.append(len(fast.explain().fit.kept))
+        sizes.append(fast.plan.slots[0].nbytes)
+        peaks.append(fast.plan.peak_bytes)
+        assert fast.stats.peak_nbytes == max(peaks) <= budget
+    assert fast.stats.captures == 1
+    assert kept == [2, 1] and sizes[1] == 2 * sizes[0]
