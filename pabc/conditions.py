@@ -43,7 +43,11 @@ class Conditions:
 
 
 class Calls:
-    """Tells the calls of one step apart, by their conditions where they can, else by order."""
+    """Tells the calls of one step apart, by their conditions where they can, else by order.
+
+    One case is left to order wrongly: a step that makes more calls than the one before it, the new
+    ones first, when that one was the first step of all, so that no condition is known yet.
+    """
 
     def __init__(self) -> None:
         self._conditions: list[Conditions] = []

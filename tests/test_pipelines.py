@@ -21,6 +21,7 @@ from pipelines import (
 )
 
 import pabc
+from pabc.scheduler import index_of
 
 pytestmark = pytest.mark.runtime
 
@@ -274,6 +275,20 @@ def test_wrapped_methods_stay_methods_of_their_scheduler(loop):
         assert (len(scheduler.timesteps), scheduler.step_index) == (4, None)
         assert (len(copied.timesteps), copied.step_index) == (7, 1)
     assert "step" not in vars(scheduler)
+
+
+def test_index_of_a_timestep():
+    timesteps = torch.tensor([9.0, 7.0, 7.0, 5.0, 5.0])
+    for place, view in enumerate(timesteps[1:]):
+        assert index_of(view, timesteps, 0) == index_of(view[None], timesteps, 0) == place + 1
+    assert [index_of(7.0, timesteps, expected) for expected in range(4)] == [1, 1, 2, 1]
+    assert index_of(torch.tensor(5), timesteps, 4) == 4
+    assert index_of(6.0, timesteps, 0) is None and index_of(None, timesteps, 0) is None
+    assert index_of(torch.zeros(2), timesteps, 0) is None
+    far = timesteps.to("meta")  # not at hand, as on an accelerator
+    assert [index_of(view, far, 0) for view in far] == [0, 1, 2, 3, 4]
+    assert index_of(torch.tensor(5, device="meta"), far, 0) is None
+    assert index_of(5.0, far, 0) is None
 
 
 def test_a_replaced_scheduler_is_followed(loop):
