@@ -346,8 +346,13 @@ class Program:
         """Whether the graphs call modules of the model."""
         return bool(self.guarded.meta["calls"])
 
-    def follow_weights(self, model: nn.Module) -> bool:
-        """Picks up tensors that were replaced in the model; False if the graphs no longer fit."""
+    def keeps_up(self, model: nn.Module, at_start: bool) -> bool:
+        """Picks up tensors that were replaced in the model; False if the graphs no longer fit.
+
+        `at_start`: of a generation, when nothing that may have changed is left out.
+        """
+        if not at_start and self._weights.is_current(model):
+            return True
         graphs = (self.guarded, self._prologue, self.reads.graph, *self._modules.values())
         replaced = self._weights.follow(model, graphs)
         self._weights_state += bool(replaced)

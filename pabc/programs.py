@@ -46,7 +46,7 @@ class Programs:
     def find(self, structure: Structure, leaves: list[Any], *, at_start: bool) -> Program | None:
         """The program captured for calls like this one, with numbers as inputs or as constants.
 
-        `at_start`: of a generation, when tensors that were replaced in the model are picked up.
+        `at_start`: of a generation, when the model is looked at closely for what has changed.
         """
         return self._find(structure, leaves, at_start)[0]
 
@@ -74,8 +74,8 @@ class Programs:
             key = call_key(structure, leaves, promoted)
             known = self._programs.get(key, [])
             others = (self._of_any_size and self._of_any_size.get(without_sizes(key), [])) or []
-            for programs in (known, others) if at_start else ():
-                programs[:] = [p for p in programs if p.follow_weights(self._model)]
+            for programs in (known, others):
+                programs[:] = [p for p in programs if p.keeps_up(self._model, at_start)]
             for program in (*known, *(p for p in others if p.serves(leaves))):
                 difference = program.difference(program.pack(leaves))
                 if difference is None:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 from torch.fx import GraphModule, Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .ir import output_node
 from .tracing.assumptions import Reads
 from .tracing.calls import Call, Result
 from .tracing.export import export, export_any_sizes
+from .tracing.modules import Modules
 from .tracing.numbers import check_numbers_stay_tensors
 from .tracing.outside import OutsideCall
 from .tracing.reads import Checked, ReadReplayer
@@ -81,19 +85,23 @@ def capture(
     Ensures: inputs are placeholders, one per flattened argument, in order; parameters and buffers
     are `get_attr` nodes under their qualified names, sharing the model's tensors; every op is
     functional; run on the same arguments it gives the model's bits; `model` is as it was;
-    `gm.meta["calls"]` has one :class:`OutsideCall` per call of a module that runs as it is.
-    Raises: ValueError where the model's own forward, not that of a module in it, cannot be traced.
+    `gm.meta["calls"]` has one :class:`OutsideCall` per call of a module that runs as it is;
+    `gm.meta["modules"]` tells whether the model still is as it was captured.
+    Raises: ValueError where the model's own forward, not that of a module in it, cannot be traced,
+    or where a module holds its weights in a TorchScript object.
 
         # before                                # after
         model(x, t)                             %w = get_attr[blocks.0.attn.to_q.weight]
                                                 %q = aten.linear(%x, %w)
     """
+    _refuse_packed_weights(model)
     call = Call(args, kwargs, promoted)
     with call.replacing_forward(model):
         if dynamic:
             gm = _finish(model, call, export_any_sizes(model, call))
         else:
             gm = _finish(model, call, *export(model, call, dict(outside or {})))
+    gm.meta["modules"] = Modules(model, {call.path for call in gm.meta["calls"]})
     if promoted:
         names = [gm.meta["signature"].inputs[i] for i in promoted]
         check_numbers_stay_tensors(gm.graph, names, gm.meta["reads"].inputs)
@@ -164,26 +172,76 @@ def _refuse_mutation(program: torch.export.ExportedProgram) -> None:
         )
 
 
+def _refuse_packed_weights(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        for name, held in vars(module).items():
+            if isinstance(held, torch.ScriptObject) and not hasattr(held, "__obj_flatten__"):
+                raise ValueError(
+                    f"pabc could not capture {type(model).__name__}: {path}.{name} is a "
+                    "TorchScript object, as torch.ao.quantization packs weights into, which "
+                    "torch.export cannot trace; quantize with torchao.quantization.quantize_, "
+                    "which keeps tensors"
+                )
+
+
 def _resolve(
     model: nn.Module, program: torch.export.ExportedProgram, spec: InputSpec, node: Node
 ) -> tuple[str, Any]:
     """A weight's name in the graph and its tensor: the model's own, or a constant of the graph."""
     assert spec.target is not None
-    owner, _, leaf = spec.target.rpartition(".")
-    if spec.kind != InputKind.CONSTANT_TENSOR:
-        try:
-            return spec.target, getattr(model.get_submodule(owner), leaf)
-        except AttributeError:
-            pass  # built while tracing
+    name, found = spec.target, find_tensor(model, spec.target)
+    if found is None:
+        name = _name_within(model, name)
+        found = find_tensor(model, name)
+    constant = program.constants.get(spec.target)
+    if found is not None and (constant is None or found is constant):
+        return name, found
     return f"{CONSTANTS}{node.name}", program.constants[spec.target]
+
+
+def find_tensor(model: nn.Module, name: str) -> torch.Tensor | None:
+    """A parameter, buffer, or other tensor that a module or a tensor in it holds as attribute."""
+    try:
+        found = attrgetter(name)(model)
+    except AttributeError:
+        return None
+    return found if isinstance(found, torch.Tensor) else None
+
+
+_UNWRAPPED = re.compile(r"(?:(.+)\.)?parametrizations\.([^.]+)\.original(\d+)")
+
+
+def _name_within(model: nn.Module, name: str) -> str:
+    """Where a tensor is that torch.export took out of a weight made of several: quantized, say."""
+    match = _UNWRAPPED.fullmatch(name)
+    if match is None:
+        return name
+    owner, leaf, index = match.groups()
+    path = f"{owner}.{leaf}" if owner else leaf
+    weight = find_tensor(model, path)
+    return path if weight is None else list(_names_within(path, weight))[int(index)]
+
+
+def _names_within(name: str, tensor: torch.Tensor) -> Iterator[str]:
+    if not is_traceable_wrapper_subclass(tensor):
+        yield name
+        return
+    for inner in tensor.__tensor_flatten__()[0]:
+        yield from _names_within(f"{name}.{inner}", getattr(tensor, inner))
 
 
 def _find_aliases(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Per tensor, the other names under which the model's modules share it."""
     by_id: dict[int, list[str]] = {}
     everything = (
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
+        (f"{path}.{name}" if path else name, value)
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name, value in (
+            *module._parameters.items(),
+            *module._buffers.items(),
+            *vars(module).items(),
+        )
+        if isinstance(value, torch.Tensor)
     )
     for name, tensor in everything:
         by_id.setdefault(id(tensor), []).append(name)

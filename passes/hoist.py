@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch.fx import Graph, GraphModule, Node
 
 from .ir import LAYOUTS, copy_into, dead_without, derived, is_outside, is_tensor, user_inputs, value
@@ -31,7 +33,9 @@ def hoist_invariants_pass(gm: GraphModule) -> GraphModule:
     that is hoisted could no longer be found.
     Ensures: `gm.meta["prologue"]` maps the model's inputs to a tuple of tensors, which are the
     last inputs of the graph; `gm.meta["steady"]` lists the positions of the inputs that the
-    prologue reads; outputs bitwise as before. Views of weights and constants are left in place.
+    prologue reads; outputs bitwise as before. Views of weights and constants are left in place, and
+    so is the unpacking of quantized weights: kept for a generation, it would take the memory that
+    quantization saves.
 
         # before                                # after
         %e = linear(%text, %w)                  %hoisted_0 = placeholder
@@ -82,10 +86,12 @@ def find_invariants(graph: Graph, steady: list[Node]) -> _Invariants:
     invariant: set[Node] = set()
     rooted: set[Node] = set(steady)  # depend on a weight or a steady input
     computed: set[Node] = set()  # and hold a value of their own, not a view
+    weights: dict[Node, frozenset[Node]] = {}  # of what depends on nothing else
     for node in graph.nodes:
         if node.op == "get_attr":
             rooted.add(node)
             invariant.add(node)
+            weights[node] = frozenset([node])
         elif is_size(node):  # sizes do not change within a generation
             invariant.add(node)
         elif node.op == "call_function" and not is_outside(node):
@@ -94,6 +100,12 @@ def find_invariants(graph: Graph, steady: list[Node]) -> _Invariants:
                 invariant.add(node)
                 if any(n in rooted for n in sources):
                     rooted.add(node)
+                    if all(n in weights or n not in rooted for n in sources):
+                        weights[node] = frozenset().union(
+                            *(weights[n] for n in sources if n in weights)
+                        )
+                        if _is_unpacked(node, weights[node]):
+                            continue
                     if node.target not in LAYOUTS or any(n in computed for n in sources):
                         computed.add(node)
     frontier = [
@@ -102,6 +114,21 @@ def find_invariants(graph: Graph, steady: list[Node]) -> _Invariants:
         if node in computed and is_tensor(node) and any(u not in computed for u in node.users)
     ]
     return _Invariants(_needed_by(frontier), tuple(frontier))
+
+
+def _is_unpacked(node: Node, weights: Collection[Node]) -> bool:
+    """Whether a value takes more bytes than the weights it is computed from, the largest of which
+    holds numbers of a byte or less."""
+    tensors = [value(n) for n in weights if is_tensor(n)]
+    if not tensors or not is_tensor(node):
+        return False
+    largest = max(tensors, key=_num_bytes)
+    is_quantized = largest.itemsize == 1 and largest.dtype != torch.bool
+    return is_quantized and _num_bytes(value(node)) > sum(map(_num_bytes, tensors))
+
+
+def _num_bytes(tensor: torch.Tensor) -> Any:
+    return tensor.numel() * tensor.itemsize
 
 
 def _needed_by(frontier: list[Node]) -> tuple[Node, ...]:

@@ -77,6 +77,27 @@ def test_nothing_to_hoist():
     assert torch.equal(gm(x)[0], model(x))
 
 
+class Quantized(nn.Module):
+    """A projection of the text whose weight is kept as bytes."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("values", torch.arange(64, dtype=torch.int8).view(8, 8))
+        self.register_buffer("scale", torch.ones(8, 1))
+
+    def forward(self, x, text):
+        weight = self.values.to(x.dtype) * self.scale
+        return nn.functional.linear(x, weight) + nn.functional.linear(text, weight).sum(1)[:, None]
+
+
+def test_unpacked_weights_are_not_kept_for_a_generation():
+    model, x, text = Quantized().eval(), torch.randn(2, 3, 8), torch.randn(2, 4, 8)
+    gm = hoisted(model, (x, text))
+    (kept,) = gm.meta["prologue"](x, text)  # what is made of the text, and not the weight
+    assert kept.shape == (2, 1, 8)
+    assert torch.equal(gm(x, text, kept)[0], model(x, text))
+
+
 STEPS = tuple(range(6, 0, -1))
 SCHEDULE = pabc.Schedule.pyramid(STEPS, cross=2)
 

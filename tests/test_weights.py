@@ -1,19 +1,58 @@
+"""Weights that change: values in place, tensors replaced, layouts, adapters, quantized weights."""
+
+import copy
+import math
+
 import pytest
 import torch
 from conftest import capture_call, copy_graph
 from models import Branch, Case, Image, Mlp
 from torch import nn
+from torch.nn.utils import parametrize
 
+import pabc
 from pabc.weights import Weights
 
 CASE = Case("weights", lambda: Image(Branch(), Mlp()), "BCHW", ("full",))
 
 
+class Scaled(nn.Module):
+    """A module that holds tensors and values in every way there is."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.lin = nn.Linear(4, 4)
+        self.register_buffer("shift", torch.randn(4))
+        self.table = torch.randn(4)
+        self.tables = [torch.randn(4)]
+        self.scales = {"first": 0.5, "second": math.nan}
+        self.enabled = True
+
+    def forward(self, x):
+        y = self.lin(x) * self.table + self.shift + self.tables[0]
+        return x + y * self.scales["first"] if self.enabled else x
+
+
+def captured_weights(model, **call):
+    gm = capture_call(model, call)
+    return gm, Weights([gm])
+
+
 @pytest.fixture
 def tracked():
     model = CASE.model()
-    gm = capture_call(model, CASE.call())
-    return model, gm, Weights([gm])
+    return model, *captured_weights(model, **CASE.call())
+
+
+@pytest.fixture
+def scaled():
+    model = Scaled().eval()
+    return model, *captured_weights(model, x=torch.ones(2, 4))
+
+
+def replace_parameter(model):
+    model.head.weight = nn.Parameter(torch.randn_like(model.head.weight))
 
 
 def test_all_parameters_are_tracked(tracked):
@@ -27,14 +66,19 @@ def test_nothing_replaced_is_nothing_to_do(tracked):
     model, gm, weights = tracked
     with torch.no_grad():
         model.head.weight.mul_(2)
+    model.load_state_dict({k: v * 2 for k, v in model.state_dict().items()})
+    assert weights.is_current(model)
     assert weights.follow(model, [gm]) == []
 
 
 def test_a_replaced_parameter_is_followed_in_every_graph(tracked):
     model, gm, weights = tracked
     other = copy_graph(gm)
-    model.head.weight = nn.Parameter(torch.randn_like(model.head.weight))
+    assert weights.is_current(model)
+    replace_parameter(model)
+    assert not weights.is_current(model)
     assert weights.follow(model, [gm, other]) == ["head.weight"]
+    assert weights.is_current(model)
     assert weights.get(["head.weight"]) == [model.head.weight]
     call = CASE.call()
     with torch.no_grad():
@@ -42,6 +86,45 @@ def test_a_replaced_parameter_is_followed_in_every_graph(tracked):
         for graph in (gm, other):
             assert torch.equal(graph(*call.values())[0], expected)
     assert weights.follow(model, [gm, other]) == []
+
+
+def test_equal_values_are_not_the_same_tensor(tracked):
+    model, _, weights = tracked
+    assert weights.is_current(model)
+    model.head.bias = nn.Parameter(model.head.bias.detach().clone())
+    assert not weights.is_current(model)
+
+
+def test_every_tensor_is_followed_when_all_are_replaced(tracked):
+    model, gm, weights = tracked
+    state = {k: v * 2 for k, v in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    assert not weights.is_current(model)
+    assert sorted(weights.follow(model, [gm])) == sorted(state)
+    assert weights.is_current(model)
+
+
+@pytest.mark.parametrize("name", ["shift", "table"])
+def test_buffers_and_plain_attributes_are_followed(scaled, name):
+    model, gm, weights = scaled
+    x = torch.randn(2, 4)
+    getattr(model, name).mul_(2)
+    assert weights.is_current(model)
+    assert torch.equal(gm(x)[0], model(x))
+    setattr(model, name, torch.randn(4))
+    assert not weights.is_current(model)
+    assert weights.follow(model, [gm]) == [name]
+    assert weights.is_current(model)
+    assert torch.equal(gm(x)[0], model(x))
+
+
+def test_a_plain_tensor_that_two_modules_share():
+    model = nn.Sequential(Scaled(), Scaled()).eval()
+    model[1].table = model[0].table
+    gm, weights = captured_weights(model, input=torch.ones(2, 4))
+    model[1].table = torch.randn(4)
+    assert not weights.is_current(model)
+    assert weights.follow(model, [gm]) is None
 
 
 @pytest.mark.parametrize(
@@ -56,20 +139,110 @@ def test_a_replaced_parameter_is_followed_in_every_graph(tracked):
 )
 def test_a_changed_layout_no_longer_fits(tracked, change):
     model, gm, weights = tracked
+    assert weights.is_current(model)
     change(model)
+    assert not weights.is_current(model)
+    assert weights.follow(model, [gm]) is None
+
+
+def test_a_part_moved_to_another_dtype_no_longer_fits(tracked):
+    model, gm, weights = tracked
+    model.blocks[1].double()  # the very parameters, with other data
     assert weights.follow(model, [gm]) is None
 
 
 def test_a_removed_bias_no_longer_fits(tracked):
     model, gm, weights = tracked
     model.head.bias = None
+    assert not weights.is_current(model)
+    assert weights.follow(model, [gm]) is None
+
+
+def test_an_added_bias_no_longer_fits():
+    model = nn.Linear(4, 4, bias=False).eval()
+    gm, weights = captured_weights(model, input=torch.ones(2, 4))
+    model.bias = nn.Parameter(torch.ones(4))
     assert weights.follow(model, [gm]) is None
 
 
 def test_a_removed_module_no_longer_fits(tracked):
     model, gm, weights = tracked
     model.blocks[1].mlp[0] = nn.Sequential(model.blocks[1].mlp[0], nn.Tanh())
+    assert not weights.is_current(model)
     assert weights.follow(model, [gm]) is None
+
+
+class Lora(nn.Module):
+    """A LoRA adapter around a linear layer, whose weight it shows as its own."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
+        self.down = nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+        self.scaling = {"default": 1.0}
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    @property
+    def bias(self):
+        return self.base_layer.bias
+
+    def forward(self, x):
+        return self.base_layer(x) + self.up(self.down(x)) * self.scaling["default"]
+
+
+def add_adapter(model):
+    attn = model.blocks[0].attn
+    torch.manual_seed(7)
+    attn.to_q = Lora(attn.to_q).eval()
+
+
+def test_an_added_adapter_no_longer_fits(tracked):
+    model, gm, weights = tracked
+    add_adapter(model)
+    assert not weights.is_current(model)
+    assert weights.follow(model, [gm]) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.scales.update(first=0.25),
+        lambda m: setattr(m, "enabled", False),
+        lambda m: m.tables.__setitem__(0, torch.ones(4)),
+        lambda m: m.register_forward_hook(lambda m, args, y: y * 2),
+        lambda m: m.lin.train(),
+        lambda m: m.add_module("extra", nn.Identity()),
+        lambda m: parametrize.register_parametrization(m.lin, "weight", nn.Tanh()),
+        lambda m: setattr(m, "forward", lambda x: x),
+    ],
+    ids=["number", "flag", "list", "hook", "training", "module", "parametrization", "forward"],
+)
+def test_a_changed_value_of_a_module_no_longer_fits(scaled, caplog, change):
+    model, gm, weights = scaled
+    copy.deepcopy(model)
+    model(torch.ones(2, 4))
+    assert weights.follow(model, [gm]) == []
+    change(model)
+    assert weights.follow(model, [gm]) is None
+    assert "changed" in caplog.text or "new" in caplog.text
+
+
+def test_a_parametrized_weight_is_followed():
+    model = nn.Sequential(nn.Linear(4, 4)).eval()
+    nn.utils.parametrizations.weight_norm(model[0])
+    gm, weights = captured_weights(model, input=torch.ones(2, 4))
+    assert weights.is_current(model)
+    inner = model[0].parametrizations.weight
+    inner.original0 = nn.Parameter(inner.original0.detach() * 2)
+    assert not weights.is_current(model)
+    assert weights.follow(model, [gm]) == ["0.parametrizations.weight.original0"]
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        assert torch.equal(gm(x)[0], model(x))
 
 
 @pytest.mark.parametrize("name", ["to_q", "to_k"])
@@ -79,7 +252,240 @@ def test_a_parameter_that_is_no_longer_shared_is_noticed(name):
     attn.to_k.weight = attn.to_q.weight
     gm = capture_call(model, call)
     weights = Weights([gm])
+    assert weights.is_current(model)
     getattr(attn, name).weight = nn.Parameter(torch.randn(16, 16))
+    assert not weights.is_current(model)
     if weights.follow(model, [gm]) is not None:
         with torch.no_grad():
             assert torch.equal(gm(*call.values())[0], model(**call))
+
+
+# ---- quantized weights ----
+
+
+def quantize(linear):
+    """Bytes and a scale per row."""
+    weight = linear.weight.detach()
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    return (weight / scale).round().to(torch.int8), scale
+
+
+class Int8Linear(nn.Module):
+    """A linear layer that unpacks its weight at each call."""
+
+    def __init__(self, linear):
+        super().__init__()
+        values, scale = quantize(linear)
+        self.register_buffer("values", values)
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.values.to(x.dtype) * self.scale, self.bias)
+
+
+class Int8Tensor(torch.Tensor):
+    """A weight made of two tensors, as torchao's are."""
+
+    @staticmethod
+    def __new__(cls, values, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=scale.dtype)
+
+    def __init__(self, values, scale):
+        self.values, self.scale = values, scale
+
+    def __tensor_flatten__(self):
+        return ["values", "scale"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, meta, outer_size, outer_stride):
+        return cls(inner["values"], inner["scale"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].values.detach(), args[0].scale.detach())
+        unpacked = [x.values * x.scale if isinstance(x, cls) else x for x in args]
+        return func(*unpacked, **(kwargs or {}))
+
+
+def with_int8_tensor(linear):
+    linear.weight = nn.Parameter(Int8Tensor(*quantize(linear)), requires_grad=False)
+    return linear
+
+
+def with_quantized_layers(quantized):
+    model = CASE.model()
+    attn, mlp = model.blocks[0].attn, model.blocks[1].mlp
+    for owner in (attn, mlp):
+        for name, child in list(owner.named_children()):
+            if isinstance(child, nn.Linear):
+                owner._modules[name] = quantized(child)
+    return model.eval()
+
+
+def test_a_weight_made_of_several_tensors_is_followed():
+    model = nn.Sequential(nn.Linear(4, 4)).eval()
+    with_int8_tensor(model[0])
+    gm, weights = captured_weights(model, input=torch.ones(2, 4))
+    assert weights.is_current(model)
+    (values,) = weights.get(["0.weight.values"])
+    assert values is model[0].weight.values
+    model[0].weight.scale.mul_(2)
+    assert weights.is_current(model)
+    model[0].weight = nn.Parameter(Int8Tensor(*quantize(nn.Linear(4, 4))), requires_grad=False)
+    assert not weights.is_current(model)
+    assert sorted(weights.follow(model, [gm])) == ["0.weight.scale", "0.weight.values"]
+    assert weights.is_current(model)
+    model[0].weight.scale = model[0].weight.scale * 2
+    assert not weights.is_current(model)
+    assert weights.follow(model, [gm]) == ["0.weight.scale"]
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        assert torch.equal(gm(x)[0], model(x))
+
+
+def test_packed_weights_are_refused_with_the_remedy():
+    model = nn.Sequential(nn.Linear(4, 4)).eval()
+    weight = torch.quantize_per_tensor(torch.ones(4, 4), 0.1, 0, torch.qint8)
+    model[0].packed = torch.ops.quantized.linear_prepack(weight, None)
+    with pytest.raises(ValueError, match=r"0\.packed is a TorchScript object.*torchao"):
+        capture_call(model, {"input": torch.ones(2, 4)})
+
+
+# ---- whole generations ----
+
+STEPS = range(3)
+
+
+def run_generation(fast, model):
+    """One generation with nothing reused: equals the model, step for step."""
+    with torch.no_grad():
+        for step in STEPS:
+            call = CASE.call(step)
+            torch.testing.assert_close(fast(**call), model(**call), rtol=1e-5, atol=1e-5)
+
+
+def compiled(model, backend="eager"):
+    return pabc.compile(model, pabc.Schedule.none(STEPS), backend=backend)
+
+
+def merge(model, sign):
+    attn = model.blocks[0].attn
+    with torch.no_grad():
+        torch.manual_seed(3)
+        for linear in (attn.to_q, attn.to_k):
+            low, high = torch.randn(2, linear.in_features), torch.randn(linear.out_features, 2)
+            linear.weight.add_(high @ low, alpha=0.1 * sign)
+
+
+@pytest.mark.runtime
+def test_no_recompile_where_only_values_change():
+    model = CASE.model()
+    fast = compiled(model, "inductor")
+    run_generation(fast, model)
+    seconds = fast.explain().compile_seconds
+    torch._dynamo.utils.counters.clear()
+    changes = [
+        lambda: model.load_state_dict({k: v * 1.1 for k, v in model.state_dict().items()}),
+        lambda: fast.load_state_dict(
+            {k: v * 1.1 for k, v in model.state_dict().items()}, assign=True
+        ),
+        lambda: merge(model, 1),
+        lambda: merge(model, -1),
+        lambda: model.head.weight.data.mul_(1.1),
+    ]
+    for change in changes:
+        change()
+        run_generation(fast, model)
+    assert fast.explain().compile_seconds == seconds
+    assert fast.stats.captures == fast.stats.compiles == 1
+    assert not torch._dynamo.utils.counters["inductor"]
+
+
+@pytest.mark.runtime
+def test_values_that_change_within_a_generation_are_read_at_the_next_step():
+    model = CASE.model()
+    fast = compiled(model)
+    with torch.no_grad():
+        for step in STEPS:
+            merge(model, step + 1)
+            call = CASE.call(step)
+            assert torch.equal(fast(**call), model(**call))
+    assert fast.stats.captures == 1
+
+
+@pytest.mark.runtime
+def test_a_tensor_replaced_within_a_generation_is_read_at_the_next_step():
+    model = CASE.model()
+    mask = {"full": [False, True, True]}
+    fast = pabc.compile(model, pabc.Schedule.from_masks(STEPS, mask), backend="eager")
+    with torch.no_grad():
+        assert torch.equal(fast(**CASE.call(0)), model(**CASE.call(0)))
+        assert not torch.equal(fast(**CASE.call(1)), model(**CASE.call(1)))
+        to_v = model.blocks[0].attn.to_v
+        to_v.weight = nn.Parameter(to_v.weight * 2)
+        # What was kept was computed with other weights: it is computed anew.
+        assert torch.equal(fast(**CASE.call(2)), model(**CASE.call(2)))
+    assert fast.stats.fallbacks == {"weights": 1}
+    assert fast.stats.captures == 1
+
+
+@pytest.mark.runtime
+def test_an_adapter_added_within_a_generation_takes_effect_at_the_next_step():
+    model = CASE.model()
+    fast = compiled(model)
+    with torch.no_grad():
+        fast(**CASE.call(0))
+        add_adapter(model)
+        assert torch.equal(fast(**CASE.call(1)), model(**CASE.call(1)))
+    assert fast.stats.captures == 2
+
+
+@pytest.mark.runtime
+def test_an_adapter_that_adds_modules_is_captured_anew():
+    model = CASE.model()
+    fast = compiled(model)
+    run_generation(fast, model)
+    plain = model.blocks[0].attn.to_q
+    add_adapter(model)
+    run_generation(fast, model)
+    assert fast.stats.captures == 2
+    model.blocks[0].attn.to_q.scaling["default"] = 0.5
+    run_generation(fast, model)
+    assert fast.stats.captures == 3
+    model.blocks[0].attn.to_q = plain
+    run_generation(fast, model)
+
+
+@pytest.mark.runtime
+def test_another_dtype_of_the_weights_is_captured_anew():
+    model = CASE.model()
+    fast = compiled(model)
+    run_generation(fast, model)
+    model.double()
+    call = {k: v.double() if v.is_floating_point() else v for k, v in CASE.call().items()}
+    with torch.no_grad():
+        fast.reset()
+        assert torch.equal(fast(**call), model(**call))
+    model.float()
+    fast.reset()
+    run_generation(fast, model)
+
+
+@pytest.mark.runtime
+@pytest.mark.parametrize("quantized", [Int8Linear, with_int8_tensor])
+def test_quantized_layers(quantized):
+    model = with_quantized_layers(quantized)
+    mask = {"full": [False, True, False], "mlp": [False, True, True]}
+    schedule = pabc.Schedule.from_masks(STEPS, mask)
+    fast = pabc.compile(model, schedule, backend="eager")
+    run_generation(compiled(model), model)
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(fast(**CASE.call(0)), model(**CASE.call(0)))
+            for step in STEPS[1:]:
+                assert not torch.equal(fast(**CASE.call(step)), model(**CASE.call(step)))
+            to_q = model.blocks[0].attn.to_q  # other values, in place
+            (to_q if quantized is Int8Linear else to_q.weight).scale.mul_(1.5)
+    assert fast.stats.captures == 1
