@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 import torch
 from models import CASES, WIDTH, Branch, Image, Mlp
-from test_reads import Experts, OnTheHour, Plain, TextLengths, make, make_calls, text_and_mask
+from reading import Plain, make, make_calls, text_and_mask
+from test_outside import Experts
+from test_read_numbers import OnTheHour
+from test_reads import TextLengths
 from torch import nn
 
 import pabc

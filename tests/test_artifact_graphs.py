@@ -10,8 +10,11 @@ import pytest
 import torch
 from conftest import run_graph, run_to
 from models import CASES, WIDTH, Branch, Case, Image, Mlp
-from test_reads import Experts, OnTheHour, Plain, Scaled, TextLengths, make, make_calls
-from test_reads import text_and_mask as make_text
+from reading import Plain, make, make_calls
+from reading import text_and_mask as make_text
+from test_outside import Experts
+from test_read_numbers import OnTheHour, Scaled
+from test_reads import TextLengths
 from torch import nn
 from torch.fx import GraphModule
 

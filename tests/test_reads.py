@@ -1,62 +1,19 @@
-"""Models that read Python values from tensor data, and modules that no trace can enter."""
+"""Models that read Python values from tensor data."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import math
 import threading
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from models import (
-    WIDTH,
-    Branch,
-    Cross,
-    Image,
-    Mlp,
-    Point,
-    make_mlp,
-    merge_heads,
-    run_by_hand,
-    split_heads,
-)
+from models import WIDTH, Branch, Cross, Image, Mlp, merge_heads, run_by_hand, split_heads
+from reading import FULL, MASKS, NUM_STEPS, Plain, generate, make, make_calls, text_and_mask
 from torch import nn
 
 import pabc
 from pabc.passes import capture
 from pabc.passes.tracing.untouched import _function_caches
-
-NUM_STEPS = 4
-FULL = pabc.Schedule.pyramid(range(NUM_STEPS, 0, -1), full=2)
-
-
-class Plain(Image):
-    """No text."""
-
-    def forward(self, x_BCHW, t_B, text_BLD=None):
-        return super().forward(x_BCHW, t_B, text_BLD)
-
-
-def make_calls(steps=NUM_STEPS, **others):
-    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    times = torch.linspace(1, 0.1, steps)
-    return [{"x_BCHW": x * (1 + t), "t_B": t.expand(2), **others} for t in times]
-
-
-def make(model_class, *blocks):
-    torch.manual_seed(1)
-    return model_class(*(blocks or (Branch(), Mlp(), Branch()))).eval()
-
-
-def generate(compiled, calls):
-    with torch.no_grad():
-        return [compiled(**call) for call in calls]
-
-
-MASKS = {("full", layer): [bool(step % 2) for step in range(NUM_STEPS)] for layer in range(2)}
 
 
 class TextLengths(Image):
@@ -80,11 +37,6 @@ class TextLengths(Image):
             start = end
         x = x + merge_heads(torch.stack(parts))
         return self.head(x).view(2, 4, 4, 2, 2, 3).permute(0, 5, 1, 3, 2, 4).reshape(x_BCHW.shape)
-
-
-def text_and_mask(*lengths):
-    text = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(1))
-    return {"text_BLD": text, "mask_BL": torch.arange(5) < torch.tensor(lengths)[:, None]}
 
 
 def test_text_lengths_by_tolist():
@@ -191,174 +143,6 @@ def test_a_functions_cache_holds_no_fake_tensor_after_a_plain_capture():
         assert type(model(**call)) is torch.Tensor
 
 
-class Routed(nn.Module):
-    """Each token goes through one of the experts; how many go where is read on the host."""
-
-    def __init__(self):
-        super().__init__()
-        self.router, self.norm = nn.Linear(WIDTH, 2), nn.LayerNorm(WIDTH)
-        self.experts = nn.ModuleList(make_mlp() for _ in range(2))
-
-    def forward(self, x):
-        flat = x.reshape(-1, WIDTH)
-        chosen = self.router(flat).argmax(-1)
-        counts = chosen.bincount(minlength=2).cpu().numpy()
-        out = torch.zeros_like(flat)
-        for i, count in enumerate(counts):
-            if count:
-                (rows,) = (chosen == i).nonzero(as_tuple=True)
-                out[rows] = self.experts[i](flat[rows])
-        return out.view(x.shape)
-
-
-class Experts(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm, self.moe, self.end = nn.LayerNorm(WIDTH), Routed(), Point("mlp")
-        self.gate = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x, emb_BD, text=None):
-        return x + self.gate(emb_BD)[:, None] * self.end(self.moe(self.norm(x)))
-
-
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_routed_experts_run_as_they_are_and_are_reused(backend):
-    model, calls = make(Plain, Branch(), Experts(), Branch()), make_calls()
-    schedule = pabc.Schedule.pyramid(range(NUM_STEPS, 0, -1), full=2, mlp=2)
-    compiled = pabc.compile(model, schedule, backend=backend)
-    results = generate(compiled, calls)
-    masks = {**MASKS, ("mlp", 0): MASKS["full", 0]}
-    for a, b in zip(results, run_by_hand(model, calls, masks, "attention"), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
-    found = compiled.explain()
-    assert [r.kind for r in found.regions] == ["full", "mlp", "full"]
-    (line,) = found.outside
-    assert line.startswith("blocks.1.moe runs as it is: ")
-
-
-def test_weights_of_a_module_that_runs_as_it_is_are_the_models():
-    model, (call, *_) = make(Plain, Branch(), Experts()), make_calls()
-    compiled = pabc.compile(model, pabc.Schedule.none([1]), backend="eager")
-    compiled(**call)
-    with torch.no_grad():
-        model.blocks[1].moe.experts[0][0].weight.mul_(2)
-        assert torch.equal(compiled(**call), model(**call))
-
-
-class ThroughNumpy(Branch):
-    """Attention in a library that PyTorch cannot trace."""
-
-    class Inner(nn.Module):
-        def forward(self, q, k, v):
-            scores = np.einsum("bhid,bhjd->bhij", q.numpy(), k.numpy())
-            weights = np.exp(scores - scores.max(-1, keepdims=True))
-            weights /= weights.sum(-1, keepdims=True)
-            return torch.from_numpy(np.einsum("bhij,bhjd->bhid", weights, v.numpy()))
-
-    def __init__(self):
-        super().__init__()
-        self.attn.attend = self.Inner()
-
-
-def test_what_cannot_be_traced_runs_as_it_is_and_the_rest_is_reused():
-    model, calls = make(Plain, Branch(), ThroughNumpy(), Mlp()), make_calls()
-    compiled = pabc.compile(model, FULL, backend="eager")
-    results = generate(compiled, calls)
-    masks = {("full", 0): MASKS["full", 0]}
-    expected = run_by_hand(model, calls, masks, "attention")
-    assert all(map(torch.equal, results, expected))
-    (line,) = compiled.explain().outside
-    assert line.startswith("blocks.1.attn.attend runs as it is: numpy gives an array of shape")
-
-
-class OnTheHour(Plain):
-    """A branch on the timestep, outside of all blocks."""
-
-    def forward(self, x_BCHW, t_B):
-        scale = 2.0 if t_B[0].item() > 0.5 else 1.0
-        return super().forward(x_BCHW * scale, t_B)
-
-
-class Scaled(Plain):
-    """A number read from the timestep is a factor, and decides a branch."""
-
-    def forward(self, x_BCHW, t_B, text_BLD=None):
-        t = t_B[0].item()
-        x = x_BCHW * (1 - t / 2)
-        return super().forward(x if 2 * t > 0.7 else x + t, t_B)
-
-
-class ByTheNumber(Plain):
-    """The number itself is asked for, in a way that only a number can be."""
-
-    def forward(self, x_BCHW, t_B, text_BLD=None):
-        t = t_B[0].item()
-        return super().forward(x_BCHW * torch.full((1,), round(t, 1)), t_B)
-
-
-class InTensors(Plain):
-    """A number read becomes a tensor again, one that PyTorch makes from Python's numbers."""
-
-    def forward(self, x_BCHW, t_B, text_BLD=None):
-        t = t_B[0].item()
-        scale = torch.full((1,), t) if isinstance(t, float) else 1.0
-        return super().forward(x_BCHW * scale + torch.tensor([2 * t, 1.0]).sum(), t_B)
-
-
-class BehindItsBack(Plain):
-    """C code takes the number's value."""
-
-    def forward(self, x_BCHW, t_B, text_BLD=None):
-        t = t_B[0].item()
-        return super().forward(x_BCHW * math.cos(2 * t) + float(f"{t:.3f}"), t_B)
-
-
-class InOtherFunctions(Plain):
-    def forward(self, x_BCHW, t_B, text_BLD=None):
-        t = t_B[0].item()
-        return super().forward(F.leaky_relu(x_BCHW, t).clamp(min=-t), t_B)
-
-
-@pytest.mark.parametrize(
-    ("model_class", "captures"),
-    [
-        (OnTheHour, 2),
-        (Scaled, 2),
-        (InTensors, 1),
-        (ByTheNumber, NUM_STEPS),
-        (BehindItsBack, NUM_STEPS),
-        (InOtherFunctions, NUM_STEPS),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:pabc captured the model anew")
-def test_numbers_read_from_the_timestep(model_class, captures, monkeypatch):
-    """One capture a side of a branch, not one a value."""
-    count = []
-    original = pabc.passes.capture
-    monkeypatch.setattr(
-        pabc.passes, "capture", lambda *a, **k: count.append(1) or original(*a, **k)
-    )
-    model, calls = make(model_class, Mlp()), make_calls()
-    schedule = pabc.Schedule.none(range(NUM_STEPS, 0, -1))
-    compiled = pabc.compile(model, schedule, backend="eager")
-    for result, call in zip(generate(compiled, calls), calls, strict=True):
-        with torch.no_grad():
-            assert torch.equal(result, model(**call))
-    assert len(count) == captures
-
-
-def test_a_number_of_the_graph_in_a_compiled_phase():
-    model, calls = make(Scaled), make_calls()
-    compiled = pabc.compile(model, FULL)
-    for a, b in zip(
-        generate(compiled, calls), run_by_hand(model, calls, {}, "attention"), strict=True
-    ):
-        torch.testing.assert_close(a, b, atol=0.1, rtol=0)
-    assert [line.split(" in ")[0] for line in compiled.explain().assumed] == [
-        "item compares as (False,)"
-    ]
-
-
 def test_a_value_that_changes_at_every_call_is_warned_of():
     class Counts(Plain):
         def forward(self, x_BCHW, t_B):
@@ -380,27 +164,6 @@ def test_values_cannot_be_read_where_there_are_none():
     on_meta = {name: value.to("meta") for name, value in call.items()}
     with pytest.raises(ValueError, match="running the model to see which values it reads"):
         pabc.explain(model, **on_meta)
-
-
-class Failing(Branch):
-    """Cannot be traced as a whole: a block that is no residual branch of its own."""
-
-    def forward(self, x, emb_BD, text=None):
-        return torch.from_numpy(super().forward(x, emb_BD).numpy() * 1)
-
-
-def test_a_block_that_cannot_be_traced_hides_the_axes_of_what_follows():
-    model, (call, *_) = make(Plain, Failing(), Branch()), make_calls()
-    message = r"name the denoised input with latents= \(.*runs outside of the graph\)"
-    with pytest.raises(ValueError, match=message):
-        pabc.explain(model, **call)
-    message = r"runs outside of the graph; state it with kinds=\{'blocks.1.attn': "
-    with pytest.raises(ValueError, match=message):
-        pabc.explain(model, **call, latents="x_bchw")
-    found = pabc.explain(model, **call, latents="x_bchw", kinds={"blocks.1.attn": "full"})
-    assert [r.path for r in found.regions] == ["blocks.1.attn"]
-    (line,) = found.outside
-    assert line.startswith("blocks.0 runs as it is") and "1 attentions in it" in line
 
 
 def test_cross_attention_to_a_condition_is_still_hoisted():
@@ -453,51 +216,6 @@ def test_a_write_into_a_part_whose_size_follows_from_data():
         (call,) = make_calls(1, n_1=torch.tensor(n))
         with torch.no_grad():
             assert torch.equal(compiled(**call), model(**call))
-
-
-@dataclasses.dataclass
-class Mixed:
-    tokens: torch.Tensor
-    counts: list
-    label: str = "mixed"
-
-
-class GivesDataclass(Routed):
-    """An untraceable module with a dataclass among its arguments and for its result."""
-
-    def forward(self, mixed):
-        y = super().forward(mixed.tokens)
-        return Mixed(y.transpose(0, 1).contiguous().transpose(0, 1), [y.sum()], mixed.label)
-
-
-class ThroughDataclass(Experts):
-    def __init__(self):
-        super().__init__()
-        self.moe = GivesDataclass()
-
-    def forward(self, x, emb_BD, text=None):
-        mixed = self.moe(Mixed(self.norm(x), []))
-        return x + self.end(mixed.tokens * 2 + mixed.counts[0] * len(mixed.label))
-
-
-def test_dataclasses_into_and_out_of_a_module_that_runs_as_it_is():
-    model, calls = make(Plain, Branch(), ThroughDataclass()), make_calls()
-    compiled = pabc.compile(model, FULL, backend="eager")
-    masks = {("full", 0): MASKS["full", 0]}
-    expected = run_by_hand(model, calls, masks, "attention")
-    assert all(map(torch.equal, generate(compiled, calls), expected))
-
-
-def test_a_module_that_cannot_be_traced_and_writes_to_its_arguments_is_refused():
-    class Writes(Routed):
-        def forward(self, x):
-            return super().forward(x.mul_(2))
-
-    block = Experts()
-    block.moe = Writes()
-    model, (call, *_) = make(Plain, block), make_calls()
-    with pytest.raises(ValueError, match=r"blocks\.0\.moe cannot be .* writes to its argum"):
-        pabc.explain(model, **call)
 
 
 class ByMask(Plain):

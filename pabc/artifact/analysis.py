@@ -9,6 +9,7 @@ from pabc.artifact.graphs import GraphReader, GraphWriter
 from pabc.artifact.reads import read_reads, write_reads
 from pabc.artifact.tensors import TensorWriter, read_tensors
 from pabc.artifact.values import Json, decode, encode
+from pabc.passes.tracing.modules import Modules
 from pabc.passes.tracing.outside import OutsideCall
 
 _FACTS = ("regions", "steady", "signature", "latents", "outside", "aliases")
@@ -53,6 +54,7 @@ def read_analysis(content: Json, constants: bytes, model: nn.Module) -> GraphMod
     prologue.meta["sizes"] = None
     guarded.meta.update({name: decode(part) for name, part in content["facts"].items()})
     guarded.meta["calls"] = calls
+    guarded.meta["modules"] = Modules(model, {call.path for call in calls})
     guarded.meta["prologue"] = prologue
     guarded.meta["reads"] = read_reads(content["reads"], reader)
     return guarded

@@ -18,7 +18,7 @@ from pabc.artifact.errors import ArtifactError
 from pabc.artifact.tensors import TensorWriter
 from pabc.artifact.values import Json, decode, encode
 from pabc.passes import cache
-from pabc.passes.capture import CONSTANTS
+from pabc.passes.capture import CONSTANTS, find_tensor
 from pabc.passes.ir import attribute, is_outside
 from pabc.passes.tracing.outside import OutsideCall
 
@@ -128,10 +128,10 @@ class GraphReader:
             return self.read(graphs[name])
         if name in self._constants:
             return self._constants[name]
-        try:
-            return attribute(self._model, name)
-        except AttributeError:
-            raise ArtifactError(f"the model has no {name}") from None
+        found = find_tensor(self._model, name)
+        if found is None:
+            raise ArtifactError(f"the model has no tensor {name}")
+        return found
 
     def _target(self, content: Json) -> Any:
         if isinstance(content, str):
