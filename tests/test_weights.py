@@ -231,6 +231,12 @@ def test_a_changed_value_of_a_module_no_longer_fits(scaled, caplog, change):
     assert "changed" in caplog.text or "new" in caplog.text
 
 
+def test_what_a_library_notes_on_a_module_is_no_change(scaled):
+    model, gm, weights = scaled
+    model._registry = object()
+    assert weights.follow(model, [gm]) == []
+
+
 def test_a_parametrized_weight_is_followed():
     model = nn.Sequential(nn.Linear(4, 4)).eval()
     nn.utils.parametrizations.weight_norm(model[0])

@@ -63,6 +63,8 @@ class Modules:
             if old is None or new is None:
                 return f"{path or 'the model'} is {'new' if old is None else 'gone'}"
             for name in {**old, **new}:
+                if name not in old and _is_unread(name, new):
+                    continue
                 if name not in old or name not in new or old[name] != new[name]:
                     return f"{name} of {path or 'the model'} changed"
         return None
@@ -94,6 +96,12 @@ class Modules:
             yield path, module
             children = [(n, m) for n, m in module._modules.items() if m is not None]
             stack.extend((f"{path}.{n}" if path else n, m) for n, m in reversed(children))
+
+
+def _is_unread(name: str, state: dict[str, Any]) -> bool:
+    """Whether an attribute that is new is an object that a trace without it cannot have met: it
+    hides nothing of the class. Libraries note things of their own on modules in this way."""
+    return isinstance(state[name], _Same) and not hasattr(state["the class"].value, name)
 
 
 def _freeze(value: Any, depth: int = 0) -> Any:
