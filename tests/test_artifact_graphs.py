@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -101,16 +102,16 @@ def analyzed(model: nn.Module, *args: Any) -> GraphModule:
 
 
 class Table(nn.Module):
-    """Reads constants of its own: a plain tensor, and one made in the forward."""
+    """Reads constants of its own: a tensor in a list, and one made in the forward."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner = Image(Mlp())
-        self.offset = torch.randn(3, 1, 1)
+        self.offsets = [torch.randn(3, 1, 1)]
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         scale = torch.tensor([1.0, float("inf"), -2.0])[[0, 2, 0]]
-        return self.inner(x + self.offset * scale.view(3, 1, 1), t, text)
+        return self.inner(x + self.offsets[0] * scale.view(3, 1, 1), t, text)
 
 
 def test_constants_are_saved_and_weights_are_the_models() -> None:
@@ -129,6 +130,24 @@ def test_constants_are_saved_and_weights_are_the_models() -> None:
         hoisted = again.meta["prologue"](*call)
         doubled = again(NothingKept(), *call, *hoisted)[0]
     assert not torch.equal(doubled, results[0][0])
+
+
+def test_a_plain_tensor_of_a_module_is_the_models_as_a_weight_is() -> None:
+    class Plain(Table):
+        def __init__(self) -> None:
+            super().__init__()
+            self.offset = torch.randn(3, 1, 1)
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+            return super().forward(x + self.offset, t, text)
+
+    model, call = Plain(), (torch.randn(2, 3, 4, 4), torch.rand(2), torch.randn(2, 5, WIDTH))
+    other = copy.deepcopy(model)
+    other.offset = torch.randn(3, 1, 1)
+    again = through_json(analyzed(model, *call), other.eval())
+    with torch.no_grad():
+        found = again(NothingKept(), *call, *again.meta["prologue"](*call))[0]
+        assert torch.equal(found, other(*call))
 
 
 def test_what_is_read_from_data_is_checked_as_before() -> None:
