@@ -19,6 +19,11 @@ from pabc.passes.ir import copy_into, output_node, user_inputs
 
 _ALIGNMENT = 16
 """Bytes: what code for a GPU may take for granted of its inputs' addresses."""
+_OPTIONS = {
+    "aot_inductor.package": True,
+    # Of what calls the kernels, not of these: it takes half of the time, and gains no speed.
+    "aot_inductor.compile_wrapper_opt_level": "O0",
+}
 Code = Callable[..., list[torch.Tensor]]
 """The inputs of a flat graph -> its results."""
 
@@ -31,7 +36,7 @@ def compile_code(flat: GraphModule, examples: Sequence[Any]) -> bytes:
     graph = _with_used_inputs(flat)
     inputs = [examples[i] for i in used_inputs(flat)]
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        made = compile_fx_aot(graph, inputs, config_patches={"aot_inductor.package": True})
+        made = compile_fx_aot(graph, inputs, config_patches=_OPTIONS)
         assert isinstance(made, list)
         files = [file for file in made if not str(file).endswith(".cpp")]
         path = Path(folder) / "phase.pt2"

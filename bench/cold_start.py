@@ -1,0 +1,134 @@
+"""Seconds from the start of a process to its first result: compiled anew, and loaded from a file.
+
+    python bench/cold_start.py --out bench/results/cold_start.json
+
+Each row is a process of its own with the demo's model (2.96 M parameters, random weights serve as
+well) and a pyramid of 20 steps, which has five phases:
+
+- compiled, empty cache: `pabc.compile`, and nothing in Inductor's cache on disk;
+- compiled, full cache: the same again, Inductor's cache as the row before left it;
+- saved: compiled as in the row before, then `save`, whose seconds are in `save`;
+- loaded: `pabc.load` of that file, and nothing in Inductor's cache.
+
+`first` is from the start of the process to the result of the first step, `generation` to that of
+the last step; `imports` is the part of both that it takes to import, and to build the model;
+`cpu` what `generation` is in seconds of a core, compilers' included: other work on the machine
+counts less there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+NUM_STEPS = 20
+
+
+def measure(artifact: str, how: str, start: float) -> dict[str, float]:
+    """One row, in this process, which began at `start`."""
+    import torch
+
+    import pabc
+    from pabc.demo.run import example
+
+    model, args, kwargs = example()
+    row = {"imports": time.time() - start}
+    if how == "loaded":
+        fast = pabc.load(artifact, model)
+    else:
+        steps = range(1000, 0, -1000 // NUM_STEPS)
+        schedule = pabc.Schedule.pyramid(
+            steps, spatial=2, temporal=4, cross=6, fraction=(0.15, 0.85)
+        )
+        fast = pabc.compile(model, schedule)
+    with torch.no_grad():
+        for step in range(NUM_STEPS):
+            fast(*args, **kwargs)
+            if step == 0:
+                row["first"] = time.time() - start
+    row["generation"] = time.time() - start
+    row["cpu"] = cpu_seconds()
+    if how == "saved":
+        begin = time.time()
+        fast.save(artifact)
+        row["save"] = time.time() - begin
+        row["save_cpu"] = cpu_seconds() - row["cpu"]
+    stats = fast.stats
+    return {**row, "captures": stats.captures, "compiles": stats.compiles}
+
+
+def cpu_seconds() -> float:
+    """What this process, and those that it waited for, have run so far."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
+
+
+def run(artifact: Path, how: str, cache: Path) -> dict[str, float]:
+    """One row, in a process of its own."""
+    command = [sys.executable, __file__, "--row", str(artifact), how, repr(time.time())]
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    row: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def main() -> None:
+    """Measures the rows, prints them and writes them to a file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("bench/results/cold_start.json"))
+    parser.add_argument("--repeats", type=int, default=3, help="of the rows but `saved`; medians")
+    parser.add_argument("--row", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.row:
+        artifact, how, start = options.row
+        print(json.dumps(measure(artifact, how, float(start))))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure_all(Path(folder), options.repeats)
+    import torch
+
+    content: dict[str, Any] = {
+        "date": str(date.today()),
+        "torch": torch.__version__,
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "steps": NUM_STEPS,
+        "seconds": rows,
+    }
+    options.out.write_text(json.dumps(content, indent=1) + "\n")
+    print(json.dumps(content, indent=1))
+
+
+def measure_all(folder: Path, repeats: int) -> dict[str, dict[str, float]]:
+    """Per row, medians of its numbers."""
+    artifact = folder / "fast.pabc"
+    found: dict[str, list[dict[str, float]]] = {}
+    for i in range(repeats):
+        cache = folder / f"cache{i}"
+        found.setdefault("compiled, empty cache", []).append(run(artifact, "compiled", cache))
+        found.setdefault("compiled, full cache", []).append(run(artifact, "compiled", cache))
+        if i == 0:
+            found["saved"] = [run(artifact, "saved", cache)]
+        found.setdefault("loaded", []).append(run(artifact, "loaded", folder / f"other{i}"))
+    rows = {how: median(rows) for how, rows in found.items()}
+    rows["saved"]["mebibytes"] = round(artifact.stat().st_size / 2**20, 2)
+    return rows
+
+
+def median(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The middle of each number."""
+    middle = len(rows) // 2
+    return {name: round(sorted(row[name] for row in rows)[middle], 2) for name in rows[0]}
+
+
+if __name__ == "__main__":
+    main()
