@@ -191,7 +191,8 @@ class CompiledModel(nn.Module):
         """Writes graphs, schedule and compiled code to a file, for :func:`pabc.load`; no weights.
 
         Every phase of the schedule is compiled for the file, for each kind of call seen so far:
-        what is compiled already serves this process alone. The file is written whole or not at all.
+        what is compiled already serves this process alone. Other threads' steps wait for it. The
+        file is written whole or not at all.
 
         Raises: ArtifactError for what cannot be saved; it names the node, argument or option.
         """

@@ -153,6 +153,21 @@ def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
         pabc.compile(model, SCHEDULE).save(path)
 
 
+def test_graphs_that_no_longer_fit_the_model_are_not_saved(tmp_path: Path) -> None:
+    case = BY_NAME["Packed"]
+    model = case.model()
+    fast = pabc.compile(model, SCHEDULE, backend="eager", example_inputs=((), case.call()))
+    model.double()
+    with pytest.raises(ArtifactError, match="tensors have changed since it was captured"):
+        fast.save(tmp_path / "fast.pabc")
+    call = {name: x.double() for name, x in case.call().items()}
+    generate(fast, [call])
+    fast.save(tmp_path / "fast.pabc")
+    loaded = pabc.load(tmp_path / "fast.pabc", model)
+    assert torch.equal(generate(loaded, [call])[0], generate(fast, [call])[0])
+    assert loaded.stats.captures == 0
+
+
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: Any) -> Path:
     case = BY_NAME["Packed"]

@@ -34,12 +34,13 @@ def refuse(*_, **__):
 model = CASE.model()
 calls = [CASE.call(step) for step in range(NUM_STEPS)]
 expected = torch.load(sys.argv[2])
+torch.set_num_threads(2)
 pickle.load = pickle.loads = torch.load = subprocess.Popen = refuse
 loaded = pabc.load(sys.argv[1], model)
 results = generate(loaded, calls)
 stats = loaded.stats
-assert all(map(torch.equal, results, expected["loaded"]))
-assert max((a - b).abs().max() for a, b in zip(results, expected["compiled"])) < 1e-5
+for found in (expected["loaded"], expected["compiled"]):
+    assert max((a - b).abs().max() for a, b in zip(results, found)) < 1e-5
 assert stats.captures == stats.compiles == 0 and stats.reused == expected["reused"], stats
 assert not any(name.startswith("torch._inductor.codegen") for name in sys.modules)
 with torch.no_grad():

@@ -23,6 +23,7 @@ _OPTIONS = {
     "aot_inductor.package": True,
     # Of what calls the kernels, not of these: it takes half of the time, and gains no speed.
     "aot_inductor.compile_wrapper_opt_level": "O0",
+    "cpp.dynamic_threads": True,  # as many as the process has that runs it
 }
 Code = Callable[..., list[torch.Tensor]]
 """The inputs of a flat graph -> its results."""

@@ -49,7 +49,10 @@ def write_artifact(
     Raises: :class:`ArtifactError` for what cannot be saved; it names the node, the argument or the
     option.
     """
-    found = sorted(programs.items(), key=lambda item: item[1] is last)
+    fitting = [(key, p) for key, p in programs.items() if p.follow_weights(model)]
+    if not fitting:
+        raise ArtifactError("the model's tensors have changed since it was captured: call it once")
+    found = sorted(fitting, key=lambda item: item[1] is last)
     members: dict[str, bytes] = {}
     for i, (_, program) in enumerate(found):
         members |= write_program(program, program.bind(schedule), f"program{i}")
@@ -93,7 +96,7 @@ def load(path: Path, model: nn.Module) -> CompiledModel:
         return _build(manifest, members, model)
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ArtifactError(f"{path}: not as pabc writes it: {error!r}") from error
 
 
