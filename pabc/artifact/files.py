@@ -49,9 +49,9 @@ def write_artifact(
     Raises: :class:`ArtifactError` for what cannot be saved; it names the node, the argument or the
     option.
     """
-    fitting = [(key, p) for key, p in programs.items() if p.follow_weights(model)]
+    fitting = [(key, p) for key, p in programs.items() if p.keeps_up(model, at_start=True)]
     if not fitting:
-        raise ArtifactError("the model's tensors have changed since it was captured: call it once")
+        raise ArtifactError("the model has changed since it was captured: call it once")
     found = sorted(fitting, key=lambda item: item[1] is last)
     members: dict[str, bytes] = {}
     for i, (_, program) in enumerate(found):
