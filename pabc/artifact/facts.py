@@ -64,7 +64,8 @@ def describe_model(model: nn.Module) -> Table:
         table[f"code of {type(module).__qualname__}"] = code.digest
         table.update((f"version of {name}", found) for name, found in code.versions)
         for name, value in vars(module).items():
-            if not name.startswith("_") and name not in code.changing and name != "training":
+            is_open = not name.startswith("_") or name in code.private
+            if is_open and name not in code.changing and name != "training":
                 text = _plain_text(value)
                 if text is not None:
                     table[f"setting {path}.{name}".replace(" .", " ")] = text

@@ -33,11 +33,13 @@ class Code:
         digest: SHA-256 as hex; empty where all of it is installed.
         versions: of the libraries that it comes from.
         changing: the attributes that methods other than `__init__` set: state, not settings.
+        private: those with a leading underscore that the user's own methods read.
     """
 
     digest: str
     versions: tuple[tuple[str, str], ...]
     changing: frozenset[str]
+    private: frozenset[str]
 
 
 def code_of_class(kind: type) -> Code:
@@ -53,14 +55,24 @@ def _read_class(kind: type) -> Code:
     digest = hashlib.sha256(text.encode()).hexdigest() if text else ""
     libraries = {base.__module__.partition(".")[0] for base in kind.__mro__}
     versions = tuple((name, found) for name in sorted(libraries) if (found := version(name)))
-    changing = {
-        name
+    methods = [
+        (base, name, function.__code__)
         for base in kind.__mro__
-        for method, function in vars(base).items()
-        if isinstance(function, FunctionType) and method != "__init__"
-        for name in _stored_attributes(function.__code__)
-    }
-    return Code(digest, versions, frozenset(changing))
+        for name, function in vars(base).items()
+        if isinstance(function, FunctionType)
+    ]
+    changing = [
+        _attributes(code, "STORE_ATTR", "DELETE_ATTR")
+        for _, name, code in methods
+        if name != "__init__"
+    ]
+    read = [
+        _attributes(code, "LOAD_ATTR", "LOAD_METHOD")
+        for base, _, code in methods
+        if not _is_library(base.__module__)
+    ]
+    private = {name for name in set().union(*read) if name.startswith("_")}
+    return Code(digest, versions, frozenset().union(*changing), frozenset(private))
 
 
 def version(library: str) -> str:
@@ -155,12 +167,13 @@ def _constant(value: Any) -> str:
     return repr(value)
 
 
-def _stored_attributes(code: CodeType) -> set[str]:
+def _attributes(code: CodeType, *operations: str) -> set[str]:
+    """The attributes that code reads, or writes to."""
     return {
         str(instruction.argval)
         for part in _nested(code)
         for instruction in dis.get_instructions(part)
-        if instruction.opname in ("STORE_ATTR", "DELETE_ATTR")
+        if instruction.opname in operations
     }
 
 
