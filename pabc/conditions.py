@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from copy import copy
 
 import torch
+
+from pabc.guards import GuardError
 
 
 class Conditions:
@@ -24,6 +27,11 @@ class Conditions:
     def num_shared(self, tensors: Sequence[torch.Tensor]) -> int:
         """How many of these are among those noted."""
         return len(self._shared(tensors))
+
+    @property
+    def are_known(self) -> bool:
+        """Whether a second call has told conditions from what changes."""
+        return self._are_known
 
     def contradict(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether a call with these tensors is of another sequence."""
@@ -51,14 +59,18 @@ class Calls:
 
     def __init__(self) -> None:
         self._conditions: list[Conditions] = []
-        self._taken: set[int] = set()
+        self._taken: dict[int, tuple[Conditions, int]] = {}
+        """The sequences continued in this step: as they were, and what the call shared."""
 
     def begin_step(self) -> None:
         """The calls that follow are those of another step."""
         self._taken.clear()
 
     def index_of(self, tensors: Sequence[torch.Tensor]) -> int:
-        """Which sequence a call with these tensors continues; the next number for a new one."""
+        """Which sequence a call with these tensors continues; the next number for a new one.
+
+        Raises GuardError where an earlier call of this step turns out to have taken its place.
+        """
         fitting = [
             index
             for index, conditions in enumerate(self._conditions)
@@ -67,7 +79,19 @@ class Calls:
         shared = {index: self._conditions[index].num_shared(tensors) for index in fitting}
         index = max(fitting, key=lambda i: (shared[i], -i), default=len(self._conditions))
         if index == len(self._conditions):
+            self._check_is_new(tensors)
             self._conditions.append(Conditions())
-        self._taken.add(index)
-        self._conditions[index].note(tensors)
+        conditions = self._conditions[index]
+        self._taken[index] = copy(conditions), shared.get(index, 0)
+        conditions.note(tensors)
         return index
+
+    def _check_is_new(self, tensors: Sequence[torch.Tensor]) -> None:
+        """After one call of a sequence, an unlike second one may have been taken for the next."""
+        for before, num_shared in self._taken.values():
+            if not before.are_known and before.num_shared(tensors) > num_shared:
+                raise GuardError(
+                    "expected the calls of a step in the order of the step before, found one that "
+                    "continues what another call was taken to continue; name the calls: "
+                    "`with fast.cache_context('cond'): ...`"
+                )

@@ -119,6 +119,17 @@ def test_a_step_without_guidance_does_no_harm(loop):
     assert torch.equal(ended, loop_by_hand(loop, where, 6, *call, guided=lambda step: step < 2))
 
 
+def test_a_new_call_that_comes_first_in_the_second_step_is_not_taken_for_the_old_one(loop):
+    call = loop_call()
+    guided = {1, 2, 3}.__contains__
+    with compile_eager(loop) as fast:
+        with pytest.raises(pabc.GuardError, match="name the calls"):
+            fast(6, *call, guided=guided, alone=1)
+        assert fast.models["transformer"].stats.nbytes == 0
+        again = fast(6, *call)
+    assert torch.equal(again, loop_by_hand(loop, ALL_STEPS, 6, *call))
+
+
 @pytest.mark.parametrize("guided_at", [{0}, {0, 1, 2}, {0, 1, 4, 5}, {2, 3, 4}, {0, 1, 2, 3, 4, 5}])
 @pytest.mark.parametrize("alone", [0, 1])
 def test_calls_are_told_apart_by_their_text_where_guidance_pauses(loop, alone, guided_at):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from pipelines import call_latte
+from pipelines import make_latte as make_pipeline
 from test_end_to_end import make_latte
 
 import pabc
@@ -22,7 +24,7 @@ BLOCKS = {
 
 @pytest.fixture(scope="module")
 def names():
-    """What the reader is said to have: a model, a scheduler, latents, text."""
+    """What the reader is said to have: a model, a scheduler, latents, text, a pipeline."""
     scheduler = diffusers.DDIMScheduler(num_train_timesteps=1000)
     scheduler.set_timesteps(12)
     generator = torch.Generator().manual_seed(0)
@@ -32,6 +34,8 @@ def names():
         "transformer": make_latte(num_layers=2),
         "latents": torch.randn(1, 4, 3, 8, 8, generator=generator),
         "text": torch.randn(1, 5, 10, generator=generator),
+        "pipe": make_pipeline(),
+        "prompt": call_latte(1, 1),
     }
     with torch.no_grad():
         (use,) = BLOCKS["Use"]
@@ -58,6 +62,8 @@ def test_code_of(section, names, monkeypatch, tmp_path):
         given["fast"](given["latents"], timestep=when, encoder_hidden_states=given["text"])
         given["fast"].reset()
         monkeypatch.setattr(pabc, "compile", compile_eager)
+        compile_pipeline = partial(pabc.compile_pipeline, backend="eager")
+        monkeypatch.setattr(pabc, "compile_pipeline", compile_pipeline)
         for block in BLOCKS[section]:
             exec(block, given)
 
