@@ -12,6 +12,7 @@ from reading import FULL, MASKS, NUM_STEPS, Plain, generate, make, make_calls
 from torch import nn
 
 import pabc
+from pabc.passes import capture
 
 
 class Routed(nn.Module):
@@ -156,5 +157,46 @@ def test_a_module_that_cannot_be_traced_and_writes_to_its_arguments_is_refused()
     block = Experts()
     block.moe = Writes()
     model, (call, *_) = make(Plain, block), make_calls()
-    with pytest.raises(ValueError, match=r"blocks\.0\.moe cannot be .* writes to its argum"):
+    with pytest.raises(ValueError, match=r"(?s)blocks\.0\.moe cannot be .* writes to its argum"):
         pabc.explain(model, **call)
+
+
+class Untraced(nn.Module):
+    """Gives what it is given, in another precision where told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.wider = []
+
+    def forward(self, x):
+        x.numpy()
+        return x.double() if self.wider else x
+
+
+class Passed(Branch):
+    def __init__(self):
+        super().__init__()
+        self.inner = Untraced()
+
+    def forward(self, x, emb_BD, text=None):
+        return super().forward(self.inner(x).float(), emb_BD)
+
+
+def test_results_of_a_module_that_runs_as_it_is_are_no_arguments():
+    """As a compiler takes for granted that uses the memory of one for another."""
+    model, (call, *_) = make(Plain, Passed()), make_calls()
+    (outside,) = capture(model, (), call).meta["calls"]
+    x = outside.fake([])[0].fill_(2)
+    (y,) = outside.run([x])
+    assert torch.equal(x, y) and x.data_ptr() != y.data_ptr()
+
+
+def test_other_results_of_a_module_that_runs_as_it_is_are_refused():
+    model, (call, *_) = make(Plain, Passed()), make_calls()
+    compiled = pabc.compile(
+        model, pabc.Schedule.none([2, 1]), backend="eager", latents="x_bchw", kinds={"*": "full"}
+    )
+    compiled(**call)
+    model.blocks[0].inner.wider.append(True)
+    with pytest.raises(RuntimeError, match=r"(?s)blocks\.0\.inner runs outside.*float32.*float64"):
+        compiled(**call)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import threading
 
 import pytest
@@ -69,6 +70,18 @@ def test_other_values_are_another_capture_and_the_same_ones_none(monkeypatch):
             with torch.no_grad():
                 assert torch.equal(result, model(**call))
         assert len(captures) == expected
+
+
+def test_not_a_number_equals_itself():
+    class Shifted(Plain):
+        def forward(self, x_BCHW, t_B, shift_1):
+            return super().forward(x_BCHW.nan_to_num(float(shift_1)), t_B)
+
+    model = make(Shifted, Mlp())
+    compiled = pabc.compile(model, pabc.Schedule.none([2, 1]), backend="eager")
+    for call in make_calls(2):
+        compiled(**call, shift_1=torch.tensor([math.nan]))
+    assert compiled.stats.captures == 1
 
 
 def test_a_mask_changed_in_place_within_a_generation():
