@@ -3,6 +3,7 @@
 import warnings
 
 import pytest
+import sympy
 import torch
 from models import CASES, Sizes
 from torch import nn
@@ -159,3 +160,11 @@ def test_inductor_compiles_per_size_from_one_capture():
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     assert num_captures(compiled) == 1
+
+
+def test_sizes_out_of_range_are_not_served():
+    size = sympy.Symbol("s0")
+    sizes = passes.Sizes(((size, 1),), {size: (2, 8)}, (), {})
+    assert sizes.bind([torch.ones(8)]) == {size: 8}
+    assert sizes.bind([torch.ones(1)]) is None
+    assert sizes.bind([torch.ones(9)]) is None
