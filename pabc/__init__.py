@@ -13,13 +13,13 @@ from pabc.artifact.errors import ArtifactError
 from pabc.artifact.files import load
 from pabc.compiled import CompiledModel
 from pabc.explanation import Explanation
-from pabc.guards import GuardError
 from pabc.passes.attention_ops import register_attention_op
 from pabc.pipelines import CompiledPipeline, compile_pipeline
 from pabc.plan import Action, Plan, SlotSpec
+from pabc.runtime.guards import GuardError
+from pabc.runtime.stats import Stats
+from pabc.runtime.trajectory import Trajectory
 from pabc.schedule import Schedule
-from pabc.stats import Stats
-from pabc.trajectory import Trajectory
 
 __version__ = "0.1.0"
 

@@ -15,16 +15,16 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from pabc.arguments import Arguments
-from pabc.autocast import without_autocast
 from pabc.explanation import Explanation, describe
 from pabc.pipeline import Config
 from pabc.plan import Plan
-from pabc.program import Backend, Executable, Program
-from pabc.programs import Programs
+from pabc.runtime.arguments import Arguments
+from pabc.runtime.autocast import without_autocast
+from pabc.runtime.program import Backend, Executable, Program
+from pabc.runtime.programs import Programs
+from pabc.runtime.stats import Recorder, Stats
+from pabc.runtime.trajectory import Binding, Branch, Trajectory, current_trajectory, named_branch
 from pabc.schedule import Schedule
-from pabc.stats import Recorder, Stats
-from pabc.trajectory import Binding, Branch, Trajectory, current_trajectory, named_branch
 
 
 class CompiledModel(nn.Module):

@@ -27,7 +27,7 @@ def hoist_invariants_pass(gm: GraphModule) -> GraphModule:
 
     An input counts as steady if it is not the latents and has two dimensions or more: timesteps
     have one. That is a guess about cost, never about results: whoever runs the prologue runs it
-    again when a steady input or a weight has changed (:class:`pabc.program.Program` does).
+    again when a steady input or a weight has changed (:class:`pabc.runtime.program.Program` does).
 
     Requires: `gm.meta["denoised"]` (:func:`name_axes_pass`); regions are marked, since a stream
     that is hoisted could no longer be found.

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 
-from pabc.arguments import Arguments
+from pabc.runtime.arguments import Arguments
 
 
 def forward(x, t=1.0, *rest, flag=False, options=(2, 3), **more):

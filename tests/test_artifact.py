@@ -51,7 +51,7 @@ def test_a_loaded_model_gives_the_same_bits(name: str, tmp_path: Path, monkeypat
     case = BY_NAME[name]
     calls = [case.call(step) for step in range(NUM_STEPS)]
     fast = saved(case.model(), calls, tmp_path / "fast.pabc")
-    monkeypatch.setattr(pabc.program, "analyze", never)
+    monkeypatch.setattr(pabc.runtime.program, "analyze", never)
     loaded = pabc.load(tmp_path / "fast.pabc", case.model())
     assert all(map(torch.equal, generate(loaded, calls), generate(fast, calls)))
     assert loaded.stats.captures == 0 and loaded.stats.reused > 0

@@ -24,8 +24,8 @@ from pabc import ArtifactError, passes
 from pabc.artifact.analysis import read_analysis, write_analysis
 from pabc.artifact.values import decode, encode
 from pabc.pipeline import Config, analyze
-from pabc.program import slot_specs
-from pabc.weights import Weights
+from pabc.runtime.program import slot_specs
+from pabc.runtime.weights import Weights
 
 
 class NothingKept:

@@ -21,7 +21,7 @@ from pipelines import (
 )
 
 import pabc
-from pabc.scheduler import index_of
+from pabc.pipelines.scheduler import index_of
 
 pytestmark = pytest.mark.runtime
 

@@ -13,7 +13,7 @@ import torch
 from test_api import Tiny
 
 import pabc
-from pabc import guards
+from pabc.runtime import guards
 
 pytestmark = pytest.mark.runtime
 TIMESTEPS = (900.0, 700.0, 500.0, 300.0, 100.0)
@@ -261,7 +261,7 @@ def test_out_of_memory_while_storing_leaves_nothing(model, monkeypatch):
             raise torch.OutOfMemoryError("no room")
         return tensor
 
-    monkeypatch.setattr("pabc.trajectory.without_spare_memory", fail)
+    monkeypatch.setattr("pabc.runtime.trajectory.without_spare_memory", fail)
     with pytest.raises(torch.OutOfMemoryError):
         fast(*make_call(0, 2))
     monkeypatch.undo()

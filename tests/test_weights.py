@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import pabc
-from pabc.weights import Weights
+from pabc.runtime.weights import Weights
 
 CASE = Case("weights", lambda: Image(Branch(), Mlp()), "BCHW", ("full",))
 

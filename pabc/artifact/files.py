@@ -24,10 +24,10 @@ from pabc.artifact.values import Json, decode, encode
 from pabc.compiled import CompiledModel
 from pabc.pipeline import Config
 from pabc.plan import Plan
-from pabc.program import Program
-from pabc.programs import Programs
+from pabc.runtime.program import Program
+from pabc.runtime.programs import Programs
+from pabc.runtime.stats import Recorder
 from pabc.schedule import Schedule
-from pabc.stats import Recorder
 
 FORMAT = 1
 Path = str | os.PathLike[str]

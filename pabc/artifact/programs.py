@@ -20,10 +20,10 @@ from pabc.artifact.values import Json, decode, encode
 from pabc.passes import Place
 from pabc.passes.capture import leaf_key
 from pabc.passes.ir import is_outside
-from pabc.program import Backend, Program, compiling
-from pabc.promotion import Key
-from pabc.stats import Recorder
-from pabc.trajectory import Binding
+from pabc.runtime.program import Backend, Program, compiling
+from pabc.runtime.promotion import Key
+from pabc.runtime.stats import Recorder
+from pabc.runtime.trajectory import Binding
 
 logger = logging.getLogger(__name__)
 _NUMBERS = {"int": int, "float": float}

@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 from pabc.compiled import CompiledModel
-from pabc.guards import GuardError
+from pabc.pipelines.scheduler import index_of
+from pabc.runtime.guards import GuardError
 from pabc.schedule import Schedule
-from pabc.scheduler import index_of
 from pabc.validate import as_timesteps
 
 Bind = Callable[[tuple[float, ...]], Schedule]

@@ -12,9 +12,16 @@ from torch import nn
 from pabc import passes
 from pabc.passes.tracing.structure import Structure
 from pabc.pipeline import Config
-from pabc.program import Backend, Program
-from pabc.promotion import Key, Promotions, call_key, changed_numbers, superseded, without_sizes
-from pabc.stats import Recorder
+from pabc.runtime.program import Backend, Program
+from pabc.runtime.promotion import (
+    Key,
+    Promotions,
+    call_key,
+    changed_numbers,
+    superseded,
+    without_sizes,
+)
+from pabc.runtime.stats import Recorder
 
 
 class Programs:

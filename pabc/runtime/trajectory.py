@@ -17,12 +17,12 @@ from types import TracebackType
 import torch
 
 from pabc.budget import Fit
-from pabc.conditions import Calls
-from pabc.guards import Clock, GuardError
 from pabc.passes.cache import Cuts
 from pabc.plan import Action, Plan
+from pabc.runtime.conditions import Calls
+from pabc.runtime.guards import Clock, GuardError
+from pabc.runtime.stats import Recorder
 from pabc.schedule import Schedule
-from pabc.stats import Recorder
 
 Layout = tuple[tuple[int, ...], ...]
 """The inputs' shapes, where one program serves several; else empty."""

@@ -14,10 +14,10 @@ from torch import nn
 from pabc import presets
 from pabc.api import compile
 from pabc.compiled import CompiledModel
-from pabc.generation import Generation
-from pabc.guards import GuardError
+from pabc.pipelines.generation import Generation
+from pabc.pipelines.scheduler import are_same, follow
+from pabc.runtime.guards import GuardError
 from pabc.schedule import Schedule
-from pabc.scheduler import are_same, follow
 
 ScheduleSource = Schedule | str | Callable[[tuple[float, ...]], Schedule]
 """A schedule, a preset's name, or what makes a schedule from the timesteps that will run."""

@@ -16,14 +16,13 @@ from torch.fx import GraphModule
 from pabc import passes
 from pabc.budget import fit_plan
 from pabc.explanation import FlopCounter
-from pabc.guards import find_numbers
 from pabc.passes.cache import Cuts, cache_read
 from pabc.passes.ir import output_node
 from pabc.pipeline import Config, Record, analyze
 from pabc.plan import Plan, SlotSpec
-from pabc.schedule import Schedule
-from pabc.stats import Recorder
-from pabc.trajectory import (
+from pabc.runtime.guards import find_numbers
+from pabc.runtime.stats import Recorder
+from pabc.runtime.trajectory import (
     Binding,
     Branch,
     Hoisted,
@@ -32,7 +31,8 @@ from pabc.trajectory import (
     version_of,
     without_spare_memory,
 )
-from pabc.weights import Weights
+from pabc.runtime.weights import Weights
+from pabc.schedule import Schedule
 
 Backend = Literal["inductor", "eager", "oracle"]
 FP8_CAPABILITY = (8, 9)

@@ -8,7 +8,7 @@ from copy import copy
 
 import torch
 
-from pabc.guards import GuardError
+from pabc.runtime.guards import GuardError
 
 
 class Conditions:

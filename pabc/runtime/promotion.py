@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from pabc.autocast import active_autocast, without_autocast
 from pabc.passes.capture import leaf_key
 from pabc.passes.tracing.numbers import is_number
 from pabc.passes.tracing.structure import Structure, flatten
 from pabc.passes.tracing.untouched import untouched
-from pabc.program import Program
+from pabc.runtime.autocast import active_autocast, without_autocast
+from pabc.runtime.program import Program
 
 logger = logging.getLogger(__name__)
 Key = tuple[Any, ...]

@@ -1,0 +1,5 @@
+"""Whole diffusers pipelines; nothing here imports diffusers."""
+
+from pabc.pipelines.compiled_pipeline import CompiledPipeline, compile_pipeline
+
+__all__ = ["CompiledPipeline", "compile_pipeline"]

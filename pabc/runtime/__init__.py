@@ -1,0 +1,1 @@
+"""What runs compiled models: captured programs, the state of generations, guards, counts."""
