@@ -15,7 +15,8 @@ from pabc.compiled import CompiledModel
 from pabc.explanation import Explanation, describe
 from pabc.passes.capture import bind_arguments
 from pabc.pipeline import Config, Offload, analyze
-from pabc.runtime.program import Backend, compiling, slot_specs
+from pabc.runtime.bindings import slot_specs
+from pabc.runtime.phases import Backend, compiling
 from pabc.schedule import Schedule
 from pabc.validate import as_bytes
 

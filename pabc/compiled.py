@@ -20,10 +20,12 @@ from pabc.pipeline import Config
 from pabc.plan import Plan
 from pabc.runtime.arguments import Arguments
 from pabc.runtime.autocast import without_autocast
-from pabc.runtime.program import Backend, Executable, Program
+from pabc.runtime.branch import Binding, Branch
+from pabc.runtime.phases import Backend, Executable
+from pabc.runtime.program import Program
 from pabc.runtime.programs import Programs
 from pabc.runtime.stats import Recorder, Stats
-from pabc.runtime.trajectory import Binding, Branch, Trajectory, current_trajectory, named_branch
+from pabc.runtime.trajectory import Trajectory, current_trajectory, named_branch
 from pabc.schedule import Schedule
 
 
@@ -156,7 +158,7 @@ class CompiledModel(nn.Module):
         """
         program, binding = self._captured("phases")
         with self._lock:
-            return program.phases(binding)
+            return program.specialize(binding)
 
     def explain(self) -> Explanation:
         """What was found in the model, and the plan."""
@@ -166,7 +168,7 @@ class CompiledModel(nn.Module):
             plan=binding.plan,
             fit=binding.fit,
             unmatched=self._schedule.unmatched(program.slots),
-            compile_seconds=program.compile_seconds,
+            compile_seconds=program.phases.compile_seconds,
         )
 
     def dump(self, folder: str | Path) -> Path:
@@ -290,4 +292,4 @@ class CompiledModel(nn.Module):
         if earlier is not None and source != earlier:
             change = program.differs_in(inputs, earlier)
         reused = branch.begin(source, change)
-        return reused, program.executable(binding, reused, inputs)
+        return reused, program.phases.executable(binding, reused, inputs)

@@ -13,7 +13,7 @@ from models import MODELS
 
 import pabc
 from pabc import passes
-from pabc.runtime.program import check_fp8
+from pabc.runtime.phases import check_fp8
 
 FACTORIZED = next(case for case in MODELS if case.name == "Factorized")
 ENTRIES = [entry for entry in zoo.ENTRIES if entry.name in ("Latte", "CogVideoX", "Wan")]

@@ -261,7 +261,7 @@ def test_out_of_memory_while_storing_leaves_nothing(model, monkeypatch):
             raise torch.OutOfMemoryError("no room")
         return tensor
 
-    monkeypatch.setattr("pabc.runtime.trajectory.without_spare_memory", fail)
+    monkeypatch.setattr("pabc.runtime.branch.without_spare_memory", fail)
     with pytest.raises(torch.OutOfMemoryError):
         fast(*make_call(0, 2))
     monkeypatch.undo()

@@ -20,10 +20,11 @@ from pabc.artifact.values import Json, decode, encode
 from pabc.passes import Place
 from pabc.passes.capture import leaf_key
 from pabc.passes.ir import is_outside
-from pabc.runtime.program import Backend, Program, compiling
+from pabc.runtime.branch import Binding
+from pabc.runtime.phases import Backend, compiling
+from pabc.runtime.program import Program
 from pabc.runtime.promotion import Key
 from pabc.runtime.stats import Recorder
-from pabc.runtime.trajectory import Binding
 
 logger = logging.getLogger(__name__)
 _NUMBERS = {"int": int, "float": float}
@@ -105,7 +106,7 @@ def read_program(
         )
         packages[reused, stored] = package
         code = load_code(package.data, package.used, device)
-        program.add_code(reused, stored, code, package.weights, package.outputs)
+        program.phases.add_code(reused, stored, code, package.weights, package.outputs)
     return program, content["plan"]
 
 
@@ -113,7 +114,7 @@ def _packages(program: Program, binding: Binding) -> dict[Phase, Package]:
     """The code of every phase of the plan, and of those that were run so far."""
     phases = [(reused, stored) for reused, stored in binding.stored.items()]
     known = _PACKAGES.setdefault(program, {})
-    for phase in dict.fromkeys((*phases, *program.compiled)):
+    for phase in dict.fromkeys((*phases, *program.phases.compiled)):
         if phase not in known:
             start = perf_counter()
             package = _compile(program, phase)
@@ -127,7 +128,7 @@ def _compile(program: Program, phase: Phase) -> Package | None:
     """None for a phase that calls modules of the model: what is called by name from a library
     would be those of one model alone. Whoever loads the file compiles it."""
     with compiling(), torch.no_grad():
-        lowered = program.lower(*phase)
+        lowered = program.phases.lower(*phase)
         if any(map(is_outside, lowered.graph.graph.nodes)):
             return None
         used = tuple(used_inputs(lowered.graph))

@@ -12,7 +12,8 @@ from torch import nn
 from pabc import passes
 from pabc.passes.tracing.structure import Structure
 from pabc.pipeline import Config
-from pabc.runtime.program import Backend, Program
+from pabc.runtime.phases import Backend
+from pabc.runtime.program import Program
 from pabc.runtime.promotion import (
     Key,
     Promotions,

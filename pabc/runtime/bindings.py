@@ -1,0 +1,90 @@
+"""A schedule bound to the slots of a captured model, within a memory budget where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from torch.fx import GraphModule
+
+from pabc import passes
+from pabc.budget import fit_plan
+from pabc.explanation import FlopCounter
+from pabc.passes.cache import cache_read
+from pabc.plan import Plan, SlotSpec
+from pabc.runtime.branch import Binding, Layout
+from pabc.schedule import Schedule
+
+
+def slot_specs(regions: Sequence[passes.Region]) -> tuple[SlotSpec, ...]:
+    """One slot per region, named by the user's module (and the region, where several share one)."""
+    paths = [region.path for region in regions]
+    return tuple(
+        SlotSpec(
+            name=region.path if paths.count(region.path) == 1 else f"{region.path}:{region.name}",
+            kind=region.kind,
+            layer=region.layer,
+            nbytes=region.nbytes,
+        )
+        for region in regions
+    )
+
+
+class Bindings:
+    """The plans of one captured model, one per schedule and, where sizes are open, per sizes.
+
+    Attributes:
+        slots: one per region, with the bytes that it takes in the call that was captured.
+    """
+
+    def __init__(self, guarded: GraphModule, memory_budget: int | None) -> None:
+        self.slots = slot_specs(guarded.meta["regions"])
+        self._guarded = guarded
+        self._memory_budget = memory_budget
+        self._sizes: passes.Sizes | None = guarded.meta.get("sizes")
+        self._bindings: dict[tuple[Schedule, Layout], Binding] = {}
+        self._bound: tuple[Schedule | None, Layout, Binding | None] = None, (), None
+
+    def get(self, schedule: Schedule, layout: Layout, inputs: Sequence[Any] | None) -> Binding:
+        """The schedule bound to these slots, or to those of them that a memory budget allows.
+
+        `inputs`, of this layout: of the call whose sizes decide how many bytes a slot takes; None:
+        the one that was captured. Raises ValueError if a budget allows no slot.
+        """
+        last, last_layout, binding = self._bound
+        if schedule is not last or layout != last_layout or binding is None:
+            binding = self._bindings.get((schedule, layout))
+            if binding is None:
+                binding = self._fit(schedule.plan(self._slots_for(inputs)))
+            self._bindings[schedule, layout] = binding
+            self._bound = schedule, layout, binding
+        return binding
+
+    def _slots_for(self, inputs: Sequence[Any] | None) -> tuple[SlotSpec, ...]:
+        """The slots, with the bytes that they take for inputs of these sizes."""
+        sizes = self._sizes.bind(inputs) if self._sizes is not None and inputs is not None else None
+        if sizes is None:
+            return self.slots
+        reads = [n for n in self._guarded.graph.nodes if n.target is cache_read]
+        held = {int(n.args[1]): passes.concrete(n.meta["val"], sizes) for n in reads}
+        return tuple(
+            replace(spec, nbytes=sum(t.numel() * t.element_size() for t in held[slot]))
+            for slot, spec in enumerate(self.slots)
+        )
+
+    def _fit(self, plan: Plan) -> Binding:
+        if self._memory_budget is None:
+            return Binding.of(plan)
+        fit = fit_plan(plan, self._flops, self._memory_budget)
+        return Binding.of(fit.plan, fit)
+
+    @cached_property
+    def _flops(self) -> list[int]:
+        """What one run of each region costs."""
+        count = FlopCounter()
+        return [
+            count(self._guarded.get_submodule(region.name))
+            for region in self._guarded.meta["regions"]
+        ]
