@@ -24,7 +24,7 @@ from pabc import ArtifactError, passes
 from pabc.artifact.analysis import read_analysis, write_analysis
 from pabc.artifact.values import decode, encode
 from pabc.pipeline import Config, analyze
-from pabc.runtime.program import slot_specs
+from pabc.runtime.bindings import slot_specs
 from pabc.runtime.weights import Weights
 
 

@@ -22,7 +22,7 @@ from pabc.passes import (
 from pabc.passes.cache import cache_read, decode_cached, encode_unless
 from pabc.passes.encode import FP8, FP8_MAX, TINY, decode, encode, form_of
 from pabc.passes.ir import attribute
-from pabc.runtime.program import slot_specs
+from pabc.runtime.bindings import slot_specs
 
 CASES = [c for c in MODELS if c.name in ("Factorized", "JointText", "Refined")]
 FACTORIZED = CASES[0]
