@@ -10,12 +10,11 @@ from typing import Any, get_args
 from torch import nn
 
 from pabc import passes
-from pabc.budget import fit_plan
 from pabc.compiled import CompiledModel
 from pabc.explanation import Explanation, describe
 from pabc.passes.capture import bind_arguments
 from pabc.pipeline import Config, Offload, analyze
-from pabc.runtime.bindings import slot_specs
+from pabc.runtime.bindings import Bindings
 from pabc.runtime.phases import Backend, compiling
 from pabc.schedule import Schedule
 from pabc.validate import as_bytes
@@ -131,12 +130,10 @@ def explain(
     found = describe(guarded)
     if schedule is None:
         return found
-    slots = slot_specs(guarded.meta["regions"])
-    plan, fit = schedule.plan(slots), None
-    if config.memory_budget is not None:
-        fit = fit_plan(plan, [region.flops for region in found.regions], config.memory_budget)
-        plan = fit.plan
-    return replace(found, plan=plan, fit=fit, unmatched=schedule.unmatched(slots))
+    bindings = Bindings(guarded, config.memory_budget)
+    bound_to = bindings.get(schedule, (), None)
+    unmatched = schedule.unmatched(bindings.slots)
+    return replace(found, plan=bound_to.plan, fit=bound_to.fit, unmatched=unmatched)
 
 
 def _configure(*, memory_budget: int | str | None, **options: Any) -> Config:

@@ -95,8 +95,9 @@ def test_pictures_show_every_frame(out: Path) -> None:
 
 def test_report_needs_nothing_beside_itself(out: Path) -> None:
     page = (out / "report.html").read_text()
-    assert "http" not in page
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    page = re.sub(r'"data:[^"]*"', '""', page)  # encoded pictures may spell anything
+    assert "http" not in page
     assert not re.findall(r"\$\w+", page)
     assert page.count("<svg") == 2 + 1 + 4  # plans, means, kinds
     for name in VARIANTS:
