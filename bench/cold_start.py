@@ -21,15 +21,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
+
+import report
 
 NUM_STEPS = 20
 
@@ -95,16 +96,12 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         rows = measure_all(Path(folder), options.repeats)
-    import torch
-
     content: dict[str, Any] = {
-        "date": str(date.today()),
-        "torch": torch.__version__,
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        **report.describe_run(),
         "steps": NUM_STEPS,
         "seconds": rows,
     }
-    options.out.write_text(json.dumps(content, indent=1) + "\n")
+    report.write_json(options.out, content)
     print(json.dumps(content, indent=1))
 
 
@@ -126,8 +123,7 @@ def measure_all(folder: Path, repeats: int) -> dict[str, dict[str, float]]:
 
 def median(rows: list[dict[str, float]]) -> dict[str, float]:
     """The middle of each number."""
-    middle = len(rows) // 2
-    return {name: round(sorted(row[name] for row in rows)[middle], 2) for name in rows[0]}
+    return {name: round(statistics.median(r[name] for r in rows), 2) for name in rows[0]}
 
 
 if __name__ == "__main__":

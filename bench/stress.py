@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import platform
 import queue
 import random
 import threading
@@ -21,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import report
 import torch
 from diffusers import LatteTransformer3DModel
 
@@ -197,18 +197,15 @@ def main() -> int:
     fast = pabc.compile(make_model(), schedule, backend=options.backend)
     result = Stress(fast, options).run()
     about = {
-        "pabc": pabc.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
+        **report.describe_run(),
         "backend": options.backend,
         "trajectories": options.trajectories,
         "threads": options.threads,
     }
-    text = json.dumps({**about, **result}, indent=1)
-    print(text)
+    content = {**about, **result}
+    print(json.dumps(content, indent=1))
     if options.out:
-        options.out.write_text(text + "\n")
+        report.write_json(options.out, content)
     is_clean = not (result["mismatches"] or result["unexpected"] or result["slot_bytes_left"])
     return 0 if is_clean else 1
 

@@ -15,14 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -326,16 +323,10 @@ def main() -> None:
     for name in options.names or names:
         rows.append(time_explain(name))
         print(json.dumps(rows[-1]), flush=True)
-    facts = {
-        "date": date.today().isoformat(),
-        "device": "meta",
-        "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        "cores": os.cpu_count(),
-        "versions": {name: version(name) for name in ("torch", "diffusers")},
-        "rows": rows,
-    }
     if options.out is not None:
-        options.out.write_text(json.dumps(facts, indent=1) + "\n")
+        import report  # beside this script, but not where it is imported as `bench.time_explain`
+
+        report.write_json(options.out, {**report.describe_run("meta"), "rows": rows})
 
 
 if __name__ == "__main__":

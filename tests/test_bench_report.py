@@ -1,0 +1,47 @@
+"""What the benchmarks share: facts about a run, tables, files."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+FILE = Path(__file__).parents[1] / "bench" / "report.py"
+
+
+@pytest.fixture(scope="module")
+def report():
+    spec = importlib.util.spec_from_file_location("report", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_run_says_device_versions_and_commit(report):
+    facts = report.describe_run("cpu", ["no-such-package"])
+    assert facts["device"] == "cpu" and facts["cpu"] and facts["threads"] >= 1
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["versions"]["no-such-package"] is None
+    assert facts["commit"] is None or facts["commit"].rstrip("+").isalnum()
+    json.dumps(facts, allow_nan=False)
+
+
+def test_medians_carry_their_spread(report):
+    found = report.summarize([3.0, 1.0, 2.0])
+    assert found == {"median": 2.0, "min": 1.0, "max": 3.0}
+    assert report.format_spread(found, 1) == "2.0 (1.0 to 3.0)"
+
+
+def test_tables_are_aligned_and_say_where_there_is_nothing(report):
+    assert report.format_table(["a", "s"], [["bb", 10], ["c", None]]) == "a    s\nbb  10\nc    -"
+    assert report.format_markdown(["a"], [[None]]) == "| a |\n| --- |\n|  |"
+
+
+def test_a_result_is_written_whole_or_not_at_all(report, tmp_path):
+    path = tmp_path / "new" / "result.json"
+    report.write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        report.write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [file.name for file in path.parent.iterdir()] == ["result.json"]
