@@ -1,0 +1,117 @@
+"""How the results of `peers.py` are shown: a table per model, and what is to be read from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import report
+from variants import VARIANTS
+
+HEADER = (
+    "variant",
+    "s / generation",
+    "over eager",
+    "over torch.compile",
+    "PSNR",
+    "SSIM",
+    "attentions",
+    "prepare s",
+    "graphs",
+    "recompiles",
+    "since warm-up",
+    "limit hits",
+)
+SAME_WORK = [name for name, variant in VARIANTS.items() if variant.follows_schedule]
+"""Those that compute what pabc's plan computes."""
+Row = dict[str, Any]
+
+
+def format_model(name: str, model: dict[str, Any]) -> str:
+    """The table of one model, and how the variants at the same schedule fare phase by phase."""
+    rows: dict[str, Row] = model["rows"]
+    plan = next((row for row in rows.values() if "phases" in row), None)
+    facts = [f"latents {model['latents']}, text {model['text']}"]
+    facts += [] if model["is_trained"] else ["random weights: PSNR and SSIM only tell equality"]
+    if plan:
+        facts.append(
+            f"{plan['gflops']:.1f} GFLOP a step, {plan['attention_share']:.0%} in attention"
+            f" branches; {plan['flop_share']:.0%} of all still run at this schedule,"
+            f" {plan['planned_attentions']} of"
+            f" {plan['attentions_per_step'] * len(plan['phases'])} attentions"
+        )
+    cells = [format_row(variant, row, rows) for variant, row in rows.items() if "summary" in row]
+    parts = [f"\n{name}: {'; '.join(facts)}", report.format_table(HEADER, cells)]
+    parts += format_notes(rows)
+    if plan:
+        parts += [format_phases(rows, plan["phases"]), *format_verdict(rows)]
+    return "\n".join(parts)
+
+
+def format_row(variant: str, row: Row, rows: dict[str, Row]) -> list[object]:
+    """One variant's cells."""
+    has_dynamo = bool(row.get("graphs"))
+    return [
+        variant,
+        report.format_spread(row["summary"]),
+        *(format_ratio(rows, other, variant) for other in ("eager", "torch.compile")),
+        "equal" if row["is_equal"] else row["psnr"] if row["is_finite"] else "not finite",
+        row["ssim"],
+        row["attentions"],
+        row["compile_seconds"],
+        # pabc's are its phases, which Dynamo does not see.
+        row.get("graphs") or row.get("compiles") or None,
+        *(row[key] if has_dynamo else None for key in ("recompiles", "recompiles_later")),
+        row.get("limit_hits") or None,
+    ]
+
+
+def format_notes(rows: dict[str, Row]) -> list[str]:
+    """What does not run and why; what else there is to say of a row."""
+    lines = []
+    for variant, row in rows.items():
+        if "error" in row:
+            lines.append(f"{variant}: does not run: {row['error']}")
+        elif row.get("note"):
+            lines.append(f"{variant}: {row['note']}")
+    return lines
+
+
+def find_ratio(rows: dict[str, Row], other: str, variant: str) -> float | None:
+    """How many times as fast as another a variant is."""
+    first, second = (rows.get(name, {}).get("summary") for name in (other, variant))
+    return first["median"] / second["median"] if first and second else None
+
+
+def format_ratio(rows: dict[str, Row], other: str, variant: str) -> str | None:
+    """The same, for the table."""
+    ratio = find_ratio(rows, other, variant)
+    return None if ratio is None else f"{ratio:.2f}x"
+
+
+def format_phases(rows: dict[str, Row], phases: list[int]) -> str:
+    """Milliseconds a step, by phase of pabc's plan, of the variants that do the same work."""
+    order = sorted(set(phases))
+    header = ["ms a step, by phase of the plan", *(f"{p} (x{phases.count(p)})" for p in order)]
+    lines = []
+    for name in ("eager", "torch.compile", *SAME_WORK):
+        steps = rows.get(name, {}).get("step_seconds")
+        if steps:
+            groups = [[s for s, p in zip(steps, phases, strict=True) if p == i] for i in order]
+            lines.append([name, *(f"{1e3 * sum(group) / len(group):.1f}" for group in groups)])
+    return report.format_table(header, lines)
+
+
+def format_verdict(rows: dict[str, Row]) -> list[str]:
+    """pabc against the best peer at the same schedule; who does not compute what the plan says."""
+    peers = [name for name in SAME_WORK if "pabc" not in name and rows.get(name, {}).get("summary")]
+    lines = []
+    if peers and rows.get("pabc", {}).get("summary"):
+        best = min(peers, key=lambda name: rows[name]["summary"]["median"])
+        ratio = format_ratio(rows, best, "pabc")
+        lines.append(f"pabc over the best peer at the same schedule, {best}: {ratio}")
+    planned = {row["planned_attentions"] for row in rows.values() if "planned_attentions" in row}
+    for name in SAME_WORK:
+        found = rows.get(name, {}).get("attentions")
+        if found is not None and {found} != planned:
+            lines.append(f"{name}: {found} attentions ran, planned: {planned}")
+    return lines

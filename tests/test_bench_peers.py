@@ -1,0 +1,102 @@
+"""The benchmark of whole sampling loops: tiny models, and full sizes without weights."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+@pytest.fixture(scope="module")
+def workloads():
+    sys.path.insert(0, str(BENCH))
+    try:
+        import workloads
+    finally:
+        sys.path.remove(str(BENCH))
+    return workloads
+
+
+def run(*options, check=True):
+    command = [sys.executable, str(BENCH / "peers.py"), "--smoke", "--threads", "1", *options]
+    return subprocess.run(command, capture_output=True, text=True, check=check)
+
+
+@pytest.mark.slow
+def test_caches_of_one_schedule_run_the_same_attentions(tmp_path):
+    out = tmp_path / "peers.json"
+    variants = "diffusers PAB; pabc eager; FirstBlockCache"
+    printed = run("--out", str(out), "--models", "latte", "--variants", variants).stdout
+    content = json.loads(out.read_text())
+    assert content["versions"]["torch"] == torch.__version__ and content["settings"]["steps"] == 7
+    model = content["models"]["latte"]
+    rows = model["rows"]
+    assert model["is_done"] and model["latents"] == [2, 4, 3, 12, 12]
+    assert list(rows) == ["eager", "diffusers PAB", "pabc eager", "FirstBlockCache"]
+
+    assert rows["eager"]["attentions"] == 7 * 6 and rows["eager"]["is_equal"]
+    pab, fast = rows["diffusers PAB"], rows["pabc eager"]
+    assert pab["attentions"] == fast["attentions"] == fast["planned_attentions"] < 7 * 6
+    assert pab["psnr"] == pytest.approx(fast["psnr"], abs=0.5)
+    assert len(fast["step_seconds"]) == 7 and fast["summary"]["median"] > 0
+    assert not fast["fallbacks"] and fast["captures"] == 1
+
+    assert "must match the size" in rows["FirstBlockCache"]["error"]  # its hooks expect one list
+    assert "FirstBlockCache: does not run: RuntimeError" in printed
+    assert "by phase of the plan" in printed and "attentions ran, planned" not in printed
+
+    again = run("--out", str(out), "--models", "latte", "--variants", "torchcompile", check=False)
+    assert again.returncode == 2 and "--variants: got torchcompile" in again.stderr
+
+
+def test_an_interrupted_run_goes_on_model_by_model(tmp_path):
+    sys.path.insert(0, str(BENCH))
+    try:
+        import peers
+    finally:
+        sys.path.remove(str(BENCH))
+    commit = peers.report.read_commit()
+    models = {"demo": {"is_done": True}, "latte": {"is_done": False}}
+    settings = {"models": ["demo", "latte"], "steps": 30}
+    out = tmp_path / "peers.json"
+    peers.report.write_json(out, {"commit": commit, "settings": settings, "models": models})
+    assert list(peers.find_done(out, settings)) == ["demo"]
+    assert not peers.find_done(out, {**settings, "steps": 20})
+    models["latte"]["is_done"] = True
+    peers.report.write_json(out, {"commit": commit, "settings": settings, "models": models})
+    assert not peers.find_done(out, settings), "a finished run is measured anew"
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("latte", 1057), ("cogvideox", 1694), ("opensora", 1208)]
+)
+def test_full_sizes_are_the_published_ones(workloads, name, millions):
+    workload = workloads.FULL[name]
+    with torch.device("meta"):
+        model = workload.build()
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
+    blocks = [m for m in model.children() if isinstance(m, torch.nn.ModuleList)]
+    for block in blocks:
+        del block[1:]  # all alike: one says whether shapes fit
+    model = model.to(torch.bfloat16).eval()
+    start = workloads.draw(workload, 0, "meta", torch.bfloat16)
+    latents = torch.cat([start.latents] * 2)
+    with torch.no_grad():
+        when = torch.zeros(2, dtype=torch.long, device="meta")
+        output = model(**workload.call(latents, when, start.text))
+    frames = (output[0] if isinstance(output, tuple) else output).shape
+    assert frames[0] == 2 and frames[3:] == latents.shape[3:]
+
+
+def test_sizes_and_settings_are_those_of_the_schedule(workloads):
+    assert set(workloads.SMALL) == set(workloads.TINY)
+    assert set(workloads.FULL) < set(workloads.SMALL)
+    for workload in workloads.SMALL.values():
+        start = workloads.draw(workload, 0)
+        assert list(torch.cat([start.latents] * 2).shape) == workload.shapes["latents"]
+        assert list(start.text.shape) == workload.shapes["text"]
