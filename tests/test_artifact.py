@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from models import CASES, WIDTH, Branch, Image, Mlp
-from reading import Plain, make, make_calls, text_and_mask
+from reading import Plain, generate, make, make_calls, text_and_mask
 from test_outside import Experts
 from test_read_numbers import OnTheHour
 from test_reads import TextLengths
@@ -28,11 +28,6 @@ NUM_STEPS = 4
 STEPS = range(NUM_STEPS, 0, -1)
 SCHEDULE = pabc.Schedule.pyramid(STEPS, full=2, spatial=2, temporal=4, cross=2, joint=2)
 OTHER = pabc.Schedule.pyramid(STEPS, full=4, spatial=4, temporal=2, cross=2, joint=4)
-
-
-def generate(fast: nn.Module, calls: list[dict[str, Any]]) -> list[Any]:
-    with torch.no_grad():
-        return [fast(**call) for call in calls]
 
 
 def never(*_: Any, **__: Any) -> Any:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from models import CASES
-from reading import Plain, make, make_calls
-from test_artifact import NUM_STEPS, SCHEDULE, generate
+from reading import Plain, generate, make, make_calls
+from test_artifact import NUM_STEPS, SCHEDULE
 from test_outside import Experts
 from torch import nn
 

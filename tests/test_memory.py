@@ -5,11 +5,13 @@ import re
 from contextlib import contextmanager
 from dataclasses import replace
 
+import generations
 import pytest
 import torch
 import zoo
 from conftest import copy_graph
-from models import MODELS
+from generations import TIMESTEPS
+from models import MODELS, Tiny
 
 import pabc
 from pabc import passes
@@ -345,3 +347,27 @@ def test_a_graph_for_any_sizes_takes_the_bytes_of_the_call_at_hand():
         assert fast.stats.peak_nbytes == max(peaks) <= budget
     assert fast.stats.captures == 1
     assert kept == [2, 1] and sizes[1] == 2 * sizes[0]
+
+
+class Split(Tiny):
+    """The branch is a half of a larger buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide = torch.nn.Linear(8, 16)
+
+    def forward(self, x, t):
+        h = super().forward(x, t) @ self.proj.weight.T
+        return h + self.wide(torch.nn.functional.gelu(h)).chunk(2, -1)[1] * t[:, None, None]
+
+
+@pytest.mark.runtime
+@pytest.mark.parametrize("backend", ["eager", "oracle", "inductor"])
+def test_slots_keep_no_larger_buffer_alive(backend):
+    model = Split().eval()
+    fast = pabc.compile(model, pabc.Schedule.pyramid(TIMESTEPS, full=2, mlp=2), backend=backend)
+    outputs = generations.generate(fast, 0)
+    assert fast.stats.peak_nbytes == fast.plan.peak_bytes
+    oracle = pabc.compile(model, fast.schedule, backend="oracle")
+    for found, expected in zip(outputs, generations.generate(oracle, 0), strict=True):
+        assert torch.allclose(found, expected, rtol=1e-5)

@@ -17,7 +17,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from test_api import Tiny
+from models import Tiny
 
 import pabc
 

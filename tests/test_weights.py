@@ -1,4 +1,4 @@
-"""Weights that change: values in place, tensors replaced, layouts, adapters, quantized weights."""
+"""The weights of a graph: values in place, tensors replaced, layouts, adapters, quantization."""
 
 import copy
 import math
@@ -6,14 +6,11 @@ import math
 import pytest
 import torch
 from conftest import capture_call, copy_graph
-from models import Branch, Case, Image, Mlp
 from torch import nn
 from torch.nn.utils import parametrize
+from weights import CASE, Int8Tensor, add_adapter, quantize, with_int8_tensor
 
-import pabc
 from pabc.runtime.weights import Weights
-
-CASE = Case("weights", lambda: Image(Branch(), Mlp()), "BCHW", ("full",))
 
 
 class Scaled(nn.Module):
@@ -172,34 +169,6 @@ def test_a_removed_module_no_longer_fits(tracked):
     assert weights.follow(model, [gm]) is None
 
 
-class Lora(nn.Module):
-    """A LoRA adapter around a linear layer, whose weight it shows as its own."""
-
-    def __init__(self, base):
-        super().__init__()
-        self.base_layer = base
-        self.down = nn.Linear(base.in_features, 2, bias=False)
-        self.up = nn.Linear(2, base.out_features, bias=False)
-        self.scaling = {"default": 1.0}
-
-    @property
-    def weight(self):
-        return self.base_layer.weight
-
-    @property
-    def bias(self):
-        return self.base_layer.bias
-
-    def forward(self, x):
-        return self.base_layer(x) + self.up(self.down(x)) * self.scaling["default"]
-
-
-def add_adapter(model):
-    attn = model.blocks[0].attn
-    torch.manual_seed(7)
-    attn.to_q = Lora(attn.to_q).eval()
-
-
 def test_an_added_adapter_no_longer_fits(tracked):
     model, gm, weights = tracked
     add_adapter(model)
@@ -269,67 +238,6 @@ def test_a_parameter_that_is_no_longer_shared_is_noticed(name):
 # ---- quantized weights ----
 
 
-def quantize(linear):
-    """Bytes and a scale per row."""
-    weight = linear.weight.detach()
-    scale = weight.abs().amax(1, keepdim=True) / 127
-    return (weight / scale).round().to(torch.int8), scale
-
-
-class Int8Linear(nn.Module):
-    """A linear layer that unpacks its weight at each call."""
-
-    def __init__(self, linear):
-        super().__init__()
-        values, scale = quantize(linear)
-        self.register_buffer("values", values)
-        self.register_buffer("scale", scale)
-        self.bias = linear.bias
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.values.to(x.dtype) * self.scale, self.bias)
-
-
-class Int8Tensor(torch.Tensor):
-    """A weight made of two tensors, as torchao's are."""
-
-    @staticmethod
-    def __new__(cls, values, scale):
-        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=scale.dtype)
-
-    def __init__(self, values, scale):
-        self.values, self.scale = values, scale
-
-    def __tensor_flatten__(self):
-        return ["values", "scale"], None
-
-    @classmethod
-    def __tensor_unflatten__(cls, inner, meta, outer_size, outer_stride):
-        return cls(inner["values"], inner["scale"])
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.detach.default:
-            return cls(args[0].values.detach(), args[0].scale.detach())
-        unpacked = [x.values * x.scale if isinstance(x, cls) else x for x in args]
-        return func(*unpacked, **(kwargs or {}))
-
-
-def with_int8_tensor(linear):
-    linear.weight = nn.Parameter(Int8Tensor(*quantize(linear)), requires_grad=False)
-    return linear
-
-
-def with_quantized_layers(quantized):
-    model = CASE.model()
-    attn, mlp = model.blocks[0].attn, model.blocks[1].mlp
-    for owner in (attn, mlp):
-        for name, child in list(owner.named_children()):
-            if isinstance(child, nn.Linear):
-                owner._modules[name] = quantized(child)
-    return model.eval()
-
-
 def test_a_weight_made_of_several_tensors_is_followed():
     model = nn.Sequential(nn.Linear(4, 4)).eval()
     with_int8_tensor(model[0])
@@ -357,141 +265,3 @@ def test_packed_weights_are_refused_with_the_remedy():
     model[0].packed = torch.ops.quantized.linear_prepack(weight, None)
     with pytest.raises(ValueError, match=r"0\.packed is a TorchScript object.*torchao"):
         capture_call(model, {"input": torch.ones(2, 4)})
-
-
-# ---- whole generations ----
-
-STEPS = range(3)
-
-
-def run_generation(fast, model):
-    """One generation with nothing reused: equals the model, step for step."""
-    with torch.no_grad():
-        for step in STEPS:
-            call = CASE.call(step)
-            torch.testing.assert_close(fast(**call), model(**call), rtol=1e-5, atol=1e-5)
-
-
-def compiled(model, backend="eager"):
-    return pabc.compile(model, pabc.Schedule.none(STEPS), backend=backend)
-
-
-def merge(model, sign):
-    attn = model.blocks[0].attn
-    with torch.no_grad():
-        torch.manual_seed(3)
-        for linear in (attn.to_q, attn.to_k):
-            low, high = torch.randn(2, linear.in_features), torch.randn(linear.out_features, 2)
-            linear.weight.add_(high @ low, alpha=0.1 * sign)
-
-
-@pytest.mark.runtime
-def test_no_recompile_where_only_values_change():
-    model = CASE.model()
-    fast = compiled(model, "inductor")
-    run_generation(fast, model)
-    seconds = fast.explain().compile_seconds
-    torch._dynamo.utils.counters.clear()
-    changes = [
-        lambda: model.load_state_dict({k: v * 1.1 for k, v in model.state_dict().items()}),
-        lambda: fast.load_state_dict(
-            {k: v * 1.1 for k, v in model.state_dict().items()}, assign=True
-        ),
-        lambda: merge(model, 1),
-        lambda: merge(model, -1),
-        lambda: model.head.weight.data.mul_(1.1),
-    ]
-    for change in changes:
-        change()
-        run_generation(fast, model)
-    assert fast.explain().compile_seconds == seconds
-    assert fast.stats.captures == fast.stats.compiles == 1
-    assert not torch._dynamo.utils.counters["inductor"]
-
-
-@pytest.mark.runtime
-def test_values_that_change_within_a_generation_are_read_at_the_next_step():
-    model = CASE.model()
-    fast = compiled(model)
-    with torch.no_grad():
-        for step in STEPS:
-            merge(model, step + 1)
-            call = CASE.call(step)
-            assert torch.equal(fast(**call), model(**call))
-    assert fast.stats.captures == 1
-
-
-@pytest.mark.runtime
-def test_a_tensor_replaced_within_a_generation_is_read_at_the_next_step():
-    model = CASE.model()
-    mask = {"full": [False, True, True]}
-    fast = pabc.compile(model, pabc.Schedule.from_masks(STEPS, mask), backend="eager")
-    with torch.no_grad():
-        assert torch.equal(fast(**CASE.call(0)), model(**CASE.call(0)))
-        assert not torch.equal(fast(**CASE.call(1)), model(**CASE.call(1)))
-        to_v = model.blocks[0].attn.to_v
-        to_v.weight = nn.Parameter(to_v.weight * 2)
-        # What was kept was computed with other weights: it is computed anew.
-        assert torch.equal(fast(**CASE.call(2)), model(**CASE.call(2)))
-    assert fast.stats.fallbacks == {"weights": 1}
-    assert fast.stats.captures == 1
-
-
-@pytest.mark.runtime
-def test_an_adapter_added_within_a_generation_takes_effect_at_the_next_step():
-    model = CASE.model()
-    fast = compiled(model)
-    with torch.no_grad():
-        fast(**CASE.call(0))
-        add_adapter(model)
-        assert torch.equal(fast(**CASE.call(1)), model(**CASE.call(1)))
-    assert fast.stats.captures == 2
-
-
-@pytest.mark.runtime
-def test_an_adapter_that_adds_modules_is_captured_anew():
-    model = CASE.model()
-    fast = compiled(model)
-    run_generation(fast, model)
-    plain = model.blocks[0].attn.to_q
-    add_adapter(model)
-    run_generation(fast, model)
-    assert fast.stats.captures == 2
-    model.blocks[0].attn.to_q.scaling["default"] = 0.5
-    run_generation(fast, model)
-    assert fast.stats.captures == 3
-    model.blocks[0].attn.to_q = plain
-    run_generation(fast, model)
-
-
-@pytest.mark.runtime
-def test_another_dtype_of_the_weights_is_captured_anew():
-    model = CASE.model()
-    fast = compiled(model)
-    run_generation(fast, model)
-    model.double()
-    call = {k: v.double() if v.is_floating_point() else v for k, v in CASE.call().items()}
-    with torch.no_grad():
-        fast.reset()
-        assert torch.equal(fast(**call), model(**call))
-    model.float()
-    fast.reset()
-    run_generation(fast, model)
-
-
-@pytest.mark.runtime
-@pytest.mark.parametrize("quantized", [Int8Linear, with_int8_tensor])
-def test_quantized_layers(quantized):
-    model = with_quantized_layers(quantized)
-    mask = {"full": [False, True, False], "mlp": [False, True, True]}
-    schedule = pabc.Schedule.from_masks(STEPS, mask)
-    fast = pabc.compile(model, schedule, backend="eager")
-    run_generation(compiled(model), model)
-    with torch.no_grad():
-        for _ in range(2):
-            assert torch.equal(fast(**CASE.call(0)), model(**CASE.call(0)))
-            for step in STEPS[1:]:
-                assert not torch.equal(fast(**CASE.call(step)), model(**CASE.call(step)))
-            to_q = model.blocks[0].attn.to_q  # other values, in place
-            (to_q if quantized is Int8Linear else to_q.weight).scale.mul_(1.5)
-    assert fast.stats.captures == 1

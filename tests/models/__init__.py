@@ -51,6 +51,7 @@ from .cases import CASES, FACTORIZED, MODELS, SPELLED, STYLES, Case, Sizes
 from .image import ClassImage, Image, LongSkip, Packed, Refined, TimeEmbedding, Windowed
 from .joint import JointBlock, JointImage, JointText, OneStream
 from .sizes import CHANNELS, HEADS, PATCH, WIDTH
+from .tiny import Tiny
 from .video import Factorized, FramesFirst, Full3d, Rearranged, Video
 
 __all__ = [
@@ -104,6 +105,7 @@ __all__ = [
     "SummedBeforeProjection",
     "SummedPlain",
     "TimeEmbedding",
+    "Tiny",
     "TwoKeys",
     "TwoKinds",
     "Video",
