@@ -1,10 +1,18 @@
 """The passes, one a file: functions from graph to graph, in the order of :mod:`pabc.pipeline`."""
 
 from .axes import name_axes_pass, verify_axes
+from .blocks import split_blocks_pass
 from .cache import cache_read, cache_write, compute_unless, insert_cache_pass, verify_cache
 from .canonicalize import canonicalize_pass
 from .capture import Signature, bind_arguments, capture
-from .emit import Place, compile_flat, inline_regions_pass, lift_weights_pass
+from .emit import (
+    Code,
+    Place,
+    compile_blocks,
+    inline_regions_pass,
+    lift_weights_pass,
+    preparing_inductor,
+)
 from .encode import CacheDtype, encode_cuts_pass
 from .enlarge import enlarge_call
 from .hoist import hoist_invariants_pass, verify_hoist
@@ -18,12 +26,13 @@ from .tracing.assumptions import Reads
 from .tracing.calls import pack
 from .tracing.outside import OutsideCall
 from .tracing.reads import Read
-from .tracing.sizes import Sizes, concrete, hinted
+from .tracing.sizes import Sizes, concrete, fold_sizes, hinted
 
 __all__ = [
     "Attention",
     "Axis",
     "CacheDtype",
+    "Code",
     "Cut",
     "Factor",
     "OutsideCall",
@@ -38,11 +47,12 @@ __all__ = [
     "cache_write",
     "canonicalize_pass",
     "capture",
-    "compile_flat",
+    "compile_blocks",
     "compute_unless",
     "concrete",
     "encode_cuts_pass",
     "enlarge_call",
+    "fold_sizes",
     "hinted",
     "hoist_invariants_pass",
     "inline_regions_pass",
@@ -53,7 +63,9 @@ __all__ = [
     "offload_cuts_pass",
     "outline_regions_pass",
     "pack",
+    "preparing_inductor",
     "specialize_phase_pass",
+    "split_blocks_pass",
     "tag_attention_pass",
     "tagged",
     "verify_axes",

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from importlib import import_module
+from threading import Thread
+from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from .ir import attribute, copy_into, output_node
+from .ir import attribute, copy_into, output_node, user_inputs
 
-Flat = Callable[..., Sequence[torch.Tensor]]
+Code = Callable[[list[Any]], Sequence[torch.Tensor]]
+"""Compiled code of a block: its inputs, in a list that it may empty -> its results."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +31,14 @@ def inline_regions_pass(gm: GraphModule) -> GraphModule:
     """Copies every called region into the graph that calls it.
 
     Requires: a phase (:func:`specialize_phase_pass`).
-    Ensures: no `call_module` node; outputs bitwise as before, so that fusion may cross regions.
+    Ensures: no `call_module` node; outputs bitwise as before, so that fusion may cross regions;
+    what was a region's is marked with its slot, in `meta["slot"]`.
 
         # before                                # after
         %r = call_module[cross_0](%x)           %q = aten.linear(%x, %w)
         %c = getitem(%r, 0)                     %o = aten.scaled_dot_product_attention(%q, ...)
     """
+    slots = {region.name: slot for slot, region in enumerate(gm.meta["regions"])}
     graph = Graph()
     mapping: dict[Node, Any] = {}
     root: dict[str, Any] = {}
@@ -39,7 +46,8 @@ def inline_regions_pass(gm: GraphModule) -> GraphModule:
         if node.op == "call_module":
             body = gm.get_submodule(str(node.target))
             assert isinstance(body, GraphModule)
-            mapping[node] = _inline(graph, body, [mapping[n] for n in node.args], root)
+            inputs = [mapping[n] for n in node.args]
+            mapping[node] = _inline(graph, body, inputs, root, slots.get(str(node.target)))
         elif node.op == "call_function" and isinstance(mapping.get(node.args[0]), tuple):
             mapping[node] = mapping[node.args[0]][node.args[1]]
         else:
@@ -51,11 +59,17 @@ def inline_regions_pass(gm: GraphModule) -> GraphModule:
     return result
 
 
-def _inline(graph: Graph, body: GraphModule, inputs: list[Node], root: dict[str, Any]) -> Any:
+def _inline(
+    graph: Graph, body: GraphModule, inputs: list[Node], root: dict[str, Any], slot: int | None
+) -> Any:
     nodes = list(body.graph.nodes)
     placeholders = [n for n in nodes if n.op == "placeholder"]
     inner: dict[Node, Node] = dict(zip(placeholders, inputs, strict=True))
-    copy_into(graph, [n for n in nodes if n.op not in ("placeholder", "output")], inner)
+    ops = [n for n in nodes if n.op not in ("placeholder", "output")]
+    copy_into(graph, ops, inner)
+    if slot is not None:
+        for node in ops:
+            inner[node].meta["slot"] = slot
     root.update(
         {str(n.target): attribute(body, str(n.target)) for n in nodes if n.op == "get_attr"}
     )
@@ -104,13 +118,79 @@ def lift_weights_pass(gm: GraphModule) -> GraphModule:
     return result
 
 
-def compile_flat(gm: GraphModule, example_inputs: Sequence[Any]) -> Flat:
-    """Compiles a lifted graph with Inductor for the shapes of `example_inputs`.
+def compile_blocks(blocks: Sequence[GraphModule]) -> list[Code]:
+    """Compiles blocks (:func:`split_blocks_pass`) with Inductor.
 
     There is no Dynamo in between, hence no guard per call and no recompile: weights are inputs, and
     the caller checks shapes once a call.
     """
+    with _compiling_kernels_in_background(blocks):
+        return [_compile_block(block) for block in blocks]
+
+
+def _compile_block(gm: GraphModule) -> Code:
     from torch._inductor.compile_fx import compile_fx
 
+    examples = [
+        torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
+        if isinstance(val := node.meta.get("val"), torch.Tensor)
+        else None
+        for node in user_inputs(gm.graph)
+    ]
     with torch.no_grad():
-        return cast(Flat, compile_fx(gm, list(example_inputs)))
+        compiled: Any = compile_fx(gm, examples)
+    boxed = inspect.unwrap(compiled, stop=_takes_list)
+    return boxed if _takes_list(boxed) else lambda inputs: compiled(*inputs)
+
+
+@contextmanager
+def _compiling_kernels_in_background(blocks: Sequence[GraphModule]) -> Iterator[None]:
+    """Lets the C++ compilers of one block run while Inductor works on the next.
+
+    They run in processes of their own, which Inductor waits for after each graph: here, that is put
+    off until the last.
+    """
+    from torch._inductor.async_compile import AsyncCompile
+
+    inputs = (n.meta.get("val") for block in blocks for n in user_inputs(block.graph))
+    if any(isinstance(val, torch.Tensor) and val.device.type != "cpu" for val in inputs):
+        yield
+        return
+    wait = AsyncCompile.wait
+    waiting: list[tuple[AsyncCompile, dict[str, Any]]] = []
+    AsyncCompile.wait = lambda self, scope: waiting.append((self, scope))  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        AsyncCompile.wait = wait  # type: ignore[method-assign]
+        for compiler, scope in waiting:
+            compiler.wait(scope)
+
+
+@contextmanager
+def preparing_inductor() -> Iterator[None]:
+    """Finds out, in the background, which vector instructions the C++ compiler knows.
+
+    Inductor asks for it once a process, and tries one program after the other: seconds, in which
+    the model can be captured.
+    """
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    import_module("torch._inductor.compile_fx")  # by one thread, as its modules import each other
+    thread = Thread(target=pick_vec_isa, name="pabc: vector instructions")
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+def _takes_list(function: Any) -> bool:
+    """Whether a function is of the kind that AOTAutograd makes: it takes its inputs in a list, so
+    that it can free them."""
+    code = getattr(function, "__code__", None)
+    takes_one = code is not None and code.co_argcount == 1 and not code.co_flags & _VARIADIC
+    return takes_one and getattr(function, "_boxed_call", False)
+
+
+_VARIADIC = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS

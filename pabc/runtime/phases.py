@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from time import perf_counter
@@ -12,8 +12,9 @@ import torch
 from torch.fx import GraphModule
 
 from pabc import passes
-from pabc.passes.ir import output_node
+from pabc.passes.ir import user_inputs, value
 from pabc.runtime.branch import Binding, Layout, without_spare_memory
+from pabc.runtime.chain import BlockCode, Chain
 from pabc.runtime.stats import Recorder
 from pabc.runtime.weights import Weights
 
@@ -22,6 +23,8 @@ FP8_CAPABILITY = (8, 9)
 """The least CUDA compute capability for which Triton converts to float8_e4m3fn."""
 Slots = tuple[int, ...]
 """Ascending indices of slots."""
+Phase = tuple[Slots, Slots]
+"""The slots that it reuses, and those whose cuts it gives out."""
 Flat = Callable[..., tuple[Sequence[Any], Sequence[torch.Tensor]]]
 """(inputs, hoisted values, the reused cuts) -> (outputs, the stored cuts), as flat sequences."""
 
@@ -36,14 +39,14 @@ class Executable:
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """A phase as a flat graph: weights, inputs, hoisted values and cuts in; tensors out.
+    """A phase as a chain of blocks; its inputs are weights, inputs, hoisted values and cuts.
 
     `weights` names its first inputs, `outputs` says where the model's outputs are among its
-    results; `examples` are inputs to compile it for.
+    results; `blocks` are what it calls.
     """
 
-    graph: GraphModule
-    examples: tuple[Any, ...]
+    chain: Chain
+    blocks: tuple[GraphModule, ...]
     weights: tuple[str, ...]
     outputs: tuple[Any, ...]
 
@@ -83,15 +86,21 @@ class Phases:
     """
 
     def __init__(
-        self, guarded: GraphModule, weights: Weights, backend: Backend, recorder: Recorder
+        self,
+        guarded: GraphModule,
+        weights: Weights,
+        backend: Backend,
+        recorder: Recorder,
+        code: BlockCode,
     ) -> None:
         self.compile_seconds = 0.0
         self._guarded = guarded
         self._weights = weights
         self._backend = backend
         self._recorder = recorder
+        self._code = code
         self._sizes: passes.Sizes | None = guarded.meta.get("sizes")
-        self._modules: dict[tuple[Slots, Slots], GraphModule] = {}
+        self._modules: dict[Phase, GraphModule] = {}
         self._executables: dict[tuple[Slots, Layout], list[Executable]] = {}
 
     @property
@@ -109,11 +118,23 @@ class Phases:
         """What runs the phase that reuses these slots, for inputs like these."""
         if self._backend == "oracle":
             return Executable(self._guarded, ())
-        stored = binding.stored[reused]
+        phase = reused, binding.stored[reused]
+        return self._known(phase, inputs) or self._compile([phase], inputs)[0]
+
+    def prepare(self, binding: Binding, inputs: Sequence[Any]) -> None:
+        """Compiles every phase of the plan now, for inputs like these."""
+        if self._backend == "oracle":
+            return
+        phases = [(phase.reused, binding.stored[phase.reused]) for phase in binding.plan.phases]
+        missing = [phase for phase in phases if self._known(phase, inputs) is None]
+        self._compile(list(dict.fromkeys(missing)), inputs)
+
+    def _known(self, phase: Phase, inputs: Sequence[Any]) -> Executable | None:
+        reused, stored = phase
         for known in self._executables.get((reused, self.layout(inputs)), ()):
             if known.stored == stored or set(known.stored) >= set(stored):
                 return known
-        return self._compile(reused, stored, inputs)
+        return None
 
     def specialize(self, reused: Slots, stored: Slots) -> GraphModule:
         """The graph of steps that reuse some slots and give out the cuts of others."""
@@ -124,40 +145,46 @@ class Phases:
             self._modules[reused, stored] = gm
         return self._modules[reused, stored]
 
-    def _compile(self, reused: Slots, stored: Slots, inputs: Sequence[Any]) -> Executable:
+    def _compile(self, phases: Sequence[Phase], inputs: Sequence[Any]) -> list[Executable]:
         start = perf_counter()
         with compiling():
-            gm = self.specialize(reused, stored)
-            run: Flat = gm if self._backend == "eager" else self._compile_inductor(gm, inputs)
-        executable = Executable(run, stored)
-        self._executables.setdefault((reused, self.layout(inputs)), []).append(executable)
+            if self._backend == "eager":
+                runs: list[Flat] = [self.specialize(*phase) for phase in phases]
+            else:
+                lowered = [self.lower(*phase, inputs) for phase in phases]
+                self._code.compile([block for low in lowered for block in low.blocks])
+                runs = [self._link(low, map(self._code.get, low.blocks)) for low in lowered]
+        made = [Executable(run, stored) for run, (_, stored) in zip(runs, phases, strict=True)]
+        for executable, (reused, _) in zip(made, phases, strict=True):
+            self._executables.setdefault((reused, self.layout(inputs)), []).append(executable)
         self.compile_seconds += perf_counter() - start
-        self._recorder.add(compiles=1)
-        return executable
+        self._recorder.add(compiles=len(made))
+        return made
 
-    def lower(self, reused: Slots, stored: Slots) -> Lowered:
-        """A phase for the inputs of the call that was captured."""
-        nodes = [n for n in self._guarded.graph.nodes if n.op == "placeholder"]
-        vals = [
-            n.meta.get("val") for n in nodes[1 : 1 + len(self._guarded.meta["signature"].inputs)]
-        ]
-        inputs = [_example(val).zero_() if isinstance(val, torch.Tensor) else None for val in vals]
-        return self._lower(self.specialize(reused, stored), inputs)
+    def lower(self, reused: Slots, stored: Slots, inputs: Sequence[Any] | None = None) -> Lowered:
+        """A phase for the sizes of these inputs; by default, of the call that was captured."""
+        gm = self.specialize(reused, stored)
+        flat = passes.lift_weights_pass(passes.inline_regions_pass(gm))
+        if self._sizes is not None:
+            binding = self._sizes.hints if inputs is None else self._sizes.bind(inputs)
+            assert binding is not None
+            flat = passes.fold_sizes(flat, binding)
+        num_cuts = sum(len(self._guarded.meta["regions"][slot].kept) for slot in reused)
+        for node in user_inputs(flat.graph)[-num_cuts:] if num_cuts else ():
+            node.meta["val"] = _as_held(value(node))
+        split = passes.split_blocks_pass(flat)
+        split.graph.lint()
+        chain, blocks = Chain.of(split)
+        return Lowered(chain, blocks, split.meta["weights"], split.meta["outputs"])
 
-    def add_code(
-        self,
-        reused: Slots,
-        stored: Slots,
-        compiled: Callable[..., Sequence[torch.Tensor]],
-        weights: tuple[str, ...],
-        outputs: tuple[Any, ...],
-    ) -> None:
-        """Takes code for a phase of :meth:`lower` that was compiled elsewhere."""
-        executable = Executable(self._around(compiled, weights, outputs), stored)
+    def add_code(self, phase: Phase, lowered: Lowered, code: Sequence[passes.Code]) -> None:
+        """Takes code for the blocks of a phase that were compiled elsewhere."""
+        reused, stored = phase
+        executable = Executable(self._link(lowered, code), stored)
         self._executables.setdefault((reused, ()), []).append(executable)
 
     @property
-    def compiled(self) -> list[tuple[Slots, Slots]]:
+    def compiled(self) -> list[Phase]:
         """What there is an executable for: the slots that it reuses, and those it gives out."""
         return [
             (reused, executable.stored)
@@ -165,43 +192,21 @@ class Phases:
             for executable in executables
         ]
 
-    def _compile_inductor(self, gm: GraphModule, inputs: Sequence[Any]) -> Flat:
-        lowered = self._lower(gm, inputs)
-        compiled = passes.compile_flat(lowered.graph, lowered.examples)
-        return self._around(compiled, lowered.weights, lowered.outputs)
-
-    def _lower(self, gm: GraphModule, inputs: Sequence[Any]) -> Lowered:
-        """A phase for the sizes of these inputs: what is computed from sizes is folded."""
-        flat = passes.lift_weights_pass(passes.inline_regions_pass(gm))
-        flat.graph.lint()
-        names: tuple[str, ...] = flat.meta["weights"]
-        others = [n for n in flat.graph.nodes if n.op == "placeholder"][len(names) + len(inputs) :]
-        binding = (self._sizes and self._sizes.bind(inputs)) or {}
-        given = [_example(passes.concrete(n.meta["val"], binding)) for n in others]
-        num_hoisted = len(output_node(self._guarded.meta["prologue"].graph).args[0])
-        kept = [*given[:num_hoisted], *map(without_spare_memory, given[num_hoisted:])]
-        examples = (*self._weights.get(names), *inputs, *kept)
-        return Lowered(flat, examples, names, flat.meta["outputs"])
-
-    def _around(
-        self,
-        compiled: Callable[..., Sequence[torch.Tensor]],
-        names: tuple[str, ...],
-        outputs: tuple[Any, ...],
-    ) -> Flat:
+    def _link(self, lowered: Lowered, code: Iterable[passes.Code]) -> Flat:
         """Compiled code, given the weights as they are now; its results apart."""
+        run = lowered.chain.link(list(code))
+        names, outputs = lowered.weights, lowered.outputs
         num_tensors = sum(isinstance(place, passes.Place) for place in outputs)
 
         def execute(*args: Any) -> tuple[Sequence[Any], Sequence[torch.Tensor]]:
-            results = compiled(*self._weights.get(names), *args)
+            results = run([*self._weights.get(names), *args])
             packed = [results[p.index] if isinstance(p, passes.Place) else p for p in outputs]
             return packed, results[num_tensors:]
 
         return execute
 
 
-def _example(fake: torch.Tensor) -> torch.Tensor:
-    """A tensor laid out as a cut or a hoisted value is when it is computed."""
-    return torch.empty_strided(
-        tuple(fake.shape), fake.stride(), dtype=fake.dtype, device=fake.device
-    )
+def _as_held(val: torch.Tensor) -> torch.Tensor:
+    """What a slot holds of a value laid out like this one."""
+    computed = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device="meta")
+    return val.new_empty_strided(val.shape, without_spare_memory(computed).stride())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
 
 from pabc import passes
 from pabc.passes.cache import Cuts
@@ -15,6 +17,7 @@ from pabc.pipeline import Config, Record, analyze
 from pabc.plan import SlotSpec
 from pabc.runtime.bindings import Bindings
 from pabc.runtime.branch import Binding, Branch, Hoisted, Source, version_of
+from pabc.runtime.chain import BlockCode
 from pabc.runtime.guards import find_numbers
 from pabc.runtime.phases import Backend, Executable, Phases, check_fp8, compiling
 from pabc.runtime.stats import Recorder
@@ -45,6 +48,7 @@ class Program:
         memory_budget: int | None = None,
         records: tuple[Record, ...] = (),
         recorder: Recorder | None = None,
+        code: BlockCode | None = None,
     ) -> None:
         self.guarded, self.records = guarded, records
         self.promoted = frozenset(promoted)
@@ -63,7 +67,8 @@ class Program:
         self._weights = Weights((self.guarded, self._prologue, self.reads.graph))
         self._weights_state = 0
         self._numbers: tuple[int, ...] | None = None
-        self.phases = Phases(guarded, self._weights, backend, recorder or Recorder())
+        recorder, code = recorder or Recorder(), BlockCode() if code is None else code
+        self.phases = Phases(guarded, self._weights, backend, recorder, code)
 
     @classmethod
     def capture(
@@ -76,9 +81,11 @@ class Program:
         config: Config,
         promoted: Collection[int] = (),
         recorder: Recorder | None = None,
+        code: BlockCode | None = None,
     ) -> Program:
         """The program for a call with these arguments."""
-        with compiling():
+        prepares = backend == "inductor" and _on_cpu((args, kwargs))
+        with compiling(), passes.preparing_inductor() if prepares else nullcontext():
             guarded, records = analyze(model, args, kwargs, config, promoted)
         if backend == "inductor" and config.cache_dtype == "fp8":
             vals = [n.meta.get("val") for n in guarded.graph.nodes if n.op == "placeholder"]
@@ -90,6 +97,7 @@ class Program:
             memory_budget=config.memory_budget,
             records=records,
             recorder=recorder,
+            code=code,
         )
 
     @property
@@ -208,8 +216,7 @@ class Program:
 
     def prepare(self, binding: Binding, inputs: Sequence[Any]) -> None:
         """Compiles every phase now, for inputs like these."""
-        for phase in binding.plan.phases:
-            self.phases.executable(binding, phase.reused, inputs)
+        self.phases.prepare(binding, inputs)
 
     @property
     def calls_modules(self) -> bool:
@@ -242,3 +249,8 @@ class _NothingKept:
 
     def write(self, slot: int, cuts: Cuts) -> None:
         """Drops the cuts."""
+
+
+def _on_cpu(arguments: Any) -> bool:
+    leaves = pytree.tree_leaves(arguments)
+    return all(leaf.device.type == "cpu" for leaf in leaves if isinstance(leaf, torch.Tensor))

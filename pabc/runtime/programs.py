@@ -12,6 +12,7 @@ from torch import nn
 from pabc import passes
 from pabc.passes.tracing.structure import Structure
 from pabc.pipeline import Config
+from pabc.runtime.chain import BlockCode
 from pabc.runtime.phases import Backend
 from pabc.runtime.program import Program
 from pabc.runtime.promotion import (
@@ -38,6 +39,7 @@ class Programs:
         self._programs: dict[Any, list[Program]] = {}
         self._of_any_size: dict[Any, list[Program]] = {}
         self.promotions = Promotions()
+        self.code = BlockCode()
 
     def __len__(self) -> int:
         """How many kinds of call are served."""
@@ -103,6 +105,7 @@ class Programs:
                 config=config,
                 promoted=promoted,
                 recorder=self.recorder,
+                code=self.code,
             )
 
         try:

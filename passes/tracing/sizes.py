@@ -133,6 +133,27 @@ def concrete(val: Any, binding: Binding) -> Any:
         return torch.empty_strided(shape, strides, dtype=val.dtype, device=val.device)
 
 
+def fold_sizes(gm: GraphModule, binding: Binding) -> GraphModule:
+    """The graph for these sizes alone: numbers in place of its symbols and of nodes that are sizes.
+
+    Without a symbol, the graph as it is.
+    """
+    if not binding:
+        return gm
+    graph = Graph()
+    mapping: dict[Node, Any] = {}
+    for node in gm.graph.nodes:
+        if is_size(node) and node.op != "placeholder":
+            mapping[node] = concrete(node.meta["val"], binding)
+            continue
+        mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+        if "val" in node.meta:
+            mapping[node].meta["val"] = concrete(node.meta["val"], binding)
+    result = GraphModule(gm, graph)
+    result.meta.update(gm.meta)
+    return result
+
+
 _FAKE = FakeTensorMode()
 
 

@@ -1,0 +1,112 @@
+"""What runs a phase that was split into blocks: compiled code, called one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from pabc import passes
+from pabc.passes.ir import output_node, user_inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a block: which one, the places of its inputs, how many results it has."""
+
+    block: int
+    inputs: tuple[int, ...]
+    num_results: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """The calls that a flat function consists of.
+
+    Every value has a place: first the function's `num_inputs` inputs, then the results of each call
+    in turn. `outputs` are the places of what the function returns.
+    """
+
+    num_inputs: int
+    calls: tuple[Call, ...]
+    outputs: tuple[int, ...]
+
+    @classmethod
+    def of(cls, gm: GraphModule) -> tuple[Chain, tuple[GraphModule, ...]]:
+        """The chain of a graph that was split (:func:`split_blocks_pass`), and its blocks."""
+        places: dict[Node, int] = {}
+        names: dict[str, int] = {}
+        calls = []
+        inputs = user_inputs(gm.graph)
+        places.update({node: place for place, node in enumerate(inputs)})
+        count = len(inputs)
+        for node in gm.graph.nodes:
+            if node.op == "call_module":
+                block = names.setdefault(str(node.target), len(names))
+                places.update({item: count + int(item.args[1]) for item in node.users})
+                calls.append(Call(block, tuple(places[n] for n in node.args), len(node.users)))
+                count += len(node.users)
+        outputs = tuple(places[n] for n in output_node(gm.graph).args[0])
+        blocks = [gm.get_submodule(name) for name in names]
+        assert all(isinstance(block, GraphModule) for block in blocks)
+        return cls(len(inputs), tuple(calls), outputs), tuple(blocks)  # type: ignore[arg-type]
+
+    def link(self, code: Sequence[passes.Code]) -> Callable[[list[Any]], list[torch.Tensor]]:
+        """What runs it: a list of the inputs, which it empties -> the outputs.
+
+        A value is let go of at the last call that takes it.
+        """
+        last = {place: i for i, call in enumerate(self.calls) for place in call.inputs}
+        kept = set(self.outputs)
+        steps = [
+            (
+                code[call.block],
+                _gather(call.inputs),
+                tuple(p for p in call.inputs if last[p] == i and p not in kept),
+            )
+            for i, call in enumerate(self.calls)
+        ]
+        outputs = _gather(self.outputs)
+
+        def run(values: list[Any]) -> list[torch.Tensor]:
+            for block, inputs, over in steps:
+                given = inputs(values)
+                for place in over:
+                    values[place] = None
+                values.extend(block(given))
+            results = outputs(values)
+            values.clear()
+            return results
+
+        return run
+
+
+def _gather(places: Sequence[int]) -> Callable[[list[Any]], list[Any]]:
+    """Takes the values at these places."""
+    if len(places) < 2:
+        return lambda values: [values[place] for place in places]
+    getter = itemgetter(*places)
+    return lambda values: list(getter(values))
+
+
+class BlockCode:
+    """The code of each distinct block, compiled when it is first asked for."""
+
+    def __init__(self) -> None:
+        self._code: dict[Hashable, passes.Code] = {}
+
+    def __len__(self) -> int:
+        return len(self._code)
+
+    def compile(self, blocks: Iterable[GraphModule]) -> None:
+        """Compiles those blocks with Inductor that are like none before."""
+        fresh = {b.meta["key"]: b for b in blocks if b.meta["key"] not in self._code}
+        self._code.update(zip(fresh, passes.compile_blocks(list(fresh.values())), strict=True))
+
+    def get(self, block: GraphModule) -> passes.Code:
+        """The code of a block."""
+        return self._code[block.meta["key"]]

@@ -1,0 +1,196 @@
+"""blocks: splits a flat phase into a chain of blocks, equal ones of which are compiled once.
+
+Blocks are cut where nothing is lost: right before the first product of a residual branch. What
+crosses there, the residual stream and the normed input of the product, is written to memory however
+the graph is compiled, since products are kernels of their own; so the sum that ends one branch and
+the norm that begins the next stay in one block, and are fused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from .ir import GETITEM, attribute, is_contraction, output_node, user_inputs, value
+
+Key = Hashable
+"""What a graph computes, for inputs of which layout: equal for graphs that may share code."""
+
+
+def split_blocks_pass(gm: GraphModule) -> GraphModule:
+    """Splits a flat graph into blocks, and calls blocks that are alike by one module.
+
+    Requires: a flat graph whose inputs are all there is (:func:`lift_weights_pass`), with marks of
+    the regions that its nodes are from (:func:`inline_regions_pass`), and no symbols for sizes.
+    Ensures: the same inputs and results, bitwise as before; nothing but `call_module` nodes and
+    their items; each distinct block is one submodule, a flat graph of its own whose inputs come in
+    the order of their first use, and `block.meta["key"]` is its :data:`Key`. Views never cross from
+    one block to another: each block takes them anew of what they are views of.
+
+        # before                                # after
+        %y = add(%x, %g)                        %b = call_module[block_0](%x, %g, ...)
+        %n = layer_norm(%y)                     %y, %n = getitem(%b, 0), getitem(%b, 1)
+        %h = linear(%n, %w)                     %c = call_module[block_1](%n, %w, %y, ...)
+    """
+    ordinals = _ordinals(gm.graph)
+    blocks: dict[int, list[Node]] = {}
+    for node, ordinal in ordinals.items():
+        blocks.setdefault(ordinal, []).append(node)
+    results = _crossing(gm.graph, ordinals)
+    graph = Graph()
+    mapping: dict[Node, Node] = {}
+    for node in user_inputs(gm.graph):
+        mapping[node] = graph.node_copy(node)
+    distinct: dict[Key, str] = {}
+    root: dict[str, Any] = {}
+    for ordinal in sorted(blocks):
+        given = [n for n in blocks[ordinal] if n in results]
+        body, inputs = _build(gm, blocks[ordinal], given)
+        key = block_key(body)
+        if key not in distinct:
+            distinct[key] = f"block_{len(distinct)}"
+            body.meta["key"] = key
+            root[distinct[key]] = body
+        call = graph.call_module(distinct[key], tuple(mapping[n] for n in inputs))
+        for i, node in enumerate(given):
+            mapping[node] = graph.call_function(GETITEM, (call, i))
+            mapping[node].meta["val"] = node.meta["val"]
+    graph.output(tuple(mapping[n] for n in output_node(gm.graph).args[0]))
+    result = GraphModule(root, graph)
+    result.meta.update(gm.meta)
+    return result
+
+
+def _ordinals(graph: Graph) -> dict[Node, int]:
+    """Which block each op is in: its place in the graph says, but for what comes before the first
+    product of a branch that begins a block; that still belongs to the block before."""
+    ordinals: dict[Node, int] = {}
+    block, current = 0, None
+    begun: set[Node] = set()
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output", "get_attr"):
+            continue
+        slot = node.meta.get("slot")
+        if slot != current:
+            block += bool(begun)
+            begun, current = set(), slot
+        if slot is not None and (
+            is_contraction(node) or not begun.isdisjoint(node.all_input_nodes)
+        ):
+            begun.add(node)
+        ordinals[node] = block + (node in begun)
+    return ordinals
+
+
+def _crossing(graph: Graph, ordinals: dict[Node, int]) -> set[Node]:
+    """The ops whose results leave their block."""
+    crossing = {n for n in output_node(graph).all_input_nodes if n in ordinals}
+    for node, ordinal in ordinals.items():
+        for source in node.all_input_nodes:
+            if ordinals.get(source, ordinal) != ordinal:
+                crossing.add(_base(source))
+    return {n for n in crossing if n in ordinals}
+
+
+def _build(
+    gm: GraphModule, nodes: Iterable[Node], results: Sequence[Node]
+) -> tuple[GraphModule, list[Node]]:
+    """A block as a graph of its own, and the values that are its inputs."""
+    members = set(nodes)
+    body = Graph()
+    inner: dict[Node, Node] = {}
+    inputs: list[Node] = []
+    root: dict[str, Any] = {}
+
+    def take(node: Node) -> Node:
+        """A value that is computed elsewhere, or a view of one."""
+        if node in inner:
+            return inner[node]
+        base = _base(node)
+        if node is base or base in members:
+            if node.op == "get_attr":  # a graph that an op takes as its argument
+                root[str(node.target)] = attribute(gm, str(node.target))
+                inner[node] = body.node_copy(node)
+            else:
+                inputs.append(node)
+                inner[node] = body.placeholder(f"arg_{len(inputs)}")
+                inner[node].meta["val"] = node.meta["val"]
+        else:
+            inner[node] = body.node_copy(node, take)
+        return inner[node]
+
+    for node in nodes:
+        for source in node.all_input_nodes:
+            if source not in members:
+                take(source)
+        inner[node] = body.node_copy(node, lambda n: inner[n])
+    body.output(tuple(inner[n] for n in results))
+    return GraphModule(root, body), inputs
+
+
+def _base(node: Node) -> Node:
+    """The value that a node is a view of; of any other, itself."""
+    while _is_view(node):
+        source = node.args[0]
+        assert isinstance(source, Node)
+        node = source
+    return node
+
+
+def _is_view(node: Node) -> bool:
+    """Whether a node takes no memory of its own; an op that may copy is tried on its operand."""
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
+        return False
+    if node.target is GETITEM:
+        return _is_view(node.args[0])
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    aliases = [r.alias_info for r in node.target._schema.returns]
+    if len(aliases) != 1 or aliases[0] is None or aliases[0].is_write:
+        return False
+    operand = value(node.args[0])
+    given = torch.empty_strided(operand.shape, operand.stride(), dtype=operand.dtype, device="meta")
+    viewed = node.target(given, *node.args[1:], **node.kwargs)
+    first = viewed[0] if isinstance(viewed, (tuple, list)) else viewed
+    return first.untyped_storage()._cdata == given.untyped_storage()._cdata
+
+
+def block_key(gm: GraphModule) -> Key:
+    """What tells a flat graph from others, whatever its nodes and inputs are called."""
+    index: dict[Node, int] = {}
+    entries: list[Hashable] = []
+    for node in gm.graph.nodes:
+        index[node] = len(index)
+        if node.op == "placeholder":
+            entries.append(_layout(node.meta.get("val")))
+        elif node.op == "get_attr":
+            entries.append(_attribute_key(attribute(gm, str(node.target))))
+        else:
+            entries.append((node.target, _freeze((node.args, node.kwargs), index)))
+    return tuple(entries)
+
+
+def _layout(val: Any) -> Hashable:
+    if not isinstance(val, torch.Tensor):
+        return None
+    return tuple(val.shape), val.stride(), val.dtype, val.device
+
+
+def _attribute_key(value: Any) -> Hashable:
+    return block_key(value) if isinstance(value, GraphModule) else id(value)
+
+
+def _freeze(item: Any, index: dict[Node, int]) -> Hashable:
+    """An argument of a node as a hashable value; 0, 0.0, -0.0 and False differ."""
+    if isinstance(item, Node):
+        return Node, index[item]
+    if isinstance(item, (tuple, list)):
+        return tuple(_freeze(x, index) for x in item)
+    if isinstance(item, dict):
+        return tuple((name, _freeze(x, index)) for name, x in item.items())
+    if isinstance(item, slice):
+        return slice, _freeze((item.start, item.stop, item.step), index)
+    return type(item), item.hex() if isinstance(item, float) else item
