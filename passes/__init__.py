@@ -11,7 +11,7 @@ from .emit import (
     compile_blocks,
     inline_regions_pass,
     lift_weights_pass,
-    preparing_inductor,
+    prepare_inductor,
 )
 from .encode import CacheDtype, encode_cuts_pass
 from .enlarge import enlarge_call
@@ -63,7 +63,7 @@ __all__ = [
     "offload_cuts_pass",
     "outline_regions_pass",
     "pack",
-    "preparing_inductor",
+    "prepare_inductor",
     "specialize_phase_pass",
     "split_blocks_pass",
     "tag_attention_pass",

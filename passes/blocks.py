@@ -14,7 +14,16 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .ir import GETITEM, attribute, is_contraction, output_node, user_inputs, value
+from .ir import (
+    GETITEM,
+    attribute,
+    freeze,
+    is_contraction,
+    layout_key,
+    output_node,
+    user_inputs,
+    value,
+)
 
 Key = Hashable
 """What a graph computes, for inputs of which layout: equal for graphs that may share code."""
@@ -165,32 +174,13 @@ def block_key(gm: GraphModule) -> Key:
     for node in gm.graph.nodes:
         index[node] = len(index)
         if node.op == "placeholder":
-            entries.append(_layout(node.meta.get("val")))
+            entries.append(layout_key(node.meta.get("val")))
         elif node.op == "get_attr":
             entries.append(_attribute_key(attribute(gm, str(node.target))))
         else:
-            entries.append((node.target, _freeze((node.args, node.kwargs), index)))
+            entries.append((node.target, freeze((node.args, node.kwargs), index)))
     return tuple(entries)
-
-
-def _layout(val: Any) -> Hashable:
-    if not isinstance(val, torch.Tensor):
-        return None
-    return tuple(val.shape), val.stride(), val.dtype, val.device
 
 
 def _attribute_key(value: Any) -> Hashable:
     return block_key(value) if isinstance(value, GraphModule) else id(value)
-
-
-def _freeze(item: Any, index: dict[Node, int]) -> Hashable:
-    """An argument of a node as a hashable value; 0, 0.0, -0.0 and False differ."""
-    if isinstance(item, Node):
-        return Node, index[item]
-    if isinstance(item, (tuple, list)):
-        return tuple(_freeze(x, index) for x in item)
-    if isinstance(item, dict):
-        return tuple((name, _freeze(x, index)) for name, x in item.items())
-    if isinstance(item, slice):
-        return slice, _freeze((item.start, item.stop, item.step), index)
-    return type(item), item.hex() if isinstance(item, float) else item

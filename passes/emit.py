@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import platform
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -167,22 +169,27 @@ def _compiling_kernels_in_background(blocks: Sequence[GraphModule]) -> Iterator[
             compiler.wait(scope)
 
 
-@contextmanager
-def preparing_inductor() -> Iterator[None]:
-    """Finds out, in the background, which vector instructions the C++ compiler knows.
+def prepare_inductor() -> None:
+    """Starts to find out, in the background, which vector instructions the C++ compiler knows.
 
     Inductor asks for it once a process, and tries one program after the other: seconds, in which
-    the model can be captured.
+    the model can be captured. What is found is in Inductor's own cache, and locked until then.
     """
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
-
     import_module("torch._inductor.compile_fx")  # by one thread, as its modules import each other
-    thread = Thread(target=pick_vec_isa, name="pabc: vector instructions")
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
+    Thread(target=_try_vector_instructions, name="pabc: instructions", daemon=True).start()
+
+
+def _try_vector_instructions() -> None:
+    from torch._inductor import cpu_vec_isa
+
+    if platform.machine() != "x86_64":
+        cpu_vec_isa.pick_vec_isa()
+        return
+    supported = cpu_vec_isa.x86_isa_checker()
+    known = cpu_vec_isa.supported_vec_isa_list
+    sets = [isa for isa in known if all(flag in supported for flag in str(isa).split())]
+    with ThreadPoolExecutor(len(sets) or 1) as pool:
+        list(pool.map(bool, sets))
 
 
 def _takes_list(function: Any) -> bool:

@@ -10,7 +10,7 @@ the same at the sizes of the captured call (:mod:`pabc.passes.tracing.sizes`).
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -296,6 +296,27 @@ def derived(gm: GraphModule, graph: Graph) -> GraphModule:
     result = GraphModule(gm, graph)
     result.meta.update(gm.meta)
     return result
+
+
+def layout_key(val: Any) -> Hashable:
+    """What code may take for granted of a tensor; of anything else, None."""
+    if not isinstance(val, torch.Tensor):
+        return None
+    return tuple(val.shape), val.stride(), val.dtype, val.device
+
+
+def freeze(item: Any, index: dict[Node, int]) -> Hashable:
+    """Arguments of a node as a hashable value, nodes by their `index`; 0, 0.0, -0.0 and False
+    differ."""
+    if isinstance(item, Node):
+        return Node, index[item]
+    if isinstance(item, (tuple, list)):
+        return tuple(freeze(x, index) for x in item)
+    if isinstance(item, dict):
+        return tuple((name, freeze(x, index)) for name, x in item.items())
+    if isinstance(item, slice):
+        return slice, freeze((item.start, item.stop, item.step), index)
+    return type(item), item.hex() if isinstance(item, float) else item
 
 
 GETITEM = operator.getitem

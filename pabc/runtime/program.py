@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -84,8 +83,9 @@ class Program:
         code: BlockCode | None = None,
     ) -> Program:
         """The program for a call with these arguments."""
-        prepares = backend == "inductor" and _on_cpu((args, kwargs))
-        with compiling(), passes.preparing_inductor() if prepares else nullcontext():
+        if backend == "inductor" and _on_cpu((args, kwargs)):
+            passes.prepare_inductor()
+        with compiling():
             guarded, records = analyze(model, args, kwargs, config, promoted)
         if backend == "inductor" and config.cache_dtype == "fp8":
             vals = [n.meta.get("val") for n in guarded.graph.nodes if n.op == "placeholder"]

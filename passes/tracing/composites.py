@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import Graph
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
 from ..attention_ops import is_attention_op
-from ..ir import SOFTMAXES, aten
+from ..ir import GETITEM, SOFTMAXES, aten, freeze, is_tensor, layout_key, output_node
 from ..provenance.axis_rules import RULES
 
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
@@ -25,6 +28,10 @@ def decompose_unknown_composites(program: ExportedProgram) -> ExportedProgram:
     A composite is defined by other ops, and eager mode runs just those: to take it apart changes
     no bit, and spares a rule for every spelling (concat for cat, hstack, tile, tensordot, ...).
     """
+    if _has_plain_ops(program.graph):
+        _expand(program.graph)
+        program.graph_module.recompile()
+        return program
     table: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
     fresh = find_unknown_composites(program.graph)
     while True:
@@ -34,6 +41,114 @@ def decompose_unknown_composites(program: ExportedProgram) -> ExportedProgram:
         fresh = find_unknown_composites(program.graph) - table.keys()
         if not fresh:
             return program
+
+
+def _has_plain_ops(graph: Graph) -> bool:
+    """Whether no op takes a graph as its argument, sizes are numbers, and what is written to is
+    seen by no other op."""
+    ops = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
+    return all(node.target is GETITEM or _is_plain(node) for node in ops)
+
+
+def _is_plain(node: Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    arguments = tree_leaves((node.args, node.kwargs))
+    return (
+        (not node.target._schema.is_mutable or _functional_form(node) is not None)
+        and (isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)) or not node.users)
+        and all(map(is_tensor, node.all_input_nodes))
+        and not any(isinstance(x, (torch.SymInt, torch.SymFloat, torch.SymBool)) for x in arguments)
+    )
+
+
+def _functional_form(node: Node) -> torch._ops.OpOverload | None:
+    """The op that computes what this one writes to its first operand, where no other node has that
+    operand or a part of it; else None."""
+    op, operand = node.target, node.args[0]
+    assert isinstance(op, torch._ops.OpOverload)
+    name, _, overload = op.name().partition("::")[2].partition(".")
+    form = getattr(getattr(aten, name.removesuffix("_"), None), overload or "default", None)
+    if form is None or not name.endswith("_") or not isinstance(operand, Node):
+        return None
+    if not _takes_memory(operand.target) or len(operand.users) != 1 or operand in node.args[1:]:
+        return None
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    return form if layout_key(form(*args, **kwargs)) == layout_key(node.meta["val"]) else None
+
+
+def _takes_memory(op: Any) -> bool:
+    """Whether what an op returns is nothing but its own: no view, and no operand as it is."""
+    if not isinstance(op, torch._ops.OpOverload) or op is aten.dropout.default:
+        return False
+    may_alias = any(result.alias_info is not None for result in op._schema.returns)
+    return not may_alias and (op in _KEPT or not op.has_kernel_for_dispatch_key(_COMPOSITE))
+
+
+def _expand(graph: Graph) -> None:
+    """Puts the ops that a composite consists of in its place: each call by itself, and each kind of
+    call once. A trace of the whole graph, as torch.export makes it, would take ten times as long.
+    """
+    bodies: dict[Hashable, GraphModule] = {}
+    for node in list(graph.nodes):
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            node.target = _functional_form(node)
+        if node.op != "call_function" or not _is_taken_apart(node):
+            continue
+        sources = node.all_input_nodes
+        index = {source: i for i, source in enumerate(sources)}
+        layouts = tuple(layout_key(source.meta["val"]) for source in sources)
+        key = node.target, freeze((node.args, node.kwargs), index), layouts
+        if key not in bodies:
+            bodies[key] = _trace(node)
+        _splice(graph, node, bodies[key])
+
+
+def _is_taken_apart(node: Node) -> bool:
+    op = node.target
+    if not isinstance(op, torch._ops.OpOverload) or is_attention_op(node):
+        return False
+    may_alias = any(result.alias_info is not None for result in op._schema.returns)
+    composite = op.has_kernel_for_dispatch_key(_COMPOSITE)
+    return composite and (_is_unknown(op) or may_alias or op is aten.dropout.default)
+
+
+def _trace(node: Node) -> GraphModule:
+    """The ops that a call of a composite comes to; its inputs are the node's, in order."""
+    sources = node.all_input_nodes
+
+    def call(*values: torch.Tensor) -> Any:
+        given = dict(zip(sources, values, strict=True))
+        args, kwargs = map_arg((node.args, node.kwargs), given.__getitem__)
+        return node.target(*args, **kwargs)
+
+    vals = [source.meta["val"] for source in sources]
+    # Tensors of their own: several nodes may have one fake tensor, and traces tell by identity.
+    return make_fx(call)(*(val.new_empty_strided(val.shape, val.stride()) for val in vals))
+
+
+def _splice(graph: Graph, node: Node, body: GraphModule) -> None:
+    """Replaces a call by a graph of its inputs."""
+    facts = {name: fact for name, fact in node.meta.items() if name != "val"}
+    placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
+    inner: dict[Node, Node] = dict(zip(placeholders, node.all_input_nodes, strict=True))
+    ops = [n for n in body.graph.nodes if n.op == "call_function"]
+    with graph.inserting_before(node):
+        for op in ops:
+            inner[op] = graph.node_copy(op, inner.__getitem__)
+            inner[op].meta = {**facts, "val": op.meta["val"]}
+    results = output_node(body.graph).args[0]
+    if isinstance(results, Node):
+        node.replace_all_uses_with(inner[results])
+    else:
+        for user in list(node.users):
+            assert user.target is GETITEM, f"{user.name} takes the list that {node.name} returns"
+            user.replace_all_uses_with(inner[results[user.args[1]]])
+            graph.erase_node(user)
+    graph.erase_node(node)
+    for op in reversed(ops):
+        if not inner[op].users:
+            graph.erase_node(inner[op])
 
 
 def find_unknown_composites(graph: Graph) -> set[torch._ops.OpOverload]:
