@@ -17,6 +17,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from .ir import attribute, copy_into, output_node, user_inputs
+from .tracing.lean import without_garbage_collection
 
 Code = Callable[[list[Any]], Sequence[torch.Tensor]]
 """Compiled code of a block: its inputs, in a list that it may empty -> its results."""
@@ -126,7 +127,7 @@ def compile_blocks(blocks: Sequence[GraphModule]) -> list[Code]:
     There is no Dynamo in between, hence no guard per call and no recompile: weights are inputs, and
     the caller checks shapes once a call.
     """
-    with _compiling_kernels_in_background(blocks):
+    with _compiling_kernels_in_background(blocks), without_garbage_collection():
         return [_compile_block(block) for block in blocks]
 
 

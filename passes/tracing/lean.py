@@ -19,16 +19,26 @@ _NO_TRACES = "do_not_emit_stack_traces"  # not in every release of PyTorch; else
 def lean_tracing() -> Iterator[None]:
     """Neither notes a stack trace per node nor collects garbage; a third of the time of tracing.
 
-    Traces are for messages that pabc does not print. Nearly all that tracing makes lives as long as
-    the graph does: to look for garbage in it again and again finds none.
+    Traces are for messages that pabc does not print.
     """
-    traces, collects = getattr(fx.config, _NO_TRACES, False), gc.isenabled()
+    traces = getattr(fx.config, _NO_TRACES, False)
     setattr(fx.config, _NO_TRACES, True)
+    try:
+        with without_garbage_collection():
+            yield
+    finally:
+        setattr(fx.config, _NO_TRACES, traces)
+
+
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Nearly all that tracing and lowering make lives as long as the graph does: to look for
+    garbage in it again and again finds none."""
+    collects = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        setattr(fx.config, _NO_TRACES, traces)
         if collects:
             gc.enable()
 
