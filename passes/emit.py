@@ -134,16 +134,20 @@ def compile_blocks(blocks: Sequence[GraphModule]) -> list[Code]:
 def _compile_block(gm: GraphModule) -> Code:
     from torch._inductor.compile_fx import compile_fx
 
-    examples = [
+    with torch.no_grad():
+        compiled: Any = compile_fx(gm, example_inputs(gm))
+    boxed = inspect.unwrap(compiled, stop=_takes_list)
+    return boxed if _takes_list(boxed) else lambda inputs: compiled(*inputs)
+
+
+def example_inputs(block: GraphModule) -> list[torch.Tensor | None]:
+    """Inputs laid out as a block expects them, of any values."""
+    return [
         torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
         if isinstance(val := node.meta.get("val"), torch.Tensor)
         else None
-        for node in user_inputs(gm.graph)
+        for node in user_inputs(block.graph)
     ]
-    with torch.no_grad():
-        compiled: Any = compile_fx(gm, examples)
-    boxed = inspect.unwrap(compiled, stop=_takes_list)
-    return boxed if _takes_list(boxed) else lambda inputs: compiled(*inputs)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Compiled code of a phase, ahead of time: a shared library that runs without a compiler.
+"""Compiled code of a block, ahead of time: a shared library that runs without a compiler.
 
 AOTInductor makes it, from the same graph that Inductor compiles for the process at hand. It runs
 without Python, needs neither the graph nor Inductor, and holds no weights: these are inputs.
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from pabc.passes import Code, example_inputs
 from pabc.passes.ir import copy_into, output_node, user_inputs
 
 _ALIGNMENT = 16
@@ -25,17 +26,16 @@ _OPTIONS = {
     "aot_inductor.compile_wrapper_opt_level": "O0",
     "cpp.dynamic_threads": True,  # as many as the process has that runs it
 }
-Code = Callable[..., list[torch.Tensor]]
-"""The inputs of a flat graph -> its results."""
 
 
-def compile_code(flat: GraphModule, examples: Sequence[Any]) -> bytes:
-    """Compiles a lifted graph for inputs like `examples`; what :func:`load_code` takes."""
+def compile_code(block: GraphModule) -> bytes:
+    """Compiles a block (:func:`split_blocks_pass`); what :func:`load_code` takes."""
     from torch._inductor.compile_fx import compile_fx_aot
     from torch._inductor.package.package import package_aoti
 
-    graph = _with_used_inputs(flat)
-    inputs = [examples[i] for i in used_inputs(flat)]
+    graph = _with_used_inputs(block)
+    examples = example_inputs(block)
+    inputs: list[Any] = [examples[i] for i in used_inputs(block)]
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         made = compile_fx_aot(graph, inputs, config_patches=_OPTIONS)
         assert isinstance(made, list)
@@ -57,8 +57,9 @@ def load_code(data: bytes, used: Sequence[int], device: torch.device) -> Code:
     )  # the library runs one call at a time, and waits with Python's lock held
     aligned = device.type != "cpu"
 
-    def run(*inputs: Any) -> list[torch.Tensor]:
+    def run(inputs: list[Any]) -> list[torch.Tensor]:
         given = [inputs[i] for i in used]
+        inputs.clear()
         if aligned:
             given = [x if x.data_ptr() % _ALIGNMENT == 0 else x.clone() for x in given]
         with lock:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,35 +21,38 @@ from pabc.passes import Place
 from pabc.passes.capture import leaf_key
 from pabc.passes.ir import is_outside
 from pabc.runtime.branch import Binding
-from pabc.runtime.phases import Backend, compiling
+from pabc.runtime.chain import Call, Chain
+from pabc.runtime.phases import Backend, Lowered, Phase, compiling
 from pabc.runtime.program import Program
 from pabc.runtime.promotion import Key
 from pabc.runtime.stats import Recorder
 
 logger = logging.getLogger(__name__)
 _NUMBERS = {"int": int, "float": float}
-Phase = tuple[tuple[int, ...], tuple[int, ...]]
-"""The slots that it reuses, and those whose cuts it gives out."""
 
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """The code of a phase.
+    """The code of a block.
 
     Attributes:
         data: what :func:`load_code` takes.
-        used: which inputs of the phase's flat graph it takes.
-        weights: names of the first inputs of the flat graph.
-        outputs: per output of the model, its place among the results, or the constant it is.
+        used: which inputs of the block it takes.
     """
 
     data: bytes
     used: tuple[int, ...]
-    weights: tuple[str, ...]
-    outputs: tuple[Any, ...]
 
 
-_PACKAGES: WeakKeyDictionary[Program, dict[Phase, Package]] = WeakKeyDictionary()
+@dataclass(frozen=True, slots=True)
+class Packages:
+    """The code of a program's phases: each as a chain of blocks, each distinct block once."""
+
+    blocks: dict[Hashable, Package] = field(default_factory=dict)
+    phases: dict[Phase, tuple[Lowered, tuple[Hashable, ...]]] = field(default_factory=dict)
+
+
+_PACKAGES: WeakKeyDictionary[Program, Packages] = WeakKeyDictionary()
 """What was compiled, or loaded, so far: another save has no need to compile it again."""
 
 
@@ -62,15 +65,20 @@ def write_program(program: Program, binding: Binding, folder: str) -> dict[str, 
         raise ArtifactError("a graph for any sizes cannot be saved: compile with dynamic=False")
     analysis, constants = write_analysis(program.guarded)
     members = {f"{folder}/constants": constants}
-    table = []
+    blocks, phases = [], []
     if program.backend == "inductor":
-        for i, (phase, package) in enumerate(_packages(program, binding).items()):
+        packages = _packages(program, binding)
+        for i, package in enumerate(packages.blocks.values()):
             members[f"{folder}/code{i}"] = package.data
-            outputs = [_write_output(output) for output in package.outputs]
-            table.append([encode(phase), list(package.used), list(package.weights), outputs])
+            blocks.append(list(package.used))
+        numbers = {key: i for i, key in enumerate(packages.blocks)}
+        for phase, (lowered, keys) in packages.phases.items():
+            called = [numbers[key] for key in keys]
+            phases.append([encode(phase), _write_lowered(lowered), called])
     content = {
         "analysis": analysis,
-        "phases": table,
+        "blocks": blocks,
+        "phases": phases,
         "promoted": sorted(program.promoted),
         "plan": binding.plan.to_json(),
     }
@@ -98,42 +106,42 @@ def read_program(
         recorder=recorder,
     )
     device = _device(program)
-    packages = _PACKAGES.setdefault(program, {})
-    for i, (phase, used, weights, outputs) in enumerate(content["phases"]):
-        reused, stored = decode(phase)
-        package = Package(
-            members[f"{folder}/code{i}"], tuple(used), tuple(weights), _read_outputs(outputs)
-        )
-        packages[reused, stored] = package
-        code = load_code(package.data, package.used, device)
-        program.phases.add_code(reused, stored, code, package.weights, package.outputs)
+    packages = _PACKAGES.setdefault(program, Packages())
+    code = []
+    for i, used in enumerate(content["blocks"]):
+        packages.blocks[i] = package = Package(members[f"{folder}/code{i}"], tuple(used))
+        code.append(load_code(package.data, package.used, device))
+    for written, chain, called in content["phases"]:
+        phase, lowered = decode(written), _read_lowered(chain)
+        packages.phases[phase] = lowered, tuple(called)
+        program.phases.add_code(phase, lowered, [code[i] for i in called])
     return program, content["plan"]
 
 
-def _packages(program: Program, binding: Binding) -> dict[Phase, Package]:
+def _packages(program: Program, binding: Binding) -> Packages:
     """The code of every phase of the plan, and of those that were run so far."""
-    phases = [(reused, stored) for reused, stored in binding.stored.items()]
-    known = _PACKAGES.setdefault(program, {})
-    for phase in dict.fromkeys((*phases, *program.phases.compiled)):
-        if phase not in known:
+    known = _PACKAGES.setdefault(program, Packages())
+    for phase in dict.fromkeys((*binding.stored.items(), *program.phases.compiled)):
+        if phase not in known.phases:
             start = perf_counter()
-            package = _compile(program, phase)
-            if package is not None:
-                known[phase] = package
-                logger.info("code of phase %s: %.1f s", phase, perf_counter() - start)
+            with compiling(), torch.no_grad():
+                _compile(program, phase, known)
+            logger.info("code of phase %s: %.1f s", phase, perf_counter() - start)
     return known
 
 
-def _compile(program: Program, phase: Phase) -> Package | None:
-    """None for a phase that calls modules of the model: what is called by name from a library
+def _compile(program: Program, phase: Phase, known: Packages) -> None:
+    """Nothing for a phase that calls modules of the model: what is called by name from a library
     would be those of one model alone. Whoever loads the file compiles it."""
-    with compiling(), torch.no_grad():
-        lowered = program.phases.lower(*phase)
-        if any(map(is_outside, lowered.graph.graph.nodes)):
-            return None
-        used = tuple(used_inputs(lowered.graph))
-        data = compile_code(lowered.graph, lowered.examples)
-    return Package(data, used, lowered.weights, lowered.outputs)
+    lowered = program.phases.lower(*phase)
+    if any(is_outside(node) for block in lowered.blocks for node in block.graph.nodes):
+        return
+    for block in lowered.blocks:
+        if block.meta["key"] not in known.blocks:
+            package = Package(compile_code(block), tuple(used_inputs(block)))
+            known.blocks[block.meta["key"]] = package
+    keys = tuple(block.meta["key"] for block in lowered.blocks)
+    known.phases[phase] = replace(lowered, blocks=()), keys
 
 
 def _device(program: Program) -> torch.device:
@@ -141,6 +149,23 @@ def _device(program: Program) -> torch.device:
     vals = [n.meta.get("val") for n in program.guarded.graph.nodes if n.op == "placeholder"]
     devices = [val.device for val in vals if isinstance(val, torch.Tensor)]
     return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+
+
+def _write_lowered(lowered: Lowered) -> Json:
+    chain = lowered.chain
+    return {
+        "inputs": chain.num_inputs,
+        "calls": [[call.block, list(call.inputs), call.num_results] for call in chain.calls],
+        "results": list(chain.outputs),
+        "weights": list(lowered.weights),
+        "outputs": [_write_output(output) for output in lowered.outputs],
+    }
+
+
+def _read_lowered(content: Json) -> Lowered:
+    calls = [Call(block, tuple(inputs), num) for block, inputs, num in content["calls"]]
+    chain = Chain(content["inputs"], tuple(calls), tuple(content["results"]))
+    return Lowered(chain, (), tuple(content["weights"]), _read_outputs(content["outputs"]))
 
 
 def _write_output(output: Any) -> Json:
