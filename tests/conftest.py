@@ -16,6 +16,7 @@ import pabc
 from pabc import passes
 from pabc.passes.ir import copy_into, derived
 from pabc.pipeline import ANALYSIS, Config, run_stages
+from pabc.runtime.chain import Chain
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # processes that share the cores would wait for one another
@@ -51,6 +52,13 @@ def with_hoisted(gm: GraphModule, call: Mapping[str, Any]) -> list[Any]:
     with torch.no_grad():
         hoisted = gm.meta["prologue"](*call.values()) if "prologue" in gm.meta else ()
     return [*call.values(), *hoisted]
+
+
+def compile_flat(flat: GraphModule) -> Callable[..., list[torch.Tensor]]:
+    """A flat graph, block by block, with Inductor."""
+    chain, blocks = Chain.of(passes.split_blocks_pass(flat))
+    run = chain.link(passes.compile_blocks(blocks))
+    return lambda *inputs: run([*inputs])
 
 
 def compare_with_hand(

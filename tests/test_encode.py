@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import run_graph, run_to, with_hoisted
+from conftest import compile_flat, run_graph, run_to, with_hoisted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import MODELS, Case
@@ -244,8 +244,7 @@ def test_inductor_decodes_alike_and_encodes_to_a_neighbor_at_most(cache_dtype, c
     weights = [attribute(inline_regions_pass(phase), name) for name in flat.meta["weights"]]
     inputs = [*with_hoisted(phase, call), *(t for slot in reused for t in kept[slot])]
     with torch.no_grad():
-        compiled = passes.compile_flat(flat, [*weights, *inputs])
-        found = compiled(*weights, *inputs)
+        found = compile_flat(flat)(*weights, *inputs)
         expected = flat(*weights, *inputs)
     assert (found[0] - expected[0]).abs().max() <= 1e-5
     differing = total = 0

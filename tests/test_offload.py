@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import run_graph, run_to, with_hoisted
+from conftest import compile_flat, run_graph, run_to, with_hoisted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import MODELS, Case
@@ -13,7 +13,6 @@ from test_cache import Recorder
 from test_specialize import store_all
 
 from pabc.passes import (
-    compile_flat,
     inline_regions_pass,
     lift_weights_pass,
     offload_cuts_pass,
@@ -266,7 +265,7 @@ def test_inductor_takes_the_ops(captured):
     weights = [attribute(inlined, name) for name in flat.meta["weights"]]
     inputs = [*with_hoisted(phase, call), *(t for slot in range(3) for t in kept[slot])]
     with torch.no_grad():
-        found = compile_flat(flat, [*weights, *inputs])(*weights, *inputs)
+        found = compile_flat(flat)(*weights, *inputs)
         expected = flat(*weights, *inputs)
     assert (found[0] - expected[0]).abs().max() <= 1e-5
     for result, other in zip(found[1:], expected[1:], strict=True):

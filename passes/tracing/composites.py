@@ -28,6 +28,7 @@ def decompose_unknown_composites(program: ExportedProgram) -> ExportedProgram:
     A composite is defined by other ops, and eager mode runs just those: to take it apart changes
     no bit, and spares a rule for every spelling (concat for cat, hstack, tile, tensordot, ...).
     """
+    _drop_dropouts(program.graph)
     if _has_plain_ops(program.graph):
         _expand(program.graph)
         program.graph_module.recompile()
@@ -41,6 +42,15 @@ def decompose_unknown_composites(program: ExportedProgram) -> ExportedProgram:
         fresh = find_unknown_composites(program.graph) - table.keys()
         if not fresh:
             return program
+
+
+def _drop_dropouts(graph: Graph) -> None:
+    """Where it drops nothing, dropout returns the very tensor that it was given: what is written to
+    one is written to both."""
+    for node in graph.find_nodes(op="call_function", target=aten.dropout.default):
+        if not node.args[2]:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 def _has_plain_ops(graph: Graph) -> bool:
@@ -79,7 +89,7 @@ def _functional_form(node: Node) -> torch._ops.OpOverload | None:
 
 def _takes_memory(op: Any) -> bool:
     """Whether what an op returns is nothing but its own: no view, and no operand as it is."""
-    if not isinstance(op, torch._ops.OpOverload) or op is aten.dropout.default:
+    if not isinstance(op, torch._ops.OpOverload):
         return False
     may_alias = any(result.alias_info is not None for result in op._schema.returns)
     return not may_alias and (op in _KEPT or not op.has_kernel_for_dispatch_key(_COMPOSITE))
@@ -110,7 +120,7 @@ def _is_taken_apart(node: Node) -> bool:
         return False
     may_alias = any(result.alias_info is not None for result in op._schema.returns)
     composite = op.has_kernel_for_dispatch_key(_COMPOSITE)
-    return composite and (_is_unknown(op) or may_alias or op is aten.dropout.default)
+    return composite and (_is_unknown(op) or may_alias)
 
 
 def _trace(node: Node) -> GraphModule:
