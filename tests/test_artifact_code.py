@@ -100,9 +100,9 @@ def test_results_that_share_memory() -> None:
     program = torch.export.export(Odd(), example).run_decompositions({})
     gm = torch.fx.GraphModule(program.graph_module, program.graph)
     assert used_inputs(gm) == [0, 1, 2]
-    run = load_code(compile_code(gm, example), used_inputs(gm), torch.device("cpu"))
+    run = load_code(compile_code(gm), used_inputs(gm), torch.device("cpu"))
     other = [torch.randn_like(x) for x in example]
-    results = run(*other)
+    results = run([*other])
     del run
     for found, expected in zip(results, Odd()(*other), strict=True):
         assert torch.equal(found, expected) and found.stride() == expected.stride()

@@ -29,8 +29,8 @@ def decompose_unknown_composites(program: ExportedProgram) -> ExportedProgram:
     no bit, and spares a rule for every spelling (concat for cat, hstack, tile, tensordot, ...).
     """
     _drop_dropouts(program.graph)
-    if _has_plain_ops(program.graph):
-        _expand(program.graph)
+    # Under autocast, it is the trace of the whole graph that writes out the casts.
+    if not torch._C._is_any_autocast_enabled() and _expand(program.graph):
         program.graph_module.recompile()
         return program
     table: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
@@ -65,7 +65,7 @@ def _is_plain(node: Node) -> bool:
         return False
     arguments = tree_leaves((node.args, node.kwargs))
     return (
-        (not node.target._schema.is_mutable or _functional_form(node) is not None)
+        (not _is_write(node) or _functional_form(node) is not None)
         and (isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)) or not node.users)
         and all(map(is_tensor, node.all_input_nodes))
         and not any(isinstance(x, (torch.SymInt, torch.SymFloat, torch.SymBool)) for x in arguments)
@@ -95,23 +95,35 @@ def _takes_memory(op: Any) -> bool:
     return not may_alias and (op in _KEPT or not op.has_kernel_for_dispatch_key(_COMPOSITE))
 
 
-def _expand(graph: Graph) -> None:
+def _expand(graph: Graph) -> bool:
     """Puts the ops that a composite consists of in its place: each call by itself, and each kind of
-    call once. A trace of the whole graph, as torch.export makes it, would take ten times as long.
+    call once. A trace of the whole graph, as torch.export makes it, takes ten times as long.
+
+    False, and nothing done, where only that can make every op functional.
     """
+    if not _has_plain_ops(graph):
+        return False
+    forms = {node: _functional_form(node) for node in graph.nodes if _is_write(node)}
+    keys = {n: _call_key(n) for n in graph.nodes if n.op == "call_function" and _is_taken_apart(n)}
     bodies: dict[Hashable, GraphModule] = {}
-    for node in list(graph.nodes):
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            node.target = _functional_form(node)
-        if node.op != "call_function" or not _is_taken_apart(node):
-            continue
-        sources = node.all_input_nodes
-        index = {source: i for i, source in enumerate(sources)}
-        layouts = tuple(layout_key(source.meta["val"]) for source in sources)
-        key = node.target, freeze((node.args, node.kwargs), index), layouts
+    for node, key in keys.items():
         if key not in bodies:
             bodies[key] = _trace(node)
+    if any(_is_write(node) for body in bodies.values() for node in body.graph.nodes):
+        return False
+    for node, form in forms.items():
+        node.target = form
+    for node, key in keys.items():
         _splice(graph, node, bodies[key])
+    return True
+
+
+def _call_key(node: Node) -> Hashable:
+    """What the ops that a call comes to follow from."""
+    sources = node.all_input_nodes
+    index = {source: i for i, source in enumerate(sources)}
+    layouts = tuple(layout_key(source.meta["val"]) for source in sources)
+    return node.target, freeze((node.args, node.kwargs), index), layouts
 
 
 def _is_taken_apart(node: Node) -> bool:
@@ -132,9 +144,14 @@ def _trace(node: Node) -> GraphModule:
         args, kwargs = map_arg((node.args, node.kwargs), given.__getitem__)
         return node.target(*args, **kwargs)
 
-    vals = [source.meta["val"] for source in sources]
     # Tensors of their own: several nodes may have one fake tensor, and traces tell by identity.
-    return make_fx(call)(*(val.new_empty_strided(val.shape, val.stride()) for val in vals))
+    vals = [source.meta["val"] for source in sources]
+    inputs = [val.new_empty_strided(val.shape, val.stride()) for val in vals]
+    return make_fx(call)(*inputs)
+
+
+def _is_write(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _splice(graph: Graph, node: Node, body: GraphModule) -> None:
