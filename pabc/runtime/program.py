@@ -185,7 +185,10 @@ class Program:
         held = branch.hoisted
         if held is None or not held.holds_for(sources):
             versions = tuple(map(version_of, sources))
-            held = branch.hoisted = Hoisted(sources, versions, self._prologue(*inputs))
+            values = self._prologue(*inputs)
+            if self.backend == "inductor":
+                values = passes.first_copies(self._prologue, values)
+            held = branch.hoisted = Hoisted(sources, versions, values)
         return held.values
 
     def difference(self, inputs: Sequence[Any]) -> tuple[passes.Read, Any] | None:
