@@ -161,7 +161,7 @@ def _read(leaf: Any) -> _Value | Callable[[], _Value]:
     precision = _precision(leaf.dtype)
     is_whole = precision == 0
     first = leaf if leaf.ndim == 0 else leaf[0]
-    if first.device.type == "cpu":
+    if first.is_cpu:
         return _Value(first.item(), precision, is_whole)
     copy = torch.empty((), dtype=first.dtype, pin_memory=first.is_cuda)
     copy.copy_(first, non_blocking=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import operator
 from collections.abc import Iterable, Sequence
@@ -98,11 +99,11 @@ class Weights:
 class _Places:
     """Where the model holds tensors, so that a call looks at all of them without Python code.
 
-    Dictionaries of parameters and buffers are compared with copies of them. That tells one tensor
-    from another by identity alone: where two differ, Python asks for the truth of an elementwise
-    comparison, which is an error for all but single elements. Those, tensors of other classes and
-    what lies elsewhere are looked up one by one; so is everything where a dictionary is not as it
-    was, since it may hold more than what is read.
+    What the dictionaries of parameters and buffers refer to is compared with what it was. That
+    tells one tensor from another by identity alone: where two differ, Python asks for the truth of
+    an elementwise comparison, which is an error for all but single elements. Those, tensors of
+    other classes and what lies elsewhere are looked up one by one; so is everything where a
+    dictionary is not as it was, since it may hold more than what is read.
     """
 
     def __init__(self, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
@@ -123,8 +124,8 @@ class _Places:
                 registers.update({id(d): d for d in (holder._parameters, holder._buffers) if d})
         self._all = _Entries(list(places.values()))
         self._others = _Entries([p for p in places.values() if not _is_told(p, registers)])
-        self._registers = list(registers.values())
-        self._as_found: list[dict[str, Any]] = []  # until all was looked up once
+        self._registers = tuple(registers.values())
+        self._as_found: list[Any] | None = None  # until all was looked up once
         self._samples = [(t, dtype, device) for (dtype, device), t in samples.items()]
 
     def hold(self) -> bool:
@@ -138,7 +139,7 @@ class _Places:
 
     def _are_as_found(self) -> bool:
         try:
-            return self._registers == self._as_found
+            return gc.get_referents(*self._registers) == self._as_found
         except Exception:  # whatever the comparison of unlike tensors says
             return False
 
@@ -146,7 +147,7 @@ class _Places:
         """Whether what changed in a dictionary is nothing that is read."""
         if not self._all.hold():
             return False
-        self._as_found = [dict(register) for register in self._registers]
+        self._as_found = gc.get_referents(*self._registers)
         return True
 
 
@@ -163,9 +164,7 @@ class _Entries:
         return all(map(operator.is_, map(dict.get, self._holders, self._names), self._values))
 
 
-def _is_told(
-    place: tuple[dict[str, Any], str, Any], registers: dict[int, dict[str, Any]]
-) -> bool:
+def _is_told(place: tuple[dict[str, Any], str, Any], registers: dict[int, dict[str, Any]]) -> bool:
     """Whether another value in this place makes its dictionary unequal to a copy of it."""
     holder, _, value = place
     is_plain = type(value) in (torch.Tensor, nn.Parameter, nn.Buffer)
