@@ -1,7 +1,5 @@
 """What a call does besides running its phase: counted, since time varies."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,21 +7,17 @@ import torch
 
 pytest.importorskip("diffusers")
 
-FILE = Path(__file__).parents[1] / "bench" / "dispatch.py"
+BENCH = Path(__file__).parents[1] / "bench"
 MOST_CALLS = 130
 """A steady call made 105 when this was written, list comprehensions among them."""
 
 
 @pytest.fixture(scope="module")
 def dispatch():
-    sys.path.insert(0, str(FILE.parent))
-    try:
-        spec = importlib.util.spec_from_file_location("dispatch", FILE)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(FILE.parent))
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCH))
+        import dispatch
+    return dispatch
 
 
 def test_a_steady_call_runs_no_python_code_per_node_or_slot(dispatch):
