@@ -14,6 +14,9 @@ steps, is pabc's and that of diffusers' Pyramid Attention Broadcast: `attentions
 The other caches are other approximations, with the settings of their documentation; on random
 weights, how often those skip that look at the data says nothing.
 
+The clock is what counts; `cpu_seconds` in the JSON is what all threads ran, spinning included: on
+a busy machine, with one thread, it says more.
+
 A run that is stopped goes on where it was, model by model, when it is started again with the same
 options at the same commit. What a variant prints is in the log beside the result.
 """
@@ -36,7 +39,7 @@ from variants import VARIANTS
 from workers import SIZES, Task, Worker, median_steps
 from workloads import Workload, as_pictures
 
-from pabc.demo import judge
+from pabc.demo import judge, metrics
 
 Row = dict[str, Any]
 
@@ -49,6 +52,8 @@ def main() -> None:
         for name in ("size", "models", "variants", "steps", "rounds", "seed", "device", "threads")
     }
     torch.set_num_threads(options.threads)
+    for warning in metrics.find_busy_machine():
+        print(f"warning: {warning}", file=sys.stderr)
     content = {
         **report.describe_run(options.device, ["cache-dit"]),
         "settings": settings,
@@ -216,6 +221,7 @@ def summarize(row: Row, generations: list[Row]) -> Row:
     extra = row["prepare_seconds"] + row["first_seconds"] - found["median"]
     return {
         "seconds": [round(s, 4) for s in seconds],
+        "cpu_seconds": [round(generation["cpu_seconds"], 4) for generation in generations],
         "summary": found,
         "compile_seconds": round(max(0.0, extra), 2),
         "step_seconds": [round(s, 5) for s in median_steps([g["steps"] for g in generations])],

@@ -127,7 +127,9 @@ class Clock:
     def on_step(self, index: int, timestep: Tensor) -> Iterator[None]:
         """As pipelines do: both branches of guidance are one call."""
         self.timestep = timestep
-        with self.model.cache_context("cond_uncond") if self.model else contextlib.nullcontext():
+        where = {"step_index": index, "timestep": timestep}
+        model = self.model
+        with model.cache_context("cond_uncond", **where) if model else contextlib.nullcontext():
             yield
 
 
@@ -163,7 +165,7 @@ def run_diffusers_pab(case: Case) -> Ready:
             options[f"{kind}_attention_timestep_skip_range"] = case.window
             options[f"{kind}_attention_block_identifiers"] = (case.workload.names[kind],)
     config = hooks.PyramidAttentionBroadcastConfig(**options)
-    return with_cache(case, config)
+    return with_cache(case, config, "kinds stated by name; its own names tell Latte's wrongly")
 
 
 def _hook_pab_by_name(case: Case) -> Ready:

@@ -7,7 +7,7 @@ import json
 import os
 import threading
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from pabc.explanation import Explanation, describe
 from pabc.pipeline import Config
 from pabc.plan import Plan
 from pabc.runtime.arguments import Arguments
-from pabc.runtime.autocast import without_autocast
+from pabc.runtime.autocast import without_autocast, without_grad
 from pabc.runtime.branch import Binding, Branch
 from pabc.runtime.phases import Backend, Executable
 from pabc.runtime.program import Program
@@ -71,16 +71,17 @@ class CompiledModel(nn.Module):
         another step, a trajectory that is in use. Whatever is raised, the trajectory is reset.
         """
         trajectory = self.current
-        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
-        with trajectory.running(tensors) as branch:
+        with trajectory.running((*args, *kwargs.values())) as branch:
             schedule = branch.schedule or trajectory.schedule or self._schedule
             with self._lock:
                 program, leaves = self._select(args, kwargs, at_start=branch.step == 0)
             inputs = program.pack(leaves)
-            with torch.no_grad(), without_autocast(inputs):
+            with without_grad(), without_autocast(inputs):
                 with self._lock:
                     reused, executable = self._begin(program, branch, schedule, leaves, inputs)
-                with self._lock if program.calls_modules else nullcontext():
+                if not program.calls_modules:
+                    return program.run(branch, reused, executable, inputs)
+                with self._lock:
                     return program.run(branch, reused, executable, inputs)
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
@@ -240,7 +241,7 @@ class CompiledModel(nn.Module):
 
     def _select(self, args: Any, kwargs: Any, *, at_start: bool) -> tuple[Program, list[Any]]:
         """The program for these arguments, captured if need be, and the arguments, flattened."""
-        if self._orig_mod.training:
+        if self._modules["_orig_mod"].training:  # type: ignore[union-attr]
             raise RuntimeError(
                 "pabc runs inference: expected a model in eval mode, found training mode; "
                 "call .eval() on it first"
@@ -289,7 +290,7 @@ class CompiledModel(nn.Module):
         branch.check_time(leaves, program.numbers(leaves))
         source, earlier = program.source(inputs), branch.source
         change = None
-        if earlier is not None and source != earlier:
+        if earlier is not None and source is not earlier and source != earlier:
             change = program.differs_in(inputs, earlier)
         reused = branch.begin(source, change)
         return reused, program.phases.executable(binding, reused, inputs)

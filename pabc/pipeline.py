@@ -1,7 +1,7 @@
 """The compiler as a list: which pass follows which, and what must hold after each.
 
-    capture -> canonicalize -> axes (-> enlarge) -> tag -> regions -> hoist -> outline -> cache
-    -> encode -> offload                                     once per signature
+    capture -> canonicalize -> axes (-> enlarge) -> tag -> regions -> hoist -> repeats -> outline
+    -> cache -> encode -> offload                            once per signature
     specialize -> inline -> lift -> Inductor                 once per phase
 
 Passes neither print, time nor check themselves: :func:`run_stages` does.
@@ -84,6 +84,7 @@ ANALYSIS: tuple[Stage, ...] = (
         annotates=True,
     ),
     Stage("hoist", lambda gm, c: passes.hoist_invariants_pass(gm), passes.verify_hoist),
+    Stage("repeats", lambda gm, c: passes.keep_unrepeated_pass(gm), passes.verify_repeats),
     Stage("outline", lambda gm, c: passes.outline_regions_pass(gm), passes.verify_outline),
     Stage("cache", lambda gm, c: passes.insert_cache_pass(gm), passes.verify_cache),
     Stage(

@@ -21,6 +21,7 @@ from .ir import Attention, Axis, Factor, Region
 from .offload import offload_cuts_pass
 from .outline import outline_regions_pass, verify_outline
 from .regions import Cut, mark_regions_pass, verify_marks
+from .repeats import first_copies, keep_unrepeated_pass, verify_repeats
 from .specialize import specialize_phase_pass, verify_phase
 from .tag import tag_attention_pass, tagged, verify_tags
 from .tracing.assumptions import Reads
@@ -54,11 +55,13 @@ __all__ = [
     "encode_cuts_pass",
     "enlarge_call",
     "example_inputs",
+    "first_copies",
     "fold_sizes",
     "hinted",
     "hoist_invariants_pass",
     "inline_regions_pass",
     "insert_cache_pass",
+    "keep_unrepeated_pass",
     "lift_weights_pass",
     "mark_regions_pass",
     "name_axes_pass",
@@ -76,5 +79,6 @@ __all__ = [
     "verify_marks",
     "verify_outline",
     "verify_phase",
+    "verify_repeats",
     "verify_tags",
 ]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch.fx import GraphModule, Node
 
-from .ir import aten, is_call, is_tensor, remove_dead_code, value
+from .ir import aten, is_call, is_random, is_tensor, remove_dead_code, value
 from .tracing.sizes import is_size, same_sizes
 
 _ASSERTS = frozenset(
@@ -75,7 +74,7 @@ def _key(node: Node) -> tuple[object, ...] | None:
         return ("get_attr", node.target)
     if node.op != "call_function" or not (is_tensor(node) or is_size(node)):
         return None
-    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+    if is_random(node):
         return None
     return (node.target, repr(node.args), repr(sorted(node.kwargs.items())))
 

@@ -9,7 +9,17 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .ir import LAYOUTS, copy_into, dead_without, derived, is_outside, is_tensor, user_inputs, value
+from .ir import (
+    LAYOUTS,
+    copy_into,
+    dead_without,
+    derived,
+    is_outside,
+    is_random,
+    is_tensor,
+    user_inputs,
+    value,
+)
 from .tracing.sizes import is_size
 
 
@@ -22,8 +32,8 @@ class _Invariants:
 
 
 def hoist_invariants_pass(gm: GraphModule) -> GraphModule:
-    """Splits off the ops that depend on weights and steady inputs alone: text projections, cross
-    attention's keys and values, position tables, masks.
+    """Splits off the ops that depend on weights, constants and steady inputs alone: text
+    projections, cross attention's keys and values, position and rotary tables, masks.
 
     An input counts as steady if it is not the latents and has two dimensions or more: timesteps
     have one. That is a guess about cost, never about results: whoever runs the prologue runs it
@@ -82,32 +92,31 @@ def _is_steady(node: Node, denoised: Collection[str]) -> bool:
 
 
 def find_invariants(graph: Graph, steady: list[Node]) -> _Invariants:
-    """Which nodes to hoist: those with an op that computes from a weight or a steady input."""
-    invariant: set[Node] = set()
-    rooted: set[Node] = set(steady)  # depend on a weight or a steady input
-    computed: set[Node] = set()  # and hold a value of their own, not a view
+    """Which nodes to hoist: those with an op that computes from weights, constants, steady inputs.
+
+    Constants that an op makes out of sizes alone (`arange`, `zeros`) are made where they are read,
+    as weights are; what draws random numbers stays.
+    """
+    invariant: set[Node] = set(steady)
+    computed: set[Node] = set()  # what holds a value of its own, not a view
     weights: dict[Node, frozenset[Node]] = {}  # of what depends on nothing else
     for node in graph.nodes:
         if node.op == "get_attr":
-            rooted.add(node)
             invariant.add(node)
             weights[node] = frozenset([node])
         elif is_size(node):  # sizes do not change within a generation
             invariant.add(node)
-        elif node.op == "call_function" and not is_outside(node):
-            sources = node.all_input_nodes
-            if all(n in invariant or n in steady for n in sources):
-                invariant.add(node)
-                if any(n in rooted for n in sources):
-                    rooted.add(node)
-                    if all(n in weights or n not in rooted for n in sources):
-                        weights[node] = frozenset().union(
-                            *(weights[n] for n in sources if n in weights)
-                        )
-                        if _is_unpacked(node, weights[node]):
-                            continue
-                    if node.target not in LAYOUTS or any(n in computed for n in sources):
-                        computed.add(node)
+        elif node.op == "call_function" and not is_outside(node) and not is_random(node):
+            sources = [n for n in node.all_input_nodes if not is_size(n)]
+            if not invariant.issuperset(sources):
+                continue
+            invariant.add(node)
+            if all(n in weights for n in sources):
+                weights[node] = frozenset().union(*(weights[n] for n in sources))
+                if not sources or _is_unpacked(node, weights[node]):
+                    continue
+            if node.target not in LAYOUTS or not computed.isdisjoint(sources):
+                computed.add(node)
     frontier = [
         node
         for node in graph.nodes

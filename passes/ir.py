@@ -224,6 +224,19 @@ def is_pointwise(node: Node) -> bool:
     )
 
 
+def is_random(node: Node) -> bool:
+    """Whether the op draws random numbers, others at each call; attention without dropout does not,
+    though its op is tagged so.
+    """
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    for i, argument in enumerate(node.target._schema.arguments):
+        if argument.name == "dropout_p":
+            given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name, 0)
+            return given != 0
+    return True
+
+
 def value(node: Node) -> torch.Tensor:
     """The fake tensor a node yields: its shape, dtype and device."""
     val = node.meta["val"]

@@ -14,11 +14,9 @@ BENCH = Path(__file__).parents[1] / "bench"
 
 @pytest.fixture(scope="module")
 def workloads():
-    sys.path.insert(0, str(BENCH))
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCH))
         import workloads
-    finally:
-        sys.path.remove(str(BENCH))
     return workloads
 
 
@@ -54,12 +52,10 @@ def test_caches_of_one_schedule_run_the_same_attentions(tmp_path):
     assert again.returncode == 2 and "--variants: got torchcompile" in again.stderr
 
 
-def test_an_interrupted_run_goes_on_model_by_model(tmp_path):
-    sys.path.insert(0, str(BENCH))
-    try:
-        import peers
-    finally:
-        sys.path.remove(str(BENCH))
+def test_an_interrupted_run_goes_on_model_by_model(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import peers
+
     commit = peers.report.read_commit()
     models = {"demo": {"is_done": True}, "latte": {"is_done": False}}
     settings = {"models": ["demo", "latte"], "steps": 30}
@@ -100,3 +96,19 @@ def test_sizes_and_settings_are_those_of_the_schedule(workloads):
         start = workloads.draw(workload, 0)
         assert list(torch.cat([start.latents] * 2).shape) == workload.shapes["latents"]
         assert list(start.text.shape) == workload.shapes["text"]
+
+
+def test_recompiles_and_frames_that_are_given_up_are_counted(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import workers
+
+    counts = workers.Compiles()
+    before = counts.counts()
+    add = torch.compile(lambda x, text: x + len(text), backend="eager")
+    limit = torch._dynamo.config.recompile_limit
+    for length in range(limit + 2):
+        add(torch.ones(2), "a" * length)
+    found = {name: n - before[name] for name, n in counts.counts().items()}
+    assert found["graphs"] == limit and found["limit_hits"] == 1 and found["breaks"] == 0
+    torch._dynamo.reset()
+    assert limit - 1 <= found["recompiles"] <= limit

@@ -8,6 +8,8 @@ import pabc
 from pabc import passes
 from pabc.passes.ir import user_inputs
 
+STEPS = tuple(range(6, 0, -1))
+
 
 class Crossed(nn.Module):
     """One cross attention: keys and values depend on the text alone."""
@@ -69,6 +71,110 @@ class Plain(nn.Module):
         return x + self.lin(x)
 
 
+class Conditioned(nn.Module):
+    """Everything that stays the same over a generation, each made with an op of its own."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.cross = Crossed(width)
+        self.refine = nn.MultiheadAttention(width, 2, batch_first=True)
+        self.text = nn.Linear(5, width)
+        self.time = nn.Linear(4, width)
+
+    def forward(self, x, t, text, mask):
+        n, width = x.shape[1:]
+        places = torch.arange(n, dtype=x.dtype)
+        x = x + torch.sin(places[:, None] / 10.0 ** torch.arange(width))  # a position table
+        angles = places[:, None] * torch.exp2(-torch.arange(width // 2))  # a rotary table
+        turns = torch.polar(torch.ones_like(angles), angles)
+        frequencies = torch.exp(-torch.linspace(0, 3, 4))
+        x = x + self.time(t[:, None] * frequencies)[:, None]
+        q, k, v = self.qkv(x).chunk(3, -1)
+        q, k = (
+            torch.view_as_real(torch.view_as_complex(y.unflatten(-1, (-1, 2))) * turns).flatten(2)
+            for y in (q, k)
+        )
+        window = (places[:, None] - places).abs() < 3  # a mask
+        x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v, window))
+        e = self.text(text)
+        q, k, v = nn.functional.linear(
+            e, self.refine.in_proj_weight, self.refine.in_proj_bias
+        ).chunk(3, -1)
+        e = e + self.refine.out_proj(
+            nn.functional.scaled_dot_product_attention(q, k, v, torch.logical_not(mask)[:, None])
+        )
+        q, k, v = self.cross.q(x), self.cross.k(e), self.cross.v(e)
+        bias = (1 - mask.to(x.dtype))[:, None] * -1e4
+        return x + self.cross.out(nn.functional.scaled_dot_product_attention(q, k, v, bias))
+
+
+def make_conditions():
+    torch.manual_seed(1)
+    text, mask = torch.randn(2, 3, 5), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    return torch.randn(2, 6, 8), torch.tensor([0.1, 0.2]), text, mask
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    schedule = pabc.Schedule.pyramid(STEPS, cross=2, full=3)
+    fast = pabc.compile(Conditioned().eval(), schedule, backend="eager")
+    fast(*make_conditions())
+    return fast
+
+
+def ops(gm):
+    return [str(n.target).split(".")[1] for n in gm.graph.nodes if "aten" in str(n.target)]
+
+
+@pytest.mark.parametrize(
+    ("thing", "op", "times"),
+    [
+        ("text projection, refiner, keys and values", "linear", 5),
+        ("text refiner", "scaled_dot_product_attention", 1),
+        ("position table", "sin", 1),
+        ("rotary table", "polar", 1),
+        ("frequencies of the timestep", "exp", 1),
+        ("mask made of constants", "lt", 1),
+        ("mask that is an input", "logical_not", 1),
+        ("bias made of a mask", "rsub", 1),
+    ],
+)
+def test_it_is_done_in_the_prologue_and_in_no_phase(thing, op, times, compiled):
+    program, _ = compiled._captured("test")
+    assert ops(program._prologue).count(op) == times
+    steps = 5 if op == "linear" else 2 if op.startswith("scaled") else 0  # of the latents
+    counts = [ops(passes.inline_regions_pass(phase)).count(op) for phase in compiled.phases]
+    assert max(counts) == steps
+
+
+def test_whatever_of_the_conditions_changes_is_seen():
+    model, (x, t, text, mask) = Conditioned().eval(), make_conditions()
+    fast = pabc.compile(model, pabc.Schedule.none(STEPS), backend="eager")
+    assert torch.equal(fast(x, t, text, mask), model(x, t, text, mask))
+    mask.fill_(1)
+    assert torch.equal(fast(x, t, text, mask), model(x, t, text, mask))  # in place
+    text, mask = text + 1, mask.clone()
+    assert torch.equal(fast(x, t, text, mask), model(x, t, text, mask))  # others
+    longer, mask = torch.cat([text, text], 1), torch.cat([mask, 1 - mask], 1)
+    assert torch.equal(fast(x, t, longer, mask), model(x, t, longer, mask))  # of another shape
+
+
+class Noisy(Plain):
+    """Adds noise of the shape of a weight."""
+
+    def forward(self, x):
+        return super().forward(x) + torch.randn_like(self.lin.bias)
+
+
+def test_random_numbers_are_drawn_at_every_step():
+    model, x = Noisy().eval(), torch.randn(2, 3, 4)
+    fast = pabc.compile(model, pabc.Schedule.none(STEPS), backend="eager")
+    first, second = fast(x), fast(x)
+    assert not torch.equal(first, second)
+
+
 def test_nothing_to_hoist():
     model, x = Plain().eval(), torch.randn(2, 3, 4)
     gm = hoisted(model, (x,))
@@ -98,7 +204,6 @@ def test_unpacked_weights_are_not_kept_for_a_generation():
     assert torch.equal(gm(x, text, kept)[0], model(x, text))
 
 
-STEPS = tuple(range(6, 0, -1))
 SCHEDULE = pabc.Schedule.pyramid(STEPS, cross=2)
 
 

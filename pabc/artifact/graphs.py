@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 from pabc.artifact.errors import ArtifactError
 from pabc.artifact.tensors import TensorWriter
 from pabc.artifact.values import Json, decode, encode
-from pabc.passes import cache
+from pabc.passes import cache, repeats
 from pabc.passes.capture import CONSTANTS, find_tensor
 from pabc.passes.ir import attribute, is_outside
 from pabc.passes.tracing.outside import OutsideCall
@@ -34,6 +34,7 @@ _GUARDS = (
 _FUNCTIONS: dict[str, Any] = {
     **{function.__name__: function for function in _GUARDS},
     "getitem": operator.getitem,
+    "keep_one": repeats.keep_one,
 }
 """The Python functions that a graph may call."""
 _NAMES = {function: name for name, function in _FUNCTIONS.items()}

@@ -6,8 +6,8 @@ on, autocast would cast once more where the model had switched it off.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ Autocast = tuple[tuple[str, torch.dtype], ...]
 
 def active_autocast(inputs: Sequence[Any]) -> Autocast:
     """The autocast that a call with these inputs runs under."""
+    if not torch._C._is_any_autocast_enabled():
+        return ()
     devices = {leaf.device.type for leaf in inputs if isinstance(leaf, torch.Tensor)}
     return tuple(
         (device, torch.get_autocast_dtype(device))
@@ -26,10 +28,20 @@ def active_autocast(inputs: Sequence[Any]) -> Autocast:
     )
 
 
-@contextmanager
-def without_autocast(inputs: Sequence[Any]) -> Iterator[None]:
+def without_autocast(inputs: Sequence[Any]) -> AbstractContextManager[object]:
     """Switches autocast off where it is on."""
+    active = active_autocast(inputs)
+    if not active:
+        return _AS_IT_IS
     with ExitStack() as stack:
-        for device, _ in active_autocast(inputs):
+        for device, _ in active:
             stack.enter_context(torch.autocast(device, enabled=False))
-        yield
+        return stack.pop_all()
+
+
+def without_grad() -> AbstractContextManager[object]:
+    """Switches the recording of gradients off where it is on."""
+    return torch.no_grad() if torch.is_grad_enabled() else _AS_IT_IS
+
+
+_AS_IT_IS = nullcontext()

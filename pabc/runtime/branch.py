@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter, is_
+from typing import NamedTuple
 
 import torch
 
@@ -21,23 +23,52 @@ Layout = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Hoisted:
-    """A prologue's results, and the tensors (with their versions) that they were computed from."""
+    """A prologue's results, and the tensors (with their versions) that they were computed from.
 
-    sources: tuple[torch.Tensor, ...]
-    versions: tuple[tuple[int, int] | None, ...]
+    `versions` is what changes when the tensors' values do: their versions and memory; None: it
+    cannot be told.
+    """
+
+    sources: Sequence[torch.Tensor]
+    versions: tuple[list[int], list[int]] | None
     values: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def of(cls, sources: Sequence[torch.Tensor], values: tuple[torch.Tensor, ...]) -> Hoisted:
+        """The results of what was computed from these tensors as they are now."""
+        is_known = not any(tensor.is_inference() for tensor in sources)
+        return cls(sources, _versions_of(sources) if is_known else None, values)
 
     def holds_for(self, sources: Sequence[torch.Tensor]) -> bool:
         """Whether these are the same tensors, unchanged; never so for inference tensors."""
-        return all(
-            new is old and version is not None and version == version_of(new)
-            for new, old, version in zip(sources, self.sources, self.versions, strict=True)
+        return (
+            self.versions is not None
+            and all(map(is_, sources, self.sources))
+            and self.versions == _versions_of(sources)
         )
 
 
-def version_of(tensor: torch.Tensor) -> tuple[int, int] | None:
-    """What changes when a tensor's values do: its version and memory; None: cannot be told."""
-    return None if tensor.is_inference() else (tensor._version, tensor.data_ptr())
+def _versions_of(tensors: Sequence[torch.Tensor]) -> tuple[list[int], list[int]]:
+    """The versions, and where the values lie, without Python code per tensor."""
+    return list(map(_VERSION, tensors)), list(map(torch.Tensor.data_ptr, tensors))
+
+
+_VERSION = attrgetter("_version")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a plan says of one step.
+
+    Attributes:
+        reused: the slots that it reuses.
+        until: per slot, the last step that may read what this one computes; -1: none.
+        ends: the slots whose value is read here for the last time, whenever it was computed.
+    """
+
+    reused: tuple[int, ...]
+    until: tuple[int, ...]
+    ends: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +79,13 @@ class Binding:
         plan: actions, lifetimes, phases.
         stored: the slots that a phase reuses -> those whose cuts it gives out. The phase that
             reuses nothing stands in where a value is missing: it gives out all.
+        steps: what the plan says of each step, at hand.
         fit: how the plan came to keep within a memory budget, where there is one.
     """
 
     plan: Plan
     stored: Mapping[tuple[int, ...], tuple[int, ...]]
+    steps: tuple[Step, ...]
     fit: Fit | None = None
 
     @classmethod
@@ -60,15 +93,23 @@ class Binding:
         """The binding that follows from a plan."""
         stored = {phase.reused: phase.stored for phase in plan.phases}
         stored[()] = tuple(sorted({slot for p in plan.phases for slot in p.stored}))
-        return cls(plan, stored, fit)
-
-    def reused_at(self, step: int) -> tuple[int, ...]:
-        """The slots that a step reuses."""
-        return self.plan.phases[self.plan.phase_of_step[step]].reused
+        return cls(plan, stored, _steps_of(plan), fit)
 
 
-@dataclass(frozen=True, slots=True)
-class _Held:
+def _steps_of(plan: Plan) -> tuple[Step, ...]:
+    ends: list[set[int]] = [set() for _ in range(plan.num_steps)]
+    table: list[list[int]] = plan.until.tolist()
+    for row in table:
+        for slot, last in enumerate(row):
+            if last >= 0:
+                ends[last].add(slot)
+    return tuple(
+        Step(plan.phases[phase].reused, tuple(row), tuple(sorted(slots)))
+        for phase, row, slots in zip(plan.phase_of_step, table, ends, strict=True)
+    )
+
+
+class _Held(NamedTuple):
     """What a slot holds: the cuts, the step that computed them, the last that may read them."""
 
     cuts: Cuts
@@ -107,6 +148,7 @@ class Branch:
         self._clock: Clock | None = None
         self._reuses = False
         self._num_reused = 0
+        self._num_stored = 0
         self._held: dict[int, _Held] = {}
         self._recorder = recorder
         self._account = recorder.account(self)
@@ -137,11 +179,11 @@ class Branch:
         `change`: what tells `source` from that of the step before, where they differ.
         """
         assert self._binding is not None
-        if source != self.source:
+        if source is not self.source and source != self.source:
             self._drop()
             self.source, self.hoisted = source, None
-        reused = self._binding.reused_at(self.step)
-        self._reuses = all(slot in self._held for slot in reused)
+        reused = self._binding.steps[self.step].reused
+        self._reuses = all(map(self._held.__contains__, reused))
         if not self._reuses:
             self._recorder.fall_back(change or "missing", self.step)
             return ()
@@ -167,41 +209,61 @@ class Branch:
 
     def write(self, slot: int, cuts: Cuts) -> None:
         """Keeps freshly computed cuts if a later step reads them."""
+        self.keep((slot,), cuts, {slot: len(cuts)})
+
+    def keep(
+        self,
+        slots: Sequence[int],
+        cuts: Sequence[torch.Tensor],
+        widths: Mapping[int, int] | Sequence[int],
+    ) -> None:
+        """Keeps those freshly computed cuts that a later step reads.
+
+        `cuts`: of all these slots, one after the other; `widths`: how many each slot has.
+        """
         assert self._binding is not None
-        plan = self._binding.plan
-        until = int(plan.until[self.step, slot])
-        if until < 0:
-            return
+        until = self._binding.steps[self.step].until
+        added = start = 0
+        for slot in slots:
+            stop = start + widths[slot]
+            if until[slot] >= 0:
+                added += self._put(slot, tuple(cuts[start:stop]), until[slot])
+            start = stop
+        if added:
+            self._account.set(self._account.nbytes + added)
+
+    def _put(self, slot: int, cuts: Cuts, until: int) -> int:
+        """Keeps the cuts of a slot, in place of what it holds; returns by how many bytes more."""
         if self._check_finite and not all(map(_is_finite, cuts)):
-            spec = plan.slots[slot]
+            assert self._binding is not None
+            spec = self._binding.plan.slots[slot]
             raise GuardError(
                 f"expected finite values to keep, found NaN or infinity in the {spec.kind} branch "
                 f"{spec.name!r} at step {self.step}"
             )
-        self._remove(slot)
         cuts = tuple(map(without_spare_memory, cuts))
-        nbytes = sum(
-            {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in cuts}.values()
-        )
+        if len(cuts) == 1:
+            nbytes = cuts[0].untyped_storage().nbytes()
+        else:
+            storages = [t.untyped_storage() for t in cuts]
+            nbytes = sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+        before = self._held.get(slot)
         self._held[slot] = _Held(cuts, self.step, until, nbytes)
-        self._account.set(self._account.nbytes + nbytes)
+        self._num_stored += before is None or before.step != self.step
+        return nbytes - (0 if before is None else before.nbytes)
 
     def advance(self) -> bool:
         """Frees what no later step reads. True: that was the last step, and a new generation is
         next."""
         assert self._binding is not None and self._schedule is not None
-        plan = self._binding.plan
-        num_reused = len(self._binding.reused_at(self.step)) if self._reuses else 0
+        plan, at = self._binding.plan, self._binding.steps[self.step]
+        num_reused = len(at.reused) if self._reuses else 0
         self._num_reused += num_reused
-        num_stored = sum(held.step == self.step for held in self._held.values())
-        self._recorder.add(
-            calls=1,
-            reused=num_reused,
-            computed=len(plan.slots) - num_reused,
-            stored=num_stored,
-        )
+        self._recorder.add_call(num_reused, len(plan.slots) - num_reused, self._num_stored)
+        self._num_stored = 0
+        held = self._held
+        self._remove([j for j in at.ends if j in held and held[j].until == self.step])
         self.step += 1
-        self._free()
         if self.step < plan.num_steps:
             return False
         if self._schedule.reuses and not self._num_reused:
@@ -225,21 +287,20 @@ class Branch:
 
     def reset(self) -> None:
         """Starts a new generation: step 0, all slots empty, nothing hoisted."""
-        self.step = self._num_reused = 0
+        self.step = self._num_reused = self._num_stored = 0
         self.hoisted = self._schedule = self._binding = self._clock = None
         self._reuses = False
         self._drop()
 
     def _free(self) -> None:
         """Frees what no step from this one on reads, or was computed at one that is to come."""
-        held = list(self._held.items())
-        for slot in [j for j, h in held if h.until < self.step or h.step >= self.step]:
-            self._remove(slot)
+        step, held = self.step, self._held.items()
+        self._remove([j for j, h in held if h.until < step or h.step >= step])
 
-    def _remove(self, slot: int) -> None:
-        held = self._held.pop(slot, None)
-        if held is not None:
-            self._account.set(self._account.nbytes - held.nbytes)
+    def _remove(self, slots: Sequence[int]) -> None:
+        removed = sum([self._held.pop(slot).nbytes for slot in slots])
+        if removed:
+            self._account.set(self._account.nbytes - removed)
 
     def _drop(self) -> None:
         self._held.clear()
@@ -251,8 +312,7 @@ def without_spare_memory(tensor: torch.Tensor) -> torch.Tensor:
 
     Of a tensor without gaps, the copy has the same strides.
     """
-    spare = tensor.untyped_storage().nbytes() - tensor.numel() * tensor.element_size()
-    return tensor.clone() if spare > 0 else tensor
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

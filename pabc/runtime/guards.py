@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import cache
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,8 +16,7 @@ class GuardError(RuntimeError):
     """A call contradicts the plan, or the state it would use: says what was expected and found."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Value:
+class _Value(NamedTuple):
     """The first element of an input: a number, and how exactly its dtype holds one."""
 
     number: float
@@ -77,11 +76,13 @@ class Clock:
         if self._are_indices or not positions:
             return
         readings = {i: _read(leaves[i]) for i in positions}
-        judge = lambda: self._judge(step, {i: get() for i, (get, _) in readings.items()})  # noqa: E731
-        if all(is_here for _, is_here in readings.values()):
-            judge()
+        values = {i: r for i, r in readings.items() if isinstance(r, _Value)}
+        if len(values) == len(readings):
+            self._judge(step, values)
         else:
-            self._pending = judge
+            self._pending = lambda: self._judge(
+                step, {i: r if isinstance(r, _Value) else r() for i, r in readings.items()}
+            )
 
     def _judge(self, step: int, values: dict[int, _Value]) -> None:
         earlier, self._earlier = self._earlier, values
@@ -153,17 +154,15 @@ def _is_scalar(leaf: Any) -> bool:
     return leaf.ndim <= 1 and leaf.numel() > 0 and is_real
 
 
-def _read(leaf: Any) -> tuple[Callable[[], _Value], bool]:
-    """What gives the first element, and whether that is at hand."""
+def _read(leaf: Any) -> _Value | Callable[[], _Value]:
+    """The first element, or, where it is not at hand, what waits for it."""
     if not isinstance(leaf, torch.Tensor):
-        value = _Value(float(leaf), torch.finfo(torch.float32).eps, isinstance(leaf, Integral))
-        return lambda: value, True
-    is_whole = not leaf.is_floating_point()
-    precision = 0.0 if is_whole else 2 * torch.finfo(leaf.dtype).eps
-    first = leaf.detach() if leaf.ndim == 0 else leaf.detach()[0]
-    if first.device.type == "cpu":
-        value = _Value(first.item(), precision, is_whole)
-        return lambda: value, True
+        return _Value(float(leaf), torch.finfo(torch.float32).eps, isinstance(leaf, Integral))
+    precision = _precision(leaf.dtype)
+    is_whole = precision == 0
+    first = leaf if leaf.ndim == 0 else leaf[0]
+    if first.is_cpu:
+        return _Value(first.item(), precision, is_whole)
     copy = torch.empty((), dtype=first.dtype, pin_memory=first.is_cuda)
     copy.copy_(first, non_blocking=True)
     arrived = torch.cuda.Event() if first.is_cuda else None
@@ -175,4 +174,10 @@ def _read(leaf: Any) -> tuple[Callable[[], _Value], bool]:
             arrived.synchronize()
         return _Value(copy.item(), precision, is_whole)
 
-    return get, False
+    return get
+
+
+@cache
+def _precision(dtype: torch.dtype) -> float:
+    """How far two roundings of one number may lie apart, relative to it; 0: whole numbers."""
+    return 2 * torch.finfo(dtype).eps if dtype.is_floating_point else 0.0

@@ -195,11 +195,11 @@ class Phases:
     def _link(self, lowered: Lowered, code: Iterable[passes.Code]) -> Flat:
         """Compiled code, given the weights as they are now; its results apart."""
         run = lowered.chain.link(list(code))
-        names, outputs = lowered.weights, lowered.outputs
+        weights, outputs = self._weights.live(lowered.weights), lowered.outputs
         num_tensors = sum(isinstance(place, passes.Place) for place in outputs)
 
         def execute(*args: Any) -> tuple[Sequence[Any], Sequence[torch.Tensor]]:
-            results = run([*self._weights.get(names), *args])
+            results = run([*weights, *args])
             packed = [results[p.index] if isinstance(p, passes.Place) else p for p in outputs]
             return packed, results[num_tensors:]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from pabc.passes.cache import Cuts
 from pabc.pipeline import Config, Record, analyze
 from pabc.plan import SlotSpec
 from pabc.runtime.bindings import Bindings
-from pabc.runtime.branch import Binding, Branch, Hoisted, Source, version_of
+from pabc.runtime.branch import Binding, Branch, Hoisted, Source
 from pabc.runtime.chain import BlockCode
 from pabc.runtime.guards import find_numbers
 from pabc.runtime.phases import Backend, Executable, Phases, check_fp8, compiling
@@ -60,11 +61,14 @@ class Program:
         self.backend = backend
         self._prologue: GraphModule = self.guarded.meta["prologue"]
         self._steady: tuple[int, ...] = self.guarded.meta["steady"]
-        self._hoisted_weights = [
-            str(n.target) for n in self._prologue.graph.nodes if n.op == "get_attr"
-        ]
         self._weights = Weights((self.guarded, self._prologue, self.reads.graph))
         self._weights_state = 0
+        self._hoisted_weights = self._weights.live(
+            str(n.target) for n in self._prologue.graph.nodes if n.op == "get_attr"
+        )
+        self._read_weights = self._weights.live(self.reads.weights)
+        self._widths = [len(region.kept) for region in self.regions]
+        self._source = Source(self, (), 0)
         self._numbers: tuple[int, ...] | None = None
         recorder, code = recorder or Recorder(), BlockCode() if code is None else code
         self.phases = Phases(guarded, self._weights, backend, recorder, code)
@@ -135,7 +139,10 @@ class Program:
 
     def source(self, inputs: Sequence[Any]) -> Source:
         """What values that are computed from these inputs follow from."""
-        return Source(self, self.phases.layout(inputs), self._weights_state)
+        layout, state = self.phases.layout(inputs), self._weights_state
+        if self._source.layout != layout or self._source.weights != state:
+            self._source = Source(self, layout, state)
+        return self._source
 
     def differs_in(self, inputs: Sequence[Any], source: Source) -> str:
         """What tells a call with these inputs from the one that `source` is of."""
@@ -179,39 +186,36 @@ class Program:
         else:
             cuts = branch.reused_cuts(reused)
             outputs, kept = executable.run(*inputs, *self._hoist(branch, inputs), *cuts)
-            start = 0
-            for slot in executable.stored:
-                stop = start + len(self.regions[slot].kept)
-                branch.write(slot, tuple(kept[start:stop]))
-                start = stop
+            branch.keep(executable.stored, kept, self._widths)
         branch.advance()
         return self.signature.out_spec.unflatten(outputs)
 
     def _hoist(self, branch: Branch, inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:
         """The prologue's results, computed anew only where something it reads has changed."""
-        sources = (*(inputs[i] for i in self._steady), *self._weights.get(self._hoisted_weights))
+        sources = [*[inputs[i] for i in self._steady], *self._hoisted_weights]
         held = branch.hoisted
         if held is None or not held.holds_for(sources):
-            versions = tuple(map(version_of, sources))
-            held = branch.hoisted = Hoisted(sources, versions, self._prologue(*inputs))
+            before = Hoisted.of(sources, ())
+            values = self._prologue(*inputs)
+            if self.backend == "inductor":
+                values = passes.first_copies(self._prologue, values)
+            held = branch.hoisted = replace(before, values=values)
         return held.values
 
-    def difference(self, inputs: Sequence[Any]) -> tuple[passes.Read, Any] | None:
+    def difference(self, leaves: Sequence[Any]) -> tuple[passes.Read, Any] | None:
         """The first value read from data that is not as captured, with what it is now.
 
         What the values follow from is looked at only where it has changed.
         """
         if not self.reads:
             return None
-        sources = (
-            *(inputs[i] for i in self.reads.used),
-            *self._weights.get(self.reads.weights),
-        )
+        inputs = self.pack(leaves)
+        sources = [*[inputs[i] for i in self.reads.used], *self._read_weights]
         if self._read is not None and self._read.holds_for(sources):
             return None
         found = self.reads.difference(inputs)
         if found is None:
-            self._read = Hoisted(sources, tuple(map(version_of, sources)), ())
+            self._read = Hoisted.of(sources, ())
         return found
 
     def prepare(self, binding: Binding, inputs: Sequence[Any]) -> None:

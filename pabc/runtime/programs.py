@@ -40,6 +40,7 @@ class Programs:
         self._of_any_size: dict[Any, list[Program]] = {}
         self.promotions = Promotions()
         self.code = BlockCode()
+        self._last: tuple[Key, Program] | None = None
 
     def __len__(self) -> int:
         """How many kinds of call are served."""
@@ -51,6 +52,7 @@ class Programs:
 
     def add(self, key: Key, program: Program) -> None:
         """Takes a program that was captured elsewhere."""
+        self._last = None
         self._programs.setdefault(key, []).append(program)
 
     def find(self, structure: Structure, leaves: list[Any], *, at_start: bool) -> Program | None:
@@ -58,6 +60,14 @@ class Programs:
 
         `at_start`: of a generation, when the model is looked at closely for what has changed.
         """
+        if not at_start and self._last is not None:
+            key, program = self._last
+            if (
+                key == call_key(structure, leaves, program.promoted)
+                and program.keeps_up(self._model, at_start=False)
+                and program.difference(leaves) is None
+            ):
+                return program
         return self._find(structure, leaves, at_start)[0]
 
     def capture(
@@ -68,6 +78,7 @@ class Programs:
         structure: Structure,
     ) -> Program:
         """Captures the model for a call, given as it is and flattened, that no program serves."""
+        self._last = None
         differences = self._find(structure, leaves, at_start=False)[1]
         program = self._capture(args, kwargs, structure, leaves)
         self.recorder.add(captures=1)
@@ -87,8 +98,9 @@ class Programs:
             for programs in (known, others):
                 programs[:] = [p for p in programs if p.keeps_up(self._model, at_start)]
             for program in (*known, *(p for p in others if p.serves(leaves))):
-                difference = program.difference(program.pack(leaves))
+                difference = program.difference(leaves)
                 if difference is None:
+                    self._last = key, program
                     return program, []
                 differences.append(difference)
         return None, differences

@@ -27,7 +27,7 @@ Key = tuple[Any, ...]
 
 def call_key(structure: Structure, leaves: Sequence[Any], promoted: Collection[int]) -> Key:
     """What calls share that one captured graph serves: form, layouts, constants."""
-    keys = (type(x) if i in promoted else leaf_key(x) for i, x in enumerate(leaves))
+    keys = [type(x) if i in promoted else leaf_key(x) for i, x in enumerate(leaves)]
     return ((structure, active_autocast(leaves)), *keys)
 
 

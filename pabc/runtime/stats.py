@@ -65,6 +65,15 @@ class Recorder:
             for name, count in counts.items():
                 self._counts[name] += count
 
+    def add_call(self, reused: int, computed: int, stored: int) -> None:
+        """Counts a step that ran to its end, and its regions."""
+        with self._lock:
+            counts = self._counts
+            counts["calls"] += 1
+            counts["reused"] += reused
+            counts["computed"] += computed
+            counts["stored"] += stored
+
     def fall_back(self, reason: str, step: int) -> None:
         """Counts a call that computes what was to be reused; logs the first one of each reason."""
         with self._lock:

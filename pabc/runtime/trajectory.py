@@ -41,7 +41,10 @@ def _entered(stack: ContextVar[_Entered], owner: object, value: object) -> Itera
 
 
 def _innermost(stack: ContextVar[_Entered], owner: object) -> object | None:
-    return next((value for key, value in reversed(stack.get()) if key is owner), None)
+    for key, value in reversed(stack.get()):
+        if key is owner:
+            return value
+    return None
 
 
 class Trajectory:
@@ -119,31 +122,20 @@ class Trajectory:
         """Bytes that the slots keep alive."""
         return sum(branch.nbytes for branch in list(self._branches.values()))
 
-    @contextmanager
-    def running(self, tensors: Sequence[torch.Tensor] = ()) -> Iterator[Branch]:
-        """The branch of the call that is made now, with these tensors; abandons the generation if
-        it raises.
+    def running(self, arguments: Sequence[object] = ()) -> _Running:
+        """Within it, the branch of the call that is made now, with these arguments; it abandons the
+        generation if it raises.
 
-        Raises GuardError if a step is under way in another thread.
+        Entering raises GuardError if a step is under way in another thread.
         """
-        if not self._lock.acquire(blocking=False):
-            raise GuardError(
-                "expected one step of a trajectory at a time, found another one under way; "
-                "`with fast.trajectory():` gives each thread its own"
-            )
-        try:
-            yield self._branch(tensors)
-        except BaseException:
-            self.reset()
-            raise
-        finally:
-            self._lock.release()
+        return _Running(self, arguments)
 
-    def _branch(self, tensors: Sequence[torch.Tensor]) -> Branch:
+    def _branch(self, arguments: Sequence[object]) -> Branch:
         name = _innermost(_NAMES, self._owner)
         assert name is None or isinstance(name, str)
         order = 0
         if self._stated_step is not None:
+            tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
             order = self._calls.setdefault(name, Calls()).index_of(tensors)
         branch = self._branches.get((name, order))
         if branch is None:
@@ -152,6 +144,42 @@ class Trajectory:
         if self._stated_step is not None:
             branch.seek(self._stated_step)
         return branch
+
+
+class _Running:
+    """One call in a trajectory; see :meth:`Trajectory.running`."""
+
+    __slots__ = ("_arguments", "_trajectory")
+
+    def __init__(self, trajectory: Trajectory, arguments: Sequence[object]) -> None:
+        self._trajectory, self._arguments = trajectory, arguments
+
+    def __enter__(self) -> Branch:
+        trajectory = self._trajectory
+        if not trajectory._lock.acquire(blocking=False):
+            raise GuardError(
+                "expected one step of a trajectory at a time, found another one under way; "
+                "`with fast.trajectory():` gives each thread its own"
+            )
+        try:
+            return trajectory._branch(self._arguments)
+        except BaseException:
+            trajectory.reset()
+            trajectory._lock.release()
+            raise
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        trajectory = self._trajectory
+        try:
+            if kind is not None:
+                trajectory.reset()
+        finally:
+            trajectory._lock.release()
 
 
 def current_trajectory(owner: object, default: Trajectory) -> Trajectory:

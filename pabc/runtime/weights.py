@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import operator
 from collections.abc import Iterable, Sequence
@@ -36,6 +37,14 @@ class Weights:
         self._modules: Modules = graphs[0].meta["modules"]
         self._layouts = {name: _layout(tensor) for name, tensor in self._tensors.items()}
         self._places: _Places | None = None
+        self._live: list[tuple[tuple[str, ...], list[torch.Tensor]]] = []
+
+    def live(self, names: Iterable[str]) -> list[torch.Tensor]:
+        """The tensors of these names, in a list that :meth:`follow` keeps as the model is."""
+        known = tuple(names)
+        tensors = self.get(known)
+        self._live.append((known, tensors))
+        return tensors
 
     def get(self, names: Iterable[str]) -> list[torch.Tensor]:
         """The tensors of these names, as they are now."""
@@ -44,7 +53,8 @@ class Weights:
     def is_current(self, model: nn.Module) -> bool:
         """Whether the model still has the modules, and these very tensors, at their places.
 
-        A look at each call: some 20 microseconds for 500 tensors. It sees no Python value that a
+        A look at each call: some 20 microseconds for 500 tensors and as many modules, in loops
+        without Python code. It sees no Python value that a
         module holds, and no move (`.to`) of a part of the model: :meth:`follow` does.
         """
         if self._places is None:
@@ -78,16 +88,28 @@ class Weights:
             self._tensors[name] = tensor
             for gm in graphs:
                 _rebind(gm, name, tensor)
-        self._places = None
+        if replaced:
+            for names, tensors in self._live:
+                tensors[:] = self.get(names)
+        if self._places is not None and not self._places.hold():
+            self._places = None
         return list(replaced)
 
 
 class _Places:
-    """Where the model holds tensors, as flat lists that a call runs through without Python code."""
+    """Where the model holds tensors, so that a call looks at all of them without Python code.
+
+    What the dictionaries of parameters and buffers refer to is compared with what it was. That
+    tells one tensor from another by identity alone: where two differ, Python asks for the truth of
+    an elementwise comparison, which is an error for all but single elements. Those, tensors of
+    other classes and what lies elsewhere are looked up one by one; so is everything where a
+    dictionary is not as it was, since it may hold more than what is read.
+    """
 
     def __init__(self, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         places: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
         samples: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+        registers: dict[int, dict[str, Any]] = {}
         for name, tensor in tensors.items():
             samples.setdefault((tensor.dtype, tensor.device), tensor)
             holder: Any = model
@@ -98,16 +120,55 @@ class _Places:
                     _add_place(places, holder, owner, inner)
                 holder = inner
             _add_place(places, holder, leaf, tensor)
-        self._holders = [holder for holder, _, _ in places.values()]
-        self._names = [name for _, name, _ in places.values()]
-        self._values = [value for _, _, value in places.values()]
+            if isinstance(holder, nn.Module):
+                registers.update({id(d): d for d in (holder._parameters, holder._buffers) if d})
+        self._all = _Entries(list(places.values()))
+        self._others = _Entries([p for p in places.values() if not _is_told(p, registers)])
+        self._registers = tuple(registers.values())
+        self._as_found: list[Any] | None = None  # until all was looked up once
         self._samples = [(t, dtype, device) for (dtype, device), t in samples.items()]
 
     def hold(self) -> bool:
         """Whether the tensors are there; and one of each dtype and device is as it was."""
-        return all(
-            map(operator.is_, map(dict.get, self._holders, self._names), self._values)
-        ) and all(t.dtype is dtype and t.device == device for t, dtype, device in self._samples)
+        if not (self._others.hold() and (self._are_as_found() or self._hold_all())):
+            return False
+        for tensor, dtype, device in self._samples:
+            if tensor.dtype is not dtype or tensor.device != device:
+                return False
+        return True
+
+    def _are_as_found(self) -> bool:
+        try:
+            return gc.get_referents(*self._registers) == self._as_found
+        except Exception:  # whatever the comparison of unlike tensors says
+            return False
+
+    def _hold_all(self) -> bool:
+        """Whether what changed in a dictionary is nothing that is read."""
+        if not self._all.hold():
+            return False
+        self._as_found = gc.get_referents(*self._registers)
+        return True
+
+
+class _Entries:
+    """Values in dictionaries, by name; looked up in loops without Python code."""
+
+    def __init__(self, entries: Sequence[tuple[dict[str, Any], str, Any]]) -> None:
+        self._holders = [holder for holder, _, _ in entries]
+        self._names = [name for _, name, _ in entries]
+        self._values = [value for _, _, value in entries]
+
+    def hold(self) -> bool:
+        """Whether each one is there."""
+        return all(map(operator.is_, map(dict.get, self._holders, self._names), self._values))
+
+
+def _is_told(place: tuple[dict[str, Any], str, Any], registers: dict[int, dict[str, Any]]) -> bool:
+    """Whether another value in this place makes its dictionary unequal to a copy of it."""
+    holder, _, value = place
+    is_plain = type(value) in (torch.Tensor, nn.Parameter, nn.Buffer)
+    return id(holder) in registers and is_plain and value.numel() > 1
 
 
 def _add_place(

@@ -6,6 +6,7 @@ adapter's scale, whether it is enabled, a processor. What changed since is anoth
 
 from __future__ import annotations
 
+import gc
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -49,11 +50,15 @@ class Modules:
         self._outside = frozenset(outside)
         self._state = dict(self._describe(model))
         children = [m._modules for _, m in self._walk(model) if m._modules]
-        self._children, self._as_captured = children, [dict(c) for c in children]
+        self._children, self._as_captured = tuple(children), gc.get_referents(*children)
 
     def same_children(self) -> bool:
-        """Whether every module is at its place: a quick look, a few microseconds."""
-        return self._children == self._as_captured
+        """Whether every module is at its place: a quick look, without Python code per module.
+
+        A dictionary refers to its values, in their order: names are looked at by
+        :meth:`difference`.
+        """
+        return gc.get_referents(*self._children) == self._as_captured
 
     def difference(self, model: nn.Module) -> str | None:
         """What is not as it was, in words; None: nothing. Takes milliseconds."""
