@@ -87,8 +87,8 @@ def compile_recorded(depth: int) -> tuple[pabc.CompiledModel, Callable[[int], An
 
     run_generation(call)
     for _, program in fast._programs.items():
-        for executables in program.phases._executables.values():
-            executables[:] = [replace(e, run=Recorded(e.run)) for e in executables]
+        made = program.phases._executables
+        made.update({key: replace(e, run=Recorded(e.run)) for key, e in made.items()})
     run_generation(call)
     return fast, call
 

@@ -293,4 +293,4 @@ class CompiledModel(nn.Module):
         if earlier is not None and source is not earlier and source != earlier:
             change = program.differs_in(inputs, earlier)
         reused = branch.begin(source, change)
-        return reused, program.phases.executable(binding, reused, inputs)
+        return reused, program.phases.executable(binding, reused, branch.step, inputs)

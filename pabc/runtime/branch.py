@@ -63,11 +63,13 @@ class Step:
     Attributes:
         reused: the slots that it reuses.
         until: per slot, the last step that may read what this one computes; -1: none.
+        readable: the slots for which there is such a step.
         ends: the slots whose value is read here for the last time, whenever it was computed.
     """
 
     reused: tuple[int, ...]
     until: tuple[int, ...]
+    readable: tuple[int, ...]
     ends: tuple[int, ...]
 
 
@@ -104,7 +106,12 @@ def _steps_of(plan: Plan) -> tuple[Step, ...]:
             if last >= 0:
                 ends[last].add(slot)
     return tuple(
-        Step(plan.phases[phase].reused, tuple(row), tuple(sorted(slots)))
+        Step(
+            plan.phases[phase].reused,
+            tuple(row),
+            tuple(slot for slot, last in enumerate(row) if last >= 0),
+            tuple(sorted(slots)),
+        )
         for phase, row, slots in zip(plan.phase_of_step, table, ends, strict=True)
     )
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, Literal
 
@@ -31,10 +31,21 @@ Flat = Callable[..., tuple[Sequence[Any], Sequence[torch.Tensor]]]
 
 @dataclass(frozen=True, slots=True)
 class Executable:
-    """What runs a phase, and the slots whose cuts it gives out."""
+    """What runs the steps of a phase that keep these slots, and gives out their cuts alone."""
 
     run: Flat
     stored: Slots
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A phase that can give out the cuts of `stored`; `link` makes what runs it for some of them.
+
+    What a step does not keep, it lets go of as soon as the step itself no longer needs it.
+    """
+
+    stored: Slots
+    link: Callable[[Slots], Flat]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +112,9 @@ class Phases:
         self._code = code
         self._sizes: passes.Sizes | None = guarded.meta.get("sizes")
         self._modules: dict[Phase, GraphModule] = {}
-        self._executables: dict[tuple[Slots, Layout], list[Executable]] = {}
+        self._compiled: dict[tuple[Slots, Layout], list[Compiled]] = {}
+        self._executables: dict[tuple[Phase, Slots, Layout], Executable] = {}
+        self._widths = [len(region.kept) for region in guarded.meta["regions"]]
 
     @property
     def modules(self) -> tuple[GraphModule, ...]:
@@ -114,24 +127,33 @@ class Phases:
             return ()
         return tuple(tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor))
 
-    def executable(self, binding: Binding, reused: Slots, inputs: Sequence[Any]) -> Executable:
-        """What runs the phase that reuses these slots, for inputs like these."""
+    def executable(
+        self, binding: Binding, reused: Slots, step: int, inputs: Sequence[Any]
+    ) -> Executable:
+        """What runs a step in the phase that reuses these slots, for inputs like these."""
         if self._backend == "oracle":
             return Executable(self._guarded, ())
-        phase = reused, binding.stored[reused]
-        return self._known(phase, inputs) or self._compile([phase], inputs)[0]
+        phase, readable = (reused, binding.stored[reused]), binding.steps[step].readable
+        key = phase, readable, self.layout(inputs)
+        known = self._executables.get(key)
+        if known is None:
+            compiled = self._find(phase, inputs) or self._compile([phase], inputs)[0]
+            kept = tuple(slot for slot in phase[1] if slot in readable)
+            known = self._executables[key] = Executable(compiled.link(kept), kept)
+        return known
 
     def prepare(self, binding: Binding, inputs: Sequence[Any]) -> None:
         """Compiles every phase of the plan now, for inputs like these."""
         if self._backend == "oracle":
             return
         phases = [(phase.reused, binding.stored[phase.reused]) for phase in binding.plan.phases]
-        missing = [phase for phase in phases if self._known(phase, inputs) is None]
-        self._compile(list(dict.fromkeys(missing)), inputs)
+        missing = [phase for phase in phases if self._find(phase, inputs) is None]
+        if missing:
+            self._compile(list(dict.fromkeys(missing)), inputs)
 
-    def _known(self, phase: Phase, inputs: Sequence[Any]) -> Executable | None:
+    def _find(self, phase: Phase, inputs: Sequence[Any]) -> Compiled | None:
         reused, stored = phase
-        for known in self._executables.get((reused, self.layout(inputs)), ()):
+        for known in self._compiled.get((reused, self.layout(inputs)), ()):
             if known.stored == stored or set(known.stored) >= set(stored):
                 return known
         return None
@@ -145,18 +167,20 @@ class Phases:
             self._modules[reused, stored] = gm
         return self._modules[reused, stored]
 
-    def _compile(self, phases: Sequence[Phase], inputs: Sequence[Any]) -> list[Executable]:
+    def _compile(self, phases: Sequence[Phase], inputs: Sequence[Any]) -> list[Compiled]:
         start = perf_counter()
         with compiling():
             if self._backend == "eager":
-                runs: list[Flat] = [self.specialize(*phase) for phase in phases]
+                made = [self._as_it_is(*phase) for phase in phases]
             else:
                 lowered = [self.lower(*phase, inputs) for phase in phases]
                 self._code.compile([block for low in lowered for block in low.blocks])
-                runs = [self._link(low, map(self._code.get, low.blocks)) for low in lowered]
-        made = [Executable(run, stored) for run, (_, stored) in zip(runs, phases, strict=True)]
-        for executable, (reused, _) in zip(made, phases, strict=True):
-            self._executables.setdefault((reused, self.layout(inputs)), []).append(executable)
+                made = [
+                    self._linkable(stored, low, [self._code.get(block) for block in low.blocks])
+                    for (_, stored), low in zip(phases, lowered, strict=True)
+                ]
+        for compiled, (reused, _) in zip(made, phases, strict=True):
+            self._compiled.setdefault((reused, self.layout(inputs)), []).append(compiled)
         self.compile_seconds += perf_counter() - start
         self._recorder.add(compiles=len(made))
         return made
@@ -180,30 +204,60 @@ class Phases:
     def add_code(self, phase: Phase, lowered: Lowered, code: Sequence[passes.Code]) -> None:
         """Takes code for the blocks of a phase that were compiled elsewhere."""
         reused, stored = phase
-        executable = Executable(self._link(lowered, code), stored)
-        self._executables.setdefault((reused, ()), []).append(executable)
+        compiled = self._linkable(stored, lowered, code)
+        self._compiled.setdefault((reused, ()), []).append(compiled)
 
     @property
     def compiled(self) -> list[Phase]:
-        """What there is an executable for: the slots that it reuses, and those it gives out."""
+        """The phases that were compiled so far."""
         return [
-            (reused, executable.stored)
-            for (reused, _), executables in self._executables.items()
-            for executable in executables
+            (reused, compiled.stored)
+            for (reused, _), known in self._compiled.items()
+            for compiled in known
         ]
 
-    def _link(self, lowered: Lowered, code: Iterable[passes.Code]) -> Flat:
+    def _as_it_is(self, reused: Slots, stored: Slots) -> Compiled:
+        """A phase whose graph is run op by op."""
+        gm = self.specialize(reused, stored)
+
+        def link(kept: Slots) -> Flat:
+            places = self._places(stored, kept)
+
+            def execute(*args: Any) -> tuple[Sequence[Any], Sequence[torch.Tensor]]:
+                outputs, cuts = gm(*args)
+                return outputs, [cuts[place] for place in places]
+
+            return execute
+
+        return Compiled(stored, link)
+
+    def _linkable(self, stored: Slots, lowered: Lowered, code: Sequence[passes.Code]) -> Compiled:
         """Compiled code, given the weights as they are now; its results apart."""
-        run = lowered.chain.link(list(code))
-        weights, outputs = self._weights.live(lowered.weights), lowered.outputs
+        weights, outputs, chain = (
+            self._weights.live(lowered.weights),
+            lowered.outputs,
+            lowered.chain,
+        )
         num_tensors = sum(isinstance(place, passes.Place) for place in outputs)
+        tensors, cuts = chain.outputs[:num_tensors], chain.outputs[num_tensors:]
 
-        def execute(*args: Any) -> tuple[Sequence[Any], Sequence[torch.Tensor]]:
-            results = run([*weights, *args])
-            packed = [results[p.index] if isinstance(p, passes.Place) else p for p in outputs]
-            return packed, results[num_tensors:]
+        def link(kept: Slots) -> Flat:
+            given_out = tuple(cuts[place] for place in self._places(stored, kept))
+            run = replace(chain, outputs=tensors + given_out).link(code)
 
-        return execute
+            def execute(*args: Any) -> tuple[Sequence[Any], Sequence[torch.Tensor]]:
+                results = run([*weights, *args])
+                packed = [results[p.index] if isinstance(p, passes.Place) else p for p in outputs]
+                return packed, results[num_tensors:]
+
+            return execute
+
+        return Compiled(stored, link)
+
+    def _places(self, stored: Slots, kept: Slots) -> list[int]:
+        """Where the cuts of some slots are among those of all that a phase stores."""
+        order = [(slot, i) for slot in stored for i in range(self._widths[slot])]
+        return [place for place, (slot, _) in enumerate(order) if slot in kept]
 
 
 def _as_held(val: torch.Tensor) -> torch.Tensor:
