@@ -22,6 +22,7 @@ from .offload import offload_cuts_pass
 from .outline import outline_regions_pass, verify_outline
 from .regions import Cut, mark_regions_pass, verify_marks
 from .repeats import first_copies, keep_unrepeated_pass, verify_repeats
+from .rewrites import rewrite_formulas_pass
 from .specialize import specialize_phase_pass, verify_phase
 from .tag import tag_attention_pass, tagged, verify_tags
 from .tracing.assumptions import Reads
@@ -69,6 +70,7 @@ __all__ = [
     "outline_regions_pass",
     "pack",
     "prepare_inductor",
+    "rewrite_formulas_pass",
     "specialize_phase_pass",
     "split_blocks_pass",
     "tag_attention_pass",
