@@ -19,6 +19,7 @@ from .enlarge import enlarge_call
 from .hoist import hoist_invariants_pass, verify_hoist
 from .ir import Attention, Axis, Factor, Region
 from .offload import offload_cuts_pass
+from .onednn import lowering_onednn, use_onednn_pass
 from .outline import outline_regions_pass, verify_outline
 from .regions import Cut, mark_regions_pass, verify_marks
 from .repeats import first_copies, keep_unrepeated_pass, verify_repeats
@@ -64,6 +65,7 @@ __all__ = [
     "insert_cache_pass",
     "keep_unrepeated_pass",
     "lift_weights_pass",
+    "lowering_onednn",
     "mark_regions_pass",
     "name_axes_pass",
     "offload_cuts_pass",
@@ -75,6 +77,7 @@ __all__ = [
     "split_blocks_pass",
     "tag_attention_pass",
     "tagged",
+    "use_onednn_pass",
     "verify_axes",
     "verify_cache",
     "verify_hoist",

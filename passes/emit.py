@@ -17,6 +17,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from .ir import attribute, copy_into, output_node, user_inputs
+from .onednn import lowering_onednn
 from .tracing.lean import without_garbage_collection
 
 Code = Callable[[list[Any]], Sequence[torch.Tensor]]
@@ -134,7 +135,7 @@ def compile_blocks(blocks: Sequence[GraphModule]) -> list[Code]:
 def _compile_block(gm: GraphModule) -> Code:
     from torch._inductor.compile_fx import compile_fx
 
-    with torch.no_grad():
+    with torch.no_grad(), lowering_onednn():
         compiled: Any = compile_fx(gm, example_inputs(gm))
     boxed = inspect.unwrap(compiled, stop=_takes_list)
     return boxed if _takes_list(boxed) else lambda inputs: compiled(*inputs)

@@ -35,6 +35,7 @@ CONTRACTIONS = frozenset(
         aten.conv1d.default,
         aten.conv2d.default,
         aten.conv3d.default,
+        torch.ops.mkldnn._linear_pointwise.default,
     }
 )
 LAYOUTS = frozenset(

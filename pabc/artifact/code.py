@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from pabc.passes import Code, example_inputs
+from pabc.passes import Code, example_inputs, lowering_onednn
 from pabc.passes.ir import copy_into, output_node, user_inputs
 
 _ALIGNMENT = 16
@@ -36,7 +36,7 @@ def compile_code(block: GraphModule) -> bytes:
     graph = _with_used_inputs(block)
     examples = example_inputs(block)
     inputs: list[Any] = [examples[i] for i in used_inputs(block)]
-    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+    with torch.no_grad(), lowering_onednn(), tempfile.TemporaryDirectory() as folder:
         made = compile_fx_aot(graph, inputs, config_patches=_OPTIONS)
         assert isinstance(made, list)
         files = [file for file in made if not str(file).endswith(".cpp")]

@@ -193,7 +193,7 @@ class Phases:
             binding = self._sizes.hints if inputs is None else self._sizes.bind(inputs)
             assert binding is not None
             flat = passes.fold_sizes(flat, binding)
-        flat = passes.rewrite_formulas_pass(flat)
+        flat = passes.use_onednn_pass(passes.rewrite_formulas_pass(flat))
         num_cuts = sum(len(self._guarded.meta["regions"][slot].kept) for slot in reused)
         for node in user_inputs(flat.graph)[-num_cuts:] if num_cuts else ():
             node.meta["val"] = _as_held(value(node))
