@@ -7,7 +7,7 @@ from .capture import Signature, bind_arguments, capture
 from .emit import Place, compile_flat, inline_regions_pass, lift_weights_pass
 from .encode import CacheDtype, encode_cuts_pass
 from .enlarge import enlarge_call
-from .hoist import hoist_invariants_pass, verify_hoist
+from .hoist import Part, hoist_invariants_pass, part_of_prologue, verify_hoist
 from .ir import Attention, Axis, Factor, Region
 from .offload import offload_cuts_pass
 from .outline import outline_regions_pass, verify_outline
@@ -28,6 +28,7 @@ __all__ = [
     "Cut",
     "Factor",
     "OutsideCall",
+    "Part",
     "Place",
     "Read",
     "Reads",
@@ -56,6 +57,7 @@ __all__ = [
     "offload_cuts_pass",
     "outline_regions_pass",
     "pack",
+    "part_of_prologue",
     "specialize_phase_pass",
     "tag_attention_pass",
     "tagged",
