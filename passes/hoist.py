@@ -2,9 +2,9 @@
 
 What follows from the timestep and no latents stays in the phases. It is less than 1 % of a step of
 Latte and CogVideoX; of a layer of image models 1 % to 3 % at 256 pixels, less than 1 % at 512. To
-compute it for all steps at once changes bits: products with more rows may round otherwise. To keep it
-serves only generations with the same text and timesteps as one before: where it weighs most, the
-pooled text or the class is mixed in. (`bench/time_hoisting.py`, `bench/results/hoisting.json`.)
+compute it for all steps at once changes bits: products with more rows may round otherwise. To keep
+it serves only generations with the same text and timesteps as one before: where it weighs most,
+the pooled text or the class is mixed in. (`bench/time_hoisting.py`, `bench/results/hoisting.json`.)
 """
 
 from __future__ import annotations
