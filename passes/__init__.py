@@ -16,7 +16,7 @@ from .emit import (
 )
 from .encode import CacheDtype, encode_cuts_pass
 from .enlarge import enlarge_call
-from .hoist import hoist_invariants_pass, verify_hoist
+from .hoist import Part, hoist_invariants_pass, part_of_prologue, verify_hoist
 from .ir import Attention, Axis, Factor, Region
 from .offload import offload_cuts_pass
 from .onednn import lowering_onednn, use_onednn_pass
@@ -40,6 +40,7 @@ __all__ = [
     "Cut",
     "Factor",
     "OutsideCall",
+    "Part",
     "Place",
     "Read",
     "Reads",
@@ -71,6 +72,7 @@ __all__ = [
     "offload_cuts_pass",
     "outline_regions_pass",
     "pack",
+    "part_of_prologue",
     "prepare_inductor",
     "rewrite_formulas_pass",
     "specialize_phase_pass",

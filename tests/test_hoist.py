@@ -161,6 +161,51 @@ def test_whatever_of_the_conditions_changes_is_seen():
     assert torch.equal(fast(x, t, longer, mask), model(x, t, longer, mask))  # of another shape
 
 
+class Framewise(Crossed):
+    """A time per frame, with two dimensions: nothing tells it from a text."""
+
+    def forward(self, x, t, text):
+        e = self.text(text)
+        h = x + torch.sin(t)[:, :, None]
+        o = nn.functional.scaled_dot_product_attention(self.q(h), self.k(e), self.v(e))
+        return h + self.out(o)
+
+
+def test_only_what_follows_from_what_changed_is_done_again(inputs):
+    model, (x, _, text) = Framewise().eval(), inputs
+    fast = pabc.compile(model, pabc.Schedule.none(STEPS), backend="eager")
+    values = []
+    for step in range(3):
+        t = torch.full((2, 6), 0.1 * step)
+        assert torch.equal(fast(x, t, text), model(x, t, text))
+        (branch,) = fast._default._branches.values()
+        values.append(branch.hoisted.values)
+    same = [[a is b for a, b in zip(values[0], later, strict=True)] for later in values[1:]]
+    assert same == [[False, True, True]] * 2  # times; keys and values
+    text.mul_(2)
+    assert torch.equal(fast(x, t, text), model(x, t, text))
+    (branch,) = fast._default._branches.values()
+    kept = [a is b for a, b in zip(values[-1], branch.hoisted.values, strict=True)]
+    assert kept == [True, False, False]
+    with torch.no_grad():
+        model.k.weight.mul_(2)
+    assert torch.equal(fast(x, t, text), model(x, t, text))
+
+
+def test_parts_of_the_prologue_follow_replaced_weights(inputs):
+    model, (x, _, text) = Framewise().eval(), inputs
+    fast = pabc.compile(model, pabc.Schedule.none(STEPS), backend="eager")
+    t = torch.zeros(2, 6)
+    fast(x, t, text)
+    text.mul_(2)
+    fast(x, t, text)  # in part
+    model.k.weight = nn.Parameter(model.k.weight * 2)
+    text.mul_(2)
+    assert torch.equal(fast(x, t, text), model(x, t, text))
+    text.mul_(2)
+    assert torch.equal(fast(x, t, text), model(x, t, text))
+
+
 class Noisy(Plain):
     """Adds noise of the shape of a weight."""
 

@@ -47,6 +47,15 @@ class Hoisted:
             and self.versions == _versions_of(sources)
         )
 
+    def changed(self, sources: Sequence[torch.Tensor]) -> tuple[int, ...]:
+        """Which of these are other tensors, or changed; all, where that cannot be told."""
+        if self.versions is None or any(tensor.is_inference() for tensor in sources):
+            return tuple(range(len(sources)))
+        known = zip(self.sources, *self.versions, strict=True)
+        now = zip(sources, *_versions_of(sources), strict=True)
+        pairs = enumerate(zip(known, now, strict=True))
+        return tuple(i for i, (a, b) in pairs if a[0] is not b[0] or a[1:] != b[1:])
+
 
 def _versions_of(tensors: Sequence[torch.Tensor]) -> tuple[list[int], list[int]]:
     """The versions, and where the values lie, without Python code per tensor."""

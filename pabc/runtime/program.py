@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from pabc import passes
 from pabc.passes.cache import Cuts
+from pabc.passes.ir import output_node
 from pabc.pipeline import Config, Record, analyze
 from pabc.plan import SlotSpec
 from pabc.runtime.bindings import Bindings
@@ -60,6 +61,9 @@ class Program:
         self.signature: passes.Signature = self.guarded.meta["signature"]
         self.backend = backend
         self._prologue: GraphModule = self.guarded.meta["prologue"]
+        outputs = output_node(self._prologue.graph).args[0]
+        self._whole = passes.Part(self._prologue, tuple(range(len(outputs))))
+        self._parts: dict[tuple[int, tuple[int, ...]], passes.Part] = {}
         self._steady: tuple[int, ...] = self.guarded.meta["steady"]
         self._weights = Weights((self.guarded, self._prologue, self.reads.graph))
         self._weights_state = 0
@@ -191,16 +195,32 @@ class Program:
         return self.signature.out_spec.unflatten(outputs)
 
     def _hoist(self, branch: Branch, inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:
-        """The prologue's results, computed anew only where something it reads has changed."""
+        """The prologue's results, computed anew only where something they follow from has changed;
+        all of them, where that is a weight."""
         sources = [*[inputs[i] for i in self._steady], *self._hoisted_weights]
         held = branch.hoisted
         if held is None or not held.holds_for(sources):
             before = Hoisted.of(sources, ())
-            values = self._prologue(*inputs)
+            part = self._whole if held is None else self._part(held.changed(sources))
+            fresh = part.graph(*inputs)
             if self.backend == "inductor":
-                values = passes.first_copies(self._prologue, values)
-            held = branch.hoisted = replace(before, values=values)
+                fresh = passes.first_copies(part.graph, fresh)
+            values = list(fresh if held is None else held.values)
+            for place, tensor in zip(part.places, fresh, strict=True):
+                values[place] = tensor
+            held = branch.hoisted = replace(before, values=tuple(values))
         return held.values
+
+    def _part(self, changed: tuple[int, ...]) -> passes.Part:
+        """What to run where these of the sources changed: steady inputs come first."""
+        if len(changed) == len(self._steady) or any(i >= len(self._steady) for i in changed):
+            return self._whole
+        key = (self._weights_state, changed)  # another thread may replace weights meanwhile
+        part = self._parts.get(key)
+        if part is None:
+            positions = [self._steady[i] for i in changed]
+            part = self._parts[key] = passes.part_of_prologue(self._prologue, positions)
+        return part
 
     def difference(self, leaves: Sequence[Any]) -> tuple[passes.Read, Any] | None:
         """The first value read from data that is not as captured, with what it is now.
@@ -236,7 +256,9 @@ class Program:
             return True
         graphs = (self.guarded, self._prologue, self.reads.graph, *self.phases.modules)
         replaced = self._weights.follow(model, graphs)
-        self._weights_state += bool(replaced)
+        if replaced:
+            self._weights_state += 1
+            self._parts.clear()
         return replaced is not None
 
     @property

@@ -1,0 +1,309 @@
+"""Seconds until a model is compiled and has given its first result, by depth: cold and warm.
+
+    python bench/compile_time.py --out bench/results/compile_time.json
+
+The model is diffusers' Latte with n spatial and n temporal blocks, n = 4, 12, 28, random weights.
+Variants:
+
+- eager: the model as it is; one step, which is what is not compiling;
+- pabc: `pabc.compile` with a pyramid of 30 steps, 2/4/6 over the middle 70 %; `prepare`, which
+  captures the model and compiles every phase of that plan; then the first step;
+- torch.compile: the whole model as one graph, `fullgraph=True`; one step;
+- regional: each transformer block compiled by itself, by diffusers' `compile_repeated_blocks`
+  where the model says which these are, else by `block.compile`, both with `fullgraph=True`; one
+  step. PyTorch reuses the code of a block for those like it.
+
+Each row is a process of its own. Cold: nothing in Inductor's cache on disk; warm: the same again,
+with the cache that the cold row left. `seconds` (wall clock) and `cpu` (of all threads and child
+processes, compilers included) run from before the call that compiles to the first result; imports
+of torch, diffusers and pabc, and the making of the model, are before it (`imports`), what PyTorch
+imports only when it compiles is in it. Of pabc's seconds, `capture` is what the capture, the
+passes, the first step and lookups take; the rest specializes and compiles. `codes` are what was
+compiled apart: pabc's distinct blocks, the others' graphs. `ratio` is against torch.compile's
+median of the same depth, cold against cold and warm against warm.
+
+On a machine with other work, `cpu` says more than `seconds`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import report
+from rows import Row, Rows, add_options
+
+DEPTHS = (4, 12, 28)
+NUM_STEPS = 30
+STATES = ("cold", "warm")
+
+
+def main() -> None:
+    """Measures the rows that the options name; prints a table, writes the JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_options(parser)
+    add = parser.add_argument
+    add("--depths", type=lambda text: [int(n) for n in text.split(",")], default=list(DEPTHS))
+    add("--variants", type=lambda text: text.split(","), default=list(VARIANTS))
+    add("--width", type=int, default=128, help="of the model, with 4 heads")
+    add("--rounds", type=int, default=3, help="how often each row is measured")
+    add("--limit", type=float, default=1200, help="seconds that a row may take")
+    add("--row", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.row:
+        variant, depth, width = json.loads(options.row)
+        print(json.dumps(measure(variant, depth, width)))
+        return
+    if unknown := set(options.variants) - set(VARIANTS):
+        parser.error(f"--variants: got {', '.join(unknown)}, allowed: {', '.join(VARIANTS)}")
+    if options.smoke:
+        options.depths, options.width, options.rounds = [1], 16, 1
+    names = ("depths", "variants", "width", "rounds")
+    settings = {name: getattr(options, name) for name in names}
+    rows = Rows(options.out, report.describe_run(), settings, options.resume)
+    measure_all(rows, options)
+    summary = summarize(rows.rows)
+    rows.write(summary=summary)
+    print(format_rows(summary))
+
+
+def measure_all(rows: Rows, options: argparse.Namespace) -> None:
+    """Every variant in turn, round after round; a row is a variant's cold and its warm start."""
+    for i, depth in itertools.product(range(options.rounds), options.depths):
+        for variant in options.variants:
+            measured = partial(run_pair, variant, depth, options.width, options.limit)
+            rows.measure(f"round {i}, depth {depth}, {variant}", measured)
+
+
+def run_pair(variant: str, depth: int, width: int, limit: float) -> Row:
+    """A cold and a warm start, each in a process of its own."""
+    about = {"variant": variant, "depth": depth, "shapes": _make(depth, width).shapes}
+    with tempfile.TemporaryDirectory() as cache:
+        return {**about, **{state: run(variant, depth, width, cache, limit) for state in STATES}}
+
+
+def run(variant: str, depth: int, width: int, cache: str, limit: float) -> Row:
+    """One start, in a process with this folder as Inductor's cache; or why there is none."""
+    command = [sys.executable, __file__, "--row", json.dumps([variant, depth, width])]
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=limit
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"more than {limit:.0f} s"}
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+    row: Row = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def measure(variant: str, depth: int, width: int) -> Row:
+    """One start, in this process."""
+    import torch
+    from workloads import build, draw
+
+    begin = cpu_seconds()
+    workload = _make(depth, width)
+    model, start = build(workload), draw(workload, 0)
+    latents = torch.cat([start.latents] * 2)
+    call = workload.call(
+        latents, torch.full((len(latents),), _first_step(depth, width)), start.text
+    )
+    imports = time.perf_counter() - _START
+    clock, cpu = time.perf_counter(), cpu_seconds()
+    with torch.no_grad():
+        describe = VARIANTS[variant](model, call, depth, width)
+    found = {"seconds": time.perf_counter() - clock, "cpu": cpu_seconds() - cpu}
+    return {
+        **{name: round(value, 2) for name, value in found.items()},
+        "imports": round(imports, 2),
+        "imports_cpu": round(begin, 2),
+        **describe(),
+    }
+
+
+_START = time.perf_counter()
+Facts = Callable[[], Row]
+"""What else a row says, asked for when the clock has stopped."""
+
+
+def _make(depth: int, width: int) -> Any:
+    from latte import make_latte
+
+    return make_latte(depth=depth, width=width)
+
+
+def _first_step(depth: int, width: int) -> float:
+    import workloads
+
+    return workloads.timesteps(_make(depth, width), NUM_STEPS)[0]
+
+
+def start_eager(model: Any, call: dict[str, Any], depth: int, width: int) -> Facts:
+    """The model as it is."""
+    model(**call)
+    return dict
+
+
+def start_pabc(model: Any, call: dict[str, Any], depth: int, width: int) -> Facts:
+    """All phases, then the first step."""
+    from latte import make_schedule
+
+    import pabc
+
+    begin = time.perf_counter()
+    fast = pabc.compile(model, make_schedule(_make(depth, width), NUM_STEPS))
+    fast.prepare(**call)
+    fast(**call)
+    seconds = time.perf_counter() - begin
+
+    def describe() -> Row:
+        found, stats = fast.explain(), fast.stats
+        return {
+            "capture": round(seconds - found.compile_seconds, 2),
+            "phases": len(fast.plan.phases),
+            "codes": count_blocks(fast),
+            "captures": stats.captures,
+        }
+
+    return describe
+
+
+def count_blocks(fast: Any) -> int:
+    """How many distinct graphs were compiled: one a phase where blocks are not told apart."""
+    stats = fast.stats
+    return int(getattr(stats, "blocks", stats.compiles))
+
+
+def start_torch(model: Any, call: dict[str, Any], depth: int, width: int) -> Facts:
+    """The whole model in one graph."""
+    import torch
+
+    torch.compile(model, fullgraph=True)(**call)
+    return count_graphs
+
+
+def start_regional(model: Any, call: dict[str, Any], depth: int, width: int) -> Facts:
+    """Each block by itself."""
+    import torch
+
+    if getattr(model, "_repeated_blocks", None):
+        model.compile_repeated_blocks(fullgraph=True)
+    else:
+        lists = [child for child in model.children() if isinstance(child, torch.nn.ModuleList)]
+        for block in itertools.chain.from_iterable(lists):
+            block.compile(fullgraph=True)
+    model(**call)
+    return count_graphs
+
+
+def count_graphs() -> Row:
+    """How many graphs were compiled."""
+    from torch._dynamo.utils import counters
+
+    return {"codes": counters["stats"]["unique_graphs"]}
+
+
+VARIANTS: dict[str, Callable[[Any, dict[str, Any], int, int], Facts]] = {
+    "eager": start_eager,
+    "pabc": start_pabc,
+    "torch.compile": start_torch,
+    "regional": start_regional,
+}
+
+
+def cpu_seconds() -> float:
+    """What this process and all that it started have run so far, in seconds of a core.
+
+    Inductor's compilers run in workers that are not waited for, so that `getrusage` misses them:
+    those that still run are looked up, and each tells of the ones that it waited for.
+    """
+    used: dict[int, float] = {}
+    parents: dict[int, int] = {}
+    tick = os.sysconf("SC_CLK_TCK")
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = file.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        number = int(file.parent.name)
+        parents[number] = int(fields[1])
+        used[number] = sum(map(int, fields[11:15])) / tick
+    return sum(seconds for number, seconds in used.items() if _is_ours(number, parents))
+
+
+def _is_ours(number: int, parents: dict[int, int]) -> bool:
+    while number in parents:
+        if number == os.getpid():
+            return True
+        number = parents[number]
+    return False
+
+
+def summarize(rows: dict[str, Row]) -> list[Row]:
+    """Per depth, variant and state: medians with their spread, and the ratio to torch.compile."""
+    groups: dict[tuple[int, str, str], list[Row]] = {}
+    for row in rows.values():
+        for state in STATES:
+            groups.setdefault((row["depth"], row["variant"], state), []).append(row[state])
+    made = [_summarize(*key, found) for key, found in groups.items()]
+    made.sort(key=lambda row: (STATES.index(row["state"]), row["depth"]))
+    for row in made:
+        for name in ("seconds", "cpu"):
+            base = next((r for r in made if _is_base(r, row)), {}).get(name)
+            if base is not None and name in row:
+                row[f"{name}_ratio"] = round(row[name]["median"] / base["median"], 3)
+    return made
+
+
+def _is_base(row: Row, other: Row) -> bool:
+    return row["variant"] == "torch.compile" and all(
+        row[name] == other[name] for name in ("depth", "state")
+    )
+
+
+def _summarize(depth: int, variant: str, state: str, found: list[Row]) -> Row:
+    row: Row = {"depth": depth, "variant": variant, "state": state}
+    good = [each for each in found if "error" not in each]
+    if not good:
+        return {**row, "error": found[0]["error"]}
+    for name in ("seconds", "cpu", "capture"):
+        if name in good[0]:
+            row[name] = report.summarize([each[name] for each in good], 2)
+    return {**row, **{name: good[0][name] for name in ("phases", "codes") if name in good[0]}}
+
+
+def format_rows(summary: list[Row]) -> str:
+    """The table."""
+    header = ("start", "seconds (min to max)", "ratio", "cpu seconds", "ratio", "capture")
+    lines = [
+        [
+            f"{row['state']}, {row['depth']}+{row['depth']} blocks, {row['variant']}",
+            report.format_spread(row["seconds"], 1) if "seconds" in row else row["error"],
+            row.get("seconds_ratio"),
+            report.format_spread(row["cpu"], 1) if "cpu" in row else None,
+            row.get("cpu_ratio"),
+            row["capture"]["median"] if "capture" in row else None,
+            row.get("phases"),
+            row.get("codes"),
+        ]
+        for row in summary
+    ]
+    return report.format_table([*header, "phases", "codes"], lines)
+
+
+if __name__ == "__main__":
+    main()

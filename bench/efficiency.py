@@ -1,0 +1,274 @@
+"""Whether what the schedule frees is really freed: each phase against a module written for it.
+
+    python bench/efficiency.py --out bench/results/efficiency.json
+
+The 2/4/6 pyramid over the middle 70 % of 30 steps, on the demo's model and on a Latte that takes a
+tenth of a second a step or more. The module written by hand has, for each phase, only what must
+remain: a reused branch is the tensor that was kept, times its gate, with nothing of its norm,
+modulation, projections or attention; keys and values of the text are computed once a generation.
+Each phase's module is compiled by torch.compile in one graph.
+
+Both run the same steps in turns, the first one alternating; a row is a phase: seconds of a step
+that runs it, medians over steps and rounds, and the median of the ratios of neighbors. pabc's is
+the whole call, guards included; by hand, it is with Dynamo's. The first step of a generation, where
+the text is projected, is left out. Outputs are compared before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import report
+import torch
+import workloads
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+import pabc
+from pabc.plan import Phase, Plan
+
+MODELS = ("demo", "latte")
+NUM_STEPS = 30
+AIM = 1.05
+TOLERANCE = 1e-4
+Name = tuple[str, int]
+"""A region: its kind, and the number of its block."""
+
+
+class LattePhase(nn.Module):
+    """diffusers' Latte in one phase, written out: what is reused is read, and no more is done.
+
+    B clips, T frames, S tokens of a frame, L text tokens, D channels, H heads.
+    """
+
+    def __init__(self, model: Any, plan: Plan, phase: Phase) -> None:
+        super().__init__()
+        self.model = model
+        self.reused = tuple(name_slot(plan, slot) for slot in phase.reused)
+        self.stored = tuple(name_slot(plan, slot) for slot in phase.stored)
+
+    def forward(
+        self, latents: Tensor, timestep: Tensor, texts: Sequence[Tensor], cuts: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Latents [B, C, T, h, w], each cross attention's keys and values [B, L, D], what is
+        reused -> the prediction, and what is to be kept."""
+        model, held, kept = self.model, dict(zip(self.reused, cuts, strict=True)), {}
+
+        def branch(name: Name, compute: Any) -> Tensor:
+            if name in held:
+                return held[name]
+            kept[name] = compute()
+            return kept[name]
+
+        batch, channels, frames, height, width = latents.shape
+        x = latents.transpose(1, 2).reshape(-1, channels, height, width)
+        x = model.pos_embed(x)
+        tokens = x.shape[1]
+        t_BD6, t_BD = model.adaln_single(
+            timestep,
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+            batch_size=batch,
+            hidden_dtype=x.dtype,
+        )
+        times = t_BD6.view(batch, 1, 6, -1)
+        pairs = zip(model.transformer_blocks, model.temporal_transformer_blocks, strict=True)
+        for i, (spatial, temporal) in enumerate(pairs):
+            mods = spatial.scale_shift_table + times.expand(-1, frames, -1, -1).flatten(0, 1)
+            keys, values = (t.repeat_interleave(frames, 0) for t in texts[2 * i : 2 * i + 2])
+            x = x + mods[:, 2:3] * branch(
+                ("spatial", i), lambda b=spatial, m=mods, x=x: attend_self(b, x, m)
+            )
+            x = x + branch(
+                ("cross", i),
+                lambda b=spatial, x=x, k=keys, v=values: attend(b.attn2, b.attn2.to_q(x), k, v),
+            )
+            x = feed(spatial, x, mods)
+            x = x.view(batch, frames, tokens, -1).transpose(1, 2).reshape(-1, frames, x.shape[-1])
+            if i == 0 and frames > 1:
+                x = x + model.temp_pos_embed
+            mods = temporal.scale_shift_table + times.expand(-1, tokens, -1, -1).flatten(0, 1)
+            x = x + mods[:, 2:3] * branch(
+                ("temporal", i), lambda b=temporal, m=mods, x=x: attend_self(b, x, m)
+            )
+            x = feed(temporal, x, mods)
+            x = x.view(batch, tokens, frames, -1).transpose(1, 2).reshape(-1, tokens, x.shape[-1])
+        ends = (model.scale_shift_table + t_BD[:, None]).repeat_interleave(frames, 0)
+        x = model.proj_out(modulate(model.norm_out(x), ends[:, :1], ends[:, 1:]))
+        patch, out = model.config.patch_size, model.out_channels
+        rows, columns = height // patch, width // patch
+        x = x.view(batch, frames, rows, columns, patch, patch, out).permute(0, 6, 1, 2, 4, 3, 5)
+        return x.reshape(batch, out, frames, height, width), [kept[name] for name in self.stored]
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Shift and scale that follow from the timestep."""
+    return x * (1 + scale) + shift
+
+
+def attend_self(block: Any, x: Tensor, mods: Tensor) -> Tensor:
+    """The branch of a self attention, before its gate."""
+    attn, x = block.attn1, modulate(block.norm1(x), mods[:, :1], mods[:, 1:2])
+    return attend(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x))
+
+
+def attend(attn: Any, *qkv: Tensor) -> Tensor:
+    """Attention of projected tokens, and the projection after it."""
+    q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in qkv)
+    return attn.to_out[0](scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def feed(block: Any, x: Tensor, mods: Tensor) -> Tensor:
+    """The residual MLP."""
+    return x + mods[:, 5:] * block.ff(modulate(block.norm2(x), mods[:, 3:4], mods[:, 4:5]))
+
+
+def name_slot(plan: Plan, slot: int) -> Name:
+    """Which region a slot is of."""
+    return plan.slots[slot].kind, plan.slots[slot].layer
+
+
+class ByHand:
+    """Runs the steps of a plan with a module for each phase."""
+
+    def __init__(self, model: Any, plan: Plan) -> None:
+        self._model, self._plan = model, plan
+        phases = [LattePhase(model, plan, phase) for phase in plan.phases]
+        # All share one forward, of which Dynamo keeps as many variants as there are phases.
+        torch._dynamo.config.recompile_limit = max(8, 2 * len(phases))
+        self._phases = [torch.compile(phase, fullgraph=True, dynamic=False) for phase in phases]
+        self._held: dict[int, Tensor] = {}
+        self._texts: list[Tensor] = []
+
+    def __call__(self, step: int, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        """A step; step 0 begins a generation."""
+        if step == 0:
+            text = self._model.caption_projection(text)
+            blocks = self._model.transformer_blocks
+            self._texts = [
+                to(text) for block in blocks for to in (block.attn2.to_k, block.attn2.to_v)
+            ]
+        index = int(self._plan.phase_of_step[step])
+        phase = self._plan.phases[index]
+        cuts = [self._held[slot] for slot in phase.reused]
+        output, kept = self._phases[index](latents, timestep, self._texts, cuts)
+        for slot, cut in zip(phase.stored, kept, strict=True):
+            if self._plan.until[step, slot] >= 0:
+                self._held[slot] = cut
+        for slot in self._plan.frees[step]:
+            self._held.pop(slot, None)
+        return output
+
+
+def measure(workload: workloads.Workload, rounds: int) -> dict[str, Any]:
+    """The rows of one model."""
+    model = workloads.build(workload)
+    timesteps = workloads.timesteps(workload, NUM_STEPS)
+    schedule = pabc.Schedule.pyramid(timesteps, **workload.ranges, fraction=workloads.FRACTION)
+    fast = pabc.compile(model, schedule)
+    start = workloads.draw(workload, 0)
+    latents = torch.cat([start.latents] * 2)
+    calls = [
+        workload.call(latents, torch.full((len(latents),), t, dtype=torch.long), start.text)
+        for t in map(int, timesteps)
+    ]
+
+    def run_pabc(step: int) -> Tensor:
+        output = fast(**calls[step])
+        return output[0] if isinstance(output, tuple) else output.sample
+
+    fast.prepare(**calls[0])
+    by_hand = ByHand(model, fast.plan)
+
+    def run_by_hand(step: int) -> Tensor:
+        call = calls[step]
+        return by_hand(step, call["hidden_states"], call["timestep"], call["encoder_hidden_states"])
+
+    errors = []
+    for step in range(NUM_STEPS):
+        found, expected = run_pabc(step), run_by_hand(step)
+        errors.append(((found - expected).abs().max() / expected.abs().max()).item())
+    if max(errors) > TOLERANCE:
+        raise RuntimeError(f"expected equal outputs, found a relative error of {max(errors):g}")
+    seconds = time_steps((run_pabc, run_by_hand), rounds)
+    rows = []
+    for phase in fast.plan.phases:
+        pairs = [pair for step in phase.steps if step for pair in seconds[step]]
+        rows.append(
+            {
+                "phase": phase.index,
+                "steps": len(phase.steps),
+                "reused": count_kinds(fast.plan, phase),
+                "pabc": report.summarize([mine for mine, _ in pairs], 6),
+                "by_hand": report.summarize([theirs for _, theirs in pairs], 6),
+                "ratio": round(statistics.median(mine / theirs for mine, theirs in pairs), 4),
+            }
+        )
+    return {"model": workload.name, **workload.shapes, "max_error": max(errors), "phases": rows}
+
+
+def time_steps(runs: Sequence[Any], rounds: int) -> list[list[tuple[float, ...]]]:
+    """Per step, per round, the seconds of each of `runs`, which take turns to be first."""
+    found: list[list[tuple[float, ...]]] = [[] for _ in range(NUM_STEPS)]
+    for turn in range(rounds):
+        for step in range(NUM_STEPS):
+            seconds = [0.0] * len(runs)
+            order = list(range(len(runs)))
+            for i in order if (turn + step) % 2 == 0 else reversed(order):
+                start = time.perf_counter()
+                runs[i](step)
+                seconds[i] = time.perf_counter() - start
+            found[step].append(tuple(seconds))
+    return found
+
+
+def count_kinds(plan: Plan, phase: Phase) -> dict[str, int]:
+    """How many regions of each kind a phase reuses."""
+    kinds = [plan.slots[slot].kind for slot in phase.reused]
+    return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
+
+
+def format_model(model: dict[str, Any]) -> str:
+    """The table of one model."""
+    rows = [
+        (
+            model["model"],
+            row["phase"],
+            row["steps"],
+            ", ".join(f"{n} {kind}" for kind, n in row["reused"].items()) or "nothing",
+            report.format_spread(row["pabc"], 4),
+            report.format_spread(row["by_hand"], 4),
+            f"{row['ratio']:.3f}{'' if row['ratio'] <= AIM else ' !'}",
+        )
+        for row in model["phases"]
+    ]
+    header = ("model", "phase", "steps", "reused", "pabc, s", "by hand, s", "ratio")
+    error = f"largest relative error {model['max_error']:.1e}"
+    return f"{report.format_table(header, rows)}\n{error}"
+
+
+def main() -> None:
+    """Prints a table; writes JSON where asked to."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tiny", action="store_true", help="shapes that say nothing, to try it")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    facts = report.describe_run()
+    sizes = workloads.TINY if options.tiny else workloads.SMALL
+    models = []
+    for name in options.models:
+        with torch.no_grad():
+            models.append(measure(sizes[name], options.rounds))
+        print(format_model(models[-1]), flush=True)
+    if options.out is not None:
+        report.write_json(options.out, {**facts, "rounds": options.rounds, "models": models})
+
+
+if __name__ == "__main__":
+    main()

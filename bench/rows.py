@@ -1,0 +1,71 @@
+"""The rows of a benchmark that may be stopped and go on: written one by one, found again."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import report
+
+Row = dict[str, Any]
+
+
+class Rows:
+    """Rows by name, written to a file with each one that is added.
+
+    Attributes:
+        content: what is written: facts about the run, its settings, and the rows.
+    """
+
+    def __init__(
+        self, out: Path | None, facts: Mapping[str, Any], settings: Mapping[str, Any], resume: bool
+    ) -> None:
+        """`resume`: rows that `out` holds from the same settings and commit are kept."""
+        found = _read(out, settings) if resume else {}
+        self._out = out
+        self.content: dict[str, Any] = {**facts, "settings": dict(settings), "rows": found}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.rows
+
+    @property
+    def rows(self) -> dict[str, Row]:
+        """Those that there are, in the order in which they were measured."""
+        rows: dict[str, Row] = self.content["rows"]
+        return rows
+
+    def add(self, name: str, row: Row) -> None:
+        """Adds a row, and writes them all."""
+        self.rows[name] = row
+        self.write()
+
+    def measure(self, name: str, measure: Callable[[], Row]) -> None:
+        """Adds what `measure` returns, unless there is a row of this name."""
+        if name not in self:
+            self.add(name, measure())
+
+    def write(self, **more: Any) -> None:
+        """Writes the rows, and what is to stand beside them."""
+        self.content.update(more)
+        if self._out is not None:
+            report.write_json(self._out, self.content)
+
+
+def _read(out: Path | None, settings: Mapping[str, Any]) -> dict[str, Row]:
+    if out is None or not out.exists():
+        return {}
+    content = json.loads(out.read_text())
+    is_same = content.get("settings") == settings and content["commit"] == report.read_commit()
+    return content["rows"] if is_same else {}
+
+
+def add_options(parser: argparse.ArgumentParser, out: str = "JSON") -> None:
+    """The options that every such benchmark has."""
+    parser.add_argument("--out", type=Path, help=f"{out} to write, row by row")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the rows that --out has of these settings"
+    )
+    parser.add_argument("--smoke", action="store_true", help="smallest shapes, one round")
