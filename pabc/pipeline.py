@@ -2,7 +2,8 @@
 
     capture -> canonicalize -> axes (-> enlarge) -> tag -> regions -> hoist -> repeats -> outline
     -> cache -> encode -> offload                            once per signature
-    specialize -> inline -> lift -> Inductor                 once per phase
+    specialize -> inline -> lift -> rewrites -> onednn -> blocks    once per phase
+    Inductor                                                 once per distinct block
 
 Passes neither print, time nor check themselves: :func:`run_stages` does.
 """

@@ -5,17 +5,10 @@ from .blocks import split_blocks_pass
 from .cache import cache_read, cache_write, compute_unless, insert_cache_pass, verify_cache
 from .canonicalize import canonicalize_pass
 from .capture import Signature, bind_arguments, capture
-from .emit import (
-    Code,
-    Place,
-    compile_blocks,
-    example_inputs,
-    inline_regions_pass,
-    lift_weights_pass,
-    prepare_inductor,
-)
+from .emit import Code, compile_blocks, example_inputs, prepare_inductor
 from .encode import CacheDtype, encode_cuts_pass
 from .enlarge import enlarge_call
+from .flatten import Place, inline_regions_pass, lift_weights_pass
 from .hoist import Part, hoist_invariants_pass, part_of_prologue, verify_hoist
 from .ir import Attention, Axis, Factor, Region
 from .offload import offload_cuts_pass
