@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 from .ir import attribute, copy_into, output_node
 
@@ -23,7 +24,7 @@ def inline_regions_pass(gm: GraphModule) -> GraphModule:
 
     Requires: a phase (:func:`specialize_phase_pass`).
     Ensures: no `call_module` node; outputs bitwise as before, so that fusion may cross regions;
-    what was a region's is marked with its slot, in `meta["slot"]`.
+    what was a region's is marked with its slot, in `meta["slot"]`; each op has its `"val"`.
 
         # before                                # after
         %r = call_module[cross_0](%x)           %q = aten.linear(%x, %w)
@@ -45,6 +46,10 @@ def inline_regions_pass(gm: GraphModule) -> GraphModule:
             copy_into(graph, [node], mapping)
             if node.op == "get_attr":
                 root[str(node.target)] = attribute(gm, str(node.target))
+    for node in graph.nodes:
+        if node.op == "call_function" and "val" not in node.meta:
+            args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+            node.meta["val"] = node.target(*args, **kwargs)
     result = GraphModule(root, graph)
     result.meta.update(gm.meta)
     return result

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from ..attention_ops import is_attention_op
 from ..ir import GETITEM, SOFTMAXES, aten, freeze, is_tensor, layout_key, output_node
 from ..provenance.axis_rules import RULES
+from .sizes import has_free_sizes
 
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 _KEPT = frozenset({*RULES, *SOFTMAXES, aten.dropout.default})
@@ -57,7 +58,9 @@ def _has_plain_ops(graph: Graph) -> bool:
     """Whether no op takes a graph as its argument, sizes are numbers, and what is written to is
     seen by no other op."""
     ops = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
-    return all(node.target is GETITEM or _is_plain(node) for node in ops)
+    return not has_free_sizes(graph) and all(
+        node.target is GETITEM or _is_plain(node) for node in ops
+    )
 
 
 def _is_plain(node: Node) -> bool:
