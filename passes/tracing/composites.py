@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from ..attention_ops import is_attention_op
@@ -30,8 +31,7 @@ def decompose_unknown_composites(program: ExportedProgram) -> ExportedProgram:
     no bit, and spares a rule for every spelling (concat for cat, hstack, tile, tensordot, ...).
     """
     _drop_dropouts(program.graph)
-    # Under autocast, it is the trace of the whole graph that writes out the casts.
-    if not torch._C._is_any_autocast_enabled() and _expand(program.graph):
+    if not _needs_whole_trace(program) and _expand(program.graph):
         program.graph_module.recompile()
         return program
     table: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
@@ -43,6 +43,13 @@ def decompose_unknown_composites(program: ExportedProgram) -> ExportedProgram:
         fresh = find_unknown_composites(program.graph) - table.keys()
         if not fresh:
             return program
+
+
+def _needs_whole_trace(program: ExportedProgram) -> bool:
+    """Whether a trace of the whole graph has more to write out than composites: autocast's casts,
+    the tensors that others are made of."""
+    tensors = (*program.state_dict.values(), *program.constants.values())
+    return torch._C._is_any_autocast_enabled() or any(map(is_traceable_wrapper_subclass, tensors))
 
 
 def _drop_dropouts(graph: Graph) -> None:
