@@ -186,8 +186,8 @@ def _group(plan: Plan, saved: Sequence[int], alive: npt.NDArray[np.bool_]) -> tu
     """Groups of the slots that are reused, by what they save per byte; the densest first."""
     members: dict[tuple[int, int, bytes], list[int]] = {}
     for j in _reused(plan):
-        # What saves no counted operation still saves a little.
-        worth = max(saved[j], 1)
+        # Of choices that save as many operations, the one with more slots: each saves a little.
+        worth = saved[j] * (len(saved) + 1) + 1
         key = (plan.slots[j].nbytes, worth, alive[:, j].tobytes())
         members.setdefault(key, []).append(j)
     groups = [

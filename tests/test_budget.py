@@ -69,6 +69,7 @@ def peak_of(plan, kept):
 @settings(max_examples=150, deadline=None)
 @given(case=cases())
 @example(case=(make_plan([3, 2, 2], [[False] * 3, [True] * 3]), [4, 2, 2], 4))  # greedy takes 3
+@example(case=(make_plan([1, 2], [[False] * 2, [True] * 2]), [0, 1], 2))  # one counts for nothing
 def test_no_other_choice_saves_more(case):
     """Against all subsets: within the budget, and the most work saved that there is."""
     plan, flops, budget = case
