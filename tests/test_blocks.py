@@ -2,6 +2,7 @@
 
 import re
 import sys
+import weakref
 
 import pytest
 import torch
@@ -178,6 +179,23 @@ def test_values_are_let_go_of_after_their_last_use():
     assert torch.equal(chain.link([block])(values)[0], torch.full((2,), 3.0))
     assert not values
     assert alive == [[alive[0][0]]] * 3, "a result is held by nobody but the block that takes it"
+
+
+def test_results_that_nobody_takes_are_let_go_of_at_once():
+    class Result:
+        pass
+
+    made = []
+
+    def block(given):
+        assert not any(result() for result in made)
+        results = [given[0], Result()]
+        made.append(weakref.ref(results[1]))
+        return results
+
+    chain = Chain(1, (Call(0, (0,), 2), Call(0, (1,), 2), Call(0, (3,), 2)), (5,))
+    assert chain.link([block])(["x"]) == ["x"]
+    assert len(made) == 3
 
 
 def test_inputs_that_are_returned_stay():

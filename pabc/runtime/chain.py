@@ -58,26 +58,28 @@ class Chain:
     def link(self, code: Sequence[passes.Code]) -> Callable[[list[Any]], list[torch.Tensor]]:
         """What runs it: a list of the inputs, which it empties -> the outputs.
 
-        A value is let go of at the last call that takes it.
+        A value is let go of at the last call that takes it; at once, if there is none.
         """
         last = {place: i for i, call in enumerate(self.calls) for place in call.inputs}
         kept = set(self.outputs)
-        steps = [
-            (
-                code[call.block],
-                _gather(call.inputs),
-                tuple(p for p in call.inputs if last[p] == i and p not in kept),
-            )
-            for i, call in enumerate(self.calls)
-        ]
+        steps = []
+        count = self.num_inputs
+        for i, call in enumerate(self.calls):
+            results = range(count, count + call.num_results)
+            count += call.num_results
+            over = tuple(p for p in call.inputs if last[p] == i and p not in kept)
+            unused = tuple(p for p in results if p not in last and p not in kept)
+            steps.append((code[call.block], _gather(call.inputs), over, unused))
         outputs = _gather(self.outputs)
 
         def run(values: list[Any]) -> list[torch.Tensor]:
-            for block, inputs, over in steps:
+            for block, inputs, over, unused in steps:
                 given = inputs(values)
                 for place in over:
                     values[place] = None
                 values.extend(block(given))
+                for place in unused:
+                    values[place] = None
             results = outputs(values)
             values.clear()
             return results
