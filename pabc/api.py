@@ -32,6 +32,7 @@ def compile(
     cache_dtype: passes.CacheDtype = "keep",
     offload: Offload | None = None,
     memory_budget: int | str | None = None,
+    cudagraphs: bool = False,
     check_finite: bool = False,
     example_inputs: tuple[Sequence[Any], Mapping[str, Any]] | None = None,
 ) -> CompiledModel:
@@ -58,6 +59,10 @@ def compile(
             generation may take at the fullest step: those that save the most work per byte are
             kept, the other regions computed at every step. Two guidance calls a step are two
             branches.
+        cudagraphs: on a CUDA device, each phase becomes a CUDA graph once it has run twice, so that
+            small models do not wait for launches. Inputs are copied to where the graph reads them,
+            and outputs are copies. The memory of slots and phases is kept between generations, per
+            branch that is under way; weights that move are recorded anew.
         check_finite: a NaN or infinity that would be kept raises :class:`pabc.GuardError`; looking
             for one waits for the device at each step that stores.
         example_inputs: `(args, kwargs)` of a call: captures and compiles now, not when called.
@@ -89,7 +94,10 @@ def compile(
         cache_dtype=cache_dtype,
         offload=offload,
         memory_budget=memory_budget,
+        cudagraphs=cudagraphs,
     )
+    if cudagraphs and backend == "oracle":
+        raise ValueError("cudagraphs: expected False with backend='oracle', found True")
     compiled = CompiledModel(model, schedule, backend, config, check_finite=check_finite)
     if example_inputs is not None:
         args, kwargs = example_inputs
@@ -143,6 +151,13 @@ def _configure(*, memory_budget: int | str | None, **options: Any) -> Config:
     _check_choice("cut", config.cut, get_args(passes.Cut))
     _check_choice("cache_dtype", config.cache_dtype, get_args(passes.CacheDtype))
     _check_choice("offload", config.offload, (None, *get_args(Offload)))
+    if not isinstance(config.cudagraphs, bool):
+        raise ValueError(f"cudagraphs: expected True or False, found {config.cudagraphs!r}")
+    if config.cudagraphs and config.offload is not None:
+        raise ValueError(
+            f"cudagraphs: expected False with offload={config.offload!r}, whose values move; found "
+            "True"
+        )
     return config
 
 

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """What the user may decide about the analysis; arguments of :func:`pabc.compile`."""
+    """What the user may decide about graphs; arguments of :func:`pabc.compile`."""
 
     cut: passes.Cut = "attention"
     kinds: Mapping[str, str] = field(default_factory=dict)
@@ -38,6 +38,7 @@ class Config:
     cache_dtype: passes.CacheDtype = "keep"
     offload: Offload | None = None
     memory_budget: int | None = None
+    cudagraphs: bool = False
 
 
 @dataclass(frozen=True, slots=True)

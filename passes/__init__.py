@@ -5,7 +5,7 @@ from .blocks import split_blocks_pass
 from .cache import cache_read, cache_write, compute_unless, insert_cache_pass, verify_cache
 from .canonicalize import canonicalize_pass
 from .capture import Signature, bind_arguments, capture
-from .emit import Code, compile_blocks, example_inputs, prepare_inductor
+from .emit import Code, compile_blocks, example_inputs, prepare_inductor, run_blocks
 from .encode import CacheDtype, encode_cuts_pass
 from .enlarge import enlarge_call
 from .flatten import Place, inline_regions_pass, lift_weights_pass
@@ -68,6 +68,7 @@ __all__ = [
     "part_of_prologue",
     "prepare_inductor",
     "rewrite_formulas_pass",
+    "run_blocks",
     "specialize_phase_pass",
     "split_blocks_pass",
     "tag_attention_pass",

@@ -8,7 +8,7 @@ the norm that begins the next stay in one block, and are fused.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,9 @@ Key = Hashable
 """What a graph computes, for inputs of which layout: equal for graphs that may share code."""
 
 
-def split_blocks_pass(gm: GraphModule) -> GraphModule:
+def split_blocks_pass(
+    gm: GraphModule, *, apart: Callable[[Node], bool] = lambda node: False
+) -> GraphModule:
     """Splits a flat graph into blocks, and calls blocks that are alike by one module.
 
     Requires: a flat graph whose inputs are all there is (:func:`lift_weights_pass`), with marks of
@@ -37,14 +39,15 @@ def split_blocks_pass(gm: GraphModule) -> GraphModule:
     Ensures: the same inputs and results, bitwise as before; nothing but `call_module` nodes and
     their items; each distinct block is one submodule, a flat graph of its own whose inputs come in
     the order of their first use, and `block.meta["key"]` is its :data:`Key`. Views never cross from
-    one block to another: each block takes them anew of what they are views of.
+    one block to another: each block takes them anew of what they are views of. An op that is to be
+    kept `apart` is a block of its own.
 
         # before                                # after
         %y = add(%x, %g)                        %b = call_module[block_0](%x, %g, ...)
         %n = layer_norm(%y)                     %y, %n = getitem(%b, 0), getitem(%b, 1)
         %h = linear(%n, %w)                     %c = call_module[block_1](%n, %w, %y, ...)
     """
-    ordinals = _ordinals(gm.graph)
+    ordinals = _ordinals(gm.graph, apart)
     blocks: dict[int, list[Node]] = {}
     for node, ordinal in ordinals.items():
         blocks.setdefault(ordinal, []).append(node)
@@ -73,7 +76,7 @@ def split_blocks_pass(gm: GraphModule) -> GraphModule:
     return result
 
 
-def _ordinals(graph: Graph) -> dict[Node, int]:
+def _ordinals(graph: Graph, apart: Callable[[Node], bool]) -> dict[Node, int]:
     """Which block each op is in: its place in the graph says, but for what comes before the first
     product of a branch that begins a block; that still belongs to the block before."""
     ordinals: dict[Node, int] = {}
@@ -81,6 +84,16 @@ def _ordinals(graph: Graph) -> dict[Node, int]:
     begun: set[Node] = set()
     for node in graph.nodes:
         if node.op in ("placeholder", "output", "get_attr"):
+            continue
+        source = node.args[0] if node.target is GETITEM else None
+        if isinstance(source, Node) and source in ordinals:
+            ordinals[node] = ordinals[source]
+            if source in begun:
+                begun.add(node)
+            continue
+        if apart(node):
+            ordinals[node] = block + 1 + bool(begun)
+            block, begun = ordinals[node] + 1, set()
             continue
         slot = node.meta.get("slot")
         if slot != current:

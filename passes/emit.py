@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import copy_context
 from importlib import import_module
 from threading import Thread
 from typing import Any
@@ -30,6 +30,20 @@ def compile_blocks(blocks: Sequence[GraphModule]) -> list[Code]:
     """
     with _compiling_kernels_in_background(blocks), without_garbage_collection():
         return [_compile_block(block) for block in blocks]
+
+
+def run_blocks(blocks: Sequence[GraphModule]) -> list[Code]:
+    """Blocks as they are: run op by op."""
+    return [_run_block(block) for block in blocks]
+
+
+def _run_block(gm: GraphModule) -> Code:
+    def run(inputs: list[Any]) -> Sequence[torch.Tensor]:
+        given = [*inputs]
+        inputs.clear()
+        return list(gm(*given))
+
+    return run
 
 
 def _compile_block(gm: GraphModule) -> Code:
@@ -75,27 +89,43 @@ def _compiling_kernels_in_background(blocks: Sequence[GraphModule]) -> Iterator[
             compiler.wait(scope)
 
 
-def prepare_inductor() -> None:
+def prepare_inductor() -> Callable[[], None]:
     """Starts to find out, in the background, which vector instructions the C++ compiler knows.
 
-    Inductor asks for it once a process, and tries one program after the other: seconds, in which
-    the model can be captured. What is found is in Inductor's own cache, and locked until then.
+    Inductor asks for it once a process: seconds, in which the model can be captured. Returns what
+    waits for the answer, which Inductor keeps.
     """
     import_module("torch._inductor.compile_fx")  # by one thread, as its modules import each other
-    Thread(target=_try_vector_instructions, name="pabc: instructions", daemon=True).start()
+    thread = Thread(target=_try_vector_instructions, name="pabc: instructions", daemon=True)
+    thread.start()
+    return thread.join
 
 
 def _try_vector_instructions() -> None:
-    from torch._inductor import cpu_vec_isa
+    """Has Inductor choose its instructions, and try all sets at a time.
 
-    if platform.machine() != "x86_64":
-        cpu_vec_isa.pick_vec_isa()
-        return
+    It tries each by a program with all of PyTorch's vector code in it. Where PyTorch's own kernels
+    use the best of them, it is enough that the compiler takes their flags: a tiny program tells.
+    """
+    from torch._inductor import config, cpu_vec_isa
+
     supported = cpu_vec_isa.x86_isa_checker()
     known = cpu_vec_isa.supported_vec_isa_list
     sets = [isa for isa in known if all(flag in supported for flag in str(isa).split())]
-    with ThreadPoolExecutor(len(sets) or 1) as pool:
-        list(pool.map(bool, sets))
+    used = torch.backends.cpu.get_cpu_capability().lower()
+    with ThreadPoolExecutor(max(len(sets), 1)) as pool:
+        is_enough = (
+            config.cpp.vec_isa_ok is None
+            and any(used in str(isa) for isa in sets[:1])
+            and all(pool.map(lambda isa: isa.check_build(_TINY), sets))
+        )
+        with config.patch({"cpp.vec_isa_ok": True}) if is_enough else nullcontext():
+            contexts = [copy_context() for _ in sets]  # which tell threads of the patch
+            list(pool.map(lambda isa, context: context.run(bool, isa), sets, contexts))
+            cpu_vec_isa.valid_vec_isa_list()  # kept by Inductor
+
+
+_TINY = 'extern "C" int pabc_nothing() { return 0; }'
 
 
 def _takes_list(function: Any) -> bool:

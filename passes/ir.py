@@ -60,6 +60,8 @@ LAYOUTS = frozenset(
 SOFTMAXES = frozenset({aten.softmax.int, aten._softmax.default, aten._safe_softmax.default})
 MASKS = (torch.bool, torch.uint8)
 """The dtypes of an index that says which elements, not at which positions."""
+COLLECTIVES = ("_c10d_functional", "c10d", "c10d_functional")
+"""Namespaces of the ops that communicate."""
 OUTSIDE = "pabc_outside"
 """Namespace of the ops that stand for modules which a graph calls as they are."""
 
@@ -200,6 +202,12 @@ def is_outside(node: Any) -> bool:
     """Whether `node` calls a module that runs as it is."""
     target = node.target if isinstance(node, Node) else None
     return isinstance(target, torch._ops.OpOverload) and target.namespace == OUTSIDE
+
+
+def is_collective(node: Any) -> bool:
+    """Whether `node` communicates with other processes, or waits for it."""
+    target = node.target if isinstance(node, Node) else None
+    return isinstance(target, torch._ops.OpOverload) and target.namespace in COLLECTIVES
 
 
 def is_contraction(node: Node) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import Case, run_by_hand
+from tapes import Tape
 from torch import nn
 from torch.fx import Graph, GraphModule
 
@@ -16,6 +17,7 @@ import pabc
 from pabc import passes
 from pabc.passes.ir import copy_into, derived
 from pabc.pipeline import ANALYSIS, Config, run_stages
+from pabc.runtime import cudagraphs
 from pabc.runtime.chain import Chain
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -136,3 +138,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         for line in lines:
             cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
             terminalreporter.write_line("  ".join(cells).rstrip())
+
+
+@pytest.fixture
+def graphs_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA graphs for models on the CPU."""
+    monkeypatch.setattr(cudagraphs, "Tape", Tape)
+    monkeypatch.setattr(cudagraphs, "DEVICE_TYPE", "cpu")

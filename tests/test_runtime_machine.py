@@ -114,22 +114,27 @@ class Reference:
 
 def build():
     torch.manual_seed(0)
-    model = Captioned().eval().requires_grad_(False)
-    return model, pabc.compile(model, SCHEDULES[0], backend="eager", check_finite=True)
+    return Captioned().eval().requires_grad_(False)
 
 
-MODEL, FAST = build()
+def compile_eager(**options):
+    return pabc.compile(MODEL, SCHEDULES[0], backend="eager", check_finite=True, **options)
+
+
+MODEL = build()
 
 
 class Runtime(RuleBasedStateMachine):
     """Trajectory 0 is the default one, 1 to 3 are independent."""
 
+    fast = compile_eager()
+
     def __init__(self):
         super().__init__()
-        FAST.reset()
-        FAST.schedule = SCHEDULES[0]
+        self.fast.reset()
+        self.fast.schedule = SCHEDULES[0]
         self.reference = Reference(MODEL)
-        self.runs = {run: FAST.trajectory() for run in (1, 2, 3)}
+        self.runs = {run: self.fast.trajectory() for run in (1, 2, 3)}
         self.texts = {run: torch.randn(1, 1, 3) for run in range(4)}
 
     def teardown(self):
@@ -145,8 +150,8 @@ class Runtime(RuleBasedStateMachine):
         return torch.randn(2, tokens, 4), t, self.texts[run]
 
     def call(self, run, name, call):
-        with self.enter(run), FAST.cache_context(name) if name else nullcontext():
-            return FAST(*call)
+        with self.enter(run), self.fast.cache_context(name) if name else nullcontext():
+            return self.fast(*call)
 
     @rule(run=RUNS, name=NAMES, tokens=TOKENS, dtype=DTYPES, count=st.integers(1, 6))
     def step(self, run, name, tokens, dtype, count):
@@ -174,13 +179,13 @@ class Runtime(RuleBasedStateMachine):
     @rule(run=RUNS)
     def reset(self, run):
         with self.enter(run):
-            FAST.reset()
+            self.fast.reset()
         self.reference.reset(run)
 
     @rule(run=RUNS)
     def drop(self, run):
         if run:
-            self.runs[run] = FAST.trajectory()
+            self.runs[run] = self.fast.trajectory()
             self.reference.reset(run)
 
     @rule(run=st.integers(1, 3))
@@ -219,7 +224,7 @@ class Runtime(RuleBasedStateMachine):
 
     @rule(schedule=st.sampled_from(SCHEDULES))
     def change_the_schedule(self, schedule):
-        FAST.schedule = self.reference.schedule = schedule
+        self.fast.schedule = self.reference.schedule = schedule
 
     @rule(run=RUNS)
     def change_the_text_in_place(self, run):
@@ -243,13 +248,22 @@ class Runtime(RuleBasedStateMachine):
     @invariant()
     def bytes_add_up(self):
         expected = self.reference.nbytes()
-        assert FAST.stats.nbytes == expected
-        runs = [FAST._default, *self.runs.values()]
+        assert self.fast.stats.nbytes == expected
+        runs = [self.fast._default, *self.runs.values()]
         assert sum(run.nbytes for run in runs) == expected
 
 
-def test_any_order_of_events_equals_the_reference():
+class Replayed(Runtime):
+    """Phases are replayed."""
+
+    fast = compile_eager(cudagraphs=True)
+
+
+@pytest.mark.parametrize("machine", [Runtime, Replayed])
+@pytest.mark.usefixtures("graphs_on_cpu")
+def test_any_order_of_events_equals_the_reference(machine):
     gc.collect()
     examples = settings(max_examples=100, stateful_step_count=40, deadline=None)
-    run_state_machine_as_test(Runtime, settings=examples)
-    assert FAST.stats.captures <= 4, "two shapes, two dtypes"
+    run_state_machine_as_test(machine, settings=examples)
+    assert machine.fast.stats.captures <= 4, "two shapes, two dtypes"
+    assert (machine.fast.stats.recordings > 0) == (machine is Replayed)

@@ -112,6 +112,7 @@ def _build(manifest: Json, members: dict[str, bytes], model: nn.Module) -> Compi
             model,
             backend=backend,
             memory_budget=config.memory_budget,
+            cudagraphs=config.cudagraphs,
             recorder=programs.recorder,
         )
         if program.bind(schedule).plan != Plan.from_json(plan):

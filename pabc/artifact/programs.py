@@ -93,6 +93,7 @@ def read_program(
     *,
     backend: Backend,
     memory_budget: int | None,
+    cudagraphs: bool,
     recorder: Recorder,
 ) -> tuple[Program, str]:
     """The program that :func:`write_program` wrote, and its plan as JSON."""
@@ -103,6 +104,7 @@ def read_program(
         backend=backend,
         promoted=content["promoted"],
         memory_budget=memory_budget,
+        cudagraphs=cudagraphs,
         recorder=recorder,
     )
     device = _device(program)

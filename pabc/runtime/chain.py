@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any
 
@@ -34,6 +34,32 @@ class Chain:
     num_inputs: int
     calls: tuple[Call, ...]
     outputs: tuple[int, ...]
+
+    def split(self, alone: Collection[int]) -> tuple[Piece, ...]:
+        """The chain as shorter ones, one after the other, between the calls of the blocks `alone`,
+        each of which is a piece by itself."""
+        groups: list[tuple[list[Call], list[int]]] = []
+        count = self.num_inputs
+        for i, call in enumerate(self.calls):
+            if not i or not {call.block, self.calls[i - 1].block}.isdisjoint(alone):
+                groups.append(([], []))
+            groups[-1][0].append(call)
+            groups[-1][1].extend(range(count, count + call.num_results))
+            count += call.num_results
+        pieces: list[Piece] = []
+        taken = set(self.outputs)
+        for calls, made in reversed(groups):
+            used = dict.fromkeys(place for call in calls for place in call.inputs)
+            inputs = tuple(place for place in used if place not in made)
+            results = tuple(place for place in made if place in taken)
+            local = {place: i for i, place in enumerate((*inputs, *made))}
+            renumbered = tuple(
+                replace(call, inputs=tuple(map(local.__getitem__, call.inputs))) for call in calls
+            )
+            chain = Chain(len(inputs), renumbered, tuple(map(local.__getitem__, results)))
+            pieces.append(Piece(chain, inputs, results, calls[0].block in alone))
+            taken.update(inputs)
+        return tuple(reversed(pieces))
 
     @classmethod
     def of(cls, gm: GraphModule) -> tuple[Chain, tuple[GraphModule, ...]]:
@@ -87,6 +113,19 @@ class Chain:
         return run
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a chain, as a chain of its own.
+
+    `inputs`, `results`: where those of the piece have their places in the whole.
+    """
+
+    chain: Chain
+    inputs: tuple[int, ...]
+    results: tuple[int, ...]
+    is_alone: bool
+
+
 def _gather(places: Sequence[int]) -> Callable[[list[Any]], list[Any]]:
     """Takes the values at these places."""
     if len(places) < 2:
@@ -104,10 +143,12 @@ class BlockCode:
     def __len__(self) -> int:
         return len(self._code)
 
-    def compile(self, blocks: Iterable[GraphModule]) -> None:
-        """Compiles those blocks with Inductor that are like none before."""
+    def compile(self, blocks: Iterable[GraphModule], *, op_by_op: bool = False) -> None:
+        """Compiles those blocks with Inductor that are like none before; or runs them as they are,
+        op by op."""
         fresh = {b.meta["key"]: b for b in blocks if b.meta["key"] not in self._code}
-        self._code.update(zip(fresh, passes.compile_blocks(list(fresh.values())), strict=True))
+        code = passes.run_blocks if op_by_op else passes.compile_blocks
+        self._code.update(zip(fresh, code(list(fresh.values())), strict=True))
 
     def get(self, block: GraphModule) -> passes.Code:
         """The code of a block."""

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from itertools import islice
 from time import perf_counter
 from typing import Any, Literal
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from pabc import passes
-from pabc.passes.ir import user_inputs, value
+from pabc.passes.ir import is_collective, is_outside, user_inputs, value
 from pabc.runtime.branch import Binding, Layout, without_spare_memory
 from pabc.runtime.chain import BlockCode, Chain
+from pabc.runtime.cudagraphs import Part, Recordable
 from pabc.runtime.stats import Recorder
 from pabc.runtime.weights import Weights
 
@@ -31,9 +33,10 @@ Flat = Callable[..., tuple[Sequence[Any], Sequence[torch.Tensor]]]
 
 @dataclass(frozen=True, slots=True)
 class Executable:
-    """What runs the steps of a phase that keep these slots, and gives out their cuts alone."""
+    """What runs the steps of a phase that keep these slots, and gives out their cuts alone; what
+    can be recorded is run by a workspace."""
 
-    run: Flat
+    run: Flat | Recordable
     stored: Slots
 
 
@@ -45,7 +48,7 @@ class Compiled:
     """
 
     stored: Slots
-    link: Callable[[Slots], Flat]
+    link: Callable[[Slots], Flat | Recordable]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,7 @@ class Phases:
         backend: Backend,
         recorder: Recorder,
         code: BlockCode,
+        cudagraphs: bool = False,
     ) -> None:
         self.compile_seconds = 0.0
         self._guarded = guarded
@@ -110,6 +114,7 @@ class Phases:
         self._backend = backend
         self._recorder = recorder
         self._code = code
+        self._cudagraphs = cudagraphs
         self._sizes: passes.Sizes | None = guarded.meta.get("sizes")
         self._modules: dict[Phase, GraphModule] = {}
         self._compiled: dict[tuple[Slots, Layout], list[Compiled]] = {}
@@ -170,11 +175,12 @@ class Phases:
     def _compile(self, phases: Sequence[Phase], inputs: Sequence[Any]) -> list[Compiled]:
         start = perf_counter()
         with compiling():
-            if self._backend == "eager":
+            if self._backend == "eager" and not self._cudagraphs:
                 made = [self._as_it_is(*phase) for phase in phases]
             else:
                 lowered = [self.lower(*phase, inputs) for phase in phases]
-                self._code.compile([block for low in lowered for block in low.blocks])
+                blocks = [block for low in lowered for block in low.blocks]
+                self._code.compile(blocks, op_by_op=self._backend == "eager")
                 made = [
                     self._linkable(stored, low, [self._code.get(block) for block in low.blocks])
                     for (_, stored), low in zip(phases, lowered, strict=True)
@@ -193,11 +199,15 @@ class Phases:
             binding = self._sizes.hints if inputs is None else self._sizes.bind(inputs)
             assert binding is not None
             flat = passes.fold_sizes(flat, binding)
-        flat = passes.use_onednn_pass(passes.rewrite_formulas_pass(flat))
+        if self._backend == "inductor":
+            flat = passes.use_onednn_pass(passes.rewrite_formulas_pass(flat))
         num_cuts = sum(len(self._guarded.meta["regions"][slot].kept) for slot in reused)
         for node in user_inputs(flat.graph)[-num_cuts:] if num_cuts else ():
             node.meta["val"] = _as_held(value(node))
-        split = passes.split_blocks_pass(flat)
+        if self._cudagraphs:
+            split = passes.split_blocks_pass(flat, apart=_cannot_be_recorded)
+        else:
+            split = passes.split_blocks_pass(flat)
         split.graph.lint()
         chain, blocks = Chain.of(split)
         return Lowered(chain, blocks, split.meta["weights"], split.meta["outputs"])
@@ -241,10 +251,23 @@ class Phases:
         )
         num_tensors = sum(isinstance(place, passes.Place) for place in outputs)
         tensors, cuts = chain.outputs[:num_tensors], chain.outputs[num_tensors:]
+        alone = {
+            i for i, b in enumerate(lowered.blocks) if any(map(_cannot_be_recorded, b.graph.nodes))
+        }
 
-        def link(kept: Slots) -> Flat:
+        def link(kept: Slots) -> Flat | Recordable:
             given_out = tuple(cuts[place] for place in self._places(stored, kept))
-            run = replace(chain, outputs=tensors + given_out).link(code)
+            shorter = replace(chain, outputs=tensors + given_out)
+            if self._cudagraphs:
+                rest = iter(given_out)
+                return Recordable(
+                    tuple(Part(p, p.chain.link(code)) for p in shorter.split(alone)),
+                    weights,
+                    outputs,
+                    tensors,
+                    {slot: tuple(islice(rest, self._widths[slot])) for slot in kept},
+                )
+            run = shorter.link(code)
 
             def execute(*args: Any) -> tuple[Sequence[Any], Sequence[torch.Tensor]]:
                 results = run([*weights, *args])
@@ -259,6 +282,11 @@ class Phases:
         """Where the cuts of some slots are among those of all that a phase stores."""
         order = [(slot, i) for slot in stored for i in range(self._widths[slot])]
         return [place for place, (slot, _) in enumerate(order) if slot in kept]
+
+
+def _cannot_be_recorded(node: Node) -> bool:
+    """Whether an op may wait for the device, or for other processes."""
+    return is_outside(node) or is_collective(node)
 
 
 def _as_held(val: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from pabc.plan import SlotSpec
 from pabc.runtime.bindings import Bindings
 from pabc.runtime.branch import Binding, Branch, Hoisted, Source
 from pabc.runtime.chain import BlockCode
+from pabc.runtime.cudagraphs import Recordable, Workspaces, find_device
 from pabc.runtime.guards import find_numbers
 from pabc.runtime.phases import Backend, Executable, Phases, check_fp8, compiling
 from pabc.runtime.stats import Recorder
@@ -50,6 +51,7 @@ class Program:
         records: tuple[Record, ...] = (),
         recorder: Recorder | None = None,
         code: BlockCode | None = None,
+        cudagraphs: bool = False,
     ) -> None:
         self.guarded, self.records = guarded, records
         self.promoted = frozenset(promoted)
@@ -75,7 +77,9 @@ class Program:
         self._source = Source(self, (), 0)
         self._numbers: tuple[int, ...] | None = None
         recorder, code = recorder or Recorder(), BlockCode() if code is None else code
-        self.phases = Phases(guarded, self._weights, backend, recorder, code)
+        self.phases = Phases(guarded, self._weights, backend, recorder, code, cudagraphs)
+        self._device = find_device(guarded) if cudagraphs else None
+        self._workspaces = Workspaces(recorder)
 
     @classmethod
     def capture(
@@ -91,10 +95,11 @@ class Program:
         code: BlockCode | None = None,
     ) -> Program:
         """The program for a call with these arguments."""
-        if backend == "inductor" and _on_cpu((args, kwargs)):
-            passes.prepare_inductor()
+        prepared = _prepare_inductor(args, kwargs) if backend == "inductor" else None
         with compiling():
             guarded, records = analyze(model, args, kwargs, config, promoted)
+        if prepared is not None:
+            prepared()
         if backend == "inductor" and config.cache_dtype == "fp8":
             vals = [n.meta.get("val") for n in guarded.graph.nodes if n.op == "placeholder"]
             check_fp8({val.device for val in vals if isinstance(val, torch.Tensor)})
@@ -106,6 +111,7 @@ class Program:
             records=records,
             recorder=recorder,
             code=code,
+            cudagraphs=config.cudagraphs,
         )
 
     @property
@@ -185,14 +191,30 @@ class Program:
         inputs: Sequence[Any],
     ) -> Any:
         """Runs a step that has begun: the model's result. The branch advances unless it raises."""
-        if self.backend == "oracle":
-            outputs: Any = executable.run(branch, *inputs, *self._prologue(*inputs))
+        run = executable.run
+        if isinstance(run, Recordable):
+            outputs, kept = self._replay(branch, reused, run, inputs)
+            branch.keep(executable.stored, kept, self._widths)
+        elif self.backend == "oracle":
+            outputs = run(branch, *inputs, *self._prologue(*inputs))
         else:
             cuts = branch.reused_cuts(reused)
-            outputs, kept = executable.run(*inputs, *self._hoist(branch, inputs), *cuts)
+            outputs, kept = run(*inputs, *self._hoist(branch, inputs), *cuts)
             branch.keep(executable.stored, kept, self._widths)
         branch.advance()
         return self.signature.out_spec.unflatten(outputs)
+
+    def _replay(
+        self, branch: Branch, reused: tuple[int, ...], phase: Recordable, inputs: Sequence[Any]
+    ) -> tuple[Sequence[Any], Sequence[torch.Tensor]]:
+        """Runs a step on the memory of its branch, which holds what is hoisted and kept."""
+        assert self._device is not None
+        workspace = self._workspaces.of(branch, self.phases.layout(inputs), self._device)
+        workspace.take_inputs(inputs)
+        values = workspace.take_hoisted(self._hoist(branch, inputs))
+        assert branch.hoisted is not None
+        branch.hoisted = replace(branch.hoisted, values=values)
+        return workspace.run(phase, reused)
 
     def _hoist(self, branch: Branch, inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:
         """The prologue's results, computed anew only where something they follow from has changed;
@@ -277,6 +299,9 @@ class _NothingKept:
         """Drops the cuts."""
 
 
-def _on_cpu(arguments: Any) -> bool:
+def _prepare_inductor(*arguments: Any) -> Callable[[], None] | None:
+    """Begins what Inductor needs for calls on a CPU; returns what waits for it."""
     leaves = pytree.tree_leaves(arguments)
-    return all(leaf.device.type == "cpu" for leaf in leaves if isinstance(leaf, torch.Tensor))
+    if all(leaf.device.type == "cpu" for leaf in leaves if isinstance(leaf, torch.Tensor)):
+        return passes.prepare_inductor()
+    return None

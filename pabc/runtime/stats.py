@@ -28,6 +28,7 @@ class Stats:
         peak_nbytes: bytes that slots held at the fullest moment.
         captures: graphs captured from the model.
         compiles: phases specialized and compiled.
+        recordings: CUDA graphs recorded.
     """
 
     calls: int
@@ -40,6 +41,7 @@ class Stats:
     peak_nbytes: int
     captures: int
     compiles: int
+    recordings: int
 
     def __str__(self) -> str:
         rows = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -101,7 +103,8 @@ class Recorder:
     def snapshot(self) -> Stats:
         """The counts as they are."""
         with self._lock:
-            names = ("calls", "generations", "computed", "reused", "stored", "captures", "compiles")
+            gauges = ("fallbacks", "nbytes", "peak_nbytes")
+            names = (field.name for field in fields(Stats) if field.name not in gauges)
             counts: dict[str, Any] = {name: self._counts[name] for name in names}
             return Stats(
                 **counts,

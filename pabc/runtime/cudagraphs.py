@@ -1,0 +1,313 @@
+"""Phases as CUDA graphs: memory at fixed addresses, and what was recorded on it.
+
+The kernels of a recorded phase are launched together, by no Python. What they read and write must
+lie where it lay when they were recorded. So each branch of a generation has a :class:`Workspace`:
+copies of the inputs and of the hoisted values, and a buffer per slot; the phases that compute a
+slot write its cuts there, those that reuse it read them there. When the branch is gone, the next
+one takes its workspace over, with all that was recorded.
+
+A phase runs as it is the first time, is recorded the second time, and replayed from then on.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from pabc import passes
+from pabc.passes.capture import CONSTANTS
+from pabc.runtime.branch import Branch, Layout, without_spare_memory
+from pabc.runtime.chain import Piece
+from pabc.runtime.stats import Recorder
+
+DEVICE_TYPE = "cuda"
+"""Of the devices on which graphs are recorded."""
+MAX_IDLE = 4
+"""How many workspaces a program keeps for branches to come."""
+
+
+class Tape:
+    """Records what runs on a CUDA device. What one tape has recorded shares memory: it must not
+    run at the same time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream: torch.cuda.Stream | None = None
+
+    def record(
+        self, run: Callable[[], list[torch.Tensor]]
+    ) -> tuple[Callable[[], None], list[torch.Tensor]]:
+        """Runs nothing yet. Returns what will run it, and where the results will be."""
+        graph = torch.cuda.CUDAGraph()
+        with (
+            torch.cuda.device(self._device),
+            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+        ):
+            results = run()
+        return graph.replay, results
+
+    def follow(self) -> None:
+        """What is launched from now on, on this thread's stream, comes after what was before."""
+        stream = torch.cuda.current_stream(self._device)
+        if self._stream is not None and self._stream != stream:
+            stream.wait_stream(self._stream)
+        self._stream = stream
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """A piece of a phase, and its code, which takes its inputs in a list and empties it."""
+
+    piece: Piece
+    code: Callable[[list[Any]], list[torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recordable:
+    """A phase in parts, for the steps that keep these slots.
+
+    Attributes:
+        parts: called in turn.
+        weights: the model's tensors, as they are now; the first of all values, then come inputs,
+            hoisted values and reused cuts, then the parts' results.
+        outputs: the model's: where they are tensors, which of `tensors`.
+        tensors: the places of these among all values.
+        cuts: per slot that is kept, the places of its cuts.
+    """
+
+    parts: tuple[Part, ...]
+    weights: Sequence[torch.Tensor]
+    outputs: tuple[Any, ...]
+    tensors: tuple[int, ...]
+    cuts: Mapping[int, tuple[int, ...]]
+
+
+@dataclass(slots=True)
+class _Recording:
+    """A part that was recorded.
+
+    `copies`: of the inputs that lie elsewhere at each call, by their index.
+    """
+
+    replay: Callable[[], None]
+    copies: dict[int, torch.Tensor]
+    results: list[torch.Tensor]
+
+
+@dataclass(slots=True)
+class _Recorded:
+    """The parts of a phase that were recorded so far, with the weights at these addresses."""
+
+    addresses: list[int]
+    parts: dict[Part, _Recording]
+
+
+class Workspace:
+    """Memory at fixed addresses, for one branch at a time, and the phases recorded on it.
+
+    `layout`: of the inputs, where the program leaves it open; strides follow from it.
+    """
+
+    def __init__(self, device: torch.device, layout: Layout, recorder: Recorder) -> None:
+        self.layout = layout
+        self._tape = Tape(device)
+        self._recorder = recorder
+        self._inputs: list[Any] = []  # as all below, made for what comes first, and kept
+        self._hoisted: tuple[torch.Tensor, ...] = ()
+        self._slots: dict[int, tuple[torch.Tensor, ...]] = {}
+        self._phases: dict[Recordable, _Recorded | None] = {}
+
+    def take_inputs(self, inputs: Sequence[Any]) -> None:
+        """Begins a step: copies the inputs of the call to their addresses."""
+        self._tape.follow()
+        if not self._inputs:
+            self._inputs = [_place_for(x) if isinstance(x, torch.Tensor) else x for x in inputs]
+        for place, given in zip(self._inputs, inputs, strict=True):
+            if isinstance(given, torch.Tensor):
+                _copy(given, place)
+
+    def take_hoisted(self, values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Hoisted values at their addresses; nothing is done for those that are there already."""
+        if not self._hoisted:
+            self._hoisted = tuple(map(_place_for, values))
+        for place, given in zip(self._hoisted, values, strict=True):
+            if given is not place:
+                _copy(given, place)
+        return self._hoisted
+
+    def run(self, phase: Recordable, reused: Sequence[int]) -> tuple[list[Any], list[torch.Tensor]]:
+        """Runs a phase on what was taken and the cuts of the slots that it reuses.
+
+        Returns the model's outputs, which are the caller's, and the cuts that it gives out, which
+        are this workspace's, and are written over when the slots are computed again.
+        """
+        cuts = [cut for slot in reused for cut in self._slots[slot]]
+        values = dict(enumerate([*phase.weights, *self._inputs, *self._hoisted, *cuts]))
+        if phase in self._phases:
+            self._play(phase, values)
+        else:
+            for part in phase.parts:
+                _set(values, part, part.code(_get(values, part)))
+            self._phases[phase] = None
+        kept = self._keep(phase, values)
+        tensors = [values[place].clone() for place in phase.tensors]
+        outputs = [tensors[p.index] if isinstance(p, passes.Place) else p for p in phase.outputs]
+        return outputs, kept
+
+    def _play(self, phase: Recordable, values: dict[int, Any]) -> None:
+        """Runs a phase, or records it and runs it, part by part."""
+        addresses = list(map(torch.Tensor.data_ptr, phase.weights))
+        known = self._phases[phase]
+        if known is None or known.addresses != addresses:
+            known = self._phases[phase] = _Recorded(addresses, {})
+        moving: set[int] = set()
+        for part in phase.parts:
+            given = _get(values, part)
+            if part.piece.is_alone:
+                moving.update(part.piece.results)
+                _set(values, part, part.code(given))
+                continue
+            if part not in known.parts:
+                known.parts[part] = self._record(phase, part, given, moving)
+            recording = known.parts[part]
+            for i, place in recording.copies.items():
+                _copy(given[i], place)
+            recording.replay()
+            _set(values, part, recording.results)
+
+    def _record(
+        self, phase: Recordable, part: Part, given: list[Any], moving: set[int]
+    ) -> _Recording:
+        """Records a part that ends with copies of its cuts to the slots that keep them."""
+        indices = [i for i, place in enumerate(part.piece.inputs) if place in moving]
+        copies = {i: _place_for(given[i]) for i in indices}
+        fixed = [copies.get(i, value) for i, value in enumerate(given)]
+        buffers = {
+            place: buffer
+            for slot, places in phase.cuts.items()
+            for place, buffer in zip(places, self._slots[slot], strict=True)
+        }
+
+        def run() -> list[torch.Tensor]:
+            results = part.code([*fixed])
+            for i, place in enumerate(part.piece.results):
+                if place in buffers:
+                    _copy(results[i], buffers[place])
+                    results[i] = buffers[place]
+            return results
+
+        try:
+            replay, results = self._tape.record(run)
+        except Exception as error:
+            raise RuntimeError(
+                "cudagraphs=True: expected a phase that a CUDA graph can hold, found one that "
+                f"PyTorch cannot record ({error}); compile with cudagraphs=False"
+            ) from error
+        self._recorder.add(recordings=1)
+        return _Recording(replay, copies, results)
+
+    def _keep(self, phase: Recordable, values: Mapping[int, Any]) -> list[torch.Tensor]:
+        """The buffers of the slots that the step keeps, with their cuts in them."""
+        kept: list[torch.Tensor] = []
+        for slot, places in phase.cuts.items():
+            cuts = [values[place] for place in places]
+            if slot not in self._slots:
+                self._slots[slot] = tuple(_place_for(without_spare_memory(cut)) for cut in cuts)
+            for cut, buffer in zip(cuts, self._slots[slot], strict=True):
+                if cut is not buffer:
+                    _copy(cut, buffer)
+            kept += self._slots[slot]
+        return kept
+
+
+class Workspaces:
+    """The workspaces of one program: each is a branch's as long as that lives, then idle."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._idle: deque[Workspace] = deque(maxlen=MAX_IDLE)  # the one idle for longest goes
+        # Re-entrant: a branch may be collected while this thread holds it.
+        self._lock = threading.RLock()
+        self._owned: weakref.WeakKeyDictionary[Branch, Workspace] = weakref.WeakKeyDictionary()
+
+    def of(self, branch: Branch, layout: Layout, device: torch.device) -> Workspace:
+        """The branch's workspace for inputs of this layout."""
+        with self._lock:
+            known = self._owned.get(branch)
+            if known is not None and known.layout == layout:
+                return known
+            found = next((w for w in self._idle if w.layout == layout), None)
+            if found is None:
+                found = Workspace(device, layout, self._recorder)
+            else:
+                self._idle.remove(found)
+            self._owned[branch] = found
+            weakref.finalize(branch, self._give_back, found).atexit = False
+            return found
+
+    def _give_back(self, workspace: Workspace) -> None:
+        with self._lock:
+            self._idle.append(workspace)
+
+
+def find_device(guarded: GraphModule) -> torch.device:
+    """The device on which all of a model's inputs lie, and all of its weights.
+
+    Raises: ValueError naming one that lies elsewhere.
+    """
+    names: tuple[str, ...] = guarded.meta["signature"].inputs
+    placeholders = [n for n in guarded.graph.nodes if n.op == "placeholder"][1:]
+    given = {
+        f"input {name!r}": node.meta.get("val")
+        for name, node in zip(names, placeholders, strict=False)
+    }
+    given |= {
+        str(node.target): node.meta.get("val")
+        for module in guarded.modules()
+        if isinstance(module, GraphModule)
+        for node in module.graph.find_nodes(op="get_attr")
+        if not str(node.target).startswith(CONSTANTS)
+    }
+    devices = {name: x.device for name, x in given.items() if isinstance(x, torch.Tensor)}
+    for name, device in devices.items():
+        if device.type != DEVICE_TYPE:
+            raise ValueError(
+                f"cudagraphs=True: expected the model and all that it is called with on a "
+                f"{DEVICE_TYPE.upper()} device, found {name} on {device}"
+            )
+    if len(set(devices.values())) != 1:
+        found = ", ".join(sorted(map(str, set(devices.values()))))
+        raise ValueError(f"cudagraphs=True: expected one device, found {found or 'no tensor'}")
+    return next(iter(devices.values()))
+
+
+def _get(values: Mapping[int, Any], part: Part) -> list[Any]:
+    return [values[place] for place in part.piece.inputs]
+
+
+def _set(values: dict[int, Any], part: Part, results: Sequence[torch.Tensor]) -> None:
+    values.update(zip(part.piece.results, results, strict=True))
+
+
+def _place_for(tensor: torch.Tensor) -> torch.Tensor:
+    """Memory for a tensor that is laid out like this one."""
+    with torch.inference_mode(False):  # else it could not be written to outside of that mode
+        return torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+        )
+
+
+def _copy(tensor: torch.Tensor, place: torch.Tensor) -> None:
+    """Copies a tensor to a place of its layout, each element in memory once."""
+    once = [slice(None) if stride else slice(1) for stride in place.stride()]
+    if any(stride == 0 for stride in place.stride()):
+        tensor, place = tensor[tuple(once)], place[tuple(once)]
+    place.copy_(tensor)
