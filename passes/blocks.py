@@ -20,6 +20,7 @@ from .ir import (
     freeze,
     is_contraction,
     layout_key,
+    make_module,
     output_node,
     user_inputs,
     value,
@@ -71,7 +72,7 @@ def split_blocks_pass(
             mapping[node] = graph.call_function(GETITEM, (call, i))
             mapping[node].meta["val"] = node.meta["val"]
     graph.output(tuple(mapping[n] for n in output_node(gm.graph).args[0]))
-    result = GraphModule(root, graph)
+    result = make_module(root, graph)
     result.meta.update(gm.meta)
     return result
 
@@ -150,7 +151,7 @@ def _build(
                 take(source)
         inner[node] = body.node_copy(node, lambda n: inner[n])
     body.output(tuple(inner[n] for n in results))
-    return GraphModule(root, body), inputs
+    return make_module(root, body), inputs
 
 
 def _base(node: Node) -> Node:

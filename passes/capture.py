@@ -16,7 +16,7 @@ from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .ir import output_node
+from .ir import make_module, output_node
 from .tracing.assumptions import Reads
 from .tracing.calls import Call, Result
 from .tracing.export import export, export_any_sizes
@@ -137,7 +137,7 @@ def _finish(
         name, tensor = _resolve(model, program, spec, node)
         root[name] = tensor
         _read_attribute(graph, node, name, position)
-    gm = GraphModule(root, graph)
+    gm = make_module(root, graph)
     assert call.result is not None
     checked: list[Checked] = []
     if replayer is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from contextvars import copy_context
@@ -22,17 +22,23 @@ Code = Callable[[list[Any]], Sequence[torch.Tensor]]
 """Compiled code of a block: its inputs, in a list that it may empty -> its results."""
 
 
-def compile_blocks(blocks: Sequence[GraphModule]) -> list[Code]:
-    """Compiles blocks (:func:`split_blocks_pass`) with Inductor.
+def compile_blocks(blocks: Iterable[GraphModule]) -> list[Code]:
+    """Compiles blocks (:func:`split_blocks_pass`) with Inductor, one after the other.
 
     There is no Dynamo in between, hence no guard per call and no recompile: weights are inputs, and
-    the caller checks shapes once a call.
+    the caller checks shapes once a call. C++ compilers work on one block while the next is made.
     """
-    with _compiling_kernels_in_background(blocks), without_garbage_collection():
-        return [_compile_block(block) for block in blocks]
+    waiting = _Waiting()
+    with without_garbage_collection():
+        code = []
+        for block in blocks:
+            with waiting.put_off() if _is_on_cpu(block) else nullcontext():
+                code.append(_compile_block(block))
+        waiting.end()
+    return code
 
 
-def run_blocks(blocks: Sequence[GraphModule]) -> list[Code]:
+def run_blocks(blocks: Iterable[GraphModule]) -> list[Code]:
     """Blocks as they are: run op by op."""
     return [_run_block(block) for block in blocks]
 
@@ -65,27 +71,32 @@ def example_inputs(block: GraphModule) -> list[torch.Tensor | None]:
     ]
 
 
-@contextmanager
-def _compiling_kernels_in_background(blocks: Sequence[GraphModule]) -> Iterator[None]:
-    """Lets the C++ compilers of one block run while Inductor works on the next.
+def _is_on_cpu(block: GraphModule) -> bool:
+    inputs = (node.meta.get("val") for node in user_inputs(block.graph))
+    return all(x.device.type == "cpu" for x in inputs if isinstance(x, torch.Tensor))
 
-    They run in processes of their own, which Inductor waits for after each graph: here, that is put
-    off until the last.
-    """
-    from torch._inductor.async_compile import AsyncCompile
 
-    inputs = (n.meta.get("val") for block in blocks for n in user_inputs(block.graph))
-    if any(isinstance(val, torch.Tensor) and val.device.type != "cpu" for val in inputs):
-        yield
-        return
-    wait = AsyncCompile.wait
-    waiting: list[tuple[AsyncCompile, dict[str, Any]]] = []
-    AsyncCompile.wait = lambda self, scope: waiting.append((self, scope))  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        AsyncCompile.wait = wait  # type: ignore[method-assign]
-        for compiler, scope in waiting:
+class _Waiting:
+    """What Inductor waits for after each graph: the C++ compilers, in processes of their own."""
+
+    def __init__(self) -> None:
+        self._put_off: list[tuple[Any, dict[str, Any]]] = []
+
+    @contextmanager
+    def put_off(self) -> Iterator[None]:
+        """Within it, nothing waits."""
+        from torch._inductor.async_compile import AsyncCompile
+
+        wait = AsyncCompile.wait
+        AsyncCompile.wait = lambda *waiting: self._put_off.append(waiting)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            AsyncCompile.wait = wait  # type: ignore[method-assign]
+
+    def end(self) -> None:
+        """Waits for all."""
+        for compiler, scope in self._put_off:
             compiler.wait(scope)
 
 

@@ -24,7 +24,7 @@ from .cache import (
     encode_unless,
     slot_of,
 )
-from .ir import Region, attribute, copy_into, output_node, value
+from .ir import Region, attribute, copy_into, make_module, output_node, value
 from .tracing.sizes import Sizes, concrete, hint
 
 CacheDtype = Literal["keep", "bf16", "fp8"]
@@ -113,7 +113,7 @@ def encode_cuts_pass(gm: GraphModule, *, cache_dtype: CacheDtype) -> GraphModule
     for codec in codecs.values():
         root[f"encode_{codec.index}"] = codec.encoder
         root[f"decode_{codec.index}"] = codec.decoder
-    result = GraphModule(root, graph)
+    result = make_module(root, graph)
     result.meta.update(gm.meta)
     result.meta["regions"] = tuple(
         replace(region, encoded=codecs[slot].layout) if slot in codecs else region

@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from .ir import attribute, copy_into, output_node
+from .ir import attribute, copy_into, make_module, output_node
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ def inline_regions_pass(gm: GraphModule) -> GraphModule:
         if node.op == "call_function" and "val" not in node.meta:
             args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
             node.meta["val"] = node.target(*args, **kwargs)
-    result = GraphModule(root, graph)
+    result = make_module(root, graph)
     result.meta.update(gm.meta)
     return result
 
@@ -105,7 +105,7 @@ def lift_weights_pass(gm: GraphModule) -> GraphModule:
     tensors = [n for n in outputs if isinstance(n, Node)]
     graph.output(tuple(mapping[n] for n in (*tensors, *stored)))
     places = iter(range(len(tensors)))
-    result = GraphModule(graphs, graph)
+    result = make_module(graphs, graph)
     result.meta.update(gm.meta)
     result.meta["weights"] = tuple(reads)
     result.meta["outputs"] = tuple(

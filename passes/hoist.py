@@ -25,6 +25,7 @@ from .ir import (
     is_outside,
     is_random,
     is_tensor,
+    make_module,
     output_node,
     user_inputs,
     value,
@@ -114,7 +115,7 @@ def part_of_prologue(prologue: GraphModule, changed: Collection[int]) -> Part:
     copy_into(graph, inputs, mapping)
     copy_into(graph, _needed_by([outputs[i] for i in places]), mapping)
     graph.output(tuple(mapping[outputs[i]] for i in places))
-    return Part(GraphModule(prologue, graph), places)
+    return Part(make_module(prologue, graph), places)
 
 
 def _is_read(node: Node) -> bool:
@@ -200,7 +201,7 @@ def _build_prologue(gm: GraphModule, inputs: list[Node], found: _Invariants) -> 
     copy_into(graph, inputs, mapping)
     copy_into(graph, found.nodes, mapping)
     graph.output(tuple(mapping[n] for n in found.frontier))
-    prologue = GraphModule(gm, graph)
+    prologue = make_module(gm, graph)
     prologue.meta["sizes"] = gm.meta.get("sizes")
     prologue.meta["attentions"] = [
         n.meta["attention"] for n in found.nodes if "attention" in n.meta

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 aten = torch.ops.aten
 
@@ -313,9 +314,17 @@ def attribute(gm: nn.Module, name: str) -> Any:
     return getattr(gm.get_submodule(owner), leaf)
 
 
+def make_module(root: nn.Module | dict[str, Any], graph: Graph) -> GraphModule:
+    """A graph module whose Python code is made when it is first run or asked for.
+
+    Most are never run: each pass makes one.
+    """
+    return _LazyGraphModule(root, graph)
+
+
 def derived(gm: GraphModule, graph: Graph) -> GraphModule:
     """A graph module over `graph` with the attributes and graph-wide facts of `gm`."""
-    result = GraphModule(gm, graph)
+    result = make_module(gm, graph)
     result.meta.update(gm.meta)
     return result
 

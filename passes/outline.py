@@ -15,6 +15,7 @@ from .ir import (
     copy_into,
     derived,
     is_contraction,
+    make_module,
     module_path,
     value,
 )
@@ -95,7 +96,7 @@ def _outline(gm: GraphModule, branches: Sequence[_Branch]) -> GraphModule:
             mapping[node].meta.update({k: node.meta[k] for k in facts if k in node.meta})
     reads = (str(n.target) for n in graph.nodes if n.op == "get_attr")
     root.update((name, attribute(gm, name)) for name in reads)
-    result = GraphModule(root, graph)
+    result = make_module(root, graph)
     result.meta.update(gm.meta)
     result.meta["regions"] = tuple(regions)
     return result

@@ -16,7 +16,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from pabc.passes import Code, example_inputs, lowering_onednn
-from pabc.passes.ir import copy_into, output_node, user_inputs
+from pabc.passes.ir import copy_into, make_module, output_node, user_inputs
 
 _ALIGNMENT = 16
 """Bytes: what code for a GPU may take for granted of its inputs' addresses."""
@@ -80,4 +80,4 @@ def _with_used_inputs(flat: GraphModule) -> GraphModule:
     nodes = [n for n in flat.graph.nodes if n.op != "placeholder" or n.users]
     copy_into(graph, [n for n in nodes if n.op != "output"], mapping)
     graph.output(tuple(mapping[n] for n in output_node(flat.graph).args[0]))
-    return GraphModule(flat, graph)
+    return make_module(flat, graph)

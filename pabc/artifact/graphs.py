@@ -19,7 +19,7 @@ from pabc.artifact.tensors import TensorWriter
 from pabc.artifact.values import Json, decode, encode
 from pabc.passes import cache, repeats
 from pabc.passes.capture import CONSTANTS, find_tensor
-from pabc.passes.ir import attribute, is_outside
+from pabc.passes.ir import attribute, is_outside, make_module
 from pabc.passes.tracing.outside import OutsideCall
 
 _GUARDS = (
@@ -120,7 +120,7 @@ class GraphReader:
                 node.meta["val"] = self._val(facts["val"])
             nodes[name] = node
         root = {name: self._held(name, content["graphs"]) for name in _read_names(graph)}
-        gm = GraphModule(root, graph)
+        gm = make_module(root, graph)
         gm.graph.lint()
         return gm
 

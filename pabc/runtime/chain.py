@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any
@@ -146,9 +146,17 @@ class BlockCode:
     def compile(self, blocks: Iterable[GraphModule], *, op_by_op: bool = False) -> None:
         """Compiles those blocks with Inductor that are like none before; or runs them as they are,
         op by op."""
-        fresh = {b.meta["key"]: b for b in blocks if b.meta["key"] not in self._code}
-        code = passes.run_blocks if op_by_op else passes.compile_blocks
-        self._code.update(zip(fresh, code(list(fresh.values())), strict=True))
+        fresh: dict[Hashable, None] = {}
+
+        def find_fresh() -> Iterator[GraphModule]:
+            for block in blocks:
+                key = block.meta["key"]
+                if key not in self._code and key not in fresh:
+                    fresh[key] = None
+                    yield block
+
+        code = (passes.run_blocks if op_by_op else passes.compile_blocks)(find_fresh())
+        self._code.update(zip(fresh, code, strict=True))
 
     def get(self, block: GraphModule) -> passes.Code:
         """The code of a block."""

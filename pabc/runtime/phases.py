@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -178,8 +178,8 @@ class Phases:
             if self._backend == "eager" and not self._cudagraphs:
                 made = [self._as_it_is(*phase) for phase in phases]
             else:
-                lowered = [self.lower(*phase, inputs) for phase in phases]
-                blocks = [block for low in lowered for block in low.blocks]
+                lowered: list[Lowered] = []
+                blocks = self._lower_all(phases, inputs, lowered)
                 self._code.compile(blocks, op_by_op=self._backend == "eager")
                 made = [
                     self._linkable(stored, low, [self._code.get(block) for block in low.blocks])
@@ -190,6 +190,14 @@ class Phases:
         self.compile_seconds += perf_counter() - start
         self._recorder.add(compiles=len(made))
         return made
+
+    def _lower_all(
+        self, phases: Sequence[Phase], inputs: Sequence[Any], lowered: list[Lowered]
+    ) -> Iterator[GraphModule]:
+        """The blocks of one phase after the other, each lowered when its blocks are asked for."""
+        for phase in phases:
+            lowered.append(self.lower(*phase, inputs))
+            yield from lowered[-1].blocks
 
     def lower(self, reused: Slots, stored: Slots, inputs: Sequence[Any] | None = None) -> Lowered:
         """A phase for the sizes of these inputs; by default, of the call that was captured."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
-from ..ir import copy_into, user_inputs
+from ..ir import copy_into, make_module, user_inputs
 from .reads import Checked, Read
 
 
@@ -54,7 +54,7 @@ class Reads:
         copy_into(graph, [n for n in gm.graph.nodes if n in needed and n not in inputs], mapping)
         graph.output(())
         return cls(
-            GraphModule(gm, graph),
+            make_module(gm, graph),
             [replace(c, tensors=tuple(mapping[node] for node in c.tensors)) for c in kept],
             [_inputs_among(n for node in c.tensors for n in sources[node]) for c in kept],
             [i for i, n in enumerate(inputs) if mapping[n].users or n in needed],

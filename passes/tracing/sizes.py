@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from ..ir import user_inputs
+from ..ir import make_module, user_inputs
 
 Binding = Mapping[sympy.Symbol, int]
 """Symbol -> the size it stands for in one call."""
@@ -149,7 +149,7 @@ def fold_sizes(gm: GraphModule, binding: Binding) -> GraphModule:
         mapping[node] = graph.node_copy(node, lambda n: mapping[n])
         if "val" in node.meta:
             mapping[node].meta["val"] = concrete(node.meta["val"], binding)
-    result = GraphModule(gm, graph)
+    result = make_module(gm, graph)
     result.meta.update(gm.meta)
     return result
 
