@@ -20,7 +20,8 @@ def compile_time():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCH))
         import compile_time
-    return compile_time
+
+        yield compile_time
 
 
 def run(*options, check=True):

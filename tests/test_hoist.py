@@ -254,6 +254,7 @@ SCHEDULE = pabc.Schedule.pyramid(STEPS, cross=2)
 
 def count_prologues(fast, monkeypatch):
     program, _ = fast._captured("test")
+    assert program._prologue.code  # its forward is made with it
     calls, original = [], program._prologue.forward
     monkeypatch.setattr(
         program._prologue, "forward", lambda *args: calls.append(1) or original(*args)
