@@ -179,8 +179,10 @@ class Phases:
                 made = [self._as_it_is(*phase) for phase in phases]
             else:
                 lowered: list[Lowered] = []
+                known = len(self._code)
                 blocks = self._lower_all(phases, inputs, lowered)
                 self._code.compile(blocks, op_by_op=self._backend == "eager")
+                self._recorder.add(blocks=len(self._code) - known)
                 made = [
                     self._linkable(stored, low, [self._code.get(block) for block in low.blocks])
                     for (_, stored), low in zip(phases, lowered, strict=True)

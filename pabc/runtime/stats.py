@@ -28,6 +28,7 @@ class Stats:
         peak_nbytes: bytes that slots held at the fullest moment.
         captures: graphs captured from the model.
         compiles: phases specialized and compiled.
+        blocks: distinct parts that these phases consist of, each compiled once.
         recordings: CUDA graphs recorded.
     """
 
@@ -41,6 +42,7 @@ class Stats:
     peak_nbytes: int
     captures: int
     compiles: int
+    blocks: int
     recordings: int
 
     def __str__(self) -> str:
