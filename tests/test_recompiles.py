@@ -119,3 +119,4 @@ def test_the_counters_see_a_compile():
         fast(**CASE.call())
     captures, compiles, _, inductor = count(fast)
     assert (captures, compiles) == (1, 1) and inductor != before[3]
+    assert fast.stats.blocks > 1
