@@ -10,7 +10,7 @@ Nothing of it has run on a GPU yet: it was written and tested on a CPU alone, wh
   against float64, at most twice that of `eager`;
 - the timestep guard, which on a GPU speaks one call late; slots as bf16, fp8 or in host memory,
   against the same on the CPU; bytes predicted, counted, and allocated; `save` and `load`;
-- CUDA graphs, kernels: a row says so where there are none yet;
+- CUDA graphs; kernels: their tests, then their times;
 - end to end, published sizes in bf16: eager, pabc and torch.compile in turn, with seconds for each
   phase of the plan and the peak of allocated bytes. Times are of variants whose first step agrees
   with the model's;

@@ -33,6 +33,7 @@ def compile(
     offload: Offload | None = None,
     memory_budget: int | str | None = None,
     cudagraphs: bool = False,
+    kernels: passes.Kernels = "auto",
     check_finite: bool = False,
     example_inputs: tuple[Sequence[Any], Mapping[str, Any]] | None = None,
 ) -> CompiledModel:
@@ -63,6 +64,9 @@ def compile(
             small models do not wait for launches. Inputs are copied to where the graph reads them,
             and outputs are copies. The memory of slots and phases is kept between generations, per
             branch that is under way; weights that move are recorded anew.
+        kernels: Triton kernels in place of PyTorch's ops: `"auto"`, where a measured table says
+            that they are faster on the device; `"off"`; `"force"`, wherever one computes the same
+            (on a CPU their references run, or, with `TRITON_INTERPRET=1`, Triton's interpreter).
         check_finite: a NaN or infinity that would be kept raises :class:`pabc.GuardError`; looking
             for one waits for the device at each step that stores.
         example_inputs: `(args, kwargs)` of a call: captures and compiles now, not when called.
@@ -95,6 +99,7 @@ def compile(
         offload=offload,
         memory_budget=memory_budget,
         cudagraphs=cudagraphs,
+        kernels=kernels,
     )
     if cudagraphs and backend == "oracle":
         raise ValueError("cudagraphs: expected False with backend='oracle', found True")
@@ -151,6 +156,7 @@ def _configure(*, memory_budget: int | str | None, **options: Any) -> Config:
     _check_choice("cut", config.cut, get_args(passes.Cut))
     _check_choice("cache_dtype", config.cache_dtype, get_args(passes.CacheDtype))
     _check_choice("offload", config.offload, (None, *get_args(Offload)))
+    _check_choice("kernels", config.kernels, get_args(passes.Kernels))
     if not isinstance(config.cudagraphs, bool):
         raise ValueError(f"cudagraphs: expected True or False, found {config.cudagraphs!r}")
     if config.cudagraphs and config.offload is not None:

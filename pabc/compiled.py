@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from pabc import passes
 from pabc.explanation import Explanation, describe
 from pabc.pipeline import Config
 from pabc.plan import Plan
@@ -170,6 +171,7 @@ class CompiledModel(nn.Module):
             fit=binding.fit,
             unmatched=self._schedule.unmatched(program.slots),
             compile_seconds=program.phases.compile_seconds,
+            lowered=passes.summarize(program.phases.lowered),
         )
 
     def dump(self, folder: str | Path) -> Path:

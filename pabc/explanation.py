@@ -53,6 +53,7 @@ class Explanation:
         fit: how the plan came to keep within a memory budget, where there is one.
         offloaded: whether slots lie in host memory, and the model on a device.
         compile_seconds: spent on compiling phases so far.
+        lowered: what Triton kernels compute, and what not and why, in the phases compiled so far.
     """
 
     attention: dict[str, str]
@@ -68,6 +69,7 @@ class Explanation:
     unmatched: tuple[str, ...] = ()
     linear: tuple[str, ...] = ()
     compile_seconds: float = 0.0
+    lowered: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -113,6 +115,7 @@ class Explanation:
             f"{total / 1e9:.3f} GFLOP a call: {', '.join(parts)};"
             f" {self.flops['prologue'] / 1e9:.3f} GFLOP once a generation",
             f"slots {_bytes(self.nbytes)}",
+            *(f"  kernels: {line}" for line in self.lowered),
         ]
 
     def _plan_lines(self) -> list[str]:

@@ -2,7 +2,7 @@
 
     capture -> canonicalize -> axes (-> enlarge) -> tag -> regions -> hoist -> repeats -> outline
     -> cache -> encode -> offload                            once per signature
-    specialize -> inline -> lift -> rewrites -> onednn -> blocks    once per phase
+    specialize -> inline -> lift -> rewrites -> onednn -> lower -> blocks    once per phase
     Inductor                                                 once per distinct block
 
 Passes neither print, time nor check themselves: :func:`run_stages` does.
@@ -39,6 +39,7 @@ class Config:
     offload: Offload | None = None
     memory_budget: int | None = None
     cudagraphs: bool = False
+    kernels: passes.Kernels = "auto"
 
 
 @dataclass(frozen=True, slots=True)

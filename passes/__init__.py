@@ -11,6 +11,7 @@ from .enlarge import enlarge_call
 from .flatten import Place, inline_regions_pass, lift_weights_pass
 from .hoist import Part, hoist_invariants_pass, part_of_prologue, verify_hoist
 from .ir import Attention, Axis, Factor, Region
+from .lower import Kernels, Lowering, lower_pass, summarize
 from .offload import offload_cuts_pass
 from .onednn import lowering_onednn, use_onednn_pass
 from .outline import outline_regions_pass, verify_outline
@@ -32,6 +33,8 @@ __all__ = [
     "Code",
     "Cut",
     "Factor",
+    "Kernels",
+    "Lowering",
     "OutsideCall",
     "Part",
     "Place",
@@ -59,6 +62,7 @@ __all__ = [
     "insert_cache_pass",
     "keep_unrepeated_pass",
     "lift_weights_pass",
+    "lower_pass",
     "lowering_onednn",
     "mark_regions_pass",
     "name_axes_pass",
@@ -71,6 +75,7 @@ __all__ = [
     "run_blocks",
     "specialize_phase_pass",
     "split_blocks_pass",
+    "summarize",
     "tag_attention_pass",
     "tagged",
     "use_onednn_pass",

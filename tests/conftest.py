@@ -8,6 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Before anything imports Triton: its own functions are made for the interpreter or for a GPU.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from models import Case, run_by_hand
 from tapes import Tape
 from torch import nn

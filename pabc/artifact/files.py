@@ -111,8 +111,7 @@ def _build(manifest: Json, members: dict[str, bytes], model: nn.Module) -> Compi
             f"program{i}",
             model,
             backend=backend,
-            memory_budget=config.memory_budget,
-            cudagraphs=config.cudagraphs,
+            config=config,
             recorder=programs.recorder,
         )
         if program.bind(schedule).plan != Plan.from_json(plan):

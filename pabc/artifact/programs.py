@@ -20,6 +20,7 @@ from pabc.artifact.values import Json, decode, encode
 from pabc.passes import Place
 from pabc.passes.capture import leaf_key
 from pabc.passes.ir import is_outside
+from pabc.pipeline import Config
 from pabc.runtime.branch import Binding
 from pabc.runtime.chain import Call, Chain
 from pabc.runtime.phases import Backend, Lowered, Phase, compiling
@@ -92,8 +93,7 @@ def read_program(
     model: nn.Module,
     *,
     backend: Backend,
-    memory_budget: int | None,
-    cudagraphs: bool,
+    config: Config,
     recorder: Recorder,
 ) -> tuple[Program, str]:
     """The program that :func:`write_program` wrote, and its plan as JSON."""
@@ -103,8 +103,7 @@ def read_program(
         guarded,
         backend=backend,
         promoted=content["promoted"],
-        memory_budget=memory_budget,
-        cudagraphs=cudagraphs,
+        config=config,
         recorder=recorder,
     )
     device = _device(program)

@@ -13,7 +13,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from pabc import passes
+from pabc.kernels.gains import find_gain
 from pabc.passes.ir import is_collective, is_outside, user_inputs, value
+from pabc.pipeline import Config
 from pabc.runtime.branch import Binding, Layout, without_spare_memory
 from pabc.runtime.chain import BlockCode, Chain
 from pabc.runtime.cudagraphs import Part, Recordable
@@ -97,6 +99,7 @@ class Phases:
 
     Attributes:
         compile_seconds: time spent on specializing and compiling so far.
+        lowered: per phase that was lowered, by the slots that it reuses: what kernels compute.
     """
 
     def __init__(
@@ -104,17 +107,18 @@ class Phases:
         guarded: GraphModule,
         weights: Weights,
         backend: Backend,
+        config: Config,
         recorder: Recorder,
         code: BlockCode,
-        cudagraphs: bool = False,
     ) -> None:
         self.compile_seconds = 0.0
+        self.lowered: dict[Slots, tuple[passes.Lowering, ...]] = {}
         self._guarded = guarded
         self._weights = weights
         self._backend = backend
         self._recorder = recorder
         self._code = code
-        self._cudagraphs = cudagraphs
+        self._config = config
         self._sizes: passes.Sizes | None = guarded.meta.get("sizes")
         self._modules: dict[Phase, GraphModule] = {}
         self._compiled: dict[tuple[Slots, Layout], list[Compiled]] = {}
@@ -175,7 +179,7 @@ class Phases:
     def _compile(self, phases: Sequence[Phase], inputs: Sequence[Any]) -> list[Compiled]:
         start = perf_counter()
         with compiling():
-            if self._backend == "eager" and not self._cudagraphs:
+            if self._runs_as_it_is:
                 made = [self._as_it_is(*phase) for phase in phases]
             else:
                 lowered: list[Lowered] = []
@@ -192,6 +196,12 @@ class Phases:
         self.compile_seconds += perf_counter() - start
         self._recorder.add(compiles=len(made))
         return made
+
+    @property
+    def _runs_as_it_is(self) -> bool:
+        """Whether phases are run op by op, as their graphs are."""
+        asked = self._config.cudagraphs or self._config.kernels == "force"
+        return self._backend == "eager" and not asked
 
     def _lower_all(
         self, phases: Sequence[Phase], inputs: Sequence[Any], lowered: list[Lowered]
@@ -211,10 +221,12 @@ class Phases:
             flat = passes.fold_sizes(flat, binding)
         if self._backend == "inductor":
             flat = passes.use_onednn_pass(passes.rewrite_formulas_pass(flat))
+        flat = passes.lower_pass(flat, kernels=self._config.kernels, gains=find_gain)
+        self.lowered[reused] = flat.meta.get("lowered", ())
         num_cuts = sum(len(self._guarded.meta["regions"][slot].kept) for slot in reused)
         for node in user_inputs(flat.graph)[-num_cuts:] if num_cuts else ():
             node.meta["val"] = _as_held(value(node))
-        if self._cudagraphs:
+        if self._config.cudagraphs:
             split = passes.split_blocks_pass(flat, apart=_cannot_be_recorded)
         else:
             split = passes.split_blocks_pass(flat)
@@ -268,7 +280,7 @@ class Phases:
         def link(kept: Slots) -> Flat | Recordable:
             given_out = tuple(cuts[place] for place in self._places(stored, kept))
             shorter = replace(chain, outputs=tensors + given_out)
-            if self._cudagraphs:
+            if self._config.cudagraphs:
                 rest = iter(given_out)
                 return Recordable(
                     tuple(Part(p, p.chain.link(code)) for p in shorter.split(alone)),

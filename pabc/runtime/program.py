@@ -46,18 +46,17 @@ class Program:
         guarded: GraphModule,
         *,
         backend: Backend,
+        config: Config,
         promoted: Collection[int] = (),
-        memory_budget: int | None = None,
         records: tuple[Record, ...] = (),
         recorder: Recorder | None = None,
         code: BlockCode | None = None,
-        cudagraphs: bool = False,
     ) -> None:
         self.guarded, self.records = guarded, records
         self.promoted = frozenset(promoted)
         self._sizes: passes.Sizes | None = self.guarded.meta.get("sizes")
         self.regions: tuple[passes.Region, ...] = self.guarded.meta["regions"]
-        self.bindings = Bindings(guarded, memory_budget)
+        self.bindings = Bindings(guarded, config.memory_budget)
         self.reads: passes.Reads = self.guarded.meta["reads"]
         self._read: Hoisted | None = None
         self.signature: passes.Signature = self.guarded.meta["signature"]
@@ -77,8 +76,8 @@ class Program:
         self._source = Source(self, (), 0)
         self._numbers: tuple[int, ...] | None = None
         recorder, code = recorder or Recorder(), BlockCode() if code is None else code
-        self.phases = Phases(guarded, self._weights, backend, recorder, code, cudagraphs)
-        self._device = find_device(guarded) if cudagraphs else None
+        self.phases = Phases(guarded, self._weights, backend, config, recorder, code)
+        self._device = find_device(guarded) if config.cudagraphs else None
         self._workspaces = Workspaces(recorder)
 
     @classmethod
@@ -106,12 +105,11 @@ class Program:
         return cls(
             guarded,
             backend=backend,
+            config=config,
             promoted=promoted,
-            memory_budget=config.memory_budget,
             records=records,
             recorder=recorder,
             code=code,
-            cudagraphs=config.cudagraphs,
         )
 
     @property

@@ -1,0 +1,369 @@
+"""Attention over sequences of up to 64 tokens, many of them: a video model's temporal attention.
+
+    N  rows of the batch; H  heads; T  queries of a sequence; S  its keys; D  channels of a head
+
+One program takes as many whole sequences as fit into 64 rows, side by side: a product of all their
+queries with all their keys, of which each sequence keeps its own block. What is thrown away costs
+less than it takes to read the rows, since at these lengths memory is the bound: each element of q,
+k and v is read once, at any strides, and each element of the output written once. So the copies
+that put frames in order are not needed: what comes in may be a view of a projection's output, and
+what goes out is laid out as the next projection reads it.
+
+On the way in, queries and keys may be normalized over their channels (RMS) and turned by their
+position (rotary embedding).
+
+    T = S = 2, H = 2:  rows (head, frame) a0 a1 b0 b1     scores  a0 a1 b0 b1
+                                                              a0   x  x  .  .
+                                                              a1   x  x  .  .
+                                                              b0   .  .  x  x
+                                                              b1   .  .  x  x
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import product
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .arithmetic import INTERPRETED, dot, narrow, next_power_of_2
+from .registration import check, register
+from .targets import Specialization
+
+MAX_LENGTH = 64
+"""Of queries and of keys."""
+MAX_HEAD_DIM = 128
+ROWS = 64
+"""Rows of queries, and of keys, that one program takes at most."""
+PAIRS = ("none", "halves", "neighbors")
+"""Which two channels a rotary embedding turns into one another: channel i and i + D/2, or 2i and
+2i + 1."""
+
+
+def short_attention_reference(
+    q_NHTD: Tensor,
+    k_NHSD: Tensor,
+    v_NHSD: Tensor,
+    mask: Tensor | None = None,
+    q_weight_D: Tensor | None = None,
+    k_weight_D: Tensor | None = None,
+    cos_TD: Tensor | None = None,
+    sin_TD: Tensor | None = None,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    pairs: str = "none",
+) -> Tensor:
+    """The same by PyTorch's ops, in float32."""
+    dtype = q_NHTD.dtype
+    q, k, v = (x.float() for x in (q_NHTD, k_NHSD, v_NHSD))
+    q, k = _normalize(q, q_weight_D, eps), _normalize(k, k_weight_D, eps)
+    if cos_TD is not None and sin_TD is not None:
+        q, k = (_turn(x, cos_TD.float(), sin_TD.float(), pairs) for x in (q, k))
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if mask is not None:
+        added = torch.where(mask, 0.0, float("-inf")) if mask.dtype == torch.bool else mask.float()
+        scores = scores + added
+    top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+    weights = torch.exp(scores - top)
+    total = weights.sum(-1, keepdim=True)
+    weights = weights / torch.where(total == 0, 1.0, total)
+    return _as_laid_out((weights @ v).to(dtype))
+
+
+def _normalize(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    if weight is None:
+        return x
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, pairs: str) -> Tensor:
+    if pairs == "halves":
+        a, b = x.chunk(2, -1)
+        partner = torch.cat([-b, a], -1)
+    else:
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        partner = torch.stack([-b, a], -1).flatten(-2)
+    return x * cos + partner * sin
+
+
+def _as_laid_out(x_NHTD: Tensor) -> Tensor:
+    """In memory by N, T, H, D: as the projection after it reads it."""
+    out = _allocate(x_NHTD)
+    return out.copy_(x_NHTD)
+
+
+@triton.jit
+def _load_rows(
+    base, rows_T, columns_D, stride_d, valid_TD, weight, cos, sin, position_T,
+    D: tl.constexpr, eps, NORM: tl.constexpr, PAIRS: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Rows of q or k in float32, or as they are where nothing is done to them."""
+    x = tl.load(base + rows_T[:, None] + (columns_D * stride_d)[None, :], mask=valid_TD, other=0.0)
+    if NORM or PAIRS != 0:
+        y = x.to(tl.float32)
+        inverse_T1 = tl.full([x.shape[0], 1], 1.0, tl.float32)
+        if NORM:
+            inverse_T1 = tl.rsqrt(tl.sum(y * y, 1)[:, None] / D + eps)
+            gain = tl.load(weight + columns_D, mask=columns_D < D, other=0.0).to(tl.float32)
+            y = y * inverse_T1 * gain[None, :]
+        if PAIRS != 0:
+            if PAIRS == 1:
+                partner_D = tl.where(columns_D < D // 2, columns_D + D // 2, columns_D - D // 2)
+                sign_D = tl.where(columns_D < D // 2, -1.0, 1.0)
+            else:
+                partner_D = columns_D ^ 1
+                sign_D = tl.where(columns_D % 2 == 0, -1.0, 1.0)
+            at = base + rows_T[:, None] + (partner_D * stride_d)[None, :]
+            z = tl.load(at, mask=valid_TD, other=0.0).to(tl.float32)
+            if NORM:
+                gain = tl.load(weight + partner_D, mask=columns_D < D, other=0.0).to(tl.float32)
+                z = z * inverse_T1 * gain[None, :]
+            table = position_T[:, None] * D + columns_D[None, :]
+            c = tl.load(cos + table, mask=valid_TD, other=0.0).to(tl.float32)
+            s = tl.load(sin + table, mask=valid_TD, other=0.0).to(tl.float32)
+            y = y * c + z * sign_D[None, :] * s
+        x = narrow(y, x.dtype, EXACT)
+    return x
+
+
+@triton.jit
+def _short_attention_kernel(
+    q, k, v, out, mask, q_weight, k_weight, cos, sin,
+    q_n, q_h, q_t, q_d, k_n, k_h, k_t, k_d, v_n, v_h, v_t, v_d, o_n, o_h, o_t, o_d,
+    m_n, m_h, m_t, m_s,
+    num_sequences, scale, eps,
+    H: tl.constexpr, T: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
+    MASK: tl.constexpr, NORM: tl.constexpr, PAIRS: tl.constexpr,
+    GROUP: tl.constexpr, ROWS_T: tl.constexpr, ROWS_S: tl.constexpr, COLUMNS: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """GROUP sequences: heads of one row of the batch lie side by side in memory."""
+    first = tl.program_id(0).to(tl.int64) * GROUP
+    columns = tl.arange(0, COLUMNS)
+    row_t, row_s = tl.arange(0, ROWS_T), tl.arange(0, ROWS_S)
+    group_t, group_s = row_t // T, row_s // S
+    t, s = row_t % T, row_s % S
+    sequence_t, sequence_s = first + group_t, first + group_s
+    valid_t = (group_t < GROUP) & (sequence_t < num_sequences)
+    valid_s = (group_s < GROUP) & (sequence_s < num_sequences)
+    n_t, h_t, n_s, h_s = sequence_t // H, sequence_t % H, sequence_s // H, sequence_s % H
+    inside = columns[None, :] < D
+    valid_td, valid_sd = valid_t[:, None] & inside, valid_s[:, None] & inside
+
+    x_q = _load_rows(
+        q, n_t * q_n + h_t * q_h + t * q_t, columns, q_d, valid_td, q_weight, cos, sin, t,
+        D, eps, NORM, PAIRS, EXACT,
+    )  # fmt: skip
+    x_k = _load_rows(
+        k, n_s * k_n + h_s * k_h + s * k_t, columns, k_d, valid_sd, k_weight, cos, sin, s,
+        D, eps, NORM, PAIRS, EXACT,
+    )  # fmt: skip
+    scores = dot(x_q, tl.trans(x_k), EXACT) * scale
+    own = (group_t[:, None] == group_s[None, :]) & valid_t[:, None] & valid_s[None, :]
+    if MASK != 0:
+        at = n_t[:, None] * m_n + h_t[:, None] * m_h + t[:, None] * m_t + s[None, :] * m_s
+        if MASK == 1:
+            own = own & (tl.load(mask + at, mask=own, other=0) != 0)
+        else:
+            scores += tl.load(mask + at, mask=own, other=0.0).to(tl.float32)
+    scores = tl.where(own, scores, float("-inf"))
+    top = tl.maximum(tl.max(scores, 1), -3.4028234663852886e38)  # of a row that is masked whole
+    weights = tl.exp(scores - top[:, None])
+    total = tl.sum(weights, 1)
+    x_v = tl.load(
+        v + (n_s * v_n + h_s * v_h + s * v_t)[:, None] + (columns * v_d)[None, :],
+        mask=valid_sd,
+        other=0.0,
+    )
+    found = dot(narrow(weights, x_v.dtype, EXACT), x_v, EXACT)
+    found = found / tl.where(total == 0, 1.0, total)[:, None]
+    tl.store(
+        out + (n_t * o_n + h_t * o_h + t * o_t)[:, None] + (columns * o_d)[None, :],
+        narrow(found, out.dtype.element_ty, EXACT),
+        mask=valid_td,
+    )
+
+
+def short_attention(
+    q_NHTD: Tensor,
+    k_NHSD: Tensor,
+    v_NHSD: Tensor,
+    mask: Tensor | None = None,
+    q_weight_D: Tensor | None = None,
+    k_weight_D: Tensor | None = None,
+    cos_TD: Tensor | None = None,
+    sin_TD: Tensor | None = None,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    pairs: str = "none",
+) -> Tensor:
+    """Attention of short sequences, by the kernel.
+
+    Args:
+        q_NHTD, k_NHSD, v_NHSD: at any strides; T and S up to :data:`MAX_LENGTH`, D up to
+            :data:`MAX_HEAD_DIM`.
+        mask: of bools (True takes part) or to be added, broadcast to (N, H, T, S).
+        q_weight_D, k_weight_D: of the RMS norms over channels; both or none.
+        cos_TD, sin_TD: of a rotary embedding; T and S are then equal.
+        scale: of the scores; by default D ** -0.5.
+        pairs: one of :data:`PAIRS`.
+
+    Returns:
+        (N, H, T, D), in memory by N, T, H, D. Rows that the mask leaves no key are 0.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what was found.
+    """
+    _check(q_NHTD, k_NHSD, v_NHSD, mask, q_weight_D, k_weight_D, cos_TD, sin_TD, pairs)
+    N, H, T, D = q_NHTD.shape
+    S = k_NHSD.shape[2]
+    out = _allocate(q_NHTD, k_NHSD, v_NHSD)
+    taken = configure(T, S, D, q_NHTD.element_size(), q_weight_D is not None, pairs != "none")
+    place = q_NHTD  # of arguments that are not there
+    mask_strides = [0] * 4 if mask is None else _mask_strides(mask)
+    _short_attention_kernel[(triton.cdiv(N * H, taken["GROUP"]),)](
+        q_NHTD, k_NHSD, v_NHSD, out,
+        place if mask is None else mask,
+        place if q_weight_D is None else q_weight_D.contiguous(),
+        place if k_weight_D is None else k_weight_D.contiguous(),
+        place if cos_TD is None else cos_TD.contiguous(),
+        place if sin_TD is None else sin_TD.contiguous(),
+        *q_NHTD.stride(), *k_NHSD.stride(), *v_NHSD.stride(), *out.stride(), *mask_strides,
+        N * H, D**-0.5 if scale is None else scale, eps,
+        H=H, T=T, S=S, D=D,
+        MASK=0 if mask is None else 1 if mask.dtype == torch.bool else 2,
+        NORM=q_weight_D is not None, PAIRS=PAIRS.index(pairs),
+        EXACT=INTERPRETED, **taken,
+    )  # fmt: skip
+    return out
+
+
+def configure(T: int, S: int, D: int, itemsize: int, norms: bool, turns: bool) -> dict[str, int]:
+    """How much one program takes of sequences of T queries and S keys, and by how many warps.
+
+    Half the rows where registers would not do: for float32, and for what is both normalized and
+    turned; twice the warps there, and where q and k are turned, which holds each of them twice.
+    """
+    is_heavy = itemsize == 4 or (norms and turns)
+    group = max((ROWS // 2 if is_heavy else ROWS) // max(T, S), 1)
+    sizes = {"ROWS_T": group * T, "ROWS_S": group * S, "COLUMNS": D}
+    return {
+        "GROUP": group,
+        **{name: max(next_power_of_2(size), 16) for name, size in sizes.items()},
+        "num_warps": 8 if is_heavy or turns else 4,
+    }
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    pairs: str,
+) -> None:
+    def need(argument: str, expected: str, found: object, is_right: bool) -> None:
+        check("short_attention", argument, expected, found, is_right)
+
+    need("q", "4 dimensions (N, H, T, D)", tuple(q.shape), q.dim() == 4)
+    N, H, T, D = q.shape
+    S = k.shape[2] if k.dim() == 4 else -1
+    need("k", f"(N, H, S, D) = ({N}, {H}, S, {D})", tuple(k.shape), k.shape == (N, H, S, D))
+    need("v", f"the shape of k, {tuple(k.shape)}", tuple(v.shape), v.shape == k.shape)
+    for name, length in (("q", T), ("k", S)):
+        need(name, f"1 to {MAX_LENGTH} tokens", length, 1 <= length <= MAX_LENGTH)
+    need("q", f"head dim up to {MAX_HEAD_DIM}", D, 1 <= D <= MAX_HEAD_DIM)
+    for name, x in (("k", k), ("v", v)):
+        need(name, f"{q.dtype} on {q.device}", (x.dtype, x.device), _same(x, q))
+    if mask is not None:
+        sizes = (N, H, T, S)
+        is_right = mask.dim() == 4 and all(map(lambda m, n: m in (1, n), mask.shape, sizes))
+        need("mask", f"4 dimensions, broadcast to {sizes}", tuple(mask.shape), is_right)
+    given = q_weight is not None
+    need(
+        "k_weight", "given where q_weight is", k_weight is not None, given == (k_weight is not None)
+    )
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None:
+            need(name, f"({D},)", tuple(weight.shape), weight.shape == (D,))
+    need("pairs", f"one of {PAIRS}", pairs, pairs in PAIRS)
+    turns = pairs != "none"
+    for name, table in (("cos", cos), ("sin", sin)):
+        is_given = table is not None
+        need(name, "given where pairs is, and only there", is_given, turns == is_given)
+        if table is not None:
+            need(name, f"({T}, {D})", tuple(table.shape), table.shape == (T, D))
+    if turns:
+        need("k", f"as many tokens as q, {T}", S, S == T)
+        need("q", "an even head dim, for a rotary embedding", D, D % 2 == 0)
+
+
+def _same(x: Tensor, other: Tensor) -> bool:
+    return x.dtype == other.dtype and x.device == other.device
+
+
+def _mask_strides(mask: Tensor) -> list[int]:
+    return [
+        0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)
+    ]
+
+
+def _allocate(q_NHTD: Tensor, *_: object, **__: object) -> Tensor:
+    N, H, T, D = q_NHTD.shape
+    return q_NHTD.new_empty((N, T, H, D)).transpose(1, 2)
+
+
+SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? q_weight=None, "
+    "Tensor? k_weight=None, Tensor? cos=None, Tensor? sin=None, float? scale=None, "
+    'float eps=1e-6, str pairs="none") -> Tensor'
+)
+OP = register(
+    "short_attention",
+    SCHEMA,
+    launch=short_attention,
+    reference=short_attention_reference,
+    allocate=_allocate,
+)
+
+
+def specializations() -> Iterator[Specialization]:
+    """What is compiled for the shapes of video models: by dtype, frames, head dim and options."""
+    plain = {"MASK": 0, "NORM": False, "PAIRS": 0}
+    for dtype, T, D in product(("bf16", "fp16"), (8, 16, 32, 64), (32, 64, 72, 96, 128)):
+        yield _specialize(dtype, T, D, "", plain)
+    for T, (name, others) in product((16, 30, 64), OPTIONS.items()):
+        yield _specialize("bf16", T, 72, name, {**plain, **others})
+    for T in (16, 32):
+        yield _specialize("fp32", T, 64, "", plain)
+
+
+OPTIONS: dict[str, dict[str, int]] = {
+    "mask of bools": {"MASK": 1},
+    "mask that is added": {"MASK": 2},
+    "RMS norm": {"NORM": True},
+    "rotary, halves": {"PAIRS": 1},
+    "rotary, neighbors": {"PAIRS": 2},
+    "all": {"MASK": 1, "NORM": True, "PAIRS": 1},
+}
+
+
+def _specialize(
+    dtype: str, T: int, D: int, label: str, constants: Mapping[str, int]
+) -> Specialization:
+    names = _short_attention_kernel.arg_names
+    itemsize = 4 if dtype == "fp32" else 2
+    taken = configure(T, T, D, itemsize, bool(constants["NORM"]), constants["PAIRS"] != 0)
+    num_warps = taken.pop("num_warps")
+    values = {"H": 16, "T": T, "S": T, "D": D, "EXACT": False, **taken, **constants}
+    types = dict.fromkeys(names[:9], f"*{dtype}") | {"scale": "fp32", "eps": "fp32"}
+    types["mask"] = "*i1" if constants["MASK"] == 1 else f"*{dtype}"
+    signature = {n: "constexpr" if n in values else types.get(n, "i64") for n in names}
+    title = f"{dtype} T={T} D={D} {label}".strip()
+    return Specialization(title, _short_attention_kernel, signature, values, num_warps)

@@ -1,0 +1,163 @@
+"""Attention of short sequences: the kernel against float64; without a GPU, in the interpreter."""
+
+import itertools
+
+import pytest
+import torch
+
+from pabc.kernels import short_attention as module
+from pabc.kernels.short_attention import OP, short_attention, short_attention_reference
+
+pytestmark = pytest.mark.kernels
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = [  # N, H, T, S, D
+    (3, 2, 16, 16, 32),
+    (2, 3, 5, 5, 24),
+    (1, 1, 1, 1, 8),
+    (2, 1, 64, 64, 16),
+    (1, 5, 33, 33, 40),
+    (2, 2, 7, 13, 72),
+    (1, 2, 3, 64, 128),
+]
+
+
+def make(shape, dtype, layout="packed", seed=0):
+    """q, k, v as views of packed projections, or with gaps."""
+    N, H, T, S, D = shape
+    g = torch.Generator().manual_seed(seed)
+    if layout == "packed":
+        q = torch.randn(N, T, H, D, generator=g).transpose(1, 2)
+        k, v = torch.randn(N, S, 2, H, D, generator=g).permute(2, 0, 3, 1, 4)
+    else:
+        q = torch.randn(N, H, D, T, generator=g).mT
+        k = torch.randn(N, H, S, D + 3, generator=g)[..., :D]
+        v = torch.randn(H, N, 2 * S, D, generator=g)[:, :, ::2].transpose(0, 1)
+    return tuple(x.to(DEVICE, dtype) for x in (q, k, v))
+
+
+def options(shape, dtype, what, seed=1):
+    N, H, T, S, D = shape
+    g = torch.Generator().manual_seed(seed)
+    found = {}
+    if "bool" in what:
+        mask = torch.rand(N, 1, T, S, generator=g) < 0.6
+        mask[0, 0, 0] = False
+        found["mask"] = mask
+    if "added" in what:
+        found["mask"] = torch.randn(1, H, T, S, generator=g).to(dtype)
+    if "norm" in what:
+        for name in ("q_weight", "k_weight"):
+            found[name] = torch.rand(D, generator=g).to(dtype) + 0.5
+    for pairs in ("halves", "neighbors"):
+        if pairs in what:
+            angle = torch.rand(T, D // 2, generator=g) * 6
+            both = (
+                torch.cat([angle, angle], -1)
+                if pairs == "halves"
+                else angle.repeat_interleave(2, -1)
+            )
+            found |= {"cos": both.cos(), "sin": both.sin(), "pairs": pairs}
+    return {name: x.to(DEVICE) if torch.is_tensor(x) else x for name, x in found.items()}
+
+
+def run(call, inputs, found, **others):
+    names = ("mask", "q_weight", "k_weight", "cos", "sin")
+    tensors = [found.get(name) for name in names]
+    return call(*inputs, *tensors, others.get("scale"), 1e-6, found.get("pairs", "none"))
+
+
+def define(inputs, found, dtype):
+    """By the definition, in a dtype."""
+    q, k, v = (x.to(dtype) for x in inputs)
+    if "q_weight" in found:
+        q, k = (
+            x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * found[name].to(dtype)
+            for x, name in ((q, "q_weight"), (k, "k_weight"))
+        )
+    if "cos" in found:
+        cos, sin = found["cos"].to(dtype), found["sin"].to(dtype)
+        if found["pairs"] == "halves":
+            q, k = (
+                x * cos + torch.cat([-b, a], -1) * sin for x in (q, k) for a, b in [x.chunk(2, -1)]
+            )
+        else:
+            q, k = (
+                x * cos + torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2) * sin
+                for x in (q, k)
+            )
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    if "mask" in found:
+        mask = found["mask"]
+        if mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        else:
+            scores = scores + mask.to(dtype)
+    return scores.softmax(-1).nan_to_num(0) @ v
+
+
+CASES = ["", "bool", "added", "norm", "halves", "neighbors", "norm halves bool"]
+
+
+TURNED = [shape for shape in SHAPES if shape[2] == shape[3]]
+"""A rotary embedding needs as many keys as queries."""
+
+
+@pytest.mark.parametrize(
+    ("what", "shape"),
+    [
+        (what, shape)
+        for what in CASES
+        for shape in (TURNED if {"halves", "neighbors"} & set(what.split()) else SHAPES)
+    ],
+    ids=str,
+)
+def test_equals_the_definition(what, shape):
+    for dtype, layout in itertools.product((torch.float32, torch.bfloat16), ("packed", "gaps")):
+        inputs, found = make(shape, dtype, layout), options(shape, dtype, what)
+        expected, same = (define(inputs, found, d) for d in (torch.float64, dtype))
+        result = run(short_attention, inputs, found)
+        reference = run(short_attention_reference, inputs, found)
+        assert result.dtype == dtype and result.stride() == reference.stride()
+        allowed, *errors = ((x.double() - expected).abs().max() for x in (same, result, reference))
+        assert max(errors) <= 2 * allowed + 1e-6, (dtype, layout)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_element_is_written_and_no_more(shape, monkeypatch):
+    inputs = make(shape, torch.float32)
+    expected = run(short_attention, inputs, {})
+    buffers = []
+
+    def allocate(q, *_):
+        N, H, T, D = q.shape
+        buffers.append(torch.full((N + 2, T, H, D), float("nan"), device=DEVICE))
+        return buffers[-1][1:-1].transpose(1, 2)
+
+    monkeypatch.setattr(module, "_allocate", allocate)
+    assert torch.equal(run(short_attention, inputs, {}), expected)
+    assert buffers[0][0].isnan().all() and buffers[0][-1].isnan().all()
+
+
+def test_is_an_op():
+    inputs = make(SHAPES[0], torch.float32)
+    torch.library.opcheck(OP, (*inputs,))
+    assert torch.equal(OP(*inputs), run(short_attention, inputs, {}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": (1, 1, 65, 8)}, "q: expected 1 to 64 tokens, found 65"),
+        ({"q": (1, 1, 4, 130)}, "k: expected"),
+        ({"v": (1, 1, 5, 8)}, r"v: expected the shape of k, \(1, 1, 4, 8\), found \(1, 1, 5, 8\)"),
+        ({"mask": (2, 1, 4, 4)}, "mask: expected 4 dimensions, broadcast"),
+        ({"q_weight": (8,)}, "k_weight: expected given where q_weight is"),
+        ({"cos": (4, 8)}, "cos: expected given where pairs is"),
+    ],
+)
+def test_refusals(change, message):
+    shapes = {"q": (1, 1, 4, 8), "k": (1, 1, 4, 8), "v": (1, 1, 4, 8)} | change
+    found = {name: torch.ones(shape, device=DEVICE) for name, shape in shapes.items()}
+    inputs = [found.pop(name) for name in "qkv"]
+    with pytest.raises(ValueError, match="short_attention: " + message):
+        run(short_attention, inputs, found)
