@@ -22,6 +22,8 @@ from workloads import FULL, SMALL, TINY, Workload, build, denoise, draw
 
 import pabc
 
+KERNELS = (kernel_short_attention,)
+"""Benchmarks of kernels."""
 ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 """The error, relative to the eager model's first step, up to which a variant is timed."""
 
@@ -229,7 +231,7 @@ def run_kernels(target: Target) -> Iterator[tuple[str, Row]]:
         done = subprocess.run(command, cwd=report.ROOT, capture_output=True, text=True)
         last = (done.stdout.strip().splitlines() or ["no output"])[-1]
         yield "tests", {"passed": done.returncode == 0, "result": last}
-    shapes = kernel_short_attention.SHAPES if target.is_cuda else kernel_short_attention.SMOKE
-    for name, shape in shapes.items():
-        row = kernel_short_attention.measure(name, shape, target.device)
-        yield f"short_attention: {name}", {**row, "passed": "times" in row}
+    for benchmark in KERNELS:
+        shapes = benchmark.SHAPES if target.is_cuda else benchmark.SMOKE
+        for name, sizes in shapes.items():
+            yield f"{benchmark.KERNEL}: {name}", benchmark.measure(name, sizes, target.device)

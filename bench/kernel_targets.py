@@ -10,18 +10,30 @@ marked, and the exit status is 1.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
+import pkgutil
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # in which nothing can be compiled
 
 import report
 
-from pabc.kernels import short_attention
-from pabc.kernels.targets import TARGETS, compile_for
+from pabc import kernels
+from pabc.kernels.targets import TARGETS, Specialization, compile_for
 
-KERNELS = {"short_attention": short_attention}
+
+def find_kernels() -> Iterator[tuple[str, Any]]:
+    """The modules that hold a kernel, by name."""
+    for found in pkgutil.iter_modules(kernels.__path__):
+        module = import_module(f"{kernels.__name__}.{found.name}")
+        if hasattr(module, "specializations"):
+            yield found.name, module
 
 
 def main() -> None:
@@ -30,25 +42,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    add("--kernel", help="one kernel; default: all")
     add("--only", default="", help="configurations whose label has this in it")
+    add("--workers", type=int, default=2, help="processes; default: %(default)s")
     add("--out", type=Path)
     options = parser.parse_args()
+    work = [
+        (kernel, index)
+        for kernel, module in find_kernels()
+        for index, what in enumerate(module.specializations())
+        if options.kernel in (None, kernel) and options.only in what.label
+    ]
     rows, problems = [], 0
-    for kernel, module in KERNELS.items():
-        for what in module.specializations():
-            if options.only not in what.label:
-                continue
-            row: dict[str, object] = {"kernel": kernel, "configuration": what.label}
-            for target in TARGETS:
-                usage = compile_for(target, what)
-                row[target.name] = {
-                    "registers": usage.registers,
-                    "spilled": usage.spilled,
-                    "shared": usage.shared,
-                    "problems": list(usage.problems),
-                }
-                problems += bool(usage.problems)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.workers, mp_context=spawn) as pool:
+        for row in pool.map(compile_for_all, *zip(*work, strict=True)):
             rows.append(row)
+            problems += sum(bool(row[target.name]["problems"]) for target in TARGETS)
             print(format_row(row), flush=True)
     print(f"{len(rows)} configurations, {len(TARGETS)} targets, {problems} problems")
     if options.out is not None:
@@ -56,12 +66,26 @@ def main() -> None:
     sys.exit(problems > 0)
 
 
-def format_row(row: dict[str, object]) -> str:
+def compile_for_all(kernel: str, index: int) -> dict[str, Any]:
+    """The row of one configuration of a kernel."""
+    what: Specialization = list(dict(find_kernels())[kernel].specializations())[index]
+    row: dict[str, Any] = {"kernel": kernel, "configuration": what.label}
+    for target in TARGETS:
+        usage = compile_for(target, what)
+        row[target.name] = {
+            "registers": usage.registers,
+            "spilled": usage.spilled,
+            "shared": usage.shared,
+            "problems": list(usage.problems),
+        }
+    return row
+
+
+def format_row(row: dict[str, Any]) -> str:
     """A line: registers, spilled and shared bytes for each target."""
     cells = []
     for target in TARGETS:
         usage = row[target.name]
-        assert isinstance(usage, dict)
         text = f"{usage['registers']} {usage['spilled']} {usage['shared']}"
         cells.append(f"{target.name} {text}{' !' * bool(usage['problems'])}")
     return f"{row['kernel']:16} {row['configuration']:36} " + "   ".join(cells)

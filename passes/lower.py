@@ -1,8 +1,8 @@
 """lower: parts of a graph that a Triton kernel computes faster become calls of it.
 
-Each rule finds what its kernel may compute, says why not where it may not, and rewrites it. Whether
-it is worth it is not guessed: `auto` lowers what a measured table says gains on the device at hand,
-`force` lowers all that a kernel computes.
+Each rule (:mod:`pabc.passes.lowering`) finds what its kernel may compute, says why not where it
+may not, and rewrites it. Whether it is worth it is not guessed: `auto` lowers what a measured table
+says gains on the device at hand, `force` lowers all that a kernel computes.
 """
 
 from __future__ import annotations
@@ -10,17 +10,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .ir import aten, copy_into, derived, is_call, value
+from .ir import copy_into, derived, remove_dead_code
+from .lowering.match import Match, Rule
+from .lowering.short_attention import match_short_attention
 
 Kernels = Literal["auto", "off", "force"]
 Gains = Callable[[str, torch.device, tuple[int, ...]], bool | None]
 """(kernel, device, shape) -> whether it is faster there than what a user would otherwise get; None:
 not measured."""
+
+RULES: tuple[Rule, ...] = (match_short_attention,)
+"""Of those that match the same node, the first that is taken counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,118 +43,66 @@ class Lowering:
 
 
 def lower_pass(gm: GraphModule, *, kernels: Kernels, gains: Gains) -> GraphModule:
-    """Replaces attention over short sequences by calls of `pabc::short_attention`.
+    """Replaces what Triton kernels compute by calls of them.
 
-    Requires: a flat graph of one size.
-    Ensures: the same function, within the kernel's tolerance; `meta["lowered"]` says what was
-    looked at. On a CPU, `auto` looks at nothing.
+    Requires: a flat graph of one size, without dead code.
+    Ensures: the same function, within the kernels' tolerances, with results laid out as before;
+    `meta["lowered"]` says what was looked at. On a CPU, `auto` looks at nothing.
 
         # before                                           # after
         %o = scaled_dot_product_attention(%q, %k, %v)      %o = pabc.short_attention(%q, %k, %v)
     """
     if kernels == "off":
         return gm
-    found = [node for node in gm.graph.nodes if is_call(node, (_SDPA,))]
-    if kernels == "auto":
-        found = [node for node in found if value(node).device.type != "cpu"]
-    decided = {node: _decide(node, kernels, gains) for node in found}
     graph = Graph()
-    mapping: dict[Node, Node] = {}
-    copy_into(graph, gm.graph.nodes, mapping)
-    for node, lowering in decided.items():
-        if lowering.reason is None:
-            _rewrite(mapping[node])
+    copy_into(graph, gm.graph.nodes, {})
+    lowered: list[Lowering] = []
+    for node in list(graph.nodes):
+        device = _device(node)
+        if device is None or (kernels == "auto" and device.type == "cpu"):
+            continue
+        lowered += _lower(node, partial(_why_not, kernels=kernels, gains=gains, device=device))
+    remove_dead_code(graph)
     result = derived(gm, graph)
-    result.meta["lowered"] = tuple(decided.values())
+    result.meta["lowered"] = tuple(lowered)
     return result
 
 
-_SDPA = aten.scaled_dot_product_attention.default
-_DEFAULTS: dict[str, Any] = {
-    "query": None,
-    "key": None,
-    "value": None,
-    "attn_mask": None,
-    "dropout_p": 0.0,
-    "is_causal": False,
-    "scale": None,
-    "enable_gqa": False,
-}
+def _lower(node: Node, why_not: Callable[[Match], str | None]) -> list[Lowering]:
+    """What the rules say of a node, and does the first thing that nothing speaks against.
+
+    What was rewritten may still be there, needed by nobody: it is left alone.
+    """
+    refused = []
+    for rule in RULES if node.users else ():
+        match = rule(node)
+        if match is None:
+            continue
+        reason = why_not(match)
+        looked = Lowering(match.kernel, node.name, match.shape, reason)
+        if reason is None:
+            match.rewrite()
+            return [looked]
+        refused.append(looked)
+    return refused
 
 
-def _arguments(node: Node) -> dict[str, Any]:
-    return {**_DEFAULTS, **dict(zip(_DEFAULTS, node.args, strict=False)), **node.kwargs}
+def _why_not(match: Match, *, kernels: Kernels, gains: Gains, device: torch.device) -> str | None:
+    if match.reason is not None or kernels == "force":
+        return match.reason
+    is_faster = gains(match.kernel, device, match.shape)
+    if is_faster:
+        return None
+    return "not measured on this device" if is_faster is None else "not faster here"
 
 
-def _decide(node: Node, kernels: Kernels, gains: Gains) -> Lowering:
-    given = _arguments(node)
-    q, k = value(given["query"]), value(given["key"])
-    shape = (*q.shape[:-1], k.shape[-2], q.shape[-1])
-    reason = _why_not(node, given)
-    if reason is None and kernels == "auto":
-        is_faster = gains("short_attention", q.device, shape)
-        if not is_faster:
-            reason = "not measured on this device" if is_faster is None else "not faster here"
-    return Lowering("short_attention", node.name, shape, reason)
-
-
-def _why_not(node: Node, given: dict[str, Any]) -> str | None:
-    """Why the kernel cannot compute this attention."""
-    from pabc.kernels.short_attention import MAX_HEAD_DIM, MAX_LENGTH
-
-    q, k, v = (value(given[name]) for name in ("query", "key", "value"))
-    mask = None if given["attn_mask"] is None else value(given["attn_mask"])
-    lengths = (q.shape[-2], k.shape[-2])
-    reasons = {
-        f"{max(lengths)} tokens: at most {MAX_LENGTH}": max(lengths) > MAX_LENGTH,
-        f"head dim {q.shape[-1]}: at most {MAX_HEAD_DIM}": q.shape[-1] > MAX_HEAD_DIM,
-        f"{q.ndim} dimensions: 4": q.ndim != 4,
-        "dropout": given["dropout_p"] != 0,
-        "causal": given["is_causal"],
-        "grouped heads": given["enable_gqa"] or q.shape[:-2] != k.shape[:-2],
-        "values of another head dim": v.shape != k.shape,
-        f"{q.dtype}": q.dtype not in (torch.float32, torch.bfloat16, torch.float16),
-        "a mask of another dtype": mask is not None and mask.dtype not in (torch.bool, q.dtype),
-        "a layout of the result that is read as it is": not _result_fits(node),
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
-
-
-def _result_fits(node: Node) -> bool:
-    """Whether the result lies as the kernel's does, by N, T, H, D, or without gaps."""
-    out = value(node)
-    return out.ndim == 4 and (out.transpose(1, 2).is_contiguous() or out.is_contiguous())
-
-
-def _rewrite(node: Node) -> None:
-    from pabc.kernels.short_attention import OP
-
-    given, out = _arguments(node), value(node)
-    mask = given["attn_mask"]
-    with node.graph.inserting_before(node):
-        if mask is not None and value(mask).ndim < 4:
-            mask = _call(
-                node, aten.view.default, mask, [1] * (4 - value(mask).ndim) + [*value(mask).shape]
-            )
-    tensors = [given["query"], given["key"], given["value"], mask]
-    node.target, node.kwargs = OP, {}
-    node.args = (*tensors, None, None, None, None, given["scale"])
-    if not out.transpose(1, 2).is_contiguous():
-        with node.graph.inserting_after(node):
-            copy = node.graph.call_function(
-                aten.clone.default, (node,), {"memory_format": torch.contiguous_format}
-            )
-        copy.meta = dict(node.meta)
-        node.replace_all_uses_with(copy, delete_user_cb=lambda user: user is not copy)
-    N, H, T, D = out.shape
-    node.meta["val"] = out.new_empty((N, T, H, D)).transpose(1, 2)
-
-
-def _call(like: Node, target: Any, *args: Any) -> Node:
-    made = like.graph.call_function(target, args)
-    made.meta = {key: like.meta[key] for key in ("slot",) if key in like.meta}
-    made.meta["val"] = target(value(args[0]), *args[1:])
-    return made
+def _device(node: Node) -> torch.device | None:
+    """Of what a call yields."""
+    if node.op != "call_function":
+        return None
+    val: Any = node.meta.get("val")
+    first = val[0] if isinstance(val, (tuple, list)) and val else val
+    return first.device if isinstance(first, torch.Tensor) else None
 
 
 def summarize(phases: Mapping[Any, Sequence[Lowering]]) -> tuple[str, ...]:

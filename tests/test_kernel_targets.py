@@ -26,8 +26,23 @@ def test_every_configuration_fits_every_target(tmp_path):
     assert set(spilling) <= {"bf16 T=64 D=72 all"}, "norm, mask and rotary embedding of 64 tokens"
 
 
-def test_benchmark_checks_without_a_gpu():
-    command = [sys.executable, str(BENCH / "kernel_short_attention.py"), "--smoke"]
+SHARED = ("kernel_targets", "kernel_timing")
+BENCHMARKS = [path for path in sorted(BENCH.glob("kernel_*.py")) if path.stem not in SHARED]
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
+def test_benchmarks_check_without_a_gpu(path):
+    command = [sys.executable, str(path), "--smoke"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "not timed" in done.stdout
+    assert "not timed: no GPU" in done.stdout
+
+
+def test_every_kernel_has_a_benchmark_and_a_test():
+    kernels = {
+        path.stem for path in BENCH.parent.glob("kernels/*.py") if "OP = " in path.read_text()
+    }
+    assert {path.stem.removeprefix("kernel_") for path in BENCHMARKS} == kernels
+    assert all((Path(__file__).parent / f"test_{kernel}.py").exists() for kernel in kernels)
+    text = (BENCH / "gpu_timing.py").read_text()
+    assert all(f"import kernel_{kernel}\n" in text for kernel in kernels)

@@ -1,0 +1,93 @@
+"""What rules give, and how they write a kernel's call into a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from ..ir import is_call, value
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes that kernels compute with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What a kernel might compute.
+
+    Attributes:
+        kernel: its name, as in `pabc.kernels`.
+        shape: what its gains are measured by, see :mod:`pabc.kernels.gains`.
+        reason: why it cannot compute this; None: it can.
+        rewrite: writes the call of the kernel, after which nothing needs the node.
+    """
+
+    kernel: str
+    shape: tuple[int, ...]
+    reason: str | None
+    rewrite: Callable[[], None]
+
+
+Rule = Callable[[Node], Match | None]
+"""A node -> what a kernel might compute that ends there, if it does."""
+
+
+def first_reason(reasons: dict[str, bool]) -> str | None:
+    """The first reason that holds."""
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def insert(before: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
+    """A call before another node, which it takes its slot of, with what it yields in `"val"`."""
+    with before.graph.inserting_before(before):
+        made = before.graph.call_function(target, args, kwargs)
+    made.meta = {key: before.meta[key] for key in ("slot",) if key in before.meta}
+    given, named = map_arg((args, kwargs), lambda n: n.meta["val"])
+    made.meta["val"] = target(*given, **named)
+    return made
+
+
+def replace(node: Node, by: Node) -> None:
+    """Has all users of a node take another one of the same shape.
+
+    Who comes after may take its strides for granted: where they differ, a copy restores them.
+    """
+    wanted, found = value(node), value(by)
+    assert wanted.shape == found.shape and wanted.dtype == found.dtype, (node, by)
+    if _strides(wanted) != _strides(found):
+        by = _restride(node, by)
+    node.replace_all_uses_with(by)
+
+
+def _strides(val: torch.Tensor) -> list[int]:
+    """Of the dimensions in which there are steps."""
+    return [stride for size, stride in zip(val.shape, val.stride(), strict=True) if size != 1]
+
+
+def _restride(node: Node, by: Node) -> Node:
+    """`by`, copied to the strides of `node`, which has no gaps."""
+    wanted = value(node)
+    strides = wanted.stride()
+    order = sorted(range(wanted.ndim), key=lambda d: (-strides[d], d))
+    permuted = insert(node, torch.ops.aten.permute.default, by, order)
+    copied = insert(
+        node, torch.ops.aten.clone.default, permuted, memory_format=torch.contiguous_format
+    )
+    back = [order.index(d) for d in range(wanted.ndim)]
+    return insert(node, torch.ops.aten.permute.default, copied, back)
+
+
+def only_user(node: Node) -> Node | None:
+    """The one node that reads another one; None where there are more."""
+    users = list(node.users)
+    return users[0] if len(users) == 1 else None
+
+
+def operands(node: Node, target: Any) -> tuple[Any, ...] | None:
+    """The arguments of a call of an op without keywords; None: it is no such call."""
+    return tuple(node.args) if is_call(node, (target,)) and not node.kwargs else None
