@@ -1,7 +1,8 @@
 """lower: parts of a graph that a Triton kernel computes faster become calls of it.
 
 Each rule (:mod:`pabc.passes.lowering`) finds what its kernel may compute, says why not where it
-may not, and rewrites it. Whether it is worth it is not guessed: `auto` lowers what a measured table
+may not, and rewrites it. Nodes are looked at from the last one to the first: what ends later takes
+what it needs of what is before, and a part of it is not looked at by itself. Whether it is worth it is not guessed: `auto` lowers what a measured table
 says gains on the device at hand, `force` lowers all that a kernel computes.
 """
 
@@ -57,26 +58,34 @@ def lower_pass(gm: GraphModule, *, kernels: Kernels, gains: Gains) -> GraphModul
     graph = Graph()
     copy_into(graph, gm.graph.nodes, {})
     lowered: list[Lowering] = []
-    for node in list(graph.nodes):
+    covered: set[tuple[str, Node]] = set()
+    dead: set[Node] = set()
+    for node in reversed(list(graph.nodes)):
         device = _device(node)
-        if device is None or (kernels == "auto" and device.type == "cpu"):
-            continue
-        lowered += _lower(node, partial(_why_not, kernels=kernels, gains=gains, device=device))
+        if device is not None and not dead.issuperset(node.users):
+            why_not = partial(_why_not, kernels=kernels, gains=gains, device=device)
+            if kernels == "force" or device.type != "cpu":
+                lowered += reversed(_lower(node, why_not, covered))
+        if node.op != "output" and dead.issuperset(node.users):
+            dead.add(node)
     remove_dead_code(graph)
     result = derived(gm, graph)
-    result.meta["lowered"] = tuple(lowered)
+    result.meta["lowered"] = tuple(reversed(lowered))
     return result
 
 
-def _lower(node: Node, why_not: Callable[[Match], str | None]) -> list[Lowering]:
+def _lower(
+    node: Node, why_not: Callable[[Match], str | None], covered: set[tuple[str, Node]]
+) -> list[Lowering]:
     """What the rules say of a node, and does the first thing that nothing speaks against.
 
-    What was rewritten may still be there, needed by nobody: it is left alone.
+    What is part of something larger that was looked at for the same kernel is left alone;
+    `covered` gains such parts.
     """
     refused = []
-    for rule in RULES if node.users else ():
+    for rule in RULES:
         match = rule(node)
-        if match is None:
+        if match is None or (match.kernel, node) in covered:
             continue
         reason = why_not(match)
         looked = Lowering(match.kernel, node.name, match.shape, reason)
@@ -84,6 +93,7 @@ def _lower(node: Node, why_not: Callable[[Match], str | None]) -> list[Lowering]
             match.rewrite()
             return [looked]
         refused.append(looked)
+        covered.update((match.kernel, part) for part in match.covers)
     return refused
 
 

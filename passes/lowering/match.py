@@ -25,12 +25,14 @@ class Match:
         shape: what its gains are measured by, see :mod:`pabc.kernels.gains`.
         reason: why it cannot compute this; None: it can.
         rewrite: writes the call of the kernel, after which nothing needs the node.
+        covers: nodes before it that the kernel would compute too.
     """
 
     kernel: str
     shape: tuple[int, ...]
     reason: str | None
     rewrite: Callable[[], None]
+    covers: tuple[Node, ...] = ()
 
 
 Rule = Callable[[Node], Match | None]
