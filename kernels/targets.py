@@ -17,7 +17,11 @@ from triton.compiler import ASTSource
 
 @dataclass(frozen=True, slots=True)
 class Specialization:
-    """A kernel for arguments of these types and constants of these values."""
+    """A kernel for arguments of these types and constants of these values.
+
+    `aligned`: arguments that are multiples of 16, addresses included, as Triton takes for granted
+    where they are.
+    """
 
     label: str
     kernel: Any
@@ -25,6 +29,7 @@ class Specialization:
     constants: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 2
+    aligned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +69,9 @@ class Usage:
 
 def compile_for(target: Target, what: Specialization) -> Usage:
     """Compiles a kernel for a target, to machine code."""
-    source = ASTSource(what.kernel, dict(what.signature), constexprs=dict(what.constants))
+    names = list(what.signature)
+    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in what.aligned}
+    source = ASTSource(what.kernel, dict(what.signature), dict(what.constants), attrs)
     options = {"num_warps": what.num_warps, "num_stages": what.num_stages}
     compiled = triton.compile(source, target=target.gpu, options=options)
     if target.gpu.backend == "hip":
