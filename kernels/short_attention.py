@@ -1,16 +1,18 @@
 """Attention over sequences of up to 64 tokens, many of them: a video model's temporal attention.
 
     N  rows of the batch; H  heads; T  queries of a sequence; S  its keys; D  channels of a head
+    B, P  a batch of two dimensions in place of N: videos, and the positions of a frame
 
 One program takes as many whole sequences as fit into 64 rows, side by side: a product of all their
 queries with all their keys, of which each sequence keeps its own block. What is thrown away costs
 less than it takes to read the rows, since at these lengths memory is the bound: each element of q,
 k and v is read once, at any strides, and each element of the output written once. So the copies
-that put frames in order are not needed: what comes in may be a view of a projection's output, and
-what goes out is laid out as the next projection reads it.
+that put the frames of a position side by side are not needed: what comes in may be a view of a
+projection's output (B, T, P, 3 * H * D), and what goes out is laid out as (B, T, P, H * D), which
+the next projection reads.
 
 On the way in, queries and keys may be normalized over their channels (RMS) and turned by their
-position (rotary embedding).
+position (rotary embedding): the two channels of a pair are then two tiles, whose products add up.
 
     T = S = 2, H = 2:  rows (head, frame) a0 a1 b0 b1     scores  a0 a1 b0 b1
                                                               a0   x  x  .  .
@@ -21,8 +23,9 @@ position (rotary embedding).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from itertools import product
+from itertools import chain, product
 
 import torch
 import triton
@@ -89,42 +92,69 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, pairs: str) -> Tensor:
     return x * cos + partner * sin
 
 
-def _as_laid_out(x_NHTD: Tensor) -> Tensor:
-    """In memory by N, T, H, D: as the projection after it reads it."""
-    out = _allocate(x_NHTD)
-    return out.copy_(x_NHTD)
+def _as_laid_out(x: Tensor) -> Tensor:
+    """In memory as the projection after it reads it."""
+    return _allocate(x).copy_(x)
 
 
 @triton.jit
-def _load_rows(
-    base, rows_T, columns_D, stride_d, valid_TD, weight, cos, sin, position_T,
-    D: tl.constexpr, eps, NORM: tl.constexpr, PAIRS: tl.constexpr, EXACT: tl.constexpr,
+def _load_pairs(
+    base, rows_T, stride_d, valid_T, D: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr
 ):  # fmt: skip
-    """Rows of q or k in float32, or as they are where nothing is done to them."""
+    """Rows as two tiles in float32: the first channel of each pair, and the second one."""
+    if PAIRS == 1:
+        pair = tl.arange(0, HALF)
+        valid = valid_T[:, None] & (pair < D // 2)[None, :]
+        at = base + rows_T[:, None] + (pair * stride_d)[None, :]
+        a = tl.load(at, mask=valid, other=0.0)
+        b = tl.load(at + (D // 2) * stride_d, mask=valid, other=0.0)
+    else:
+        channel = tl.arange(0, 2 * HALF)
+        valid = valid_T[:, None] & (channel < D)[None, :]
+        at = base + rows_T[:, None] + (channel * stride_d)[None, :]
+        x = tl.load(at, mask=valid, other=0.0)
+        a, b = tl.split(tl.reshape(x, [x.shape[0], HALF, 2]))
+    return a.to(tl.float32), b.to(tl.float32)
+
+
+@triton.jit
+def _load_turned(
+    base, rows_T, stride_d, valid_T, weight, cos, sin, position_T,
+    D: tl.constexpr, HALF: tl.constexpr, eps, NORM: tl.constexpr, PAIRS: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """Rows of q or k after the norm and the rotary embedding, the channels of a pair side by side:
+    scores do not depend on the order of channels.
+
+    Padding is 0 as it is; saying so has the arithmetic done where each element is once. Triton
+    would do it after it moved what was loaded to where the product wants it, many times over.
+    """
+    a, b = _load_pairs(base, rows_T, stride_d, valid_T, D, HALF, PAIRS)
+    if NORM:
+        inverse_T1 = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1))[:, None] / D + eps)
+        row = tl.zeros([1], tl.int64)
+        gain_a, gain_b = _load_pairs(weight, row, 1, row == 0, D, HALF, PAIRS)
+        a, b = a * inverse_T1 * gain_a, b * inverse_T1 * gain_b
+    cos_a, cos_b = _load_pairs(cos, position_T * D, 1, valid_T, D, HALF, PAIRS)
+    sin_a, sin_b = _load_pairs(sin, position_T * D, 1, valid_T, D, HALF, PAIRS)
+    dtype = base.dtype.element_ty
+    turned = tl.join(a * cos_a - b * sin_a, b * cos_b + a * sin_b)
+    turned = tl.reshape(turned, [a.shape[0], 2 * HALF])
+    turned = tl.where((tl.arange(0, 2 * HALF) < D)[None, :], turned, 0.0)
+    return narrow(turned, dtype, EXACT)
+
+
+@triton.jit
+def _load_normed(
+    base, rows_T, columns_D, stride_d, valid_TD, weight,
+    D: tl.constexpr, eps, NORM: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Rows of q or k after the norm; as they are without one."""
     x = tl.load(base + rows_T[:, None] + (columns_D * stride_d)[None, :], mask=valid_TD, other=0.0)
-    if NORM or PAIRS != 0:
+    if NORM:
         y = x.to(tl.float32)
-        inverse_T1 = tl.full([x.shape[0], 1], 1.0, tl.float32)
-        if NORM:
-            inverse_T1 = tl.rsqrt(tl.sum(y * y, 1)[:, None] / D + eps)
-            gain = tl.load(weight + columns_D, mask=columns_D < D, other=0.0).to(tl.float32)
-            y = y * inverse_T1 * gain[None, :]
-        if PAIRS != 0:
-            if PAIRS == 1:
-                partner_D = tl.where(columns_D < D // 2, columns_D + D // 2, columns_D - D // 2)
-                sign_D = tl.where(columns_D < D // 2, -1.0, 1.0)
-            else:
-                partner_D = columns_D ^ 1
-                sign_D = tl.where(columns_D % 2 == 0, -1.0, 1.0)
-            at = base + rows_T[:, None] + (partner_D * stride_d)[None, :]
-            z = tl.load(at, mask=valid_TD, other=0.0).to(tl.float32)
-            if NORM:
-                gain = tl.load(weight + partner_D, mask=columns_D < D, other=0.0).to(tl.float32)
-                z = z * inverse_T1 * gain[None, :]
-            table = position_T[:, None] * D + columns_D[None, :]
-            c = tl.load(cos + table, mask=valid_TD, other=0.0).to(tl.float32)
-            s = tl.load(sin + table, mask=valid_TD, other=0.0).to(tl.float32)
-            y = y * c + z * sign_D[None, :] * s
+        gain = tl.load(weight + columns_D, mask=columns_D < D, other=0.0).to(tl.float32)
+        y = y * tl.rsqrt(tl.sum(y * y, 1)[:, None] / D + eps) * gain[None, :]
         x = narrow(y, x.dtype, EXACT)
     return x
 
@@ -132,39 +162,47 @@ def _load_rows(
 @triton.jit
 def _short_attention_kernel(
     q, k, v, out, mask, q_weight, k_weight, cos, sin,
-    q_n, q_h, q_t, q_d, k_n, k_h, k_t, k_d, v_n, v_h, v_t, v_d, o_n, o_h, o_t, o_d,
-    m_n, m_h, m_t, m_s,
-    num_sequences, scale, eps,
+    q_b, q_p, q_h, q_t, q_d, k_b, k_p, k_h, k_t, k_d, v_b, v_p, v_h, v_t, v_d,
+    o_b, o_p, o_h, o_t, o_d, m_b, m_p, m_h, m_t, m_s,
+    P, num_sequences, scale, eps,
     H: tl.constexpr, T: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
     MASK: tl.constexpr, NORM: tl.constexpr, PAIRS: tl.constexpr,
     GROUP: tl.constexpr, ROWS_T: tl.constexpr, ROWS_S: tl.constexpr, COLUMNS: tl.constexpr,
-    EXACT: tl.constexpr,
+    HALF: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """GROUP sequences: heads of one row of the batch lie side by side in memory."""
-    first = tl.program_id(0).to(tl.int64) * GROUP
-    columns = tl.arange(0, COLUMNS)
+    """GROUP sequences: heads of one place of the batch lie side by side in memory."""
+    first = tl.program_id(0) * GROUP
     row_t, row_s = tl.arange(0, ROWS_T), tl.arange(0, ROWS_S)
     group_t, group_s = row_t // T, row_s // S
-    t, s = row_t % T, row_s % S
+    t, s = (row_t % T).to(tl.int64), (row_s % S).to(tl.int64)
     sequence_t, sequence_s = first + group_t, first + group_s
     valid_t = (group_t < GROUP) & (sequence_t < num_sequences)
     valid_s = (group_s < GROUP) & (sequence_s < num_sequences)
-    n_t, h_t, n_s, h_s = sequence_t // H, sequence_t % H, sequence_s // H, sequence_s % H
+    h_t, h_s = (sequence_t % H).to(tl.int64), (sequence_s % H).to(tl.int64)
+    place_t, place_s = sequence_t // H, sequence_s // H
+    b_t, p_t = (place_t // P).to(tl.int64), (place_t % P).to(tl.int64)
+    b_s, p_s = (place_s // P).to(tl.int64), (place_s % P).to(tl.int64)
+
+    rows_q = b_t * q_b + p_t * q_p + h_t * q_h + t * q_t
+    rows_k = b_s * k_b + p_s * k_p + h_s * k_h + s * k_t
+    columns = tl.arange(0, COLUMNS)
     inside = columns[None, :] < D
     valid_td, valid_sd = valid_t[:, None] & inside, valid_s[:, None] & inside
-
-    x_q = _load_rows(
-        q, n_t * q_n + h_t * q_h + t * q_t, columns, q_d, valid_td, q_weight, cos, sin, t,
-        D, eps, NORM, PAIRS, EXACT,
-    )  # fmt: skip
-    x_k = _load_rows(
-        k, n_s * k_n + h_s * k_h + s * k_t, columns, k_d, valid_sd, k_weight, cos, sin, s,
-        D, eps, NORM, PAIRS, EXACT,
-    )  # fmt: skip
+    if PAIRS != 0:
+        x_q = _load_turned(
+            q, rows_q, q_d, valid_t, q_weight, cos, sin, t, D, HALF, eps, NORM, PAIRS, EXACT
+        )
+        x_k = _load_turned(
+            k, rows_k, k_d, valid_s, k_weight, cos, sin, s, D, HALF, eps, NORM, PAIRS, EXACT
+        )
+    else:
+        x_q = _load_normed(q, rows_q, columns, q_d, valid_td, q_weight, D, eps, NORM, EXACT)
+        x_k = _load_normed(k, rows_k, columns, k_d, valid_sd, k_weight, D, eps, NORM, EXACT)
     scores = dot(x_q, tl.trans(x_k), EXACT) * scale
     own = (group_t[:, None] == group_s[None, :]) & valid_t[:, None] & valid_s[None, :]
     if MASK != 0:
-        at = n_t[:, None] * m_n + h_t[:, None] * m_h + t[:, None] * m_t + s[None, :] * m_s
+        rows_m = b_t * m_b + p_t * m_p + h_t * m_h + t * m_t
+        at = rows_m[:, None] + (s * m_s)[None, :]
         if MASK == 1:
             own = own & (tl.load(mask + at, mask=own, other=0) != 0)
         else:
@@ -174,14 +212,14 @@ def _short_attention_kernel(
     weights = tl.exp(scores - top[:, None])
     total = tl.sum(weights, 1)
     x_v = tl.load(
-        v + (n_s * v_n + h_s * v_h + s * v_t)[:, None] + (columns * v_d)[None, :],
+        v + (b_s * v_b + p_s * v_p + h_s * v_h + s * v_t)[:, None] + (columns * v_d)[None, :],
         mask=valid_sd,
         other=0.0,
     )
     found = dot(narrow(weights, x_v.dtype, EXACT), x_v, EXACT)
     found = found / tl.where(total == 0, 1.0, total)[:, None]
     tl.store(
-        out + (n_t * o_n + h_t * o_h + t * o_t)[:, None] + (columns * o_d)[None, :],
+        out + (b_t * o_b + p_t * o_p + h_t * o_h + t * o_t)[:, None] + (columns * o_d)[None, :],
         narrow(found, out.dtype.element_ty, EXACT),
         mask=valid_td,
     )
@@ -204,35 +242,41 @@ def short_attention(
 
     Args:
         q_NHTD, k_NHSD, v_NHSD: at any strides; T and S up to :data:`MAX_LENGTH`, D up to
-            :data:`MAX_HEAD_DIM`.
-        mask: of bools (True takes part) or to be added, broadcast to (N, H, T, S).
+            :data:`MAX_HEAD_DIM`. Or of five dimensions, (B, P, H, T, D).
+        mask: of bools (True takes part) or to be added, broadcast to (N, H, T, S), or to
+            (B, P, H, T, S).
         q_weight_D, k_weight_D: of the RMS norms over channels; both or none.
         cos_TD, sin_TD: of a rotary embedding; T and S are then equal.
         scale: of the scores; by default D ** -0.5.
         pairs: one of :data:`PAIRS`.
 
     Returns:
-        (N, H, T, D), in memory by N, T, H, D. Rows that the mask leaves no key are 0.
+        (N, H, T, D), in memory by N, T, H, D; or (B, P, H, T, D), by B, T, P, H, D. Rows that the
+        mask leaves no key are 0.
 
     Raises:
         ValueError: naming the argument, what was expected and what was found.
     """
     _check(q_NHTD, k_NHSD, v_NHSD, mask, q_weight_D, k_weight_D, cos_TD, sin_TD, pairs)
-    N, H, T, D = q_NHTD.shape
-    S = k_NHSD.shape[2]
+    *places, H, T, D = q_NHTD.shape
+    S = k_NHSD.shape[-2]
     out = _allocate(q_NHTD, k_NHSD, v_NHSD)
-    taken = configure(T, S, D, q_NHTD.element_size(), q_weight_D is not None, pairs != "none")
+    is_apart = any(x.stride(-1) != 1 for x in (q_NHTD, k_NHSD, v_NHSD))
+    norms, turns = q_weight_D is not None, pairs != "none"
+    taken = configure(T, S, D, q_NHTD.element_size(), norms, turns, is_apart=is_apart)
+    num_sequences = math.prod(places) * H
+    strides = [_strides(x) for x in (q_NHTD, k_NHSD, v_NHSD, out, mask)]
     place = q_NHTD  # of arguments that are not there
-    mask_strides = [0] * 4 if mask is None else _mask_strides(mask)
-    _short_attention_kernel[(triton.cdiv(N * H, taken["GROUP"]),)](
+    _short_attention_kernel[(triton.cdiv(num_sequences, taken["GROUP"]),)](
         q_NHTD, k_NHSD, v_NHSD, out,
         place if mask is None else mask,
         place if q_weight_D is None else q_weight_D.contiguous(),
         place if k_weight_D is None else k_weight_D.contiguous(),
         place if cos_TD is None else cos_TD.contiguous(),
         place if sin_TD is None else sin_TD.contiguous(),
-        *q_NHTD.stride(), *k_NHSD.stride(), *v_NHSD.stride(), *out.stride(), *mask_strides,
-        N * H, D**-0.5 if scale is None else scale, eps,
+        *chain.from_iterable(strides),
+        places[1] if len(places) == 2 else 1,
+        num_sequences, D**-0.5 if scale is None else scale, eps,
         H=H, T=T, S=S, D=D,
         MASK=0 if mask is None else 1 if mask.dtype == torch.bool else 2,
         NORM=q_weight_D is not None, PAIRS=PAIRS.index(pairs),
@@ -241,19 +285,30 @@ def short_attention(
     return out
 
 
-def configure(T: int, S: int, D: int, itemsize: int, norms: bool, turns: bool) -> dict[str, int]:
+def _strides(x: Tensor | None) -> list[int]:
+    """Of five dimensions; 0 where there is but one element, which is read for all."""
+    if x is None:
+        return [0] * 5
+    found = [0 if n == 1 else stride for n, stride in zip(x.shape, x.stride(), strict=True)]
+    return found if x.dim() == 5 else [found[0], 0, *found[1:]]
+
+
+def configure(
+    T: int, S: int, D: int, itemsize: int, norms: bool, turns: bool, *, is_apart: bool
+) -> dict[str, int]:
     """How much one program takes of sequences of T queries and S keys, and by how many warps.
 
-    Half the rows where registers would not do: for float32, and for what is both normalized and
-    turned; twice the warps there, and where q and k are turned, which holds each of them twice.
+    Half the rows where registers would not do: for float32, for what is both normalized and
+    turned, and for channels that lie apart; twice the warps there, where q and k are turned, and
+    for more than 64 channels.
     """
-    is_heavy = itemsize == 4 or (norms and turns)
+    is_heavy = itemsize == 4 or is_apart or (norms and turns)
     group = max((ROWS // 2 if is_heavy else ROWS) // max(T, S), 1)
-    sizes = {"ROWS_T": group * T, "ROWS_S": group * S, "COLUMNS": D}
+    sizes = {"ROWS_T": group * T, "ROWS_S": group * S, "COLUMNS": D, "HALF": (D + 1) // 2}
     return {
         "GROUP": group,
         **{name: max(next_power_of_2(size), 16) for name, size in sizes.items()},
-        "num_warps": 8 if is_heavy or turns else 4,
+        "num_warps": 8 if is_heavy or turns or D > 64 else 4,
     }
 
 
@@ -271,10 +326,12 @@ def _check(
     def need(argument: str, expected: str, found: object, is_right: bool) -> None:
         check("short_attention", argument, expected, found, is_right)
 
-    need("q", "4 dimensions (N, H, T, D)", tuple(q.shape), q.dim() == 4)
-    N, H, T, D = q.shape
-    S = k.shape[2] if k.dim() == 4 else -1
-    need("k", f"(N, H, S, D) = ({N}, {H}, S, {D})", tuple(k.shape), k.shape == (N, H, S, D))
+    expected = "4 or 5 dimensions, (N, H, T, D) or (B, P, H, T, D)"
+    need("q", expected, tuple(q.shape), q.dim() in (4, 5))
+    *lead, T, D = q.shape
+    S = k.shape[-2] if k.dim() == q.dim() else -1
+    expected = f"({', '.join(map(str, lead))}, S, {D})"
+    need("k", expected, tuple(k.shape), k.shape == (*lead, S, D))
     need("v", f"the shape of k, {tuple(k.shape)}", tuple(v.shape), v.shape == k.shape)
     for name, length in (("q", T), ("k", S)):
         need(name, f"1 to {MAX_LENGTH} tokens", length, 1 <= length <= MAX_LENGTH)
@@ -282,9 +339,12 @@ def _check(
     for name, x in (("k", k), ("v", v)):
         need(name, f"{q.dtype} on {q.device}", (x.dtype, x.device), _same(x, q))
     if mask is not None:
-        sizes = (N, H, T, S)
-        is_right = mask.dim() == 4 and all(map(lambda m, n: m in (1, n), mask.shape, sizes))
-        need("mask", f"4 dimensions, broadcast to {sizes}", tuple(mask.shape), is_right)
+        sizes = (*lead, T, S)
+        is_right = mask.dim() == len(sizes) and all(
+            m in (1, n) for m, n in zip(mask.shape, sizes, strict=True)
+        )
+        expected = f"{len(sizes)} dimensions, broadcast to {sizes}"
+        need("mask", expected, tuple(mask.shape), is_right)
     given = q_weight is not None
     need(
         "k_weight", "given where q_weight is", k_weight is not None, given == (k_weight is not None)
@@ -308,15 +368,10 @@ def _same(x: Tensor, other: Tensor) -> bool:
     return x.dtype == other.dtype and x.device == other.device
 
 
-def _mask_strides(mask: Tensor) -> list[int]:
-    return [
-        0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)
-    ]
-
-
-def _allocate(q_NHTD: Tensor, *_: object, **__: object) -> Tensor:
-    N, H, T, D = q_NHTD.shape
-    return q_NHTD.new_empty((N, T, H, D)).transpose(1, 2)
+def _allocate(q: Tensor, *_: object, **__: object) -> Tensor:
+    *places, H, T, D = q.shape
+    laid_out = q.new_empty((*places[:1], T, *places[1:], H, D))
+    return laid_out.movedim(1, -2)
 
 
 SCHEMA = (
@@ -351,18 +406,27 @@ OPTIONS: dict[str, dict[str, int]] = {
     "rotary, halves": {"PAIRS": 1},
     "rotary, neighbors": {"PAIRS": 2},
     "all": {"MASK": 1, "NORM": True, "PAIRS": 1},
+    "channels apart": {"q_d": 2, "k_d": 2, "v_d": 2},
 }
 
 
 def _specialize(
     dtype: str, T: int, D: int, label: str, constants: Mapping[str, int]
 ) -> Specialization:
+    """As Triton does it itself for one call: a stride of 1 is a constant. Channels that lie apart
+    have any stride here."""
     names = _short_attention_kernel.arg_names
     itemsize = 4 if dtype == "fp32" else 2
-    taken = configure(T, T, D, itemsize, bool(constants["NORM"]), constants["PAIRS"] != 0)
+    strides = {"q_d": 1, "k_d": 1, "v_d": 1, "o_d": 1}
+    values = {"H": 16, "T": T, "S": T, "D": D, "EXACT": False, **strides, **constants}
+    apart = [name for name in strides if values[name] != 1]
+    taken = configure(
+        T, T, D, itemsize, bool(values["NORM"]), values["PAIRS"] != 0, is_apart=bool(apart)
+    )
     num_warps = taken.pop("num_warps")
-    values = {"H": 16, "T": T, "S": T, "D": D, "EXACT": False, **taken, **constants}
+    values = {name: value for name, value in (values | taken).items() if name not in apart}
     types = dict.fromkeys(names[:9], f"*{dtype}") | {"scale": "fp32", "eps": "fp32"}
+    types |= {"P": "i32", "num_sequences": "i32"}
     types["mask"] = "*i1" if constants["MASK"] == 1 else f"*{dtype}"
     signature = {n: "constexpr" if n in values else types.get(n, "i64") for n in names}
     title = f"{dtype} T={T} D={D} {label}".strip()

@@ -122,6 +122,26 @@ def test_equals_the_definition(what, shape):
         assert max(errors) <= 2 * allowed + 1e-6, (dtype, layout)
 
 
+@pytest.mark.parametrize("what", ["", "bool", "norm neighbors"], ids=str)
+def test_positions_of_a_frame_are_read_in_place(what):
+    B, P, H, T, D = 2, 5, 3, 6, 24
+    g = torch.Generator().manual_seed(2)
+    packed = torch.randn(B, T, P, 3, H, D, generator=g).to(DEVICE)
+    inputs = packed.permute(3, 0, 2, 4, 1, 5).unbind()
+    found = options((P, H, T, T, D), torch.float32, what)
+    if "mask" in found:
+        found["mask"] = found["mask"][None].expand(1, P, 1, T, T)
+    result = run(short_attention, inputs, found)
+    flat = dict(found)
+    if "mask" in found:
+        flat["mask"] = found["mask"].expand(B, P, H, T, T).flatten(0, 1)
+    expected = run(short_attention, [x.flatten(0, 1) for x in inputs], flat)
+    assert torch.equal(result, expected.unflatten(0, (B, P)))
+    assert result.permute(0, 3, 1, 2, 4).is_contiguous()
+    assert run(short_attention_reference, inputs, found).stride() == result.stride()
+    torch.testing.assert_close(run(short_attention_reference, inputs, found), result)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_element_is_written_and_no_more(shape, monkeypatch):
     inputs = make(shape, torch.float32)
