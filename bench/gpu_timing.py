@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import kernel_residual_norm
 import kernel_short_attention
 import report
 import torch
@@ -22,7 +23,7 @@ from workloads import FULL, SMALL, TINY, Workload, build, denoise, draw
 
 import pabc
 
-KERNELS = (kernel_short_attention,)
+KERNELS = (kernel_short_attention, kernel_residual_norm)
 """Benchmarks of kernels."""
 ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 """The error, relative to the eager model's first step, up to which a variant is timed."""

@@ -1,9 +1,10 @@
 """lower: parts of a graph that a Triton kernel computes faster become calls of it.
 
-Each rule (:mod:`pabc.passes.lowering`) finds what its kernel may compute, says why not where it
-may not, and rewrites it. Nodes are looked at from the last one to the first: what ends later takes
-what it needs of what is before, and a part of it is not looked at by itself. Whether it is worth it is not guessed: `auto` lowers what a measured table
-says gains on the device at hand, `force` lowers all that a kernel computes.
+Each rule (:mod:`pabc.passes.lowering`) finds what its kernel may compute, says why not where it may
+not, and rewrites it. Nodes are looked at from the last one to the first: what ends later takes what
+it needs of what is before, and a part of it is not looked at by itself. Whether it is worth it is
+not guessed: `auto` lowers what a measured table says gains on the device at hand, `force` lowers
+all that a kernel computes.
 """
 
 from __future__ import annotations

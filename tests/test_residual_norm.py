@@ -1,0 +1,214 @@
+"""Residual adds and norms in one pass: the kernel against float64; without a GPU, interpreted."""
+
+import pytest
+import torch
+from torch.nn.functional import layer_norm, rms_norm
+
+from pabc.kernels import residual_norm as module
+from pabc.kernels.residual_norm import FP8, OP, configure, residual_norm, residual_norm_reference
+from pabc.kernels.rows import merge_rows
+
+pytestmark = pytest.mark.kernels
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = [(2, 7, 72), (3, 130), (1, 1, 5), (2, 3, 5, 96), (5, 1152), (2, 3000), (1, 5120)]
+EVERY_BIT_PATTERN = torch.arange(256, dtype=torch.uint8).view(FP8)
+
+
+def draw(*shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def lay_out(x, layout):
+    """The same values at other strides."""
+    if layout == "columns":  # channels far apart, as after a convolution
+        order = [0, x.ndim - 1, *range(1, x.ndim - 1)] if x.ndim > 2 else [1, 0]
+        return x.permute(order).contiguous().permute([order.index(d) for d in range(x.ndim)])
+    if layout == "gaps":
+        return torch.cat([x, x], -1)[..., : x.shape[-1]]
+    return x
+
+
+def make(shape, dtype, what, layout=""):
+    """Arguments: `what` names the terms (plain, gated, fp8) / the norm and what follows it."""
+    *rows, C = shape
+    words, num_terms = what.replace("/", "").split(), len(what.split("/")[0].split())
+    x = lay_out(draw(*shape, seed=0), layout).to(DEVICE, dtype)
+    cuts, cut_scales, gates, factors = [], [], [], []
+    for seed, word in enumerate(words[:num_terms], 1):
+        cut, is_fp8 = draw(*shape, seed=seed) * 3, "fp8" in word
+        cuts.append(lay_out(cut, layout).to(DEVICE, FP8 if is_fp8 else dtype))
+        cut_scales.append(draw(*rows, 1, seed=seed + 9).abs().to(DEVICE) if is_fp8 else None)
+        gate = draw(rows[0], *[1] * (len(rows) - 1), C, seed=seed + 5).to(DEVICE, dtype)
+        gates.append(gate if "gated" in word else None)
+        factors.append(-0.5 if "half" in word else 1.0)
+    given = {"norm": next(norm for norm in ("layer", "rms", "none") if norm in words), "eps": 1e-5}
+    for seed, name in enumerate(("weight", "bias"), 20):
+        given[name] = draw(C, seed=seed).to(DEVICE, dtype) if name in words else None
+    for seed, name in enumerate(("scale", "shift"), 30):
+        row = draw(*[1] * (len(rows) - 1), rows[-1], 2 * C, seed=seed)[..., C:]
+        given[name] = row.to(DEVICE, dtype) if name in words else None
+    given["offset"] = 0.0 if "product" in words else 1.0
+    given |= {"y_dtype": dtype if cuts else None, "n_dtype": None if "y" in words else dtype}
+    return (x, cuts, cut_scales, gates, factors), given
+
+
+def define(terms, given, dtype):
+    """By PyTorch's ops in a dtype, as a model has them."""
+    x, *parts = terms
+    y, C = x.to(dtype), x.shape[-1:]
+    for cut, cut_scale, gate, factor in zip(*parts, strict=True):
+        if cut_scale is not None:
+            wide = torch.promote_types(dtype, torch.float32)
+            cut = cut.to(wide) * cut_scale.to(wide)
+        term = cut.to(dtype) * factor
+        y = y + (term if gate is None else gate.to(dtype) * term)
+    weight, bias, scale, shift = (
+        None if given[name] is None else given[name].to(dtype)
+        for name in ("weight", "bias", "scale", "shift")
+    )
+    n = y
+    if given["norm"] == "layer":
+        n = layer_norm(y, C, weight, bias, given["eps"])
+    elif given["norm"] == "rms":
+        n = rms_norm(y, C, weight, given["eps"])
+        n = n if bias is None else n + bias
+    n = n if scale is None else n * (given["offset"] + scale)
+    n = n if shift is None else n + shift
+    return [out for out, name in ((y, "y_dtype"), (n, "n_dtype")) if given[name] is not None]
+
+
+def call(function, terms, given):
+    x, *parts = terms
+    named = {("weight_C", "bias_C")[name == "bias"] if name in ("weight", "bias") else name: value
+             for name, value in given.items()}  # fmt: skip
+    return function(x, *parts, **named)
+
+
+CASES = [
+    "/ layer",
+    "/ layer scale shift",
+    "/ rms weight scale product",
+    "plain / layer weight bias",
+    "gated / none y",
+    "gated-fp8 / layer scale shift",
+    "gated plain-fp8 gated-half / rms weight bias scale shift",
+]
+
+
+@pytest.mark.parametrize("what", CASES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_the_definition(what, shape):
+    layouts = ("", "columns", "gaps") if torch.Size(shape).numel() < 3000 else ("",)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for layout in layouts:
+            terms, given = make(shape, dtype, what, layout)
+            exact, same = (define(terms, given, d) for d in (torch.float64, dtype))
+            found = call(residual_norm, terms, given)
+            reference = call(residual_norm_reference, terms, given)
+            for x, *others in zip(exact, same, found, reference, strict=True):
+                allowed, *errors = ((other.double() - x).abs().max() for other in others)
+                assert max(errors) <= 2 * allowed + 2e-6, (dtype, layout)
+                assert others[1].dtype == dtype and others[1].is_contiguous()
+
+
+def test_decodes_every_fp8():
+    x, scale = torch.zeros(3, 256, device=DEVICE), torch.ones(3, 1, device=DEVICE)
+    cut = EVERY_BIT_PATTERN.to(DEVICE).expand(3, 256)
+    (found,) = residual_norm(x, [cut], [scale], [None], [1.0], "none", y_dtype=torch.float32)
+    torch.testing.assert_close(found, cut.float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", ["", "columns", "gaps"])
+def test_y_may_be_laid_out_like_x(layout):
+    terms, given = make((2, 3, 4, 24), torch.float32, "gated / layer", layout)
+    expected = call(residual_norm, terms, given)
+    found = call(residual_norm, terms, {**given, "like_x": True})
+    assert found[0].stride() == torch.empty_like(terms[0]).stride()
+    assert found[1].is_contiguous()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_other_dtypes_of_results_and_operands():
+    (x, *parts), given = make((2, 7, 72), torch.float32, "gated / layer weight scale", "")
+    exact = define((x, *parts), given, torch.float64)
+    given = {**given, "y_dtype": torch.float16, "n_dtype": torch.bfloat16}
+    y, n = call(residual_norm, (x, *parts), given)
+    assert (y.dtype, n.dtype) == (torch.float16, torch.bfloat16)
+    torch.testing.assert_close(y.double(), exact[0], rtol=2**-11, atol=1e-6)
+    torch.testing.assert_close(n.double(), exact[1], rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_element_is_written_and_no_more(shape, monkeypatch):
+    terms, given = make(shape, torch.float32, "gated plain / layer shift")
+    expected = call(residual_norm, terms, given)
+    buffers = []
+
+    def allocate(x, **_):
+        buffers.extend(torch.full((x.numel() + 200,), float("nan"), device=DEVICE) for _ in "yn")
+        return [buffer[100:-100].view(x.shape) for buffer in buffers]
+
+    monkeypatch.setattr(module, "_allocate", allocate)
+    found = call(residual_norm, terms, given)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(b[:100].isnan().all() and b[-100:].isnan().all() for b in buffers)
+
+
+def test_nothing_to_compute():
+    (n,) = residual_norm(torch.ones(0, 8, device=DEVICE), [], [], [], [], n_dtype=torch.float32)
+    assert n.shape == (0, 8)
+
+
+def test_is_an_op():
+    terms, given = make((2, 7, 72), torch.float32, "gated plain / layer scale shift")
+    torch.library.opcheck(OP, terms, given)  # which has no way to compare fp8
+    for what in ("gated plain / layer scale shift", "gated-fp8 / none y"):
+        terms, given = make((2, 7, 72), torch.float32, what)
+        found, expected = OP(*terms, **given), call(residual_norm, terms, given)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_rows_are_merged_where_all_operands_allow_it():
+    x = torch.empty(2, 3, 1, 5, 8)
+    assert merge_rows(x.shape, [x]) == ([30], [(8, 1)])
+    assert merge_rows(x.shape, [x, torch.empty(2, 1, 1, 1, 8)]) == (
+        [2, 15],
+        [(120, 8, 1), (8, 0, 1)],
+    )
+    assert merge_rows(x.shape, [x, torch.empty(3, 1, 1, 8), None])[0] == [2, 3, 5]
+    assert merge_rows((1, 8), [torch.empty(8)]) == ([], [(1,)])
+
+
+@pytest.mark.parametrize("C", [1, 16, 17, 1152, 5120, module.MAX_CHANNELS])
+def test_programs_hold_whole_rows(C):
+    taken = configure(C)
+    assert taken["COLUMNS"] >= C and taken["num_warps"] in (4, 8, 16)
+    assert taken["ROWS"] * taken["COLUMNS"] // taken["num_warps"] <= 1024
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm": "batch"}, "norm: expected one of .*, found batch"),
+        ({"x": torch.ones(2, 3, 4, dtype=torch.float64)}, "x: expected one of"),
+        ({"x": torch.ones(1, module.MAX_CHANNELS + 1)}, "x: expected up to 16384 channels"),
+        ({"cuts": [torch.ones(2, 4, 4)]}, r"cuts: expected broadcast to \(2, 3, 4\)"),
+        ({"cuts": [torch.ones(2, 3, 4).to(FP8)]}, "cut_scales: expected given for fp8"),
+        ({"gates": []}, "gates: expected one for each cut, 1, found 0"),
+        ({"scale": torch.ones(5)}, r"scale: expected broadcast to \(2, 3, 4\), found \(5,\)"),
+        ({"weight_C": torch.ones(1, 4)}, r"weight: expected \(4,\), found \(1, 4\)"),
+        ({"n_dtype": None}, "y_dtype, n_dtype: expected one of them"),
+        ({"n_dtype": torch.int32}, "n_dtype: expected one of"),
+    ],
+)
+def test_refusals(change, message):
+    arguments = {
+        "x": torch.ones(2, 3, 4),
+        "cuts": [torch.ones(2, 3, 4)],
+        "cut_scales": [None],
+        "gates": [None],
+        "factors": [1.0],
+        "n_dtype": torch.float32,
+    }
+    with pytest.raises(ValueError, match="residual_norm: .*" + message):
+        residual_norm(**{**arguments, **change})
