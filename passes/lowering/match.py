@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from ..ir import is_call, value
+from ..ir import is_call, is_random, value
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes that kernels compute with."""
@@ -93,3 +93,18 @@ def only_user(node: Node) -> Node | None:
 def operands(node: Node, target: Any) -> tuple[Any, ...] | None:
     """The arguments of a call of an op without keywords; None: it is no such call."""
     return tuple(node.args) if is_call(node, (target,)) and not node.kwargs else None
+
+
+def are_same(a: Any, b: Any) -> bool:
+    """Whether two arguments are of one value: the same node, or the same call of the same."""
+    if isinstance(a, Node) and isinstance(b, Node):
+        if a is b:
+            return True
+        if a.op != "call_function" or a.target is not b.target or is_random(a):
+            return False
+        return are_same((a.args, a.kwargs), (b.args, b.kwargs))
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(are_same, a, b))
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(are_same(a[key], b[key]) for key in a)
+    return type(a) is type(b) and bool(a == b)

@@ -1,0 +1,109 @@
+"""RMS norms: by PyTorch's op, or written out, in float32 or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ..ir import aten, is_call, is_tensor, value
+
+
+@dataclass(frozen=True, slots=True)
+class RmsNorm:
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
+
+    source: Node
+    weight: Node | None
+    eps: float
+
+
+def find_rms_norm(node: Node) -> RmsNorm | None:
+    """The norm whose result a node is, if it is one's.
+
+    Written out, its weight may be missing or on either side, and both the norm and its weight may
+    come in another float dtype than what is normalized.
+    """
+    if is_call(node, (aten.rms_norm.default,)):
+        return _of_the_op(node)
+    node = without_casts(node)
+    plain = _find_written_out(node)
+    if plain is not None:
+        return plain
+    for weight, normed in products(node):
+        found = _find_written_out(without_casts(normed))
+        if found is not None and _is_weight(weight, found.source):
+            return RmsNorm(found.source, weight, found.eps)
+    return None
+
+
+def _of_the_op(node: Node) -> RmsNorm | None:
+    x, sizes, weight, eps = (*node.args, None, None)[:4]
+    if not isinstance(x, Node) or len(sizes) != 1:
+        return None
+    if eps is None:
+        if value(x).dtype != torch.float32:
+            return None
+        eps = torch.finfo(torch.float32).eps
+    return RmsNorm(x, weight if isinstance(weight, Node) else None, float(eps))
+
+
+def _is_weight(node: Node, source: Node) -> bool:
+    return is_tensor(node) and value(node).shape == value(source).shape[-1:]
+
+
+def _find_written_out(node: Node) -> RmsNorm | None:
+    """x * rsqrt(mean(x * x, -1, keepdim=True) + eps)"""
+    for x, inverse in products(node):
+        if not is_call(inverse, (aten.rsqrt.default,)):
+            continue
+        mean, eps = _sum_with_number(inverse.args[0])
+        square = None if mean is None else _squared(mean)
+        if square is not None and without_casts(square) is without_casts(x):
+            return RmsNorm(without_casts(x), None, eps)
+    return None
+
+
+def products(node: Any) -> Iterator[tuple[Node, Node]]:
+    """The two factors of a product, in either order."""
+    if is_call(node, (aten.mul.Tensor,)):
+        a, b = node.args[:2]
+        if isinstance(a, Node) and isinstance(b, Node):
+            yield from ((a, b), (b, a))
+
+
+def without_casts(node: Node) -> Node:
+    """What a node was before it was made another float dtype."""
+    while is_call(node, (aten._to_copy.default,)) and set(node.kwargs) == {"dtype"}:
+        source = node.args[0]
+        assert isinstance(source, Node)
+        if not (value(source).is_floating_point() and value(node).is_floating_point()):
+            break
+        node = source
+    return node
+
+
+def _sum_with_number(node: Any) -> tuple[Node | None, float]:
+    if is_call(node, (aten.add.Tensor, aten.add.Scalar)) and not node.kwargs:
+        a, b = node.args[:2]
+        if isinstance(a, Node) and isinstance(b, (int, float)):
+            return a, float(b)
+    return None, 0.0
+
+
+def _squared(mean: Node) -> Node | None:
+    """x of mean(x * x, -1, keepdim=True)."""
+    if not is_call(mean, (aten.mean.dim,)):
+        return None
+    square, dims, keepdim = (*mean.args, False)[:3]
+    if not isinstance(square, Node) or not keepdim:
+        return None
+    if [d % value(square).ndim for d in dims] != [value(square).ndim - 1]:
+        return None
+    if is_call(square, (aten.pow.Tensor_Scalar,)) and square.args[1] == 2:
+        x = square.args[0]
+        return x if isinstance(x, Node) else None
+    return next((a for a, b in products(square) if a is b), None)

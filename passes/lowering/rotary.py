@@ -1,0 +1,224 @@
+"""Rotary embeddings, however they are written: found by what they do to each channel.
+
+An embedding turns channels by pairs: out[i] = x[i] * cos[i] -+ x[p(i)] * sin[i]. Models write it in
+many ways (halves, neighbors, stacked, concatenated, with tables of D or D / 2 channels). So its ops
+are run, on D tokens that have one channel each and on tables of random numbers: which number comes
+out where says which channels are pairs, and which table turns them.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from ..ir import aten, is_call, is_tensor, value
+from .match import are_same, insert
+
+LEAD = 3
+"""Dimensions before the channels; tables differ along one of them, the tokens."""
+MOST_OPS = 64
+
+_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+_COPIES = (aten._to_copy.default, aten.clone.default)
+_ARITHMETIC = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.neg.default)
+_ALONG = {
+    aten.unbind.int: 1,
+    aten.stack.default: 1,
+    aten.cat.default: 1,
+    aten.slice.Tensor: 1,
+    aten.select.int: 1,
+    aten.split.Tensor: 2,
+    aten.split_with_sizes.default: 2,
+    aten.chunk.default: 2,
+    aten.unsqueeze.default: 1,
+    aten.squeeze.dim: 1,
+}
+"""Ops along one dimension, and which of their arguments names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Cosines or sines.
+
+    `shape` is that of the node, with as many dimensions as what it is multiplied with;
+    `channels[i]` where channel i is among the channels of the table.
+    """
+
+    node: Node
+    shape: tuple[int, ...]
+    channels: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int | None:
+        """The dimension along which it differs; None: it does not."""
+        return next((d for d, size in enumerate(self.shape[:LEAD]) if size != 1), None)
+
+    def equals(self, other: Table) -> bool:
+        """Whether both are of the same numbers, in the same places."""
+        places = self.shape, self.channels
+        return places == (other.shape, other.channels) and are_same(self.node, other.node)
+
+    def insert(self, before: Node) -> Node:
+        """Writes it as (tokens, channels) before a node."""
+        length, width = math.prod(self.shape[:LEAD]), math.prod(self.shape[LEAD:])
+        table = insert(before, aten.reshape.default, self.node, [length, width])
+        places = range(len(self.channels))
+        if self.channels == tuple(places):
+            return table
+        if self.channels == tuple(i % width for i in places):
+            return insert(before, aten.repeat.default, table, [1, len(places) // width])
+        apart = insert(before, aten.unsqueeze.default, table, -1)
+        twice = insert(before, aten.expand.default, apart, [length, width, len(places) // width])
+        return insert(before, aten.reshape.default, twice, [length, len(places)])
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """An embedding of `source`; `pairs` as in :mod:`pabc.kernels.short_attention`."""
+
+    source: Node
+    cos: Table
+    sin: Table
+    pairs: str
+
+
+def find_rotary(node: Node) -> Rotary | None:
+    """The rotary embedding whose result a node of four dimensions, channels last, is."""
+    if value(node).ndim != LEAD + 1 or value(node).shape[-1] % 2:
+        return None
+    for source, ops in _sources(node):
+        found = _probe(source, ops)
+        if found is not None:
+            return found
+    return None
+
+
+def _sources(node: Node) -> Iterator[tuple[Node, list[Node]]]:
+    """Nodes through which goes all that reaches a node, nearest first, and the ops from there."""
+    nodes = list(node.graph.nodes)
+    place = {each: i for i, each in enumerate(nodes)}
+    heap, ops = [-place[node]], list[Node]()
+    while heap and len(ops) <= MOST_OPS:
+        last = nodes[-heappop(heap)]
+        if not heap and ops and is_tensor(last) and value(last).shape == value(node).shape:
+            yield last, ops[::-1]
+        if not _is_known(last, node):
+            return
+        ops.append(last)
+        for source in last.all_input_nodes:
+            if _is_wide(source, node) and -place[source] not in heap:
+                heappush(heap, -place[source])
+
+
+def _is_wide(node: Node, root: Node) -> bool:
+    """Whether it has tokens of every sequence and head, as what is turned does."""
+    val = node.meta.get("val")
+    first = val[0] if isinstance(val, (list, tuple)) and val else val
+    return isinstance(first, Tensor) and first.shape[:LEAD] == value(root).shape[:LEAD]
+
+
+def _is_known(node: Node, root: Node) -> bool:
+    """Whether it does the same to every token, by an op that can be run on others."""
+    if is_call(node, _VIEWS):
+        return _is_wide(node, root)
+    if is_call(node, _COPIES):
+        return value(node).is_floating_point()
+    if is_call(node, tuple(_ALONG)):
+        return _dim(node) >= LEAD
+    return is_call(node, (operator.getitem, *_ARITHMETIC))
+
+
+def _dim(node: Node) -> int:
+    """The dimension along which an op works, counted from the first."""
+    index = _ALONG[node.target]
+    dim: Any = node.args[index] if len(node.args) > index else 0
+    source: Any = node.args[0]
+    first = source[0] if isinstance(source, (list, tuple)) else source
+    adds_one = node.target in (aten.stack.default, aten.unsqueeze.default)
+    return int(dim) % (value(first).ndim + adds_one)
+
+
+def _probe(source: Node, ops: Sequence[Node]) -> Rotary | None:
+    """Runs the ops on unit vectors and random tables, and reads off what they do."""
+    D = value(source).shape[-1]
+    tables = _Tables()
+    found: dict[Node, Any] = {source: torch.eye(D, dtype=torch.float64).reshape(D, 1, 1, D)}
+    for op in ops:
+        rank = value(op).ndim if is_tensor(op) else 0
+        given = {n: found[n] if n in found else tables.give(n, rank) for n in op.all_input_nodes}
+        if any(each is None for each in given.values()):
+            return None
+        found[op] = _run(op, given)
+    out = found[ops[-1]]
+    return _read(source, out.reshape(D, D), tables) if out.shape == (D, 1, 1, D) else None
+
+
+def _run(op: Node, given: Mapping[Node, Any]) -> Any:
+    args = map_arg(op.args, lambda n: given[n])
+    if is_call(op, _VIEWS):
+        return args[0].reshape(*args[0].shape[:LEAD], *value(op).shape[LEAD:])
+    if is_call(op, _COPIES):
+        return args[0]
+    return op.target(*args, **op.kwargs)
+
+
+@dataclass(slots=True)
+class _Tables:
+    """Random numbers in place of tables: one row of each, and whose each number is."""
+
+    rows: dict[tuple[Node, tuple[int, ...]], Tensor] = field(default_factory=dict)
+    owners: dict[float, tuple[Node, tuple[int, ...], int]] = field(default_factory=dict)
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    def give(self, node: Node, rank: int) -> Tensor | None:
+        """A row of a table that an op of some rank reads; None where it cannot be one."""
+        if not is_tensor(node):
+            return None
+        shape = (1,) * (rank - value(node).ndim) + tuple(value(node).shape)
+        if len(shape) <= LEAD or sum(size != 1 for size in shape[:LEAD]) > 1:
+            return None
+        if (node, shape) not in self.rows:
+            row = torch.rand(shape[LEAD:], generator=self.generator, dtype=torch.float64) + 1
+            self.rows[node, shape] = row.reshape(1, 1, 1, *shape[LEAD:])
+            for i, number in enumerate(row.flatten().tolist()):
+                self.owners[number] = (node, shape, i)
+        return self.rows[node, shape]
+
+    def find(self, numbers: Tensor) -> Table | None:
+        """The one table that all of these numbers are of."""
+        owners = [self.owners.get(number) for number in numbers.tolist()]
+        named = {owner and owner[:2] for owner in owners}
+        first = owners[0]
+        if len(named) != 1 or first is None:
+            return None
+        table = Table(*first[:2], tuple(owner[2] for owner in owners if owner is not None))
+        D, width = len(owners), math.prod(table.shape[LEAD:])
+        if D % width:
+            return None
+        ways = (tuple(i % width for i in range(D)), tuple(i * width // D for i in range(D)))
+        return table if table.channels in ways else None
+
+
+def _read(source: Node, out: Tensor, tables: _Tables) -> Rotary | None:
+    """`out[j, i]`: how much of channel j of the source is in channel i."""
+    D = len(out)
+    i = torch.arange(D)
+    for pairs, partner, is_first in (
+        ("halves", (i + D // 2) % D, i < D // 2),
+        ("neighbors", i ^ 1, i % 2 == 0),
+    ):
+        sines = torch.where(is_first, -1, 1) * out[partner, i]
+        if int(torch.count_nonzero(out)) == 2 * D:
+            cos, sin = tables.find(out.diagonal()), tables.find(sines)
+            if cos is not None and sin is not None:
+                return Rotary(source, cos, sin, pairs)
+    return None
