@@ -58,7 +58,8 @@ def residual_norm_reference(
     *,
     y_dtype: torch.dtype | None = None,
     n_dtype: torch.dtype | None = None,
-    like_x: bool = False,
+    y_like_x: bool = False,
+    n_like_x: bool = False,
 ) -> list[Tensor]:
     """The same by PyTorch's ops, in float32."""
     y = x.float()
@@ -72,7 +73,7 @@ def residual_norm_reference(
         n = n * (offset + scale.float())
     if shift is not None:
         n = n + shift.float()
-    outputs = _allocate(x, y_dtype=y_dtype, n_dtype=n_dtype, like_x=like_x)
+    outputs = _allocate(x, y_dtype=y_dtype, n_dtype=n_dtype, y_like_x=y_like_x, n_like_x=n_like_x)
     wanted = [found for found, d in ((y, y_dtype), (n, n_dtype)) if d is not None]
     return [out.copy_(found) for out, found in zip(outputs, wanted, strict=True)]
 
@@ -192,7 +193,8 @@ def residual_norm(
     *,
     y_dtype: torch.dtype | None = None,
     n_dtype: torch.dtype | None = None,
-    like_x: bool = False,
+    y_like_x: bool = False,
+    n_like_x: bool = False,
 ) -> list[Tensor]:
     """Residual adds and the norm after them, by the kernel.
 
@@ -202,7 +204,7 @@ def residual_norm(
             float8_e4m3fn has a scale (..., 1), others have none.
         norm: one of :data:`NORMS`.
         y_dtype, n_dtype: of y and n, each of which is computed where it has a dtype.
-        like_x: y is in memory as `torch.empty_like(x)` is; else, as n is, contiguous.
+        y_like_x, n_like_x: in memory as `torch.empty_like(x)` is; else contiguous.
 
     Returns:
         y, n, or both.
@@ -211,7 +213,7 @@ def residual_norm(
         ValueError: naming the argument, what was expected and what was found.
     """
     _check(x, cuts, cut_scales, gates, factors, norm, weight_C, bias_C, scale, shift)
-    outputs = _allocate(x, y_dtype=y_dtype, n_dtype=n_dtype, like_x=like_x)
+    outputs = _allocate(x, y_dtype=y_dtype, n_dtype=n_dtype, y_like_x=y_like_x, n_like_x=n_like_x)
     for name, dtype in (("y_dtype", y_dtype), ("n_dtype", n_dtype)):
         _need(name, f"one of {FLOATS}", dtype, dtype in (None, *FLOATS))
     _need("y_dtype, n_dtype", "one of them", None, bool(outputs))
@@ -327,23 +329,24 @@ def _allocate(
     *_: object,
     y_dtype: torch.dtype | None = None,
     n_dtype: torch.dtype | None = None,
-    like_x: bool = False,
+    y_like_x: bool = False,
+    n_like_x: bool = False,
     **__: object,
 ) -> list[Tensor]:
-    outputs = []
-    if y_dtype is not None:
-        kept = torch.preserve_format if like_x else torch.contiguous_format
-        outputs.append(torch.empty_like(x, dtype=y_dtype, memory_format=kept))
-    if n_dtype is not None:
-        outputs.append(torch.empty_like(x, dtype=n_dtype, memory_format=torch.contiguous_format))
-    return outputs
+    wanted = ((y_dtype, y_like_x), (n_dtype, n_like_x))
+    formats = (torch.contiguous_format, torch.preserve_format)
+    return [
+        torch.empty_like(x, dtype=dtype, memory_format=formats[is_like_x])
+        for dtype, is_like_x in wanted
+        if dtype is not None
+    ]
 
 
 SCHEMA = (
     "(Tensor x, Tensor[] cuts, Tensor?[] cut_scales, Tensor?[] gates, float[] factors, "
     'str norm="layer", Tensor? weight=None, Tensor? bias=None, Tensor? scale=None, '
     "Tensor? shift=None, float offset=1.0, float eps=1e-6, *, ScalarType? y_dtype=None, "
-    "ScalarType? n_dtype=None, bool like_x=False) -> Tensor[]"
+    "ScalarType? n_dtype=None, bool y_like_x=False, bool n_like_x=False) -> Tensor[]"
 )
 OP = register(
     "residual_norm",

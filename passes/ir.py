@@ -298,6 +298,21 @@ def remove_dead_code(graph: Graph) -> None:
             graph.erase_node(node)
 
 
+def erase_unneeded(nodes: Iterable[Node]) -> set[Node]:
+    """Erases those of some calls that have no users, and what only they needed; what was erased."""
+    erased: set[Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node in erased or node.users or node.op in ("placeholder", "output"):
+            continue
+        inputs = node.all_input_nodes
+        node.graph.erase_node(node)
+        erased.add(node)
+        stack += inputs
+    return erased
+
+
 def copy_into(
     graph: Graph, nodes: Iterable[Node], mapping: dict[Node, Node], *, prefix: str = ""
 ) -> None:

@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .ir import copy_into, derived, remove_dead_code
+from .ir import copy_into, derived, erase_unneeded, remove_dead_code
 from .lowering.match import Match, Rule
+from .lowering.residual_norm import match_residual_norm
 from .lowering.short_attention import match_short_attention
 
 Kernels = Literal["auto", "off", "force"]
@@ -27,7 +27,7 @@ Gains = Callable[[str, torch.device, tuple[int, ...]], bool | None]
 """(kernel, device, shape) -> whether it is faster there than what a user would otherwise get; None:
 not measured."""
 
-RULES: tuple[Rule, ...] = (match_short_attention,)
+RULES: tuple[Rule, ...] = (match_short_attention, match_residual_norm)
 """Of those that match the same node, the first that is taken counts."""
 
 
@@ -47,7 +47,7 @@ class Lowering:
 def lower_pass(gm: GraphModule, *, kernels: Kernels, gains: Gains) -> GraphModule:
     """Replaces what Triton kernels compute by calls of them.
 
-    Requires: a flat graph of one size, without dead code.
+    Requires: a flat graph of one size.
     Ensures: the same function, within the kernels' tolerances, with results laid out as before;
     `meta["lowered"]` says what was looked at. On a CPU, `auto` looks at nothing.
 
@@ -58,47 +58,53 @@ def lower_pass(gm: GraphModule, *, kernels: Kernels, gains: Gains) -> GraphModul
         return gm
     graph = Graph()
     copy_into(graph, gm.graph.nodes, {})
-    lowered: list[Lowering] = []
-    covered: set[tuple[str, Node]] = set()
-    dead: set[Node] = set()
-    for node in reversed(list(graph.nodes)):
-        device = _device(node)
-        if device is not None and not dead.issuperset(node.users):
-            why_not = partial(_why_not, kernels=kernels, gains=gains, device=device)
-            if kernels == "force" or device.type != "cpu":
-                lowered += reversed(_lower(node, why_not, covered))
-        if node.op != "output" and dead.issuperset(node.users):
-            dead.add(node)
     remove_dead_code(graph)
+    lowering = _Lowering(kernels, gains)
+    for node in reversed(list(graph.nodes)):
+        lowering.look_at(node)
     result = derived(gm, graph)
-    result.meta["lowered"] = tuple(reversed(lowered))
+    result.meta["lowered"] = tuple(reversed(lowering.looked))
     return result
 
 
-def _lower(
-    node: Node, why_not: Callable[[Match], str | None], covered: set[tuple[str, Node]]
-) -> list[Lowering]:
-    """What the rules say of a node, and does the first thing that nothing speaks against.
+class _Lowering:
+    """What has been looked at, from the end of a graph on.
 
-    What is part of something larger that was looked at for the same kernel is left alone;
-    `covered` gains such parts.
+    Attributes:
+        looked: what became of it.
     """
-    refused = []
-    for rule in RULES:
-        match = rule(node)
-        if match is None or (match.kernel, node) in covered:
-            continue
-        reason = why_not(match)
-        looked = Lowering(match.kernel, node.name, match.shape, reason)
-        if reason is None:
-            match.rewrite()
-            return [looked]
-        refused.append(looked)
-        covered.update((match.kernel, part) for part in match.covers)
-    return refused
+
+    def __init__(self, kernels: Kernels, gains: Gains) -> None:
+        self.looked: list[Lowering] = []
+        self._kernels = kernels
+        self._gains = gains
+        self._covered: set[tuple[str, Node]] = set()
+        """What is part of something larger, for the same kernel."""
+        self._erased: set[Node] = set()
+
+    def look_at(self, node: Node) -> None:
+        """Does the first thing that a rule says of a node and nothing speaks against."""
+        device = None if node in self._erased else _device(node)
+        if device is None or (self._kernels == "auto" and device.type == "cpu"):
+            return
+        refused = []
+        for rule in RULES:
+            match = rule(node)
+            if match is None or (match.kernel, node) in self._covered:
+                continue
+            reason = _why_not(match, self._kernels, self._gains, device)
+            looked = Lowering(match.kernel, node.name, match.shape, reason)
+            if reason is None:
+                match.rewrite()
+                self._erased |= erase_unneeded((node, *match.covers))
+                self.looked.append(looked)
+                return
+            refused.append(looked)
+            self._covered.update((match.kernel, part) for part in match.covers)
+        self.looked += reversed(refused)
 
 
-def _why_not(match: Match, *, kernels: Kernels, gains: Gains, device: torch.device) -> str | None:
+def _why_not(match: Match, kernels: Kernels, gains: Gains, device: torch.device) -> str | None:
     if match.reason is not None or kernels == "force":
         return match.reason
     is_faster = gains(match.kernel, device, match.shape)

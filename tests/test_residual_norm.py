@@ -119,13 +119,14 @@ def test_decodes_every_fp8():
 
 
 @pytest.mark.parametrize("layout", ["", "columns", "gaps"])
-def test_y_may_be_laid_out_like_x(layout):
+def test_results_may_be_laid_out_like_x(layout):
     terms, given = make((2, 3, 4, 24), torch.float32, "gated / layer", layout)
     expected = call(residual_norm, terms, given)
-    found = call(residual_norm, terms, {**given, "like_x": True})
-    assert found[0].stride() == torch.empty_like(terms[0]).stride()
-    assert found[1].is_contiguous()
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for name, at in (("y_like_x", 0), ("n_like_x", 1)):
+        found = call(residual_norm, terms, {**given, name: True})
+        assert found[at].stride() == torch.empty_like(terms[0]).stride()
+        assert found[1 - at].is_contiguous()
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_other_dtypes_of_results_and_operands():

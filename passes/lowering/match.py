@@ -61,13 +61,13 @@ def replace(node: Node, by: Node) -> None:
     """
     wanted, found = value(node), value(by)
     assert wanted.shape == found.shape and wanted.dtype == found.dtype, (node, by)
-    if _strides(wanted) != _strides(found):
+    if steps(wanted) != steps(found):
         by = _restride(node, by)
     node.replace_all_uses_with(by)
 
 
-def _strides(val: torch.Tensor) -> list[int]:
-    """Of the dimensions in which there are steps."""
+def steps(val: torch.Tensor) -> list[int]:
+    """The strides of the dimensions in which there are steps."""
     return [stride for size, stride in zip(val.shape, val.stride(), strict=True) if size != 1]
 
 

@@ -30,11 +30,11 @@ def find_rms_norm(node: Node) -> RmsNorm | None:
     if is_call(node, (aten.rms_norm.default,)):
         return _of_the_op(node)
     node = without_casts(node)
-    plain = _find_written_out(node)
+    plain = find_written_out(node)
     if plain is not None:
         return plain
     for weight, normed in products(node):
-        found = _find_written_out(without_casts(normed))
+        found = find_written_out(without_casts(normed))
         if found is not None and _is_weight(weight, found.source):
             return RmsNorm(found.source, weight, found.eps)
     return None
@@ -55,7 +55,7 @@ def _is_weight(node: Node, source: Node) -> bool:
     return is_tensor(node) and value(node).shape == value(source).shape[-1:]
 
 
-def _find_written_out(node: Node) -> RmsNorm | None:
+def find_written_out(node: Node) -> RmsNorm | None:
     """x * rsqrt(mean(x * x, -1, keepdim=True) + eps)"""
     for x, inverse in products(node):
         if not is_call(inverse, (aten.rsqrt.default,)):

@@ -1,0 +1,195 @@
+"""Residual adds and the norm after them, which `pabc.kernels.residual_norm` computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch.fx import Node
+
+from ..ir import GETITEM, aten, value
+from .match import FLOATS, Match, first_reason, insert, only_user, operands, replace, steps
+from .norms import Norm, exact_source, find_norm
+from .residuals import Sum, Term, find_sum
+
+KERNEL = "residual_norm"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """A norm (None: none), after a sum (no terms: of `x` as it is).
+
+    Attributes:
+        x, terms: what is summed.
+        y: the sum's node, where something else than the norm reads it.
+        n: the end of the norm.
+        before: the node before which there is all that is read, and nothing that reads y or n.
+        nodes: what the kernel computes, y and n included.
+    """
+
+    x: Node
+    terms: tuple[Term, ...]
+    norm: Norm | None
+    y: Node | None
+    n: Node | None
+    before: Node
+    nodes: tuple[Node, ...]
+
+    @property
+    def reads(self) -> list[Node]:
+        """All tensors that the kernel reads."""
+        parts = [(term.cut, term.cut_scale, term.gate) for term in self.terms]
+        norm = self.norm
+        after = () if norm is None else (norm.weight, norm.bias, norm.scale, norm.shift)
+        return [n for n in (self.x, *(n for each in parts for n in each), *after) if n is not None]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Rows, channels, bytes read and written for each element of the rows."""
+        *rows, channels = value(self.x).shape
+        whole = (self.x, *(term.cut for term in self.terms), self.y, self.n)
+        return prod(rows), channels, sum(value(n).itemsize for n in whole if n is not None)
+
+    def is_like_x(self, node: Node | None) -> bool:
+        """Whether a result is laid out as one like x is, and not contiguous."""
+        if node is None or value(node).is_contiguous():
+            return False
+        return steps(value(node)) == steps(torch.empty_like(value(self.x)))
+
+
+def match_residual_norm(node: Node) -> Match | None:
+    """A norm with what it is the norm of, or a sum with a product.
+
+    # before                                           # after
+    %y = add(%x, mul(%gate, %cut))                     %y, %o = pabc.residual_norm(%x, [%cut],
+    %n = layer_norm(%y, [C], None, None, eps)                [None], [%gate], [1.0], "layer",
+    %o = add(mul(%n, add(%scale, 1)), %shift)                scale=%scale, shift=%shift, ...)
+    """
+    norm = find_norm(node)
+    found = _find_sum_alone(node) if norm is None else _with_sum(node, norm)
+    if found is None:
+        return None
+    covers = tuple(n for n in found.nodes if n is not node)
+    return Match(KERNEL, found.shape, _why_not(found), lambda: _rewrite(found), covers)
+
+
+def _find_sum_alone(node: Node) -> Found | None:
+    """A sum that ends in a node, with a product in it, of a stream that is none."""
+    from pabc.kernels.residual_norm import MAX_TERMS
+
+    found = find_sum(node, MAX_TERMS)
+    if found is None or not any(term.is_product for term in found.terms):
+        return None
+    if any(len(inner.users) > 1 for inner in found.path[:-1]) or _is_lone_product(found.x):
+        return None
+    nodes = (*found.nodes, *found.path)
+    return Found(x=found.x, terms=found.terms, norm=None, y=node, n=None, before=node, nodes=nodes)
+
+
+def _is_lone_product(node: Node) -> bool:
+    """Two products that are summed are no residual branch: a rotary embedding, for one."""
+    return only_user(node) is not None and operands(node, aten.mul.Tensor) is not None
+
+
+def _with_sum(node: Node, norm: Norm) -> Found:
+    """A norm that ends in a node, together with the sum before it, where that is possible."""
+    from pabc.kernels.residual_norm import MAX_TERMS
+
+    found = find_sum(norm.input, MAX_TERMS)
+    together = None if found is None else _join(node, norm, found)
+    if together is not None:
+        return together
+    x = exact_source(norm.input)
+    return Found(x=x, terms=(), norm=norm, y=None, n=node, before=node, nodes=norm.nodes)
+
+
+def _join(node: Node, norm: Norm, found: Sum) -> Found | None:
+    """None where something that the norm reads is not there yet when the sum is first needed."""
+    inner = {*found.path, *norm.nodes}
+    y = _find_read(found.path, inner)
+    after = found.path[found.path.index(y) + 1 :] if y is not None else ()
+    kept = _find_kept(after, inner)
+    users = [] if y is None else [n for n in y.users if n in kept or n not in inner]
+    joined = Found(
+        x=found.x,
+        terms=found.terms,
+        norm=norm,
+        y=y,
+        n=node,
+        before=min([node, *users]),
+        nodes=(*found.nodes, *(n for n in found.path if n not in kept), *norm.nodes),
+    )
+    is_there = all(n < joined.before for n in joined.reads)
+    return joined if is_there and _can_lay_out(joined) else None
+
+
+def _find_read(path: tuple[Node, ...], inner: set[Node]) -> Node | None:
+    """Of a sum and its casts: what others than `inner` may read, of the smallest dtype."""
+    for i, node in enumerate(path):
+        if not inner.issuperset(node.users):
+            return min(reversed(path[: i + 1]), key=lambda n: value(n).itemsize)
+    return None
+
+
+def _find_kept(path: tuple[Node, ...], inner: set[Node]) -> set[Node]:
+    """Casts of a sum that others than `inner` read, or that such are cast of."""
+    kept: set[Node] = set()
+    for node in reversed(path):
+        if any(user in kept or user not in inner for user in node.users):
+            kept.add(node)
+    return kept
+
+
+def _can_lay_out(found: Found) -> bool:
+    return found.y is None or value(found.y).is_contiguous() or found.is_like_x(found.y)
+
+
+def _why_not(found: Found) -> str | None:
+    from pabc.kernels.residual_norm import FP8, MAX_CHANNELS, MAX_LEADING
+    from pabc.kernels.rows import merge_rows
+
+    made = [n for n in (found.y, found.n) if n is not None]
+    cuts = [term.cut for term in found.terms]
+    vals = [value(n) for n in (*found.reads, *made)]
+    dtypes = {value(n).dtype for n in found.reads if n not in cuts} | {value(n).dtype for n in made}
+    dtypes |= {value(n).dtype for n in cuts} - {FP8}
+    x, channels = value(found.x), value(found.x).shape[-1]
+    others = sorted(str(dtype) for dtype in dtypes.difference(FLOATS))
+    rows, _ = merge_rows(x.shape, [value(n) for n in found.reads])
+    return first_reason(
+        {
+            ", ".join(others): bool(others),
+            f"{channels} channels: at most {MAX_CHANNELS}": channels > MAX_CHANNELS,
+            f"{len(rows)} dimensions of rows: at most {MAX_LEADING}": len(rows) > MAX_LEADING,
+            "more than one device": len({val.device for val in vals}) > 1,
+            "an epsilon of its dtype": found.norm is not None and found.norm.eps is None,
+        }
+    )
+
+
+def _rewrite(found: Found) -> None:
+    from pabc.kernels.residual_norm import OP
+
+    norm, terms = found.norm, found.terms
+    made = [n for n in (found.y, found.n) if n is not None]
+    after = {} if norm is None else {
+        name: getattr(norm, name) for name in ("weight", "bias", "scale", "shift", "offset", "eps")
+    }  # fmt: skip
+    call = insert(
+        found.before,
+        OP,
+        found.x,
+        [term.cut for term in terms],
+        [term.cut_scale for term in terms],
+        [term.gate for term in terms],
+        [float(term.factor) for term in terms],
+        norm="none" if norm is None else norm.kind,
+        **after,
+        y_dtype=None if found.y is None else value(found.y).dtype,
+        n_dtype=None if found.n is None else value(found.n).dtype,
+        y_like_x=found.is_like_x(found.y),
+        n_like_x=found.is_like_x(found.n),
+    )
+    for i, node in enumerate(made):
+        replace(node, insert(found.before, GETITEM, call, i))

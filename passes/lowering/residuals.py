@@ -1,0 +1,141 @@
+"""Sums that end residual branches: of the stream, and of cuts with their gates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch.fx import Node
+
+from ..encode import FP8
+from ..ir import aten, is_tensor, value
+from .match import only_user, operands
+from .norms import cast_source, exact_source, pairs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Term:
+    """factor * gate * cut; `cut_scale`: of a cut that is kept in fp8, one for each row.
+
+    `nodes`: what is computed for it and read by nothing else.
+    """
+
+    cut: Node
+    cut_scale: Node | None = None
+    gate: Node | None = None
+    factor: float = 1.0
+    nodes: tuple[Node, ...] = ()
+
+    @property
+    def is_product(self) -> bool:
+        """Whether there is more to it than the cut."""
+        return bool(self.gate or self.cut_scale) or self.factor != 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sum:
+    """x + the sum of terms.
+
+    Attributes:
+        path: the sum, and what casts make of it, to the node that was asked for.
+        nodes: what is computed for it and read by nothing else.
+    """
+
+    x: Node
+    terms: tuple[Term, ...]
+    path: tuple[Node, ...]
+    nodes: tuple[Node, ...]
+
+
+def find_sum(node: Node, room: int) -> Sum | None:
+    """The sum that a node is, or is a cast of; of up to `room` terms.
+
+    # before                                           # found
+    %c = mul(_to_copy(%values, float32), %scale)       Sum(x=%x, terms=(Term(cut=%values,
+    %t = mul(%gate, %c)                                    cut_scale=%scale, gate=%gate)))
+    %y = add(%t, %x)
+    """
+    path = [node]
+    while (source := cast_source(path[-1])) is not None:
+        path.append(source)
+    found = _collect(path[-1], room)
+    return None if found is None else replace(found, path=tuple(reversed(path)))
+
+
+def _collect(node: Node, room: int) -> Sum | None:
+    chosen = _choose(node) if room else None
+    if chosen is None:
+        return None
+    term, stream = chosen
+    own = Sum(x=exact_source(stream), terms=(term,), path=(node,), nodes=term.nodes)
+    casts = _lone_casts(stream, node)
+    inner = _collect(casts[-1], room - 1) if casts else None
+    if inner is None:
+        return own
+    nodes = (*inner.nodes, *casts, *own.nodes)
+    return replace(own, x=inner.x, terms=(*inner.terms, term), nodes=nodes)
+
+
+def _choose(node: Node) -> tuple[Term, Node] | None:
+    """Which operand of a sum is the term, and which the stream: the term is the product; where
+    both or none are, the stream is what is a sum itself."""
+    both = pairs(node, aten.add.Tensor)
+    if not both or not value(node).is_floating_point():
+        return None
+    if any(value(x).shape != value(node).shape for x in both[0]):
+        return None
+    ranked = [(_find_term(term, node), stream, _is_lone_sum(stream, node)) for stream, term in both]
+    term, stream, _ = max(ranked, key=lambda each: (each[0].is_product, each[2]))
+    return term, stream
+
+
+def _is_lone_sum(node: Node, user: Node) -> bool:
+    casts = _lone_casts(node, user)
+    return bool(casts and pairs(casts[-1], aten.add.Tensor))
+
+
+def _lone_casts(node: Node, user: Node) -> list[Node]:
+    """A node and what it is a cast of; none where any is read by more than the next and `user`."""
+    found: list[Node] = []
+    source: Node | None = node
+    while source is not None:
+        if only_user(source) is not user:
+            return []
+        found.append(source)
+        user, source = source, cast_source(source)
+    return found
+
+
+def _find_term(node: Node, user: Node) -> Term:
+    """A product as its parts; anything else is a cut as it is."""
+    plain = Term(cut=exact_source(node))
+    casts = _lone_casts(node, user)
+    given = operands(casts[-1], aten.mul.Tensor) if casts else None
+    if given is None or len(given) != 2:
+        return plain
+    decoded = _find_decoded(node, user)
+    if decoded is not None:
+        return decoded
+    if isinstance(given[1], (int, float)) and is_tensor(given[0]):
+        inner = _find_term(given[0], casts[-1])
+        factor = inner.factor * given[1]
+        return replace(inner, factor=factor, nodes=(*inner.nodes, *reversed(casts)))
+    for gate, cut in pairs(casts[-1], aten.mul.Tensor):
+        if value(gate).numel() < value(cut).numel() and value(cut).shape == value(node).shape:
+            inner = _find_decoded(cut, casts[-1]) or Term(cut=exact_source(cut))
+            nodes = (*inner.nodes, *reversed(casts))
+            return replace(inner, gate=exact_source(gate), nodes=nodes)
+    return plain
+
+
+def _find_decoded(node: Node, user: Node) -> Term | None:
+    """A cut that is kept in fp8: its values, made wider, times one scale for each row."""
+    casts = _lone_casts(node, user)
+    for wide, scale in pairs(casts[-1], aten.mul.Tensor) if casts else []:
+        values = cast_source(wide)
+        if values is None or value(values).dtype != FP8 or value(wide).dtype != torch.float32:
+            continue
+        fits = value(scale).shape[-1:] == (1,) and value(values).shape == value(node).shape
+        if fits and only_user(wide) is casts[-1]:
+            return Term(cut=values, cut_scale=scale, nodes=(wide, *reversed(casts)))
+    return None

@@ -1,0 +1,306 @@
+"""Lowering of residual adds, norms and modulation: what becomes one call, and what does not."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from test_lower import export, unmeasured
+from torch import nn
+from torch.nn.functional import layer_norm, rms_norm
+
+import pabc
+from pabc.kernels.residual_norm import FP8, MAX_CHANNELS, OP
+from pabc.passes import canonicalize_pass, lower_pass
+
+pytestmark = pytest.mark.kernels
+B, T, C = 2, 5, 24
+
+
+class Rows(NamedTuple):
+    """What is one row for many, and what is learned."""
+
+    gate: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
+class Call(nn.Module):
+    """A function of tensors and, at last, of rows."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs):
+        found = self.function(*inputs[:-5], Rows(*inputs[-5:]))
+        return found if isinstance(found, tuple) else (found,)
+
+
+def draw(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+X, CUT, OTHER = (draw(B, T, C, seed=seed) for seed in range(3))
+MODULATION = draw(B, 1, 3 * C, seed=10).chunk(3, -1)
+ROWS = (*MODULATION, draw(C, seed=20), draw(C, seed=21))
+
+
+def lower(function, *inputs, rows=ROWS, kernels="force", gains=unmeasured):
+    """The graph of a function, lowered, and both called with the same."""
+    gm = canonicalize_pass(export(Call(function), *inputs, *rows))
+    lowered = lower_pass(gm, kernels=kernels, gains=gains)
+    lowered.graph.lint()
+    return lowered, lambda: (lowered(*inputs, *rows), gm(*inputs, *rows))
+
+
+def calls(lowered):
+    return lowered.graph.find_nodes(op="call_function", target=OP)
+
+
+def left(lowered):
+    """What is computed but for the calls."""
+    skipped = {OP, getattr}
+    return {
+        str(n.target)
+        for n in lowered.graph.nodes
+        if n.op == "call_function" and n.target not in skipped and "getitem" not in str(n.target)
+    }
+
+
+def check_same(results, rtol=1e-5, atol=1e-6):
+    found, expected = results
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert a.stride() == b.stride() and a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+def plain(x):
+    return layer_norm(x, [C], None, None, 1e-6)
+
+
+def by_op(x, weight):
+    return rms_norm(x, [C], weight, 1e-6)
+
+
+def by_hand(x, weight):
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+NORMS = {
+    "layer": lambda x, m: plain(x),
+    "learned": lambda x, m: layer_norm(x, [C], m.weight, m.bias),
+    "modulated": lambda x, m: plain(x) * (1 + m.scale) + m.shift,
+    "commuted": lambda x, m: m.shift + (m.scale + 1) * plain(x),
+    "no shift": lambda x, m: by_op(x, m.weight) * (1 + m.scale),
+    "no scale": lambda x, m: plain(x) + m.shift,
+    "product": lambda x, m: plain(x) * m.scale + m.shift,
+    "by hand": lambda x, m: by_hand(x, m.weight) * (1 + m.scale) + m.shift,
+    "all": lambda x, m: (layer_norm(x, [C], m.weight) + m.bias) * (1 + m.scale) + m.shift,
+    "in place of a sum": lambda x, m: m.shift + m.gate * plain(x),
+    "of all tokens": lambda x, m: plain(x) * (1 + 2 * x) + x,
+    "epsilon by default": lambda x, m: rms_norm(x, [C], m.weight),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_become_one_call(name):
+    lowered, run = lower(NORMS[name], X)
+    assert len(calls(lowered)) == 1 and left(lowered) <= {"aten.mul.Tensor"}
+    assert bool(left(lowered)) == (name == "of all tokens")
+    check_same(run())
+    assert [each.reason for each in lowered.meta["lowered"]] == [None]
+    assert lowered.meta["lowered"][0].shape == (B * T, C, 8)
+
+
+SUMS = {
+    "gate": lambda x, c, d, m: x + m.gate * c,
+    "commuted": lambda x, c, d, m: c * m.gate + x,
+    "plain": lambda x, c, d, m: c + x,
+    "two": lambda x, c, d, m: x + m.gate * c + d,
+    "three": lambda x, c, d, m: (x + m.gate * c) + m.shift * d + 0.5 * (m.scale * c),
+    "inner": lambda x, c, d, m: m.gate * d + (x + c),
+    "gates of tokens": lambda x, c, d, m: x + c * d[..., :1],
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+@pytest.mark.parametrize("is_read", [True, False], ids=["read", "not read"])
+def test_sums_are_taken_with_the_norm_after_them(name, is_read):
+    def function(*inputs):
+        y, m = SUMS[name](*inputs), inputs[-1]
+        n = plain(y) * (1 + m.scale) + m.shift
+        return (n, y.abs()) if is_read else n
+
+    lowered, run = lower(function, X, CUT, OTHER)
+    (call,) = calls(lowered)
+    assert left(lowered) <= {"aten.abs.default", "aten.slice.Tensor"}
+    assert len(call.meta["val"]) == 1 + is_read
+    check_same(run())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuts_in_fp8_are_read_as_they_are_kept(dtype):
+    first, second, scale = (CUT * 9).to(FP8), OTHER.to(FP8), draw(B, T, 1).abs()
+
+    def read(x, first, second, scale, m):
+        return x + m.gate * (first.to(torch.float32) * scale).to(dtype)
+
+    def read_two(x, first, second, scale, m):
+        y = read(x, first, second, scale, m) + (scale * second.to(torch.float32)).to(dtype)
+        return plain(y), y
+
+    for function in (read, read_two):
+        rows = [each.to(dtype) for each in ROWS]
+        lowered, run = lower(function, X.to(dtype), first, second, scale, rows=rows)
+        (call,) = calls(lowered)
+        assert not left(lowered) and {n.meta["val"].dtype for n in call.args[1]} == {FP8}
+        tolerance = 1e-5 if dtype == torch.float32 else 2**-6
+        check_same(run(), rtol=tolerance, atol=tolerance)
+
+
+def test_casts_between_sum_and_norm_are_not_computed():
+    """The sum is written in bfloat16, of which others make a wider form again."""
+
+    def function(x, cut, other, m):
+        y = (x.float() + cut * m.gate).to(x.dtype)
+        n = (plain(y.float()) * (1 + m.scale) + m.shift).to(x.dtype)
+        z = (y.float() + other * m.gate).to(x.dtype)
+        return n, by_hand(z, m.weight.bfloat16())
+
+    lowered, run = lower(function, *(each.bfloat16() for each in (X, CUT, OTHER)))
+    assert left(lowered) == {"aten._to_copy.default"} and len(calls(lowered)) == 2
+    assert [each.dtype for each in calls(lowered)[0].meta["val"]] == [torch.bfloat16] * 2
+    check_same(run(), rtol=2**-6, atol=2**-5)
+
+
+def test_a_sum_that_is_needed_for_the_modulation():
+    def function(x, cut, m):
+        y = x + m.gate * cut
+        return plain(y) * (1 + y.mean(1, keepdim=True)), y
+
+    lowered, run = lower(function, X, CUT)
+    assert [len(call.args[1]) for call in calls(lowered)] == [1, 0], "the sum, then the norm"
+    check_same(run())
+
+
+def test_what_others_read_is_left():
+    def function(x, cut, m):
+        product = m.gate * cut
+        normed = plain(x + product)
+        scaled = normed * (1 + m.scale)
+        return scaled + m.shift, scaled, normed, product
+
+    lowered, run = lower(function, X, CUT)
+    assert left(lowered) == {"aten.mul.Tensor", "aten.add.Tensor"}
+    (call,) = calls(lowered)
+    assert call.args[3] == [None] and len(call.meta["val"]) == 1
+    check_same(run())
+
+
+def test_four_terms_are_two_calls():
+    def function(x, cut, m):
+        for by in (m.gate, m.scale, m.shift, m.weight):
+            x = x + by * cut
+        return plain(x)
+
+    lowered, run = lower(function, X, CUT)
+    assert sorted(len(call.args[1]) for call in calls(lowered)) == [1, 3] and not left(lowered)
+    check_same(run())
+
+
+def test_results_are_laid_out_as_before():
+    """A stream whose channels lie apart, as after a convolution."""
+
+    def function(x, cut, m):
+        y = x + m.gate * cut
+        return by_hand(y, m.weight), plain(x) + cut, y
+
+    x = draw(B, C, T).mT
+    lowered, run = lower(function, x, CUT)
+    assert run()[1][2].stride() == x.stride() and not left(lowered)
+    check_same(run())
+
+
+def test_a_product_with_the_norm_itself():
+    def function(x, m):
+        n = plain(x)
+        return n * n
+
+    lowered, run = lower(function, X)
+    assert left(lowered) == {"aten.mul.Tensor"} and len(calls(lowered)) == 1
+    check_same(run())
+
+
+NOT_ONE = {
+    "a sum of two": lambda x, c, m: x + c,
+    "a product": lambda x, c, m: x * m.gate,
+    "two products": lambda x, c, m: x * m.gate + c * m.scale,
+    "a product of two as large": lambda x, c, m: x + x * c,
+    "a row for all": lambda x, c, m: x + m.gate,
+    "over two dimensions": lambda x, c, m: layer_norm(x, [T, C]),
+    "integers": lambda x, c, m: (x > 0).long() + 2 * (c > 0).long(),
+}
+
+
+@pytest.mark.parametrize("name", NOT_ONE)
+def test_other_things_are_not_looked_at(name):
+    lowered, run = lower(NOT_ONE[name], X, CUT)
+    assert lowered.meta["lowered"] == () and not calls(lowered)
+    check_same(run())
+
+
+WIDE = torch.zeros(1, 1, MAX_CHANNELS + 1)
+SPREAD = torch.zeros(3, 3, 3, 3, 8)[::2, ::2, ::2, ::2]
+
+
+@pytest.mark.parametrize(
+    ("x", "function", "reason"),
+    [
+        (X.double(), lambda x, m: plain(x), "torch.float64"),
+        (X, lambda x, m: plain(x) * (1 + m.scale.double()), "torch.float64"),
+        (WIDE, lambda x, m: layer_norm(x, x.shape[-1:]), f"{MAX_CHANNELS + 1} channels: at most"),
+        (SPREAD, lambda x, m: layer_norm(x, [8]), "4 dimensions of rows: at most 3"),
+        (X.bfloat16(), lambda x, m: rms_norm(x, [C]), "an epsilon of its dtype"),
+    ],
+    ids=["dtype", "scale", "channels", "dimensions", "epsilon"],
+)
+def test_what_the_kernel_does_not_compute_is_left_alone(x, function, reason):
+    lowered, run = lower(function, x)
+    (each,) = lowered.meta["lowered"]
+    assert reason in each.reason and not calls(lowered)
+    assert all(map(torch.equal, *run()))
+
+
+def test_parts_of_what_is_not_lowered_are_not_listed():
+    def function(x, cut, m):
+        y = x + m.gate * cut
+        return plain(y) * (1 + m.scale) + m.shift, y
+
+    inputs = [each.to("meta") for each in (X, CUT, *ROWS)]
+    found = lower(function, *inputs[:2], rows=inputs[2:], kernels="auto")[0].meta["lowered"]
+    assert [(each.shape, each.reason) for each in found] == [
+        ((B * T, C, 16), "not measured on this device")
+    ]
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", ["Latte", "Wan"])
+def test_real_models(name):
+    pytest.importorskip("diffusers")
+    from zoo import ENTRIES
+
+    model, call = next(entry for entry in ENTRIES if entry.name == name).build()
+    model.requires_grad_(False)
+    found = sorted(set(pabc.explain(model, **call).attention.values()) - {"other"})
+    schedule = pabc.Schedule.from_masks(range(2), {kind: [False, True] for kind in found})
+    options = {"backend": "eager", "cache_dtype": "fp8"}
+    forced, plain = (
+        pabc.compile(model, schedule, kernels=kernels, **options) for kernels in ("force", "off")
+    )
+    for _ in range(2):
+        torch.testing.assert_close(forced(**call)[0], plain(**call)[0], atol=2e-5, rtol=1e-4)
+    assert any("residual_norm lowered" in line for line in forced.explain().lowered)
