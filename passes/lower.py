@@ -18,8 +18,9 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from .ir import copy_into, derived, erase_unneeded, remove_dead_code
+from .lowering.layouts import settle_layouts
 from .lowering.match import Match, Rule
-from .lowering.residual_norm import match_residual_norm
+from .lowering.residual_norm import KERNEL, match_residual_norm
 from .lowering.short_attention import match_short_attention
 
 Kernels = Literal["auto", "off", "force"]
@@ -29,6 +30,10 @@ not measured."""
 
 RULES: tuple[Rule, ...] = (match_short_attention, match_residual_norm)
 """Of those that match the same node, the first that is taken counts."""
+
+
+FREE_LAYOUTS = {KERNEL: ("y_like_x", "n_like_x")}
+"""Kernel -> its keywords that say that a result is laid out like its first argument."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,7 @@ def lower_pass(gm: GraphModule, *, kernels: Kernels, gains: Gains) -> GraphModul
     lowering = _Lowering(kernels, gains)
     for node in reversed(list(graph.nodes)):
         lowering.look_at(node)
+    settle_layouts(graph, FREE_LAYOUTS)
     result = derived(gm, graph)
     result.meta["lowered"] = tuple(reversed(lowering.looked))
     return result

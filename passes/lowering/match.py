@@ -62,7 +62,7 @@ def replace(node: Node, by: Node) -> None:
     wanted, found = value(node), value(by)
     assert wanted.shape == found.shape and wanted.dtype == found.dtype, (node, by)
     if steps(wanted) != steps(found):
-        by = _restride(node, by)
+        by = restride(node, by, wanted)
     node.replace_all_uses_with(by)
 
 
@@ -71,9 +71,8 @@ def steps(val: torch.Tensor) -> list[int]:
     return [stride for size, stride in zip(val.shape, val.stride(), strict=True) if size != 1]
 
 
-def _restride(node: Node, by: Node) -> Node:
-    """`by`, copied to the strides of `node`, which has no gaps."""
-    wanted = value(node)
+def restride(node: Node, by: Node, wanted: torch.Tensor) -> Node:
+    """`by`, copied before a node to the strides of `wanted`, which has no gaps."""
     strides = wanted.stride()
     order = sorted(range(wanted.ndim), key=lambda d: (-strides[d], d))
     permuted = insert(node, torch.ops.aten.permute.default, by, order)
