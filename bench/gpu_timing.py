@@ -11,8 +11,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import kernel_attention
 import kernel_residual_norm
 import kernel_short_attention
+import kernel_text_attention
 import report
 import torch
 from gpu_checks import OPTIONS, Target, find_error, first_of, make_calls, make_schedule, run
@@ -23,7 +25,12 @@ from workloads import FULL, SMALL, TINY, Workload, build, denoise, draw
 
 import pabc
 
-KERNELS = (kernel_short_attention, kernel_residual_norm)
+KERNELS = (
+    kernel_short_attention,
+    kernel_attention,
+    kernel_text_attention,
+    kernel_residual_norm,
+)
 """Benchmarks of kernels."""
 ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 """The error, relative to the eager model's first step, up to which a variant is timed."""

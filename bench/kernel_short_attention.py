@@ -4,8 +4,9 @@
 
 Shapes (N, H, T, S, D) are those of temporal attention in Latte, Open-Sora 1.2 and CogVideoX-like
 models in bf16, with guidance; q, k and v are views of packed projections, as a model has them, and
-the result is laid out for the projection after it; `sdpa` makes that layout by a copy where its own
-is another. The bytes are those of q, k, v and the result.
+the result is laid out for the projection after it; `sdpa`, what PyTorch takes by itself, makes that
+layout by a copy where its own is another, and so do its backends, timed one by one. The bytes are
+those of q, k, v and the result.
 
 Without a GPU, `--smoke` checks the smallest shapes; times of Triton's interpreter say nothing.
 """
@@ -16,10 +17,8 @@ import sys
 
 import kernel_timing
 import torch
-from kernel_timing import Sizes
+from kernel_timing import Sizes, compare_attention
 from rows import Row
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from pabc.kernels.short_attention import short_attention
 
@@ -38,23 +37,7 @@ def measure(name: str, sizes: Sizes, device: str) -> Row:
     """The row of one shape."""
     N, H, T, _, D = sizes
     packed = torch.randn(N, T, 3, H, D, dtype=torch.bfloat16, device=device)
-    q, k, v = packed.permute(2, 0, 3, 1, 4)
-
-    def sdpa() -> Tensor:
-        return scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, T, H * D)
-
-    def kernel() -> Tensor:
-        return short_attention(q, k, v).transpose(1, 2).reshape(N, T, H * D)
-
-    exact = scaled_dot_product_attention(q.double(), k.double(), v.double())
-    return kernel_timing.compare(
-        name,
-        sizes,
-        {"kernel": kernel, "sdpa": sdpa},
-        exact.transpose(1, 2).reshape(N, T, H * D),
-        nbytes=4 * N * T * H * D * 2,
-        flops=4 * N * H * T * T * D,
-    )
+    return compare_attention(name, sizes, short_attention, *packed.permute(2, 0, 3, 1, 4))
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def main() -> None:
     with ProcessPoolExecutor(options.workers, mp_context=spawn) as pool:
         for row in pool.map(compile_for_all, *zip(*work, strict=True)):
             rows.append(row)
-            problems += sum(bool(row[target.name]["problems"]) for target in TARGETS)
+            problems += sum(bool(row[t.name]["problems"]) for t in TARGETS if t.name in row)
             print(format_row(row), flush=True)
     print(f"{len(rows)} configurations, {len(TARGETS)} targets, {problems} problems")
     if options.out is not None:
@@ -71,6 +71,8 @@ def compile_for_all(kernel: str, index: int) -> dict[str, Any]:
     what: Specialization = list(dict(find_kernels())[kernel].specializations())[index]
     row: dict[str, Any] = {"kernel": kernel, "configuration": what.label}
     for target in TARGETS:
+        if what.targets and target.name not in what.targets:
+            continue
         usage = compile_for(target, what)
         row[target.name] = {
             "registers": usage.registers,
@@ -85,6 +87,9 @@ def format_row(row: dict[str, Any]) -> str:
     """A line: registers, spilled and shared bytes for each target."""
     cells = []
     for target in TARGETS:
+        if target.name not in row:
+            cells.append(f"{target.name} not for it")
+            continue
         usage = row[target.name]
         text = f"{usage['registers']} {usage['spilled']} {usage['shared']}"
         cells.append(f"{target.name} {text}{' !' * bool(usage['problems'])}")

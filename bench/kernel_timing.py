@@ -13,6 +13,8 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,12 +26,21 @@ if not torch.cuda.is_available():  # before anything imports Triton
 import report
 from rows import Row
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 from triton.testing import do_bench
 
 from pabc.kernels.gains import TABLE
 
 QUANTILES = (0.5, 0.2, 0.8)
 Sizes = tuple[int, ...]
+EVERYTHING = slice(None)
+QUERIES_CHECKED = 64
+BACKENDS = (
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+)
 
 
 class Benchmark(Protocol):
@@ -52,6 +63,7 @@ def compare(
     *,
     nbytes: int,
     flops: int = 0,
+    part: slice = EVERYTHING,
 ) -> Row:
     """Checks and times `calls["kernel"]` against the others, the alternatives.
 
@@ -60,13 +72,14 @@ def compare(
         exact: the result, or results, in float64.
         nbytes: that must be read and written; a device copy of as many is timed too.
         flops: of its products.
+        part: of the results' dimension 1, to which `exact` is limited.
 
     Returns:
         Without a GPU, errors and no times.
     """
     kernel, *others = calls
     assert kernel == "kernel" and others, calls
-    error, allowed = (_find_error(calls[each](), exact) for each in (kernel, others[0]))
+    error, allowed = (_find_error(calls[each](), exact, part) for each in (kernel, others[0]))
     row: Row = {"shape": name, "sizes": list(sizes), "max_error": error, "allowed": 2 * allowed}
     row["passed"] = error <= 2 * allowed + torch.finfo(torch.float32).eps
     if not row["passed"] or not torch.cuda.is_available():
@@ -88,9 +101,41 @@ def compare(
     return row
 
 
-def _find_error(found: Tensor | tuple[Tensor, ...], exact: Tensor | tuple[Tensor, ...]) -> float:
+def compare_attention(
+    name: str, sizes: Sizes, kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor
+) -> Row:
+    """A kernel of (q, k, v), all (N, H, T or S, D), against each of PyTorch's backends.
+
+    The error is that of the first queries: of all, scores in float64 would not fit.
+    """
+    N, H, T, S, D = sizes
+    part = slice(0, QUERIES_CHECKED)
+
+    def lay_out(found: Tensor) -> Tensor:
+        return found.transpose(1, 2).reshape(N, T, H * D)
+
+    def attend(*backends: SDPBackend) -> Tensor:
+        with sdpa_kernel(list(backends)) if backends else nullcontext():
+            return lay_out(scaled_dot_product_attention(q, k, v))
+
+    calls = {"kernel": lambda: lay_out(kernel(q, k, v)), "sdpa": attend}
+    if torch.cuda.is_available():
+        for each in BACKENDS:
+            with suppress(RuntimeError):  # of a backend that does not take it
+                attend(each)
+                calls[each.name.lower()] = partial(attend, each)
+    first = [x.double() for x in (q[:, :, part], k, v)]
+    exact = scaled_dot_product_attention(*first).transpose(1, 2).reshape(N, -1, H * D)
+    nbytes = 2 * N * H * D * (T + S) * q.element_size()
+    flops = 4 * N * H * T * S * D
+    return compare(name, sizes, calls, exact, nbytes=nbytes, flops=flops, part=part)
+
+
+def _find_error(
+    found: Tensor | tuple[Tensor, ...], exact: Tensor | tuple[Tensor, ...], part: slice
+) -> float:
     pairs = zip(_as_tuple(found), _as_tuple(exact), strict=True)
-    return max((x.double() - y).abs().max().item() for x, y in pairs)
+    return max((x[:, part].double() - y).abs().max().item() for x, y in pairs)
 
 
 def _as_tuple(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -33,12 +33,21 @@ import triton.language as tl
 from torch import Tensor
 
 from .arithmetic import INTERPRETED, dot, narrow, next_power_of_2
+from .attention_parts import (
+    LOWEST,
+    add_mask,
+    allocate,
+    attend,
+    check_attention,
+    mask_kind,
+    strides_of,
+    type_of_mask,
+)
 from .registration import check, register
 from .targets import Specialization
 
 MAX_LENGTH = 64
 """Of queries and of keys."""
-MAX_HEAD_DIM = 128
 ROWS = 64
 """Rows of queries, and of keys, that one program takes at most."""
 PAIRS = ("none", "halves", "neighbors")
@@ -65,15 +74,9 @@ def short_attention_reference(
     q, k = _normalize(q, q_weight_D, eps), _normalize(k, k_weight_D, eps)
     if cos_TD is not None and sin_TD is not None:
         q, k = (_turn(x, cos_TD.float(), sin_TD.float(), pairs) for x in (q, k))
-    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if mask is not None:
-        added = torch.where(mask, 0.0, float("-inf")) if mask.dtype == torch.bool else mask.float()
-        scores = scores + added
-    top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-    weights = torch.exp(scores - top)
-    total = weights.sum(-1, keepdim=True)
-    weights = weights / torch.where(total == 0, 1.0, total)
-    return _as_laid_out((weights @ v).to(dtype))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    found = attend(q, k, v, mask, None, scale).to(dtype)
+    return allocate(found).copy_(found)
 
 
 def _normalize(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -90,11 +93,6 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, pairs: str) -> Tensor:
         a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
         partner = torch.stack([-b, a], -1).flatten(-2)
     return x * cos + partner * sin
-
-
-def _as_laid_out(x: Tensor) -> Tensor:
-    """In memory as the projection after it reads it."""
-    return _allocate(x).copy_(x)
 
 
 @triton.jit
@@ -200,15 +198,9 @@ def _short_attention_kernel(
         x_k = _load_normed(k, rows_k, columns, k_d, valid_sd, k_weight, D, eps, NORM, EXACT)
     scores = dot(x_q, tl.trans(x_k), EXACT) * scale
     own = (group_t[:, None] == group_s[None, :]) & valid_t[:, None] & valid_s[None, :]
-    if MASK != 0:
-        rows_m = b_t * m_b + p_t * m_p + h_t * m_h + t * m_t
-        at = rows_m[:, None] + (s * m_s)[None, :]
-        if MASK == 1:
-            own = own & (tl.load(mask + at, mask=own, other=0) != 0)
-        else:
-            scores += tl.load(mask + at, mask=own, other=0.0).to(tl.float32)
-    scores = tl.where(own, scores, float("-inf"))
-    top = tl.maximum(tl.max(scores, 1), -3.4028234663852886e38)  # of a row that is masked whole
+    rows_m = b_t * m_b + p_t * m_p + h_t * m_h + t * m_t
+    scores = add_mask(scores, mask, rows_m[:, None] + (s * m_s)[None, :], own, MASK)
+    top = tl.maximum(tl.max(scores, 1), LOWEST)  # of a row that is masked whole
     weights = tl.exp(scores - top[:, None])
     total = tl.sum(weights, 1)
     x_v = tl.load(
@@ -260,12 +252,12 @@ def short_attention(
     _check(q_NHTD, k_NHSD, v_NHSD, mask, q_weight_D, k_weight_D, cos_TD, sin_TD, pairs)
     *places, H, T, D = q_NHTD.shape
     S = k_NHSD.shape[-2]
-    out = _allocate(q_NHTD, k_NHSD, v_NHSD)
+    out = allocate(q_NHTD)
     is_apart = any(x.stride(-1) != 1 for x in (q_NHTD, k_NHSD, v_NHSD))
     norms, turns = q_weight_D is not None, pairs != "none"
     taken = configure(T, S, D, q_NHTD.element_size(), norms, turns, is_apart=is_apart)
     num_sequences = math.prod(places) * H
-    strides = [_strides(x) for x in (q_NHTD, k_NHSD, v_NHSD, out, mask)]
+    strides = [_strides_of_5(x) for x in (q_NHTD, k_NHSD, v_NHSD, out, mask)]
     place = q_NHTD  # of arguments that are not there
     _short_attention_kernel[(triton.cdiv(num_sequences, taken["GROUP"]),)](
         q_NHTD, k_NHSD, v_NHSD, out,
@@ -278,19 +270,18 @@ def short_attention(
         places[1] if len(places) == 2 else 1,
         num_sequences, D**-0.5 if scale is None else scale, eps,
         H=H, T=T, S=S, D=D,
-        MASK=0 if mask is None else 1 if mask.dtype == torch.bool else 2,
+        MASK=mask_kind(mask),
         NORM=q_weight_D is not None, PAIRS=PAIRS.index(pairs),
         EXACT=INTERPRETED, **taken,
     )  # fmt: skip
     return out
 
 
-def _strides(x: Tensor | None) -> list[int]:
-    """Of five dimensions; 0 where there is but one element, which is read for all."""
-    if x is None:
-        return [0] * 5
-    found = [0 if n == 1 else stride for n, stride in zip(x.shape, x.stride(), strict=True)]
-    return found if x.dim() == 5 else [found[0], 0, *found[1:]]
+def _strides_of_5(x: Tensor | None) -> list[int]:
+    if x is None or x.dim() == 5:
+        return strides_of(x, 5)
+    first, *others = strides_of(x, 4)
+    return [first, 0, *others]
 
 
 def configure(
@@ -326,25 +317,10 @@ def _check(
     def need(argument: str, expected: str, found: object, is_right: bool) -> None:
         check("short_attention", argument, expected, found, is_right)
 
-    expected = "4 or 5 dimensions, (N, H, T, D) or (B, P, H, T, D)"
-    need("q", expected, tuple(q.shape), q.dim() in (4, 5))
-    *lead, T, D = q.shape
-    S = k.shape[-2] if k.dim() == q.dim() else -1
-    expected = f"({', '.join(map(str, lead))}, S, {D})"
-    need("k", expected, tuple(k.shape), k.shape == (*lead, S, D))
-    need("v", f"the shape of k, {tuple(k.shape)}", tuple(v.shape), v.shape == k.shape)
+    check_attention("short_attention", q, k, v, mask, num_dims=(4, 5))
+    T, S, D = q.shape[-2], k.shape[-2], q.shape[-1]
     for name, length in (("q", T), ("k", S)):
-        need(name, f"1 to {MAX_LENGTH} tokens", length, 1 <= length <= MAX_LENGTH)
-    need("q", f"head dim up to {MAX_HEAD_DIM}", D, 1 <= D <= MAX_HEAD_DIM)
-    for name, x in (("k", k), ("v", v)):
-        need(name, f"{q.dtype} on {q.device}", (x.dtype, x.device), _same(x, q))
-    if mask is not None:
-        sizes = (*lead, T, S)
-        is_right = mask.dim() == len(sizes) and all(
-            m in (1, n) for m, n in zip(mask.shape, sizes, strict=True)
-        )
-        expected = f"{len(sizes)} dimensions, broadcast to {sizes}"
-        need("mask", expected, tuple(mask.shape), is_right)
+        need(name, f"1 to {MAX_LENGTH} tokens", length, length <= MAX_LENGTH)
     given = q_weight is not None
     need(
         "k_weight", "given where q_weight is", k_weight is not None, given == (k_weight is not None)
@@ -364,16 +340,6 @@ def _check(
         need("q", "an even head dim, for a rotary embedding", D, D % 2 == 0)
 
 
-def _same(x: Tensor, other: Tensor) -> bool:
-    return x.dtype == other.dtype and x.device == other.device
-
-
-def _allocate(q: Tensor, *_: object, **__: object) -> Tensor:
-    *places, H, T, D = q.shape
-    laid_out = q.new_empty((*places[:1], T, *places[1:], H, D))
-    return laid_out.movedim(1, -2)
-
-
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? q_weight=None, "
     "Tensor? k_weight=None, Tensor? cos=None, Tensor? sin=None, float? scale=None, "
@@ -384,7 +350,7 @@ OP = register(
     SCHEMA,
     launch=short_attention,
     reference=short_attention_reference,
-    allocate=_allocate,
+    allocate=allocate,
 )
 
 
@@ -427,7 +393,7 @@ def _specialize(
     values = {name: value for name, value in (values | taken).items() if name not in apart}
     types = dict.fromkeys(names[:9], f"*{dtype}") | {"scale": "fp32", "eps": "fp32"}
     types |= {"P": "i32", "num_sequences": "i32"}
-    types["mask"] = "*i1" if constants["MASK"] == 1 else f"*{dtype}"
+    types["mask"] = type_of_mask(values["MASK"], dtype)
     signature = {n: "constexpr" if n in values else types.get(n, "i64") for n in names}
     title = f"{dtype} T={T} D={D} {label}".strip()
     return Specialization(title, _short_attention_kernel, signature, values, num_warps)

@@ -6,10 +6,11 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -20,7 +21,7 @@ class Specialization:
     """A kernel for arguments of these types and constants of these values.
 
     `aligned`: arguments that are multiples of 16, addresses included, as Triton takes for granted
-    where they are.
+    where they are. `targets`: names of those that it is for; none: all.
     """
 
     label: str
@@ -30,6 +31,7 @@ class Specialization:
     num_warps: int = 4
     num_stages: int = 2
     aligned: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,18 @@ TARGETS = (
     Target("sm_100", GPUTarget("cuda", 100, 32), 227 * 1024, 255),
     Target("gfx942", GPUTarget("hip", "gfx942", 64), 64 * 1024, 512),
 )
+
+
+def target_of(device: torch.device) -> Target:
+    """The target that is most like a device, with the shared memory that the device has; sm_90 for
+    what is not a GPU, where kernels are interpreted."""
+    if device.type != "cuda":
+        return TARGETS[1]
+    backend = "hip" if torch.version.hip else "cuda"
+    alike = next(target for target in TARGETS if target.gpu.backend == backend)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    found = triton.runtime.driver.active.utils.get_device_properties(index)
+    return replace(alike, name=str(device), shared=int(found["max_shared_mem"]))
 
 
 FEW_BYTES = 16

@@ -18,17 +18,24 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from .ir import copy_into, derived, erase_unneeded, remove_dead_code
+from .lowering.attention import match_attention
 from .lowering.layouts import settle_layouts
 from .lowering.match import Match, Rule
 from .lowering.residual_norm import KERNEL, match_residual_norm
 from .lowering.short_attention import match_short_attention
+from .lowering.text_attention import match_text_attention
 
 Kernels = Literal["auto", "off", "force"]
 Gains = Callable[[str, torch.device, tuple[int, ...]], bool | None]
 """(kernel, device, shape) -> whether it is faster there than what a user would otherwise get; None:
 not measured."""
 
-RULES: tuple[Rule, ...] = (match_short_attention, match_residual_norm)
+RULES: tuple[Rule, ...] = (
+    match_short_attention,
+    match_text_attention,
+    match_attention,
+    match_residual_norm,
+)
 """Of those that match the same node, the first that is taken counts."""
 
 

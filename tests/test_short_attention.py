@@ -2,14 +2,15 @@
 
 import itertools
 
+import attentions
 import pytest
 import torch
+from attentions import DEVICE, check_writes, make, make_mask
 
 from pabc.kernels import short_attention as module
 from pabc.kernels.short_attention import OP, short_attention, short_attention_reference
 
 pytestmark = pytest.mark.kernels
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [  # N, H, T, S, D
     (3, 2, 16, 16, 32),
     (2, 3, 5, 5, 24),
@@ -21,30 +22,13 @@ SHAPES = [  # N, H, T, S, D
 ]
 
 
-def make(shape, dtype, layout="packed", seed=0):
-    """q, k, v as views of packed projections, or with gaps."""
-    N, H, T, S, D = shape
-    g = torch.Generator().manual_seed(seed)
-    if layout == "packed":
-        q = torch.randn(N, T, H, D, generator=g).transpose(1, 2)
-        k, v = torch.randn(N, S, 2, H, D, generator=g).permute(2, 0, 3, 1, 4)
-    else:
-        q = torch.randn(N, H, D, T, generator=g).mT
-        k = torch.randn(N, H, S, D + 3, generator=g)[..., :D]
-        v = torch.randn(H, N, 2 * S, D, generator=g)[:, :, ::2].transpose(0, 1)
-    return tuple(x.to(DEVICE, dtype) for x in (q, k, v))
-
-
 def options(shape, dtype, what, seed=1):
-    N, H, T, S, D = shape
+    T, D = shape[2], shape[4]
     g = torch.Generator().manual_seed(seed)
     found = {}
-    if "bool" in what:
-        mask = torch.rand(N, 1, T, S, generator=g) < 0.6
-        mask[0, 0, 0] = False
+    mask = make_mask(shape, dtype, what)
+    if mask is not None:
         found["mask"] = mask
-    if "added" in what:
-        found["mask"] = torch.randn(1, H, T, S, generator=g).to(dtype)
     if "norm" in what:
         for name in ("q_weight", "k_weight"):
             found[name] = torch.rand(D, generator=g).to(dtype) + 0.5
@@ -85,14 +69,7 @@ def define(inputs, found, dtype):
                 x * cos + torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2) * sin
                 for x in (q, k)
             )
-    scores = q @ k.mT * q.shape[-1] ** -0.5
-    if "mask" in found:
-        mask = found["mask"]
-        if mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask, float("-inf"))
-        else:
-            scores = scores + mask.to(dtype)
-    return scores.softmax(-1).nan_to_num(0) @ v
+    return attentions.define(q, k, v, found.get("mask"))
 
 
 CASES = ["", "bool", "added", "norm", "halves", "neighbors", "norm halves bool"]
@@ -144,18 +121,7 @@ def test_positions_of_a_frame_are_read_in_place(what):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_element_is_written_and_no_more(shape, monkeypatch):
-    inputs = make(shape, torch.float32)
-    expected = run(short_attention, inputs, {})
-    buffers = []
-
-    def allocate(q, *_):
-        N, H, T, D = q.shape
-        buffers.append(torch.full((N + 2, T, H, D), float("nan"), device=DEVICE))
-        return buffers[-1][1:-1].transpose(1, 2)
-
-    monkeypatch.setattr(module, "_allocate", allocate)
-    assert torch.equal(run(short_attention, inputs, {}), expected)
-    assert buffers[0][0].isnan().all() and buffers[0][-1].isnan().all()
+    check_writes(short_attention, module, shape, monkeypatch)
 
 
 def test_is_an_op():

@@ -58,12 +58,15 @@ class Attention:
 
     def reasons(self) -> dict[str, bool]:
         """Why none of our kernels would compute it, and whether that holds."""
+        from pabc.kernels.attention_parts import MAX_HEAD_DIM
+
         q, k, v = self.vals
         mask = None if self.mask is None else value(self.mask)
         return {
             f"{q.ndim} dimensions: 4": q.ndim != 4,
             "dropout": self.dropout != 0,
             "causal": self.is_causal,
+            f"head dim {q.shape[-1]}: at most {MAX_HEAD_DIM}": q.shape[-1] > MAX_HEAD_DIM,
             "grouped heads": self.has_groups or q.shape[:-2] != k.shape[:-2],
             "values of another head dim": v.shape != k.shape,
             f"{q.dtype}": q.dtype not in FLOATS,

@@ -8,8 +8,9 @@ from functools import partial
 
 from torch.fx import Node
 
-from ..ir import aten, is_call, value
+from ..ir import aten, value
 from .match import Match, first_reason, insert, replace
+from .order import without_order
 from .rms import RmsNorm, find_rms_norm, without_casts
 from .rotary import Rotary, find_rotary
 from .sdpa import Attention, find_attention
@@ -30,15 +31,12 @@ def match_short_attention(node: Node) -> Match | None:
 
 
 def _why_not(found: Attention) -> str | None:
-    from pabc.kernels.short_attention import MAX_HEAD_DIM, MAX_LENGTH
+    from pabc.kernels.short_attention import MAX_LENGTH
 
     q, k, _ = found.vals
-    length, head_dim = max(q.shape[-2], k.shape[-2]), q.shape[-1]
-    reasons = {
-        f"{length} tokens: at most {MAX_LENGTH}": length > MAX_LENGTH,
-        f"head dim {head_dim}: at most {MAX_HEAD_DIM}": head_dim > MAX_HEAD_DIM,
-    }
-    return first_reason({**reasons, **found.reasons()})
+    length = max(q.shape[-2], k.shape[-2])
+    reason = f"{length} tokens: at most {MAX_LENGTH}"
+    return first_reason({reason: length > MAX_LENGTH, **found.reasons()})
 
 
 def _rewrite(found: Attention) -> None:
@@ -99,11 +97,11 @@ def _prepared(found: Attention) -> tuple[_Prepared, _Prepared]:
 def _levels(node: Node) -> list[_Prepared]:
     """From what attention reads to what is neither normalized nor turned."""
     levels = [_Prepared(node, tuple(range(value(node).ndim)))]
-    source, order = _without_order(node, levels[0].order)
+    source, order = without_order(node, levels[0].order)
     rotary = find_rotary(source)
     if rotary is not None:
         levels.append(_Prepared(_of_dtype(rotary.source, node), order, None, rotary, order))
-        source, order = _without_order(rotary.source, order)
+        source, order = without_order(rotary.source, order)
     norm = find_rms_norm(source)
     if norm is not None:
         last = levels[-1]
@@ -111,24 +109,6 @@ def _levels(node: Node) -> list[_Prepared]:
             _Prepared(_of_dtype(norm.source, node), order, norm, last.rotary, last.tables_order)
         )
     return levels
-
-
-def _without_order(node: Node, order: tuple[int, ...]) -> tuple[Node, tuple[int, ...]]:
-    """What a node was before its dimensions, but for the channels, were put in another order."""
-    while is_call(node, (aten.permute.default, aten.transpose.int)):
-        source, *given = node.args
-        assert isinstance(source, Node)
-        dims = list(range(value(source).ndim))
-        moved = dims[:]
-        if is_call(node, (aten.permute.default,)):
-            moved = [d % len(dims) for d in given[0]]
-        else:
-            a, b = (d % len(dims) for d in given)
-            moved[a], moved[b] = moved[b], moved[a]
-        if moved[-1] != dims[-1]:
-            break
-        node, order = source, tuple(moved[d] for d in order)
-    return node, order
 
 
 def _of_dtype(source: Node, wanted: Node) -> Node:
