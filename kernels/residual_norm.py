@@ -23,12 +23,12 @@ from itertools import product
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from .arithmetic import INTERPRETED, next_power_of_2
 from .registration import check, register
-from .rows import decode_e4m3, load_rows, merge_rows, store_rows
+from .residual_norm_kernel import residual_norm_kernel
+from .rows import is_split, merge_rows
 from .targets import Specialization
 
 MAX_CHANNELS = 16384
@@ -60,6 +60,9 @@ def residual_norm_reference(
     n_dtype: torch.dtype | None = None,
     y_like_x: bool = False,
     n_like_x: bool = False,
+    split: Sequence[int] = (),
+    y_order: Sequence[int] = (),
+    n_order: Sequence[int] = (),
 ) -> list[Tensor]:
     """The same by PyTorch's ops, in float32."""
     y = x.float()
@@ -73,9 +76,15 @@ def residual_norm_reference(
         n = n * (offset + scale.float())
     if shift is not None:
         n = n + shift.float()
-    outputs = _allocate(x, y_dtype=y_dtype, n_dtype=n_dtype, y_like_x=y_like_x, n_like_x=n_like_x)
-    wanted = [found for found, d in ((y, y_dtype), (n, n_dtype)) if d is not None]
-    return [out.copy_(found) for out, found in zip(outputs, wanted, strict=True)]
+    made = _allocate(
+        x, y_dtype=y_dtype, n_dtype=n_dtype, y_like_x=y_like_x, n_like_x=n_like_x,
+        split=split, y_order=y_order, n_order=n_order,
+    )  # fmt: skip
+    found = [(y, y_order)] * (y_dtype is not None) + [(n, n_order)] * (n_dtype is not None)
+    return [
+        out.copy_(each.reshape(*split).permute(*order) if order else each)
+        for out, (each, order) in zip(made, found, strict=True)
+    ]
 
 
 def _normalize(
@@ -88,93 +97,6 @@ def _normalize(
     if weight is not None:
         y = y * weight.float()
     return y if bias is None else y + bias.float()
-
-
-@triton.jit
-def _load_term(
-    cut, cut_scale, gate, factor, i, j, k, columns, valid, is_row,
-    c_i, c_j, c_k, c_c, s_i, s_j, s_k, g_i, g_j, g_k, g_c,
-    FORM: tl.constexpr, GATED: tl.constexpr,
-):  # fmt: skip
-    """factor * gate * cut, in float32. FORM 1: the cut as it is, 2: in fp8."""
-    term = load_rows(cut, i, j, k, c_i, c_j, c_k, c_c, columns, valid)
-    if FORM == 2:
-        by = tl.load(cut_scale + i * s_i + j * s_j + k * s_k, mask=is_row, other=0.0)
-        term = decode_e4m3(term) * by.to(tl.float32)[:, None]
-    else:
-        term = term.to(tl.float32)
-    if GATED:
-        term *= load_rows(gate, i, j, k, g_i, g_j, g_k, g_c, columns, valid).to(tl.float32)
-    return term * factor
-
-
-@triton.jit
-def _residual_norm_kernel(
-    x, cut0, cut1, cut2, cut_scale0, cut_scale1, cut_scale2, gate0, gate1, gate2,
-    scale, shift, y, n, weight, bias,
-    x_i, x_j, x_k, x_c, cut0_i, cut0_j, cut0_k, cut0_c, cut1_i, cut1_j, cut1_k, cut1_c,
-    cut2_i, cut2_j, cut2_k, cut2_c, cut_scale0_i, cut_scale0_j, cut_scale0_k, cut_scale0_c,
-    cut_scale1_i, cut_scale1_j, cut_scale1_k, cut_scale1_c,
-    cut_scale2_i, cut_scale2_j, cut_scale2_k, cut_scale2_c, gate0_i, gate0_j, gate0_k, gate0_c,
-    gate1_i, gate1_j, gate1_k, gate1_c, gate2_i, gate2_j, gate2_k, gate2_c,
-    scale_i, scale_j, scale_k, scale_c, shift_i, shift_j, shift_k, shift_c, y_i, y_j, y_k, y_c,
-    n_i, n_j, n_k, n_c,
-    factor0, factor1, factor2, offset, eps, num_rows, J, K,
-    C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    FORM0: tl.constexpr, FORM1: tl.constexpr, FORM2: tl.constexpr,
-    GATED0: tl.constexpr, GATED1: tl.constexpr, GATED2: tl.constexpr,
-    NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
-    SCALE: tl.constexpr, SHIFT: tl.constexpr, WRITE_Y: tl.constexpr, WRITE_N: tl.constexpr,
-    EXACT: tl.constexpr,
-):  # fmt: skip
-    """ROWS rows of (I, J, K) of them."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, COLUMNS)
-    is_row, is_column = row < num_rows, columns < C
-    valid = is_row[:, None] & is_column[None, :]
-    i, j, k = row // K // J, row // K % J, row % K
-    i, j, k, columns = i.to(tl.int64), j.to(tl.int64), k.to(tl.int64), columns.to(tl.int64)
-
-    total = load_rows(x, i, j, k, x_i, x_j, x_k, x_c, columns, valid).to(tl.float32)
-    if FORM0 != 0:
-        total += _load_term(
-            cut0, cut_scale0, gate0, factor0, i, j, k, columns, valid, is_row,
-            cut0_i, cut0_j, cut0_k, cut0_c, cut_scale0_i, cut_scale0_j, cut_scale0_k,
-            gate0_i, gate0_j, gate0_k, gate0_c, FORM0, GATED0,
-        )  # fmt: skip
-    if FORM1 != 0:
-        total += _load_term(
-            cut1, cut_scale1, gate1, factor1, i, j, k, columns, valid, is_row,
-            cut1_i, cut1_j, cut1_k, cut1_c, cut_scale1_i, cut_scale1_j, cut_scale1_k,
-            gate1_i, gate1_j, gate1_k, gate1_c, FORM1, GATED1,
-        )  # fmt: skip
-    if FORM2 != 0:
-        total += _load_term(
-            cut2, cut_scale2, gate2, factor2, i, j, k, columns, valid, is_row,
-            cut2_i, cut2_j, cut2_k, cut2_c, cut_scale2_i, cut_scale2_j, cut_scale2_k,
-            gate2_i, gate2_j, gate2_k, gate2_c, FORM2, GATED2,
-        )  # fmt: skip
-    if WRITE_Y:
-        store_rows(y, total, i, j, k, y_i, y_j, y_k, y_c, columns, valid, EXACT)
-    if WRITE_N:
-        if NORM == 1:
-            total -= tl.sum(total, 1)[:, None] / C
-            total = tl.where(valid, total, 0.0)
-        if NORM != 0:
-            total *= tl.rsqrt(tl.sum(total * total, 1)[:, None] / C + eps)
-        if WEIGHT:
-            by = tl.load(weight + columns, mask=is_column, other=0.0)
-            total *= by.to(tl.float32)[None, :]
-        if BIAS:
-            by = tl.load(bias + columns, mask=is_column, other=0.0)
-            total += by.to(tl.float32)[None, :]
-        if SCALE:
-            by = load_rows(scale, i, j, k, scale_i, scale_j, scale_k, scale_c, columns, valid)
-            total *= offset + by.to(tl.float32)
-        if SHIFT:
-            by = load_rows(shift, i, j, k, shift_i, shift_j, shift_k, shift_c, columns, valid)
-            total += by.to(tl.float32)
-        store_rows(n, total, i, j, k, n_i, n_j, n_k, n_c, columns, valid, EXACT)
 
 
 def residual_norm(
@@ -195,6 +117,9 @@ def residual_norm(
     n_dtype: torch.dtype | None = None,
     y_like_x: bool = False,
     n_like_x: bool = False,
+    split: Sequence[int] = (),
+    y_order: Sequence[int] = (),
+    n_order: Sequence[int] = (),
 ) -> list[Tensor]:
     """Residual adds and the norm after them, by the kernel.
 
@@ -205,6 +130,9 @@ def residual_norm(
         norm: one of :data:`NORMS`.
         y_dtype, n_dtype: of y and n, each of which is computed where it has a dtype.
         y_like_x, n_like_x: in memory as `torch.empty_like(x)` is; else contiguous.
+        split: a shape, of x with dimensions of rows split, which orders are of.
+        y_order, n_order: order of its dimensions, the last one last, in which y and n are returned,
+            contiguous; by default, they have the shape of x.
 
     Returns:
         y, n, or both.
@@ -213,23 +141,27 @@ def residual_norm(
         ValueError: naming the argument, what was expected and what was found.
     """
     _check(x, cuts, cut_scales, gates, factors, norm, weight_C, bias_C, scale, shift)
-    outputs = _allocate(x, y_dtype=y_dtype, n_dtype=n_dtype, y_like_x=y_like_x, n_like_x=n_like_x)
+    _check_orders(x, split, y_order, n_order)
+    outputs = _allocate(
+        x, y_dtype=y_dtype, n_dtype=n_dtype, y_like_x=y_like_x, n_like_x=n_like_x,
+        split=split, y_order=y_order, n_order=n_order,
+    )  # fmt: skip
     for name, dtype in (("y_dtype", y_dtype), ("n_dtype", n_dtype)):
         _need(name, f"one of {FLOATS}", dtype, dtype in (None, *FLOATS))
     _need("y_dtype, n_dtype", "one of them", None, bool(outputs))
     if x.numel() == 0:
         return outputs
     rest = [None] * (MAX_TERMS - len(cuts))
-    y = None if y_dtype is None else outputs[0]
-    n = None if n_dtype is None else outputs[-1]
+    y = None if y_dtype is None else _in_order(outputs[0], y_order)
+    n = None if n_dtype is None else _in_order(outputs[-1], n_order)
     operands = [x, *cuts, *rest, *cut_scales, *rest, *gates, *rest, scale, shift, y, n]
-    sizes, strides = merge_rows(x.shape, operands)
+    sizes, strides = merge_rows(x.shape, operands, split)
     _need("x", f"at most {MAX_LEADING} dimensions of rows", sizes, len(sizes) <= MAX_LEADING)
     missing = MAX_LEADING - len(sizes)
     _, J, K = [1] * missing + sizes
     num_rows, C = x.numel() // x.shape[-1], x.shape[-1]
     taken = configure(C)
-    _residual_norm_kernel[(triton.cdiv(num_rows, taken["ROWS"]),)](
+    residual_norm_kernel[(triton.cdiv(num_rows, taken["ROWS"]),)](
         *(x if operand is None else _as_bits(operand) for operand in operands),
         x if weight_C is None else weight_C.contiguous(),
         x if bias_C is None else bias_C.contiguous(),
@@ -317,6 +249,17 @@ def _check(
                 _need_like(name, tensor, x)
 
 
+def _check_orders(
+    x: Tensor, split: Sequence[int], y_order: Sequence[int], n_order: Sequence[int]
+) -> None:
+    is_right = not split or is_split(split, x.shape)
+    _need("split", f"{tuple(x.shape)} with dimensions of rows split", tuple(split), is_right)
+    dims = list(range(len(split)))
+    for name, order in (("y_order", y_order), ("n_order", n_order)):
+        is_right = not order or (sorted(order) == dims and order[-1] == dims[-1])
+        _need(name, f"an order of {dims} that ends in the last", list(order), is_right)
+
+
 def _need_like(name: str, tensor: Tensor, x: Tensor) -> None:
     _need(name, f"on {x.device}", tensor.device, tensor.device == x.device)
     sizes = (*([1] * (x.dim() - tensor.dim())), *tensor.shape)
@@ -331,22 +274,33 @@ def _allocate(
     n_dtype: torch.dtype | None = None,
     y_like_x: bool = False,
     n_like_x: bool = False,
+    split: Sequence[int] = (),
+    y_order: Sequence[int] = (),
+    n_order: Sequence[int] = (),
     **__: object,
 ) -> list[Tensor]:
-    wanted = ((y_dtype, y_like_x), (n_dtype, n_like_x))
-    formats = (torch.contiguous_format, torch.preserve_format)
-    return [
-        torch.empty_like(x, dtype=dtype, memory_format=formats[is_like_x])
-        for dtype, is_like_x in wanted
-        if dtype is not None
-    ]
+    outputs = []
+    wanted = ((y_dtype, y_like_x, y_order), (n_dtype, n_like_x, n_order))
+    for dtype, is_like_x, order in wanted:
+        if dtype is not None and order:
+            outputs.append(x.new_empty([split[d] for d in order], dtype=dtype))
+        elif dtype is not None:
+            kept = torch.preserve_format if is_like_x else torch.contiguous_format
+            outputs.append(torch.empty_like(x, dtype=dtype, memory_format=kept))
+    return outputs
+
+
+def _in_order(found: Tensor, order: Sequence[int]) -> Tensor:
+    """A result with its dimensions as x has them, where it has them in another order."""
+    return found.permute(*(order.index(d) for d in range(len(order)))) if order else found
 
 
 SCHEMA = (
     "(Tensor x, Tensor[] cuts, Tensor?[] cut_scales, Tensor?[] gates, float[] factors, "
     'str norm="layer", Tensor? weight=None, Tensor? bias=None, Tensor? scale=None, '
     "Tensor? shift=None, float offset=1.0, float eps=1e-6, *, ScalarType? y_dtype=None, "
-    "ScalarType? n_dtype=None, bool y_like_x=False, bool n_like_x=False) -> Tensor[]"
+    "ScalarType? n_dtype=None, bool y_like_x=False, bool n_like_x=False, "
+    "int[] split=[], int[] y_order=[], int[] n_order=[]) -> Tensor[]"
 )
 OP = register(
     "residual_norm",
@@ -377,7 +331,7 @@ OPTIONS = {
 
 
 def _specialize(dtype: str, C: int, label: str, options: Mapping[str, int]) -> Specialization:
-    names = _residual_norm_kernel.arg_names
+    names = residual_norm_kernel.arg_names
     taken = configure(C)
     num_warps = taken.pop("num_warps")
     flags = names[names.index("FORM0") :]
@@ -396,6 +350,6 @@ def _specialize(dtype: str, C: int, label: str, options: Mapping[str, int]) -> S
     steps = {name for name, kind in signature.items() if kind == "i64"} - scales
     aligned = tuple(name for name in names if name in pointers or name in steps)
     return Specialization(
-        f"{dtype} C={C} {label}", _residual_norm_kernel, signature, constants, num_warps,
+        f"{dtype} C={C} {label}", residual_norm_kernel, signature, constants, num_warps,
         aligned=aligned,
     )  # fmt: skip

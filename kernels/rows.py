@@ -14,18 +14,26 @@ Strides = tuple[int, ...]
 
 
 def merge_rows(
-    shape: Sequence[int], operands: Sequence[Tensor | None]
+    shape: Sequence[int], operands: Sequence[Tensor | None], split: Sequence[int] = ()
 ) -> tuple[list[int], list[Strides]]:
     """Sizes of the dimensions of rows; each operand's strides in these and in the last dimension.
 
-    Operands are broadcast to `shape`; None has strides 0. Dimensions of size 1 are left out, and
+    Operands are broadcast to `shape`, whose dimensions are then split as those of `split` are; or
+    they are of this shape already. None has strides 0. Dimensions of size 1 are left out, and
     neighbors are one where every operand steps through both evenly.
     """
-    zeros = (0,) * len(shape)
-    given = [zeros if x is None else x.expand(*shape).stride() for x in operands]
+    zeros, split = (0,) * len(split or shape), tuple(split or shape)
+    given = [
+        zeros
+        if x is None
+        else x.stride()
+        if x.shape == split
+        else x.expand(*shape).view(split).stride()
+        for x in operands
+    ]
     sizes: list[int] = []
     steps: list[Strides] = []  # of each kept dimension, those of all operands
-    for size, step in zip(shape[:-1], list(zip(*given, strict=True))[:-1], strict=True):
+    for size, step in zip(split[:-1], list(zip(*given, strict=True))[:-1], strict=True):
         if size == 1:
             continue
         if sizes and all(a == b * size for a, b in zip(steps[-1], step, strict=True)):
@@ -35,6 +43,18 @@ def merge_rows(
             steps.append(step)
     last = tuple(strides[-1] for strides in given)
     return sizes, list(zip(*steps, last, strict=True))
+
+
+def is_split(split: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether a shape is another one with dimensions of rows split."""
+    *rest, last = split
+    for size in shape[:-1]:
+        found = 1
+        while rest and found < size:
+            found *= rest.pop(0)
+        if found != size:
+            return False
+    return all(size == 1 for size in rest) and last == shape[-1]
 
 
 @triton.jit

@@ -225,6 +225,46 @@ def test_results_are_laid_out_as_before():
     check_same(run())
 
 
+FRAMES, PLACES = 3, 4
+VIDEO = draw(B * FRAMES, PLACES, C)
+
+
+def by_place(x):
+    """From (B T) S C to (B S) T C."""
+    split = x.view(B, FRAMES, PLACES, C)
+    return split.permute(0, 2, 1, 3).reshape(B * PLACES, FRAMES, C)
+
+
+COPIES = {
+    "sum": lambda x, c, m: by_place(x + m.weight * c),
+    "norm": lambda x, c, m: (x + c, by_place(plain(x + c))),
+    "sum and norm": lambda x, c, m: (by_place(x + c), by_place(plain(x + c))),
+    "transposed": lambda x, c, m: plain(x).transpose(0, 1).contiguous(),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copies_to_another_order_are_not_made(name):
+    lowered, run = lower(COPIES[name], VIDEO, VIDEO * 2)
+    assert len(calls(lowered)) == 1 and left(lowered) <= {"aten.view.default", VIEW}
+    check_same(run())
+
+
+VIEW = "aten._unsafe_view.default"
+KEPT_COPIES = {
+    "of channels": lambda x, c, m: plain(x).mT.contiguous(),
+    "read by others": lambda x, c, m: (by_place(n := plain(x)), n),
+    "of rows that are merged": lambda x, c, m: plain(x).view(B, -1, C).transpose(0, 1).contiguous(),
+}
+
+
+@pytest.mark.parametrize("name", KEPT_COPIES)
+def test_other_copies_are_made(name):
+    lowered, run = lower(KEPT_COPIES[name], VIDEO, VIDEO)
+    assert len(calls(lowered)) == 1 and "aten.clone.default" in left(lowered)
+    check_same(run())
+
+
 def test_a_product_with_the_norm_itself():
     def function(x, m):
         n = plain(x)

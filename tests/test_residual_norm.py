@@ -6,7 +6,7 @@ from torch.nn.functional import layer_norm, rms_norm
 
 from pabc.kernels import residual_norm as module
 from pabc.kernels.residual_norm import FP8, OP, configure, residual_norm, residual_norm_reference
-from pabc.kernels.rows import merge_rows
+from pabc.kernels.rows import is_split, merge_rows
 
 pytestmark = pytest.mark.kernels
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -129,6 +129,40 @@ def test_results_may_be_laid_out_like_x(layout):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("layout", ["", "columns", "gaps"])
+def test_results_may_be_in_another_order(layout):
+    """Frames of a video beside one another, as temporal attention takes them."""
+    terms, given = make((6, 5, 24), torch.float32, "gated plain / layer scale", layout)
+    y, n = call(residual_norm, terms, given)
+    split, order = [2, 3, 5, 24], [0, 2, 1, 3]
+    for name, at in (("y_order", 0), ("n_order", 1)):
+        changed = {**given, "split": split, name: order}
+        expected = [y, n]
+        expected[at] = expected[at].view(split).permute(order).contiguous()
+        for function in (residual_norm, residual_norm_reference):
+            for a, b in zip(call(function, terms, changed), expected, strict=True):
+                assert a.shape == b.shape and a.is_contiguous()
+                torch.testing.assert_close(
+                    a, b, rtol=0, atol=0 if function is residual_norm else 1e-6
+                )
+
+
+@pytest.mark.parametrize(
+    ("split", "shape", "fits"),
+    [
+        ((2, 3, 5, 8), (6, 5, 8), True),
+        ((6, 5, 8), (6, 5, 8), True),
+        ((2, 1, 8), (2, 1, 8), True),
+        ((1, 4, 2, 8), (1, 8, 8), True),
+        ((3, 10, 8), (6, 5, 8), False),
+        ((6, 5, 2, 4), (6, 5, 8), False),
+        ((6, 5, 5, 8), (6, 5, 8), False),
+    ],
+)
+def test_rows_are_split(split, shape, fits):
+    assert is_split(split, shape) == fits
+
+
 def test_other_dtypes_of_results_and_operands():
     (x, *parts), given = make((2, 7, 72), torch.float32, "gated / layer weight scale", "")
     exact = define((x, *parts), given, torch.float64)
@@ -198,6 +232,9 @@ def test_programs_hold_whole_rows(C):
         ({"gates": []}, "gates: expected one for each cut, 1, found 0"),
         ({"scale": torch.ones(5)}, r"scale: expected broadcast to \(2, 3, 4\), found \(5,\)"),
         ({"weight_C": torch.ones(1, 4)}, r"weight: expected \(4,\), found \(1, 4\)"),
+        ({"split": [3, 2, 4]}, r"split: expected \(2, 3, 4\) with dimensions of rows split"),
+        ({"split": [2, 3, 4], "n_order": [0, 2, 1]}, r"n_order: expected an order of \[0, 1, 2\]"),
+        ({"n_order": [1, 0, 2]}, r"n_order: expected an order of \[\]"),
         ({"n_dtype": None}, "y_dtype, n_dtype: expected one of them"),
         ({"n_dtype": torch.int32}, "n_dtype: expected one of"),
     ],

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 from torch.fx import Node
 
 from ..ir import GETITEM, aten, value
-from .match import FLOATS, Match, first_reason, insert, only_user, operands, replace, steps
+from .copies import Copy, find_copy
+from .match import FLOATS, Match, first_reason, insert, only_user, operands, steps
+from .match import replace as substitute
 from .norms import Norm, exact_source, find_norm
 from .residuals import Sum, Term, find_sum
 
@@ -26,6 +28,7 @@ class Found:
         n: the end of the norm.
         before: the node before which there is all that is read, and nothing that reads y or n.
         nodes: what the kernel computes, y and n included.
+        y_copy, n_copy: of y and n, where nothing else reads them; both of one split.
     """
 
     x: Node
@@ -35,6 +38,13 @@ class Found:
     n: Node | None
     before: Node
     nodes: tuple[Node, ...]
+    y_copy: Copy | None = None
+    n_copy: Copy | None = None
+
+    @property
+    def copies(self) -> tuple[Copy, ...]:
+        """Those that the kernel makes."""
+        return tuple(copy for copy in (self.y_copy, self.n_copy) if copy is not None)
 
     @property
     def reads(self) -> list[Node]:
@@ -70,7 +80,9 @@ def match_residual_norm(node: Node) -> Match | None:
     found = _find_sum_alone(node) if norm is None else _with_sum(node, norm)
     if found is None:
         return None
-    covers = tuple(n for n in found.nodes if n is not node)
+    found = _with_copies(found)
+    copied = [n for copy in found.copies for n in copy.nodes]
+    covers = tuple(n for n in (*reversed(copied), *found.nodes) if n is not node)
     return Match(KERNEL, found.shape, _why_not(found), lambda: _rewrite(found), covers)
 
 
@@ -145,23 +157,55 @@ def _can_lay_out(found: Found) -> bool:
     return found.y is None or value(found.y).is_contiguous() or found.is_like_x(found.y)
 
 
+def _with_copies(found: Found) -> Found:
+    """Together with the copies of its results that put rows in another order."""
+    from pabc.kernels.residual_norm import MAX_LEADING
+
+    inner = set(found.nodes)
+
+    def find(node: Node | None) -> Copy | None:
+        users = [] if node is None else [user for user in node.users if user not in inner]
+        return find_copy(node, users[0]) if len(users) == 1 else None
+
+    y_copy, n_copy = find(found.y), find(found.n)
+    if y_copy is not None and n_copy is not None and y_copy.split != n_copy.split:
+        y_copy = None
+    longer = replace(found, y_copy=y_copy, n_copy=n_copy)
+    return longer if _count_dimensions(longer) <= MAX_LEADING else found
+
+
+def _count_dimensions(found: Found) -> int:
+    """Of rows, as the kernel counts them."""
+    from pabc.kernels.rows import merge_rows
+
+    x, results = value(found.x), []
+    for node, copy in ((found.y, found.y_copy), (found.n, found.n_copy)):
+        if copy is not None:
+            made = torch.empty([copy.split[d] for d in copy.order], device="meta")
+            results.append(made.permute([copy.order.index(d) for d in range(made.ndim)]))
+        elif node is not None:
+            format = torch.preserve_format if found.is_like_x(node) else torch.contiguous_format
+            results.append(torch.empty_like(x, memory_format=format))
+    split = found.copies[0].split if found.copies else ()
+    return len(merge_rows(x.shape, [*map(value, found.reads), *results], split)[0])
+
+
 def _why_not(found: Found) -> str | None:
     from pabc.kernels.residual_norm import FP8, MAX_CHANNELS, MAX_LEADING
-    from pabc.kernels.rows import merge_rows
 
     made = [n for n in (found.y, found.n) if n is not None]
     cuts = [term.cut for term in found.terms]
     vals = [value(n) for n in (*found.reads, *made)]
     dtypes = {value(n).dtype for n in found.reads if n not in cuts} | {value(n).dtype for n in made}
     dtypes |= {value(n).dtype for n in cuts} - {FP8}
-    x, channels = value(found.x), value(found.x).shape[-1]
+    channels = value(found.x).shape[-1]
     others = sorted(str(dtype) for dtype in dtypes.difference(FLOATS))
-    rows, _ = merge_rows(x.shape, [value(n) for n in found.reads])
+    num_rows = _count_dimensions(found)
     return first_reason(
         {
             ", ".join(others): bool(others),
             f"{channels} channels: at most {MAX_CHANNELS}": channels > MAX_CHANNELS,
-            f"{len(rows)} dimensions of rows: at most {MAX_LEADING}": len(rows) > MAX_LEADING,
+            f"{num_rows} dimensions of rows: at most {MAX_LEADING}": num_rows > MAX_LEADING,
             "more than one device": len({val.device for val in vals}) > 1,
             "an epsilon of its dtype": found.norm is not None and found.norm.eps is None,
         }
@@ -172,7 +216,7 @@ def _rewrite(found: Found) -> None:
     from pabc.kernels.residual_norm import OP
 
     norm, terms = found.norm, found.terms
-    made = [n for n in (found.y, found.n) if n is not None]
+    y, n, y_copy, n_copy = found.y, found.n, found.y_copy, found.n_copy
     after = {} if norm is None else {
         name: getattr(norm, name) for name in ("weight", "bias", "scale", "shift", "offset", "eps")
     }  # fmt: skip
@@ -186,10 +230,15 @@ def _rewrite(found: Found) -> None:
         [float(term.factor) for term in terms],
         norm="none" if norm is None else norm.kind,
         **after,
-        y_dtype=None if found.y is None else value(found.y).dtype,
-        n_dtype=None if found.n is None else value(found.n).dtype,
-        y_like_x=found.is_like_x(found.y),
-        n_like_x=found.is_like_x(found.n),
+        y_dtype=None if y is None else value(y).dtype,
+        n_dtype=None if n is None else value(n).dtype,
+        y_like_x=y_copy is None and found.is_like_x(y),
+        n_like_x=n_copy is None and found.is_like_x(n),
+        split=list(found.copies[0].split) if found.copies else [],
+        y_order=[] if y_copy is None else list(y_copy.order),
+        n_order=[] if n_copy is None else list(n_copy.order),
     )
-    for i, node in enumerate(made):
-        replace(node, insert(found.before, GETITEM, call, i))
+    made = [(node, copy) for node, copy in ((y, y_copy), (n, n_copy)) if node is not None]
+    for i, (node, copy) in enumerate(made):
+        by = insert(found.before, GETITEM, call, i)
+        substitute(node if copy is None else copy.nodes[-1], by)
