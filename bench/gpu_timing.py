@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import kernel_attention
+import kernel_encode_rows
+import kernel_permute_copy
 import kernel_residual_norm
 import kernel_short_attention
 import kernel_text_attention
@@ -30,6 +32,8 @@ KERNELS = (
     kernel_attention,
     kernel_text_attention,
     kernel_residual_norm,
+    kernel_encode_rows,
+    kernel_permute_copy,
 )
 """Benchmarks of kernels."""
 ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 5e-2}

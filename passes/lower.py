@@ -19,8 +19,10 @@ from torch.fx import Graph, GraphModule, Node
 
 from .ir import copy_into, derived, erase_unneeded, remove_dead_code
 from .lowering.attention import match_attention
+from .lowering.encode_rows import match_encode_rows
 from .lowering.layouts import settle_layouts
 from .lowering.match import Match, Rule
+from .lowering.permute_copy import match_permute_copy
 from .lowering.residual_norm import KERNEL, match_residual_norm
 from .lowering.short_attention import match_short_attention
 from .lowering.text_attention import match_text_attention
@@ -35,6 +37,8 @@ RULES: tuple[Rule, ...] = (
     match_text_attention,
     match_attention,
     match_residual_norm,
+    match_encode_rows,
+    match_permute_copy,
 )
 """Of those that match the same node, the first that is taken counts."""
 

@@ -54,16 +54,16 @@ def insert(before: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
     return made
 
 
-def replace(node: Node, by: Node) -> None:
-    """Has all users of a node take another one of the same shape.
+def replace(node: Node, by: Node, *, unless: Node | None = None) -> None:
+    """Has all users of a node, but for one, take another one of the same shape.
 
     Who comes after may take its strides for granted: where they differ, a copy restores them.
     """
     wanted, found = value(node), value(by)
     assert wanted.shape == found.shape and wanted.dtype == found.dtype, (node, by)
     if steps(wanted) != steps(found):
-        by = restride(node, by, wanted)
-    node.replace_all_uses_with(by)
+        by = restride(by.next, by, wanted)
+    node.replace_all_uses_with(by, delete_user_cb=lambda user: user not in (unless, by))
 
 
 def steps(val: torch.Tensor) -> list[int]:
