@@ -20,7 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 from .ir import copy_into, derived, erase_unneeded, remove_dead_code
 from .lowering.attention import match_attention
 from .lowering.encode_rows import match_encode_rows
-from .lowering.layouts import settle_layouts
+from .lowering.layouts import keep_layouts, settle_layouts
 from .lowering.match import Match, Rule
 from .lowering.permute_copy import match_permute_copy
 from .lowering.residual_norm import KERNEL, match_residual_norm
@@ -78,6 +78,7 @@ def lower_pass(gm: GraphModule, *, kernels: Kernels, gains: Gains) -> GraphModul
     lowering = _Lowering(kernels, gains)
     for node in reversed(list(graph.nodes)):
         lowering.look_at(node)
+    keep_layouts(graph)
     settle_layouts(graph, FREE_LAYOUTS)
     result = derived(gm, graph)
     result.meta["lowered"] = tuple(reversed(lowering.looked))

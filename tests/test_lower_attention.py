@@ -102,3 +102,32 @@ def test_real_models(name, kernel):
         found, expected = (each(**call)[0] for each in (forced, model))
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
     assert any(f"{kernel} lowered" in line for line in forced.explain().lowered)
+
+
+class Project(nn.Module):
+    """Heads beside one another after attention of what was laid out by heads."""
+
+    def __init__(self, *, early=False):
+        super().__init__()
+        self.early = early
+
+    def forward(self, q, k, v, weight):
+        o = scaled_dot_product_attention(q, k, v)
+        o = o.view(-1, *o.shape[2:]).unflatten(0, o.shape[:2]) if self.early else o
+        return nn.functional.linear(o.transpose(1, 2).flatten(2), weight), o
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_results_are_read_as_they_are_laid_out(early):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 3, 70, 8)
+    inputs = (q, k, v, torch.randn(5, 24))
+    gm, lowered = lower(Project(early=early), *inputs)
+    assert len(kernels_of(lowered)) == 1
+    for found, expected in zip(lowered(*inputs), gm(*inputs), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        assert found.stride() == expected.stride()
+    (linear,) = lowered.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    copies = [node for node in lowered.graph.nodes if node.target is torch.ops.aten.clone.default]
+    assert len(copies) == (2 if early else 1), "what the graph gives out is laid out as before"
+    assert early or linear.args[0].target is not torch.ops.aten.clone.default

@@ -1,19 +1,69 @@
-"""Layouts after lowering: what is far apart in memory without need is written side by side."""
+"""Layouts after lowering: what comes after a kernel takes its results as they are, where it may;
+what is far apart in memory without need is written side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from ..ir import GETITEM, layout_key, value
-from .match import restride
+from ..ir import GETITEM, aten, is_call, layout_key, output_node, value
+from .match import BEFORE, restride, steps
 
 FREE = ("aten", "prims", "pabc")
 """Namespaces of ops that take tensors of any strides, or raise where they do not."""
+
+
+def keep_layouts(graph: Graph) -> None:
+    """Has what reads kernels' results take them as they are laid out; copies restore what they were
+    for those that would refuse, and for results of the graph.
+
+    Requires: `meta` of kernels' results says how they were laid out, where that was otherwise.
+    Ensures: copies to where memory already is as they want it are gone.
+
+        # before: results were by (N, H, T, D)         # after: they are by (N, T, H, D)
+        %o = pabc.attention(%q, %k, %v)                %o = pabc.attention(%q, %k, %v)
+        %t = transpose(%o, 1, 2)                       %t = transpose(%o, 1, 2)
+        %c = clone(%t, contiguous)                     %v = view(%t, [N, T, H * D])
+        %v = view(%c, [N, T, H * D])
+    """
+    before = {n: n.meta.pop(BEFORE) for n in graph.nodes if BEFORE in n.meta}
+    origins = list(before)
+    now: dict[Node, Any] = {node: node.meta["val"] for node in origins}
+    refused: dict[Node, list[Node]] = {}
+    for node in graph.nodes:
+        changed = [n for n in node.all_input_nodes if n in now]
+        found = _compute(node, node.kwargs, now) if changed else None
+        if found is None:
+            for source in changed:
+                refused.setdefault(source, []).append(node)
+        elif _keys(found) != _keys(node.meta["val"]):
+            now[node], before[node] = found, node.meta["val"]
+    if any(_has_gaps(before[source]) for source in refused):
+        refused, now = {node: list(node.users) for node in origins}, {}
+    for node, val in now.items():
+        node.meta["val"] = val
+    for source, users in refused.items():
+        copied = restride(source.next, source, before[source])
+        for user in users:
+            user.replace_input_with(source, copied)
+    _erase_idle_copies(graph, now)
+
+
+def _erase_idle_copies(graph: Graph, changed: Collection[Node]) -> None:
+    """Of what changed, if they are laid out as what they copy. Results of the graph stay copies."""
+    result = output_node(graph)
+    for node in dict.fromkeys(user for each in changed for user in each.users):
+        if not is_call(node, (aten.clone.default,)) or result in node.users:
+            continue
+        source = node.args[0]
+        assert isinstance(source, Node)
+        if steps(value(source)) == steps(value(node)):
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
 
 
 def settle_layouts(graph: Graph, flags: Mapping[str, tuple[str, ...]]) -> None:

@@ -12,6 +12,8 @@ from torch.fx.node import map_arg
 
 from ..ir import is_call, is_random, value
 
+BEFORE = "laid_out_before"
+"""In `meta` of a node: what took its place was laid out like this."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes that kernels compute with."""
 
@@ -57,13 +59,14 @@ def insert(before: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
 def replace(node: Node, by: Node, *, unless: Node | None = None) -> None:
     """Has all users of a node, but for one, take another one of the same shape.
 
-    Who comes after may take its strides for granted: where they differ, a copy restores them.
+    Where that is laid out in another way, :data:`BEFORE` says how it was: who comes after may take
+    it for granted (:func:`~pabc.passes.lowering.layouts.keep_layouts`).
     """
     wanted, found = value(node), value(by)
     assert wanted.shape == found.shape and wanted.dtype == found.dtype, (node, by)
     if steps(wanted) != steps(found):
-        by = restride(by.next, by, wanted)
-    node.replace_all_uses_with(by, delete_user_cb=lambda user: user not in (unless, by))
+        by.meta[BEFORE] = node.meta.get(BEFORE, wanted)
+    node.replace_all_uses_with(by, delete_user_cb=lambda user: user is not unless)
 
 
 def steps(val: torch.Tensor) -> list[int]:
