@@ -13,6 +13,7 @@ from typing import Any
 
 import kernel_attention
 import kernel_encode_rows
+import kernel_joint_norm
 import kernel_permute_copy
 import kernel_residual_norm
 import kernel_short_attention
@@ -32,6 +33,7 @@ KERNELS = (
     kernel_attention,
     kernel_text_attention,
     kernel_residual_norm,
+    kernel_joint_norm,
     kernel_encode_rows,
     kernel_permute_copy,
 )

@@ -38,6 +38,7 @@ SHAPES = {
     for name, sizes in WIDTHS.items()
     for nbytes, part in PARTS.items()
 }
+SHAPES["CogVideoX 5B: keys of 48 heads"] = (2 * 17776 * 48, 64, 4)
 SMOKE = {f"smoke: {part}": (6, 40, nbytes) for nbytes, part in PARTS.items()}
 EPS = 1e-6
 

@@ -140,20 +140,46 @@ def residual_norm(
     Raises:
         ValueError: naming the argument, what was expected and what was found.
     """
-    _check(x, cuts, cut_scales, gates, factors, norm, weight_C, bias_C, scale, shift)
     _check_orders(x, split, y_order, n_order)
+    for name, dtype in (("y_dtype", y_dtype), ("n_dtype", n_dtype)):
+        _need(name, f"one of {FLOATS}", dtype, dtype in (None, *FLOATS))
     outputs = _allocate(
         x, y_dtype=y_dtype, n_dtype=n_dtype, y_like_x=y_like_x, n_like_x=n_like_x,
         split=split, y_order=y_order, n_order=n_order,
     )  # fmt: skip
-    for name, dtype in (("y_dtype", y_dtype), ("n_dtype", n_dtype)):
-        _need(name, f"one of {FLOATS}", dtype, dtype in (None, *FLOATS))
     _need("y_dtype, n_dtype", "one of them", None, bool(outputs))
-    if x.numel() == 0:
-        return outputs
-    rest = [None] * (MAX_TERMS - len(cuts))
     y = None if y_dtype is None else _in_order(outputs[0], y_order)
     n = None if n_dtype is None else _in_order(outputs[-1], n_order)
+    write_rows(
+        x, cuts, cut_scales, gates, factors, norm, weight_C, bias_C, scale, shift, offset, eps,
+        y=y, n=n, split=split,
+    )  # fmt: skip
+    return outputs
+
+
+def write_rows(
+    x: Tensor,
+    cuts: Sequence[Tensor],
+    cut_scales: Sequence[Tensor | None],
+    gates: Sequence[Tensor | None],
+    factors: Sequence[float],
+    norm: str,
+    weight_C: Tensor | None,
+    bias_C: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    offset: float,
+    eps: float,
+    *,
+    y: Tensor | None,
+    n: Tensor | None,
+    split: Sequence[int] = (),
+) -> None:
+    """The same, to where y and n are: of the shape of x, or of `split`, at any strides."""
+    _check(x, cuts, cut_scales, gates, factors, norm, weight_C, bias_C, scale, shift)
+    if x.numel() == 0:
+        return
+    rest = [None] * (MAX_TERMS - len(cuts))
     operands = [x, *cuts, *rest, *cut_scales, *rest, *gates, *rest, scale, shift, y, n]
     sizes, strides = merge_rows(x.shape, operands, split)
     _need("x", f"at most {MAX_LEADING} dimensions of rows", sizes, len(sizes) <= MAX_LEADING)
@@ -173,7 +199,6 @@ def residual_norm(
         SCALE=scale is not None, SHIFT=shift is not None,
         WRITE_Y=y is not None, WRITE_N=n is not None, **taken,
     )  # fmt: skip
-    return outputs
 
 
 def configure(C: int) -> dict[str, int]:

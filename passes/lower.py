@@ -20,6 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 from .ir import copy_into, derived, erase_unneeded, remove_dead_code
 from .lowering.attention import match_attention
 from .lowering.encode_rows import match_encode_rows
+from .lowering.joint_norm import match_joint_norm
 from .lowering.layouts import keep_layouts, settle_layouts
 from .lowering.match import Match, Rule
 from .lowering.permute_copy import match_permute_copy
@@ -36,6 +37,7 @@ RULES: tuple[Rule, ...] = (
     match_short_attention,
     match_text_attention,
     match_attention,
+    match_joint_norm,
     match_residual_norm,
     match_encode_rows,
     match_permute_copy,

@@ -77,13 +77,13 @@ def match_residual_norm(node: Node) -> Match | None:
     %o = add(mul(%n, add(%scale, 1)), %shift)                scale=%scale, shift=%shift, ...)
     """
     norm = find_norm(node)
-    found = _find_sum_alone(node) if norm is None else _with_sum(node, norm)
+    found = _find_sum_alone(node) if norm is None else find_with_sum(node, norm)
     if found is None:
         return None
     found = _with_copies(found)
     copied = [n for copy in found.copies for n in copy.nodes]
     covers = tuple(n for n in (*reversed(copied), *found.nodes) if n is not node)
-    return Match(KERNEL, found.shape, _why_not(found), lambda: _rewrite(found), covers)
+    return Match(KERNEL, found.shape, why_not(found), lambda: _rewrite(found), covers)
 
 
 def _find_sum_alone(node: Node) -> Found | None:
@@ -104,7 +104,7 @@ def _is_lone_product(node: Node) -> bool:
     return only_user(node) is not None and operands(node, aten.mul.Tensor) is not None
 
 
-def _with_sum(node: Node, norm: Norm) -> Found:
+def find_with_sum(node: Node, norm: Norm) -> Found:
     """A norm that ends in a node, together with the sum before it, where that is possible."""
     from pabc.kernels.residual_norm import MAX_TERMS
 
@@ -190,7 +190,8 @@ def _count_dimensions(found: Found) -> int:
     return len(merge_rows(x.shape, [*map(value, found.reads), *results], split)[0])
 
 
-def _why_not(found: Found) -> str | None:
+def why_not(found: Found) -> str | None:
+    """Why the kernel cannot compute it; None: it can."""
     from pabc.kernels.residual_norm import FP8, MAX_CHANNELS, MAX_LEADING
 
     made = [n for n in (found.y, found.n) if n is not None]

@@ -1,0 +1,97 @@
+"""Norms that lie one after the other in one tensor, which `pabc.kernels.joint_norm` computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.fx import Node
+
+from ..ir import GETITEM, aten, is_call, value
+from .match import Match, insert, only_user, replace
+from .norms import Norm, find_norm
+from .residual_norm import Found, find_with_sum, why_not
+
+KERNEL = "joint_norm"
+
+
+def match_joint_norm(node: Node) -> Match | None:
+    """Norms of several parts, text and latents, that are put one after the other.
+
+    # before                                           # after
+    %a = layer_norm(%text) * (1 + %s0) + %t0           %c = pabc.joint_norm([%text, %latents], ...)
+    %b = layer_norm(%latents) * (1 + %s1) + %t1
+    %c = cat([%a, %b], 1)
+    """
+    if not is_call(node, (aten.cat.default,)) or node.kwargs:
+        return None
+    tensors, dim = (*node.args, 0)[:2]
+    dim %= value(node).ndim
+    parts = [_find_part(part, node) for part in tensors]
+    found = [part for part in parts if part is not None]
+    if len(found) < len(parts) or dim == value(node).ndim - 1 or not _fit(found):
+        return None
+    before = min([node, *(part.before for part in found if part.before is not part.n)])
+    if not all(read < before for part in found for read in part.reads):
+        return None
+    covers = tuple(n for part in found for n in part.nodes)
+    return Match(KERNEL, _shape(found), None, lambda: _rewrite(node, dim, found, before), covers)
+
+
+def _find_part(part: Node, user: Node) -> Found | None:
+    norm = find_norm(part) if only_user(part) is user else None
+    return None if norm is None else find_with_sum(part, norm)
+
+
+def _norm(part: Found) -> Norm:
+    assert part.norm is not None
+    return part.norm
+
+
+def _fit(parts: Sequence[Found]) -> bool:
+    """Whether the kernel computes each, and all of them together."""
+    sums = [part for part in parts if part.y is not None]
+    norms = {(_norm(part).kind, _norm(part).eps, value(part.n).dtype) for part in parts if part.n}
+    return (
+        len(norms) == 1
+        and all(why_not(part) is None for part in parts)
+        and all(value(part.y).is_contiguous() for part in sums if part.y)
+        and all(value(part.y).dtype == value(part.x).dtype for part in sums if part.y)
+    )
+
+
+def _shape(parts: Sequence[Found]) -> tuple[int, int, int]:
+    """As that of a residual norm, the bytes of an element on the average."""
+    rows = sum(part.shape[0] for part in parts)
+    nbytes = sum(part.shape[0] * part.shape[2] for part in parts)
+    return rows, parts[0].shape[1], round(nbytes / rows)
+
+
+def _rewrite(node: Node, dim: int, parts: Sequence[Found], before: Node) -> None:
+    from pabc.kernels.joint_norm import OP
+
+    terms = [term for part in parts for term in part.terms]
+    norms = [_norm(part) for part in parts]
+    after: list[list[Any]] = [
+        [getattr(norm, name) for norm in norms]
+        for name in ("weight", "bias", "scale", "shift", "offset")
+    ]
+    call = insert(
+        before,
+        OP,
+        [part.x for part in parts],
+        [term.cut for term in terms],
+        [term.cut_scale for term in terms],
+        [term.gate for term in terms],
+        [float(term.factor) for term in terms],
+        [len(part.terms) for part in parts],
+        norms[0].kind,
+        *after,
+        norms[0].eps,
+        dim=dim,
+        writes_y=[part.y is not None for part in parts],
+        dtype=value(node).dtype,
+    )
+    made = [*(part.y for part in parts if part.y is not None), node]
+    for i, each in enumerate(made):
+        replace(each, insert(before, GETITEM, call, i))
