@@ -26,18 +26,23 @@ import triton
 from torch import Tensor
 
 from .arithmetic import INTERPRETED, next_power_of_2
-from .registration import check, register
+from .registration import register
+from .residual_norm_arguments import (
+    FLOATS,
+    FP8,
+    MAX_CHANNELS,
+    MAX_TERMS,
+    NORMS,
+    check_operands,
+    check_orders,
+    need,
+)
 from .residual_norm_kernel import residual_norm_kernel
-from .rows import is_split, merge_rows
+from .rows import merge_rows
 from .targets import Specialization
 
-MAX_CHANNELS = 16384
-MAX_TERMS = 3
 MAX_LEADING = 3
 """Dimensions of rows, after those are merged that all operands step through evenly."""
-NORMS = ("none", "layer", "rms")
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-FP8 = torch.float8_e4m3fn
 ELEMENTS = 2048
 """That one program takes at least, by more than one row where rows are short."""
 
@@ -140,14 +145,14 @@ def residual_norm(
     Raises:
         ValueError: naming the argument, what was expected and what was found.
     """
-    _check_orders(x, split, y_order, n_order)
+    check_orders(x, split, y_order, n_order)
     for name, dtype in (("y_dtype", y_dtype), ("n_dtype", n_dtype)):
-        _need(name, f"one of {FLOATS}", dtype, dtype in (None, *FLOATS))
+        need(name, f"one of {FLOATS}", dtype, dtype in (None, *FLOATS))
     outputs = _allocate(
         x, y_dtype=y_dtype, n_dtype=n_dtype, y_like_x=y_like_x, n_like_x=n_like_x,
         split=split, y_order=y_order, n_order=n_order,
     )  # fmt: skip
-    _need("y_dtype, n_dtype", "one of them", None, bool(outputs))
+    need("y_dtype, n_dtype", "one of them", None, bool(outputs))
     y = None if y_dtype is None else _in_order(outputs[0], y_order)
     n = None if n_dtype is None else _in_order(outputs[-1], n_order)
     write_rows(
@@ -176,13 +181,13 @@ def write_rows(
     split: Sequence[int] = (),
 ) -> None:
     """The same, to where y and n are: of the shape of x, or of `split`, at any strides."""
-    _check(x, cuts, cut_scales, gates, factors, norm, weight_C, bias_C, scale, shift)
+    check_operands(x, cuts, cut_scales, gates, factors, norm, weight_C, bias_C, scale, shift)
     if x.numel() == 0:
         return
     rest = [None] * (MAX_TERMS - len(cuts))
     operands = [x, *cuts, *rest, *cut_scales, *rest, *gates, *rest, scale, shift, y, n]
     sizes, strides = merge_rows(x.shape, operands, split)
-    _need("x", f"at most {MAX_LEADING} dimensions of rows", sizes, len(sizes) <= MAX_LEADING)
+    need("x", f"at most {MAX_LEADING} dimensions of rows", sizes, len(sizes) <= MAX_LEADING)
     missing = MAX_LEADING - len(sizes)
     _, J, K = [1] * missing + sizes
     num_rows, C = x.numel() // x.shape[-1], x.shape[-1]
@@ -223,73 +228,6 @@ def _find_forms(cuts: Sequence[Tensor], gates: Sequence[Tensor | None]) -> dict[
         found[f"FORM{at}"] = 0 if not is_there else 2 if cuts[at].dtype == FP8 else 1
         found[f"GATED{at}"] = is_there and gates[at] is not None
     return found
-
-
-def _need(argument: str, expected: str, found: object, is_right: bool) -> None:
-    check("residual_norm", argument, expected, found, is_right)
-
-
-def _check(
-    x: Tensor,
-    cuts: Sequence[Tensor],
-    cut_scales: Sequence[Tensor | None],
-    gates: Sequence[Tensor | None],
-    factors: Sequence[float],
-    norm: str,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-) -> None:
-    _need("x", "a dimension or more", x.dim(), x.dim() > 0)
-    C = x.shape[-1]
-    _need("x", f"one of {FLOATS}", x.dtype, x.dtype in FLOATS)
-    _need("x", f"up to {MAX_CHANNELS} channels", C, C <= MAX_CHANNELS)
-    _need("norm", f"one of {NORMS}", norm, norm in NORMS)
-    nums = {"cut_scales": len(cut_scales), "gates": len(gates), "factors": len(factors)}
-    _need("cuts", f"at most {MAX_TERMS}", len(cuts), len(cuts) <= MAX_TERMS)
-    for name, num in nums.items():
-        _need(name, f"one for each cut, {len(cuts)}", num, num == len(cuts))
-    for name, of_C in (("weight", weight), ("bias", bias)):
-        if of_C is not None:
-            _need(name, f"({C},)", tuple(of_C.shape), of_C.shape == (C,))
-    for cut, cut_scale in zip(cuts, cut_scales, strict=True):
-        _need("cuts", f"one of {(*FLOATS, FP8)}", cut.dtype, cut.dtype in (*FLOATS, FP8))
-        is_scaled = cut_scale is not None
-        _need(
-            "cut_scales",
-            "given for fp8, and only there",
-            is_scaled,
-            is_scaled == (cut.dtype == FP8),
-        )
-        _need_like("cuts", cut, x)
-        if cut_scale is not None:
-            _need("cut_scales", "(..., 1)", tuple(cut_scale.shape), cut_scale.shape[-1:] == (1,))
-    others = {"cut_scales": cut_scales, "gates": gates, "scale": [scale], "shift": [shift]}
-    others |= {"weight": [weight], "bias": [bias]}
-    for name, tensors in others.items():
-        for tensor in tensors:
-            if tensor is not None:
-                _need(name, f"one of {FLOATS}", tensor.dtype, tensor.dtype in FLOATS)
-                _need_like(name, tensor, x)
-
-
-def _check_orders(
-    x: Tensor, split: Sequence[int], y_order: Sequence[int], n_order: Sequence[int]
-) -> None:
-    is_right = not split or is_split(split, x.shape)
-    _need("split", f"{tuple(x.shape)} with dimensions of rows split", tuple(split), is_right)
-    dims = list(range(len(split)))
-    for name, order in (("y_order", y_order), ("n_order", n_order)):
-        is_right = not order or (sorted(order) == dims and order[-1] == dims[-1])
-        _need(name, f"an order of {dims} that ends in the last", list(order), is_right)
-
-
-def _need_like(name: str, tensor: Tensor, x: Tensor) -> None:
-    _need(name, f"on {x.device}", tensor.device, tensor.device == x.device)
-    sizes = (*([1] * (x.dim() - tensor.dim())), *tensor.shape)
-    fits = len(sizes) == x.dim() and all(a in (1, b) for a, b in zip(sizes, x.shape, strict=True))
-    _need(name, f"broadcast to {tuple(x.shape)}", tuple(tensor.shape), fits)
 
 
 def _allocate(

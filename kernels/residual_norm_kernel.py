@@ -72,24 +72,29 @@ def residual_norm_kernel(
             cut2_i, cut2_j, cut2_k, cut2_c, cut_scale2_i, cut_scale2_j, cut_scale2_k,
             gate2_i, gate2_j, gate2_k, gate2_c, FORM2, GATED2,
         )  # fmt: skip
+    # What follows the norm is asked for before it, so that sums over rows need not wait for it.
+    if WEIGHT:
+        by_weight = tl.load(weight + columns, mask=is_column, other=0.0)
+    if BIAS:
+        by_bias = tl.load(bias + columns, mask=is_column, other=0.0)
+    if SCALE:
+        by_scale = load_rows(scale, i, j, k, scale_i, scale_j, scale_k, scale_c, columns, valid)
+    if SHIFT:
+        by_shift = load_rows(shift, i, j, k, shift_i, shift_j, shift_k, shift_c, columns, valid)
     if WRITE_Y:
         store_rows(y, total, i, j, k, y_i, y_j, y_k, y_c, columns, valid, EXACT)
+    if NORM == 1:
+        total -= tl.sum(total, 1)[:, None] / C
+        total = tl.where(valid, total, 0.0)
+    if NORM != 0:
+        total *= tl.rsqrt(tl.sum(total * total, 1)[:, None] / C + eps)
+    if WEIGHT:
+        total *= by_weight.to(tl.float32)[None, :]
+    if BIAS:
+        total += by_bias.to(tl.float32)[None, :]
+    if SCALE:
+        total *= offset + by_scale.to(tl.float32)
+    if SHIFT:
+        total += by_shift.to(tl.float32)
     if WRITE_N:
-        if NORM == 1:
-            total -= tl.sum(total, 1)[:, None] / C
-            total = tl.where(valid, total, 0.0)
-        if NORM != 0:
-            total *= tl.rsqrt(tl.sum(total * total, 1)[:, None] / C + eps)
-        if WEIGHT:
-            by = tl.load(weight + columns, mask=is_column, other=0.0)
-            total *= by.to(tl.float32)[None, :]
-        if BIAS:
-            by = tl.load(bias + columns, mask=is_column, other=0.0)
-            total += by.to(tl.float32)[None, :]
-        if SCALE:
-            by = load_rows(scale, i, j, k, scale_i, scale_j, scale_k, scale_c, columns, valid)
-            total *= offset + by.to(tl.float32)
-        if SHIFT:
-            by = load_rows(shift, i, j, k, shift_i, shift_j, shift_k, shift_c, columns, valid)
-            total += by.to(tl.float32)
         store_rows(n, total, i, j, k, n_i, n_j, n_k, n_c, columns, valid, EXACT)
