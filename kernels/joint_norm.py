@@ -23,10 +23,10 @@ Parts = Iterator[tuple[Any, ...]]
 
 def joint_norm_reference(
     x: Sequence[Tensor],
-    cuts: Sequence[Tensor],
-    cut_scales: Sequence[Tensor | None],
-    gates: Sequence[Tensor | None],
-    factors: Sequence[float],
+    cuts: Sequence[Tensor] | None,
+    cut_scales: Sequence[Tensor | None] | None,
+    gates: Sequence[Tensor | None] | None,
+    factors: Sequence[float] | None,
     counts: Sequence[int],
     norm: str,
     weight_C: Sequence[Tensor | None],
@@ -54,10 +54,10 @@ def joint_norm_reference(
 
 def _parts(
     x: Sequence[Tensor],
-    cuts: Sequence[Tensor],
-    cut_scales: Sequence[Tensor | None],
-    gates: Sequence[Tensor | None],
-    factors: Sequence[float],
+    cuts: Sequence[Tensor] | None,
+    cut_scales: Sequence[Tensor | None] | None,
+    gates: Sequence[Tensor | None] | None,
+    factors: Sequence[float] | None,
     counts: Sequence[int],
     norm: str,
     *after: Any,
@@ -66,17 +66,17 @@ def _parts(
     *each, eps = after
     start = 0
     for i, count in enumerate(counts):
-        terms = (item[start : start + count] for item in (cuts, cut_scales, gates, factors))
+        terms = ((each or ())[start : start + count] for each in (cuts, cut_scales, gates, factors))
         yield (x[i], *terms, norm, *(item[i] for item in each), eps)
         start += count
 
 
 def joint_norm(
     x: Sequence[Tensor],
-    cuts: Sequence[Tensor],
-    cut_scales: Sequence[Tensor | None],
-    gates: Sequence[Tensor | None],
-    factors: Sequence[float],
+    cuts: Sequence[Tensor] | None,
+    cut_scales: Sequence[Tensor | None] | None,
+    gates: Sequence[Tensor | None] | None,
+    factors: Sequence[float] | None,
     counts: Sequence[int],
     norm: str,
     weight_C: Sequence[Tensor | None],
@@ -106,7 +106,7 @@ def joint_norm(
     Raises:
         ValueError: naming the argument, what was expected and what was found.
     """
-    _check(x, counts, (weight_C, bias_C, scale, shift, offset, writes_y), dim, len(cuts))
+    _check(x, counts, (weight_C, bias_C, scale, shift, offset, writes_y), dim, len(cuts or ()))
     outputs = _allocate(x, dim=dim, writes_y=writes_y, dtype=dtype)
     sums = iter(outputs[:-1])
     places = outputs[-1].split([each.shape[dim] for each in x], dim)
@@ -153,8 +153,8 @@ def _allocate(
 
 
 SCHEMA = (
-    "(Tensor[] x, Tensor[] cuts, Tensor?[] cut_scales, Tensor?[] gates, float[] factors, "
-    "int[] counts, str norm, Tensor?[] weight, Tensor?[] bias, Tensor?[] scale, "
+    "(Tensor[] x, Tensor[]? cuts, Tensor?[]? cut_scales, Tensor?[]? gates, "
+    "float[]? factors, int[] counts, str norm, Tensor?[] weight, Tensor?[] bias, Tensor?[] scale, "
     "Tensor?[] shift, float[] offset, float eps, *, int dim, bool[] writes_y, ScalarType dtype"
     ") -> Tensor[]"
 )

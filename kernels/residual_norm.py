@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
+from typing import Any
 
 import torch
 import triton
@@ -49,10 +50,10 @@ ELEMENTS = 2048
 
 def residual_norm_reference(
     x: Tensor,
-    cuts: Sequence[Tensor],
-    cut_scales: Sequence[Tensor | None],
-    gates: Sequence[Tensor | None],
-    factors: Sequence[float],
+    cuts: Sequence[Tensor] | None = None,
+    cut_scales: Sequence[Tensor | None] | None = None,
+    gates: Sequence[Tensor | None] | None = None,
+    factors: Sequence[float] | None = None,
     norm: str = "layer",
     weight_C: Tensor | None = None,
     bias_C: Tensor | None = None,
@@ -65,13 +66,14 @@ def residual_norm_reference(
     n_dtype: torch.dtype | None = None,
     y_like_x: bool = False,
     n_like_x: bool = False,
-    split: Sequence[int] = (),
-    y_order: Sequence[int] = (),
-    n_order: Sequence[int] = (),
+    split: Sequence[int] | None = None,
+    y_order: Sequence[int] | None = None,
+    n_order: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """The same by PyTorch's ops, in float32."""
     y = x.float()
-    for cut, cut_scale, gate, factor in zip(cuts, cut_scales, gates, factors, strict=True):
+    terms = _lists(cuts, cut_scales, gates, factors)
+    for cut, cut_scale, gate, factor in zip(*terms, strict=True):
         term = cut.float() * factor
         for by in (cut_scale, gate):
             term = term if by is None else term * by.float()
@@ -87,9 +89,14 @@ def residual_norm_reference(
     )  # fmt: skip
     found = [(y, y_order)] * (y_dtype is not None) + [(n, n_order)] * (n_dtype is not None)
     return [
-        out.copy_(each.reshape(*split).permute(*order) if order else each)
+        out.copy_(each.reshape(*split).permute(*order) if split and order else each)
         for out, (each, order) in zip(made, found, strict=True)
     ]
+
+
+def _lists(*lists: Sequence[Any] | None) -> list[list[Any]]:
+    """Optional lists, empty where they are not there."""
+    return [list(each or ()) for each in lists]
 
 
 def _normalize(
@@ -106,10 +113,10 @@ def _normalize(
 
 def residual_norm(
     x: Tensor,
-    cuts: Sequence[Tensor],
-    cut_scales: Sequence[Tensor | None],
-    gates: Sequence[Tensor | None],
-    factors: Sequence[float],
+    cuts: Sequence[Tensor] | None = None,
+    cut_scales: Sequence[Tensor | None] | None = None,
+    gates: Sequence[Tensor | None] | None = None,
+    factors: Sequence[float] | None = None,
     norm: str = "layer",
     weight_C: Tensor | None = None,
     bias_C: Tensor | None = None,
@@ -122,9 +129,9 @@ def residual_norm(
     n_dtype: torch.dtype | None = None,
     y_like_x: bool = False,
     n_like_x: bool = False,
-    split: Sequence[int] = (),
-    y_order: Sequence[int] = (),
-    n_order: Sequence[int] = (),
+    split: Sequence[int] | None = None,
+    y_order: Sequence[int] | None = None,
+    n_order: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """Residual adds and the norm after them, by the kernel.
 
@@ -145,7 +152,7 @@ def residual_norm(
     Raises:
         ValueError: naming the argument, what was expected and what was found.
     """
-    check_orders(x, split, y_order, n_order)
+    check_orders(x, split or (), y_order or (), n_order or ())
     for name, dtype in (("y_dtype", y_dtype), ("n_dtype", n_dtype)):
         need(name, f"one of {FLOATS}", dtype, dtype in (None, *FLOATS))
     outputs = _allocate(
@@ -153,11 +160,12 @@ def residual_norm(
         split=split, y_order=y_order, n_order=n_order,
     )  # fmt: skip
     need("y_dtype, n_dtype", "one of them", None, bool(outputs))
-    y = None if y_dtype is None else _in_order(outputs[0], y_order)
-    n = None if n_dtype is None else _in_order(outputs[-1], n_order)
+    y = None if y_dtype is None else _in_order(outputs[0], y_order or ())
+    n = None if n_dtype is None else _in_order(outputs[-1], n_order or ())
+    cuts, cut_scales, gates, factors = _lists(cuts, cut_scales, gates, factors)
     write_rows(
-        x, cuts, cut_scales, gates, factors, norm, weight_C, bias_C, scale, shift, offset, eps,
-        y=y, n=n, split=split,
+        x, cuts, cut_scales, gates, factors, norm, weight_C, bias_C, scale, shift,
+        offset, eps, y=y, n=n, split=split or (),
     )  # fmt: skip
     return outputs
 
@@ -237,15 +245,15 @@ def _allocate(
     n_dtype: torch.dtype | None = None,
     y_like_x: bool = False,
     n_like_x: bool = False,
-    split: Sequence[int] = (),
-    y_order: Sequence[int] = (),
-    n_order: Sequence[int] = (),
+    split: Sequence[int] | None = None,
+    y_order: Sequence[int] | None = None,
+    n_order: Sequence[int] | None = None,
     **__: object,
 ) -> list[Tensor]:
     outputs = []
     wanted = ((y_dtype, y_like_x, y_order), (n_dtype, n_like_x, n_order))
     for dtype, is_like_x, order in wanted:
-        if dtype is not None and order:
+        if dtype is not None and split and order:
             outputs.append(x.new_empty([split[d] for d in order], dtype=dtype))
         elif dtype is not None:
             kept = torch.preserve_format if is_like_x else torch.contiguous_format
@@ -259,12 +267,14 @@ def _in_order(found: Tensor, order: Sequence[int]) -> Tensor:
 
 
 SCHEMA = (
-    "(Tensor x, Tensor[] cuts, Tensor?[] cut_scales, Tensor?[] gates, float[] factors, "
-    'str norm="layer", Tensor? weight=None, Tensor? bias=None, Tensor? scale=None, '
-    "Tensor? shift=None, float offset=1.0, float eps=1e-6, *, ScalarType? y_dtype=None, "
-    "ScalarType? n_dtype=None, bool y_like_x=False, bool n_like_x=False, "
-    "int[] split=[], int[] y_order=[], int[] n_order=[]) -> Tensor[]"
+    "(Tensor x, Tensor[]? cuts=None, Tensor?[]? cut_scales=None, Tensor?[]? gates=None, "
+    'float[]? factors=None, str norm="layer", Tensor? weight=None, Tensor? bias=None, '
+    "Tensor? scale=None, Tensor? shift=None, float offset=1.0, float eps=1e-6, *, "
+    "ScalarType? y_dtype=None, ScalarType? n_dtype=None, bool y_like_x=False, "
+    "bool n_like_x=False, int[]? split=None, int[]? y_order=None, int[]? n_order=None"
+    ") -> Tensor[]"
 )
+"""Lists are optional, not empty: compiled code cannot pass an empty one."""
 OP = register(
     "residual_norm",
     SCHEMA,

@@ -1,7 +1,8 @@
 """Compiled code of a block, ahead of time: a shared library that runs without a compiler.
 
 AOTInductor makes it, from the same graph that Inductor compiles for the process at hand. It runs
-without Python, needs neither the graph nor Inductor, and holds no weights: these are inputs.
+without Python but for kernels' ops (:mod:`pabc.kernels`), needs neither the graph nor Inductor, and
+holds no weights: these are inputs.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from pabc.kernels import register_all
 from pabc.passes import Code, example_inputs, lowering_onednn
 from pabc.passes.ir import copy_into, make_module, output_node, user_inputs
 
+_CALLS_KERNELS = b"pabc::"
+"""In the list of the ops that code calls, which a package holds as it is."""
 _ALIGNMENT = 16
 """Bytes: what code for a GPU may take for granted of its inputs' addresses."""
 _OPTIONS = {
@@ -47,6 +51,8 @@ def compile_code(block: GraphModule) -> bytes:
 
 def load_code(data: bytes, used: Sequence[int], device: torch.device) -> Code:
     """Code that :func:`compile_code` made; `used`: :func:`used_inputs` of its graph."""
+    if _CALLS_KERNELS in data:
+        register_all()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "phase.pt2"
         path.write_bytes(data)
