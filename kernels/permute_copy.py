@@ -43,17 +43,17 @@ def _permute_copy_kernel(
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """A tile of dimensions a and b, at one place of the four others."""
-    tile = tl.program_id(0)
+    tile = tl.program_id(0).to(tl.int64)
     b = tile % tiles_b * BLOCK_B + tl.arange(0, BLOCK_B)
     a = tile // tiles_b % tiles_a * BLOCK_A + tl.arange(0, BLOCK_A)
-    place = (tile // tiles_b // tiles_a).to(tl.int64)
+    place = tile // tiles_b // tiles_a
     at_3, place = place % n_3, place // n_3
     at_2, place = place % n_2, place // n_2
     at_1, at_0 = place % n_1, place // n_1
     x += at_0 * x_0 + at_1 * x_1 + at_2 * x_2 + at_3 * x_3
     out += at_0 * o_0 + at_1 * o_1 + at_2 * o_2 + at_3 * o_3
     valid = (a < A)[:, None] & (b < B)[None, :]
-    a, b = a.to(tl.int64)[:, None], b.to(tl.int64)[None, :]
+    a, b = a[:, None], b[None, :]
     found = tl.load(x + a * x_a + b * x_b, mask=valid, other=0)
     tl.store(out + a * o_a + b * o_b, found, mask=valid)
 

@@ -30,6 +30,8 @@ from .tracing.sizes import Sizes, concrete, hint
 CacheDtype = Literal["keep", "bf16", "fp8"]
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
+OVER_FP8_MAX = 1 / FP8_MAX
+"""To multiply by: on a GPU PyTorch divides by a number so, on a CPU it does not."""
 TINY = torch.finfo(torch.float32).tiny
 """The least scale: what is divided by it stays finite, and zeros stay zero."""
 
@@ -57,7 +59,7 @@ def encode(cut: torch.Tensor, form: CacheDtype) -> Cuts:
     if form == "bf16":
         return (cut.to(torch.bfloat16),)
     exact = cut.to(torch.float32)
-    scale = (exact.abs().amax(-1, keepdim=True) / FP8_MAX).clamp_min(TINY)
+    scale = (exact.abs().amax(-1, keepdim=True) * OVER_FP8_MAX).clamp_min(TINY)
     # A quotient may round to just above the largest value, and far above it the cast gives NaN.
     return (exact / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..encode import FP8, FP8_MAX, TINY
+from ..encode import FP8, FP8_MAX, OVER_FP8_MAX, TINY
 from ..ir import GETITEM, aten, is_call, is_tensor, value
 from .match import Match, first_reason, insert, replace
 from .rms import without_casts
@@ -19,7 +19,7 @@ def match_encode_rows(node: Node) -> Match | None:
     """Rows over their scales, as :func:`pabc.passes.encode.encode` has them.
 
     # before                                              # after
-    %s = clamp_min(div(amax(abs(%x), -1), 448), TINY)
+    %s = clamp_min(mul(amax(abs(%x), -1), 1/448), TINY)
     %v = _to_copy(clamp(div(%x, %s), -448, 448), e4m3)    %v, %s = pabc.encode_rows(%x)
     """
     found = _find_encoding(node)
@@ -76,7 +76,7 @@ def _find_encoding(node: Node) -> _Encoding | None:
         return None
     x, scales = quotient.args
     least = _call(scales, aten.clamp_min.default, TINY)
-    over = least and _call(least.args[0], aten.div.Tensor, FP8_MAX)
+    over = least and _call(least.args[0], aten.mul.Tensor, OVER_FP8_MAX)
     largest = over and _call(over.args[0], aten.amax.default, [-1], True)
     magnitude = largest and _call(largest.args[0], aten.abs.default)
     if magnitude is None or magnitude.args[0] is not x or not is_tensor(x):
