@@ -18,6 +18,10 @@ from .outline import outline_regions_pass, verify_outline
 from .regions import Cut, mark_regions_pass, verify_marks
 from .repeats import first_copies, keep_unrepeated_pass, verify_repeats
 from .rewrites import rewrite_formulas_pass
+from .shard import Sharded, shard_batch_pass, shard_pass, verify_shard
+from .sharding.moves import Collective, find_collectives
+from .sharding.places import Ranks
+from .sharding.sharder import Output
 from .specialize import specialize_phase_pass, verify_phase
 from .tag import tag_attention_pass, tagged, verify_tags
 from .tracing.assumptions import Reads
@@ -31,16 +35,20 @@ __all__ = [
     "Axis",
     "CacheDtype",
     "Code",
+    "Collective",
     "Cut",
     "Factor",
     "Kernels",
     "Lowering",
+    "Output",
     "OutsideCall",
     "Part",
     "Place",
+    "Ranks",
     "Read",
     "Reads",
     "Region",
+    "Sharded",
     "Signature",
     "Sizes",
     "bind_arguments",
@@ -54,6 +62,7 @@ __all__ = [
     "encode_cuts_pass",
     "enlarge_call",
     "example_inputs",
+    "find_collectives",
     "first_copies",
     "fold_sizes",
     "hinted",
@@ -73,6 +82,8 @@ __all__ = [
     "prepare_inductor",
     "rewrite_formulas_pass",
     "run_blocks",
+    "shard_batch_pass",
+    "shard_pass",
     "specialize_phase_pass",
     "split_blocks_pass",
     "summarize",
@@ -86,5 +97,6 @@ __all__ = [
     "verify_outline",
     "verify_phase",
     "verify_repeats",
+    "verify_shard",
     "verify_tags",
 ]

@@ -1,0 +1,224 @@
+"""Tensors cut into shards, gathered from them, and switched from one axis to another.
+
+P  ranks; each has ceil(size / P) positions of an axis, padded with zeros after the last
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch.fx import Graph, Node
+
+from ..ir import aten, value
+from .places import Place, Ranks
+
+ALL_TO_ALL = torch.ops._c10d_functional.all_to_all_single.default
+ALL_GATHER = torch.ops._c10d_functional.all_gather_into_tensor.default
+WAIT = torch.ops._c10d_functional.wait_tensor.default
+LAYOUTS = (
+    aten.permute.default,
+    aten.reshape.default,
+    aten.slice.Tensor,
+    aten.view.default,
+    aten.transpose.int,
+)
+
+Call = Callable[..., Node]
+"""(op, *args, **kwargs) -> its call, written to the graph."""
+
+
+def cut(call: Call, x: Node, place: Place, ranks: Ranks) -> Node:
+    """This rank's positions of an axis of a whole tensor."""
+    if place.low or place.high:
+        return _within(call, x, place, place.size, lambda y: cut(call, y, place.inner, ranks))
+    share = ranks.share(place.size)
+    start = min(ranks.rank * share, place.size)
+    stop = min(start + share, place.size)
+    apart = call(aten.reshape.default, x, place.apart(place.size))
+    mine = call(aten.slice.Tensor, apart, place.at, start, stop)
+    return call(aten.reshape.default, _pad(call, mine, place.at, share), place.together(share))
+
+
+def gather(call: Call, x: Node, place: Place, ranks: Ranks) -> Node:
+    """The whole of a tensor of which each rank has its positions of an axis."""
+    share = ranks.share(place.size)
+    if place.low or place.high:
+        return _within(call, x, place, share, lambda y: gather(call, y, place.inner, ranks))
+    apart = call(aten.reshape.default, x, place.apart(share))
+    num_dims = value(apart).ndim
+    first = [place.at, *(d for d in range(num_dims) if d != place.at)]
+    sent = _contiguous(call, call(aten.permute.default, apart, first))
+    received = _wait(call, call(ALL_GATHER, sent, ranks.size, ranks.group))
+    whole = call(aten.slice.Tensor, received, 0, 0, place.size)
+    back = [first.index(d) for d in range(num_dims)]
+    ordered = call(aten.permute.default, whole, back)
+    return call(aten.reshape.default, ordered, place.together(place.size))
+
+
+def switch(call: Call, x: Node, old: Place, new: Place, ranks: Ranks) -> Node:
+    """From shards of one axis to shards of another, by one all-to-all.
+
+    Each rank sends, to each other one, that one's positions of the new axis.
+    """
+    if any(place.low or place.high for place in (old, new)):
+        return cut(call, gather(call, x, old, ranks), new, ranks)
+    share, part = ranks.share(old.size), ranks.share(new.size)
+    product, at_old, at_new = _both(old, new)
+    sizes = list(product)
+    sizes[at_old] = share
+    apart = _pad(call, call(aten.reshape.default, x, sizes), at_new, ranks.size * part)
+    sizes[at_new : at_new + 1] = [ranks.size, part]
+    by_rank = call(aten.reshape.default, apart, sizes)
+    order = [at_new, *(d for d in range(len(sizes)) if d != at_new)]
+    sent = _contiguous(call, call(aten.permute.default, by_rank, order))
+    even = [1] * ranks.size
+    received = _wait(call, call(ALL_TO_ALL, sent, even, even, ranks.group))
+    # (P, ...) with the old axis's positions of each rank: they go beside what is there of it
+    to = list(range(1, len(sizes)))
+    to.insert(at_old, 0)
+    merged = list(product)
+    merged[at_new], merged[at_old] = part, ranks.size * share
+    whole = call(aten.permute.default, received, to)
+    whole = call(aten.reshape.default, whole, merged)
+    whole = call(aten.slice.Tensor, whole, at_old, 0, old.size)
+    return call(aten.reshape.default, whole, new.together(part))
+
+
+def split_heads(call: Call, x: Node, place: Place, heads: Place, ranks: Ranks) -> Node:
+    """From shards of an axis of sequences to shards of heads: of the tokens that every rank has,
+    its own heads are enough."""
+    share = ranks.share(place.size)
+    if not (place.low or place.high):
+        return switch(call, x, place, heads, ranks)
+    return _apart(
+        call, x, place, share,
+        lambda y: cut(call, y, _resized(heads, y), ranks),
+        lambda y: switch(call, y, place.inner, replace(heads, sizes=place.inner.sizes), ranks),
+    )  # fmt: skip
+
+
+def join_heads(call: Call, x: Node, place: Place, heads: Place, ranks: Ranks) -> Node:
+    """From shards of heads to shards of an axis of sequences; the tokens that every rank has are
+    gathered."""
+    if not (place.low or place.high):
+        return switch(call, x, heads, place, ranks)
+    return _apart(
+        call, x, place, place.size,
+        lambda y: gather(call, y, _resized(heads, y), ranks),
+        lambda y: switch(call, y, replace(heads, sizes=place.inner.sizes), place.inner, ranks),
+    )  # fmt: skip
+
+
+def _resized(heads: Place, x: Node) -> Place:
+    """Where all heads are, in a tensor with the other dimensions of `x`."""
+    sizes = list(value(x).shape)
+    sizes[heads.dim] = heads.size
+    return replace(heads, sizes=tuple(sizes))
+
+
+def _within(call: Call, x: Node, place: Place, size: int, by: Callable[[Node], Node]) -> Node:
+    """What becomes of the tokens of an axis, of which there are `size` positions; others stay."""
+    return _apart(call, x, place, size, lambda y: y, by)
+
+
+def _apart(
+    call: Call,
+    x: Node,
+    place: Place,
+    size: int,
+    others: Callable[[Node], Node],
+    own: Callable[[Node], Node],
+) -> Node:
+    """What becomes of the tokens of an axis, and of others in the same dimension."""
+    first, last = place.low, place.low + place.count(size)
+    parts = []
+    spans = (0, first, others), (first, last, own), (last, last + place.high, others)
+    for start, stop, by in spans:
+        if start < stop:
+            parts.append(by(call(aten.slice.Tensor, x, place.dim, start, stop)))
+    return call(aten.cat.default, parts, place.dim)
+
+
+def _both(old: Place, new: Place) -> tuple[list[int], int, int]:
+    """Sizes of a whole tensor with both axes apart, and the dimensions of the two."""
+    if old.dim != new.dim:
+        first, second = sorted((old, new), key=lambda place: place.dim)
+        sizes = [
+            *first.sizes[: first.dim], first.before, first.size, first.after,
+            *first.sizes[first.dim + 1 : second.dim], second.before, second.size, second.after,
+            *first.sizes[second.dim + 1 :],
+        ]  # fmt: skip
+        ats = {first: first.dim + 1, second: second.dim + 3}
+        return sizes, ats[old], ats[new]
+    first, second = sorted((old, new), key=lambda place: place.before)
+    if first.before * first.size > second.before:  # an axis of one position
+        first, second = second, first
+    between = second.before // (first.before * first.size)
+    dim = first.dim
+    sizes = [
+        *first.sizes[:dim], first.before, first.size, between, second.size, second.after,
+        *first.sizes[dim + 1 :],
+    ]  # fmt: skip
+    ats = {first: dim + 1, second: dim + 3}
+    return sizes, ats[old], ats[new]
+
+
+def _pad(call: Call, x: Node, dim: int, size: int) -> Node:
+    missing = size - value(x).shape[dim]
+    if not missing:
+        return x
+    pads = [0] * (2 * (value(x).ndim - dim))
+    pads[-1] = missing
+    if value(x).dtype is torch.bool:  # a mask: tokens that are not there attend to all, not to none
+        return call(aten.constant_pad_nd.default, x, pads, True)
+    return call(aten.constant_pad_nd.default, x, pads)
+
+
+def _contiguous(call: Call, x: Node) -> Node:
+    return call(aten.clone.default, x, memory_format=torch.contiguous_format)
+
+
+def _wait(call: Call, x: Node) -> Node:
+    return call(WAIT, x)
+
+
+def defer_waits(graph: Graph) -> None:
+    """Moves each wait for a collective, and the layout changes of what it brought, to just before
+    what needs it: what does not is computed meanwhile."""
+    waiting: set[Node] = set()
+    for node in graph.nodes:
+        if node.target is WAIT or (
+            node.target in LAYOUTS and all(n in waiting for n in node.all_input_nodes)
+        ):
+            waiting.add(node)
+    for node in reversed(list(graph.nodes)):
+        if node in waiting and node.users:
+            min(node.users).prepend(node)  # nodes compare by their place
+
+
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """A call in which `ranks` processes take part: `op` is `"all_to_all"` or `"all_gather"`;
+    `nbytes` is what each of them sends to others."""
+
+    op: str
+    ranks: int
+    nbytes: int
+
+
+def find_collective(node: Node) -> Collective | None:
+    """What a node sends, where it is one."""
+    if node.target is ALL_TO_ALL:
+        ranks = len(node.args[1])
+        return Collective("all_to_all", ranks, value(node.args[0]).nbytes * (ranks - 1) // ranks)
+    if node.target is ALL_GATHER:
+        ranks = node.args[1]
+        return Collective("all_gather", ranks, value(node.args[0]).nbytes * (ranks - 1))
+    return None
+
+
+def find_collectives(graph: Graph) -> tuple[Collective, ...]:
+    """Those of a graph, in its order."""
+    return tuple(found for found in map(find_collective, graph.nodes) if found is not None)

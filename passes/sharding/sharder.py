@@ -1,0 +1,295 @@
+"""Writes a graph anew for one rank: each node whole, or in shards of an axis."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from ..ir import Axis, aten, derived, is_tensor, output_node, user_inputs, value
+from . import moves
+from .heads import mask_of_heads, place_of_heads, split_heads
+from .places import Place, Ranks, find_place, resize
+from .rules import MAY_BE_WHOLE, find_rule
+
+Output = Literal["full", "sharded"]
+VIEWS = (aten.view.default, aten._unsafe_view.default)
+
+
+def attentions_by_region(gm: GraphModule) -> dict[int, list[Node]]:
+    """The attentions of each region that has some."""
+    found: dict[int, list[Node]] = {}
+    for node in gm.graph.nodes:
+        if "attention" in node.meta and "region" in node.meta:
+            found.setdefault(node.meta["region"], []).append(node)
+    return found
+
+
+def mix(attentions: Iterable[Node], axis: Axis) -> bool:
+    """Whether a query of one position of the axis attends to keys of others."""
+    return any(
+        axis in factor.axes() for node in attentions for factor in node.meta["attention"].key
+    )
+
+
+class Sharder:
+    """Writes the graph anew. Of each node there is a version that is whole, or in shards of an
+    axis; others are made of it where they are needed."""
+
+    def __init__(
+        self,
+        gm: GraphModule,
+        ranks: Ranks,
+        axes: Sequence[Axis],
+        axis: Axis,
+        output: Output,
+        *,
+        early: bool,
+    ) -> None:
+        """`axes`: those that can be divided; `axis`: that which is, outside of regions; `early`:
+        from the inputs on, not only from the first region."""
+        self.ranks = ranks
+        self.gathered: set[int] = set()
+        """The regions whose attention every rank computes as a whole."""
+        self._gm = gm
+        self._axes = axes
+        self._axis = axis
+        self._output = output
+        self._early = early
+        self._graph = Graph()
+        self._first: dict[Node, Axis | None] = {}
+        """In what form a node was computed."""
+        self._versions: dict[tuple[Node, Axis | None], Node] = {}
+        self._inside: dict[tuple[Node, Any, int], Node] = {}
+        """Versions that were made in a region, for it alone."""
+        self._follows = _find_following(gm)
+        self._run_axis = {
+            region: self._choose_axis(attentions)
+            for region, attentions in attentions_by_region(gm).items()
+        }
+        self._region: int | None = None
+        self._current: Axis | None = None
+
+    def run(self) -> GraphModule:
+        """The graph for one rank."""
+        for node in self._gm.graph.nodes:
+            self._region = node.meta.get("region")
+            self._current = self._run_axis.get(self._region, self._axis)
+            if node.op == "output":
+                self._return(node)
+            elif not self._compute_shard(node):
+                self._copy(node)
+            if "cut" in node.meta:
+                self._leave(node)
+        moves.defer_waits(self._graph)
+        return derived(self._gm, self._graph)
+
+    def _choose_axis(self, attentions: Sequence[Node]) -> Axis:
+        """The one that is divided within a region: as outside, or another that none mixes."""
+        if not mix(attentions, self._axis):
+            return self._axis
+        others = [axis for axis in self._axes if not mix(attentions, axis)]
+        return others[0] if others else self._axis
+
+    # What rules ask for.
+
+    def place(self, node: Node) -> Place | None:
+        """Where the current axis is, in what comes to a node in shards of it."""
+        return self._place(node, self._current) if self._is_sharded(node) else None
+
+    def shard(self, node: Node) -> Node:
+        """This rank's positions of the current axis."""
+        return self._version(node, self._current)
+
+    def whole(self, node: Node) -> Node:
+        """All positions."""
+        return self._version(node, None)
+
+    def cut(self, node: Node, place: Place) -> Node:
+        """This rank's positions, of what has the axis in a place without its name."""
+        inside = self._region if node.meta.get("region") == self._region else None
+        key = (node, (place, self._current), -1 if inside is None else inside)
+        if key not in self._inside:
+            self._inside[key] = moves.cut(self._call(inside), self.whole(node), place, self.ranks)
+        return self._inside[key]
+
+    # Forms.
+
+    def _is_sharded(self, node: Node) -> bool:
+        """Whether a node comes in shards: as it is one, or as a region's latents enter it."""
+        if self._first[node] is not None:
+            return True
+        enters = self._region is not None and node.meta.get("region") != self._region
+        if not (enters or self._early) or node not in self._follows:
+            return False
+        return self._place(node, self._current) is not None
+
+    def _place(self, node: Node, axis: Axis | None) -> Place | None:
+        if axis is None or not is_tensor(node):
+            return None
+        return find_place(value(node).shape, node.meta.get("axes"), axis)
+
+    def _version(self, node: Node, axis: Axis | None) -> Node:
+        """A node in shards of an axis, or whole."""
+        first = self._first[node]
+        if axis == first:
+            return self._versions[node, first]
+        known = self._versions.get((node, axis)) or self._inside.get(
+            (node, axis, -1 if self._region is None else self._region)
+        )
+        if known is not None:
+            return known
+        sends = first is not None
+        region = self._region if sends or node.meta.get("region") == self._region else None
+        if axis is None and not is_tensor(node):
+            args = map_arg(node.args, self.whole)
+            made = self._call(region)(node.target, *args, **node.kwargs)
+        else:
+            made = self._convert(node, axis, region)
+            self._describe(made, node, axis)
+        self._inside[node, axis, -1 if region is None else region] = made
+        if region is None:
+            self._versions[node, axis] = made
+        return made
+
+    def _convert(self, node: Node, axis: Axis | None, region: int | None) -> Node:
+        first, call = self._first[node], self._call(region)
+        source = self._versions[node, first]
+        old, new = self._place(node, first), self._place(node, axis)
+        if first is None and new is not None:
+            return moves.cut(call, source, new, self.ranks)
+        assert old is not None, (node, first, axis)
+        if axis is None:
+            return moves.gather(call, source, old, self.ranks)
+        if new is not None:
+            return moves.switch(call, source, old, new, self.ranks)
+        raise AssertionError(f"{node.name} has no place for {axis}")
+
+    def _describe(self, made: Node, node: Node, axis: Axis | None) -> None:
+        """Says where axes are in what a node has become, in shards of one of them."""
+        dims = node.meta.get("axes")
+        if dims is not None and is_tensor(node):
+            made.meta["axes"] = dims if axis is None else resize(dims, axis, self.ranks.share)
+
+    def _call(self, region: int | None) -> moves.Call:
+        def call(target: Any, *args: Any, **kwargs: Any) -> Node:
+            made = self._graph.call_function(target, args, kwargs)
+            given, named = map_arg((args, kwargs), lambda n: n.meta["val"])
+            made.meta["val"] = target(*given, **named)
+            if region is not None:
+                made.meta["region"] = region
+            return made
+
+        return call
+
+    # Nodes.
+
+    def _compute_shard(self, node: Node) -> bool:
+        """Writes an op on this rank's positions, where one of its operands is in shards and it has
+        a rule."""
+        if not any(self._is_sharded(n) for n in node.all_input_nodes):
+            return False
+        rule = find_rule(node)
+        if rule is None or any(self._is_lost(n) for n in node.all_input_nodes):
+            return False
+        place = self._place(node, self._current)
+        if place is None and is_tensor(node) and rule not in MAY_BE_WHOLE:
+            return False
+        arguments = rule(node, place, self)
+        if arguments is None:
+            return place is not None and self._compute_heads(node, place)
+        is_whole = place is None and is_tensor(node)
+        self._write(node, arguments[0], dict(arguments[1]), self._current, is_whole=is_whole)
+        return True
+
+    def _compute_heads(self, node: Node, place: Place) -> bool:
+        """Writes attention that mixes the axis, of all positions by the heads that the rank has."""
+        if node.target is not aten.scaled_dot_product_attention.default or len(place.sizes) < 3:
+            return False
+        places = [place, *(self.place(x) for x in node.args[:3])]
+        if any(p is not None and p.dim != len(p.sizes) - 2 for p in places):
+            return False
+        call = self._call(self._region)
+        heads = place_of_heads(place.sizes)
+        tensors = [split_heads(call, x, heads.size, self) for x in node.args[:3]]
+        mask, *rest = node.args[3:] or (node.kwargs.get("attn_mask"),)
+        kwargs = {name: by for name, by in node.kwargs.items() if name != "attn_mask"}
+        if isinstance(mask, Node):
+            mask = mask_of_heads(mask, heads, self)
+        self._write(node, (*tensors, mask, *rest), kwargs, self._current)
+        inner = self._versions[node, self._current]
+        outer = moves.join_heads(call, inner, place, heads, self.ranks)
+        self._describe(outer, node, self._current)
+        self._versions[node, self._current] = outer
+        return True
+
+    def _is_lost(self, node: Node) -> bool:
+        """Whether a shard of another axis has no place for the current one."""
+        if self._first[node] in (None, self._current):
+            return False
+        return self._place(node, self._current) is None
+
+    def _copy(self, node: Node) -> None:
+        """Writes an op on whole operands."""
+        if "attention" in node.meta and "region" in node.meta and node in self._follows:
+            self.gathered.add(node.meta["region"])
+        args, kwargs = map_arg((node.args, dict(node.kwargs)), self.whole)
+        self._write(node, args, kwargs, None)
+
+    def _write(
+        self, node: Node, args: Any, kwargs: Any, axis: Axis | None, *, is_whole: bool = False
+    ) -> None:
+        made = self._graph.create_node(node.op, node.target, args, kwargs, node.name, node.type)
+        made.meta.update(node.meta)
+        if node.op == "call_function" and node in self._follows:
+            made.meta["val"] = self._find_val(made)
+        axis = None if is_whole else axis
+        self._describe(made, node, axis)
+        self._first[node] = axis
+        self._versions[node, axis] = made
+
+    def _find_val(self, made: Node) -> Any:
+        """What a call yields of what it is given now; where memory is no longer laid out as a view
+        needs it, the call becomes one that copies."""
+        given, named = map_arg((made.args, made.kwargs), lambda n: n.meta["val"])
+        target: Any = made.target
+        try:
+            return target(*given, **named)
+        except (RuntimeError, ValueError):
+            if target not in VIEWS:
+                raise
+            made.target = aten.reshape.default
+            return aten.reshape.default(*given, **named)
+
+    def _leave(self, node: Node) -> None:
+        """Has a region give out its cut in shards of the axis that is divided outside."""
+        first, region = self._first[node], node.meta["region"]
+        inner = self._versions[node, first]
+        if first == self._axis or self._place(node, self._axis) is None:
+            return
+        self._current = self._axis
+        outer = self._convert(node, self._axis, region)
+        outer.meta["cut"] = inner.meta.pop("cut")
+        self._describe(outer, node, self._axis)
+        self._inside[node, first, region] = self._versions.pop((node, first))
+        self._first[node] = self._axis
+        self._versions[node, self._axis] = outer
+
+    def _return(self, node: Node) -> None:
+        form = self.whole if self._output == "full" else self._as_it_is
+        self._graph.output(map_arg(node.args[0], form))
+        output_node(self._graph).meta.update(node.meta)
+
+    def _as_it_is(self, node: Node) -> Node:
+        return self._versions[node, self._first[node]]
+
+
+def _find_following(gm: GraphModule) -> set[Node]:
+    """The nodes that follow from what is denoised."""
+    found = {node for node in user_inputs(gm.graph) if node.name in gm.meta["denoised"]}
+    for node in gm.graph.nodes:
+        if any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
