@@ -17,6 +17,7 @@ from pabc.passes.attention_ops import register_attention_op
 from pabc.pipelines import CompiledPipeline, compile_pipeline
 from pabc.plan import Action, Plan, SlotSpec
 from pabc.runtime.guards import GuardError
+from pabc.runtime.peers import RankError
 from pabc.runtime.stats import Stats
 from pabc.runtime.trajectory import Trajectory
 from pabc.schedule import Schedule
@@ -31,6 +32,7 @@ __all__ = [
     "Explanation",
     "GuardError",
     "Plan",
+    "RankError",
     "Schedule",
     "SlotSpec",
     "Stats",

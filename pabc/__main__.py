@@ -100,6 +100,12 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=_at_least(0), default=0, help="of the initial noise (0)")
     add("--backend", choices=("inductor", "eager"), default="inductor", help="eager: a quick look")
     add("--mlp", action="store_true", help="also the Latte preset with its MLP broadcast")
+    add(
+        "--mesh",
+        type=_parse_mesh,
+        metavar="N",
+        help="also on N processes, started by torchrun; BxN: B groups of samples, N of tokens each",
+    )
     add("--weights", type=Path, help="folder of a model trained with bench/train_demo.py")
     parser.set_defaults(run=run_demo)
 
@@ -125,6 +131,12 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
     )
     add("--latents", metavar="NAME", help="the denoised input, if not found by itself")
     add("--cut", choices=get_args(Cut), default="attention", help="what is kept (attention)")
+    add(
+        "--ranks",
+        type=_parse_mesh,
+        metavar="N",
+        help="divided among N processes, or BxN, none of which need be there: what each sends",
+    )
     parser.set_defaults(run=run_explain)
 
 
@@ -132,6 +144,7 @@ def run_demo(options: argparse.Namespace) -> None:
     """`pabc demo`."""
     _check_extra()
     from pabc.demo import digits
+    from pabc.demo.launch import check_mesh
     from pabc.demo.run import Options, run
 
     prompts = options.prompts
@@ -146,8 +159,25 @@ def run_demo(options: argparse.Namespace) -> None:
                 digits.parse(caption)
             except ValueError as error:
                 raise UsageError(f"--prompts: {error}") from error
-    names = ("device", "steps", "repeats", "clips", "out", "seed", "backend", "weights", "mlp")
-    run(Options(prompts=chosen, **{name: getattr(options, name) for name in names}))
+    names = (
+        "device",
+        "steps",
+        "repeats",
+        "clips",
+        "out",
+        "seed",
+        "backend",
+        "weights",
+        "mlp",
+        "mesh",
+    )
+    chosen_options = {name: getattr(options, name) for name in names}
+    if options.mesh is not None:
+        try:
+            check_mesh(options.mesh)
+        except ValueError as error:
+            raise UsageError(f"--mesh: {error}") from error
+    run(Options(prompts=chosen, **chosen_options))
 
 
 def run_explain(options: argparse.Namespace) -> None:
@@ -165,6 +195,7 @@ def run_explain(options: argparse.Namespace) -> None:
             kinds=dict(options.kinds),
             latents=options.latents,
             cut=options.cut,
+            ranks=options.ranks,
             **kwargs,
         )
     except ValueError as error:
@@ -266,6 +297,12 @@ def _parse_kind(text: str) -> tuple[str, str]:
         allowed = f"PATTERN=KIND with KIND one of {', '.join(KINDS)}"
         raise argparse.ArgumentTypeError(f"got {text!r}, allowed: {allowed}")
     return pattern, kind
+
+
+def _parse_mesh(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", text):
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed: N or BxN, e.g. 4 or 2x4")
+    return tuple(map(int, text.split("x")))
 
 
 def _parse_device(text: str) -> str:

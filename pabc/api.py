@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from pabc import passes
 from pabc.compiled import CompiledModel
@@ -15,8 +16,10 @@ from pabc.explanation import Explanation, describe
 from pabc.passes.capture import bind_arguments
 from pabc.pipeline import Config, Offload, analyze
 from pabc.runtime.bindings import Bindings
+from pabc.runtime.peers import Peers
 from pabc.runtime.phases import Backend, compiling
 from pabc.schedule import Schedule
+from pabc.sharding import Sharding
 from pabc.validate import as_bytes
 
 
@@ -34,6 +37,9 @@ def compile(
     memory_budget: int | str | None = None,
     cudagraphs: bool = False,
     kernels: passes.Kernels = "auto",
+    mesh: DeviceMesh | None = None,
+    shard: int | None = None,
+    output: passes.Output = "full",
     check_finite: bool = False,
     example_inputs: tuple[Sequence[Any], Mapping[str, Any]] | None = None,
 ) -> CompiledModel:
@@ -67,6 +73,17 @@ def compile(
         kernels: Triton kernels in place of PyTorch's ops: `"auto"`, where a measured table says
             that they are faster on the device; `"off"`; `"force"`, wherever one computes the same
             (on a CPU their references run, or, with `TRITON_INTERPRET=1`, Triton's interpreter).
+        mesh: processes among which each call is divided: a
+            :class:`torch.distributed.device_mesh.DeviceMesh` of one dimension, which divides
+            tokens, or of two, of which the first divides the batch (the guidance branches that lie
+            in it, or videos) and the second tokens. Every rank makes the same calls, in the same
+            order, with the same, whole, inputs. What ranks send lies in the regions: a step that
+            reuses one sends nothing for it.
+        shard: with a mesh, which dimension of the latents is divided; by default, the token
+            dimension for which a rank sends the fewest bytes under the schedule.
+        output: with a mesh, `"full"`: every rank gets the whole of the model's outputs;
+            `"sharded"`: its positions of what is divided, the last ranks' padded so that all are as
+            large.
         check_finite: a NaN or infinity that would be kept raises :class:`pabc.GuardError`; looking
             for one waits for the device at each step that stores.
         example_inputs: `(args, kwargs)` of a call: captures and compiles now, not when called.
@@ -100,10 +117,15 @@ def compile(
         memory_budget=memory_budget,
         cudagraphs=cudagraphs,
         kernels=kernels,
+        sharding=_shard(mesh, shard, output),
     )
     if cudagraphs and backend == "oracle":
         raise ValueError("cudagraphs: expected False with backend='oracle', found True")
-    compiled = CompiledModel(model, schedule, backend, config, check_finite=check_finite)
+    peers = None if mesh is None else Peers(mesh)
+    peers = None if mesh is None else Peers(mesh)
+    compiled = CompiledModel(
+        model, schedule, backend, config, check_finite=check_finite, peers=peers
+    )
     if example_inputs is not None:
         args, kwargs = example_inputs
         compiled.prepare(*args, **kwargs)
@@ -120,12 +142,16 @@ def explain(
     cache_dtype: passes.CacheDtype = "keep",
     offload: Offload | None = None,
     memory_budget: int | str | None = None,
+    ranks: int | tuple[int, ...] | None = None,
+    shard: int | None = None,
     **kwargs: Any,
 ) -> Explanation:
     """What :func:`compile` would find in `model` when called with these arguments.
 
     With a schedule, also what it would do at each step, and the memory that its slots take. Nothing
-    runs and nothing is compiled: the model and the arguments may lie on the meta device.
+    runs and nothing is compiled: the model and the arguments may lie on the meta device. `ranks`:
+    for each of so many processes, or of a mesh of two such sizes, none of which need be there;
+    `shard` as for :func:`compile`.
 
     Raises: ValueError as :func:`compile` does.
     """
@@ -136,6 +162,7 @@ def explain(
         cache_dtype=cache_dtype,
         offload=offload,
         memory_budget=memory_budget,
+        sharding=_imagine(ranks, shard, schedule),
     )
     bound = bind_arguments(inspect.signature(model.forward), args, kwargs)
     with compiling():
@@ -157,6 +184,8 @@ def _configure(*, memory_budget: int | str | None, **options: Any) -> Config:
     _check_choice("cache_dtype", config.cache_dtype, get_args(passes.CacheDtype))
     _check_choice("offload", config.offload, (None, *get_args(Offload)))
     _check_choice("kernels", config.kernels, get_args(passes.Kernels))
+    if config.sharding is not None and config.dynamic:
+        raise ValueError("dynamic: expected False with a mesh, found True")
     if not isinstance(config.cudagraphs, bool):
         raise ValueError(f"cudagraphs: expected True or False, found {config.cudagraphs!r}")
     if config.cudagraphs and config.offload is not None:
@@ -165,6 +194,28 @@ def _configure(*, memory_budget: int | str | None, **options: Any) -> Config:
             "True"
         )
     return config
+
+
+def _imagine(
+    ranks: int | tuple[int, ...] | None, dim: int | None, schedule: Schedule | None
+) -> Sharding | None:
+    if ranks is None:
+        return None
+    sizes = ranks if isinstance(ranks, tuple) else (ranks,)
+    if len(sizes) not in (1, 2) or not all(isinstance(n, int) and n >= 1 for n in sizes):
+        raise ValueError(f"ranks: expected a number of 1 or more, or two of them, found {ranks!r}")
+    return Sharding.imagined(sizes, dim=dim, schedule=schedule)
+
+
+def _shard(mesh: DeviceMesh | None, dim: int | None, output: passes.Output) -> Sharding | None:
+    """What a mesh comes to."""
+    _check_choice("output", output, get_args(passes.Output))
+    if mesh is not None:
+        return Sharding.over(mesh, dim=dim, output=output)
+    for name, found, default in (("shard", dim, None), ("output", output, "full")):
+        if found != default:
+            raise ValueError(f"{name}: expected {default!r} without a mesh, found {found!r}")
+    return None
 
 
 def _check_choice(name: str, value: object, allowed: Sequence[object]) -> None:

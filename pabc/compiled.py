@@ -22,6 +22,7 @@ from pabc.plan import Plan
 from pabc.runtime.arguments import Arguments
 from pabc.runtime.autocast import without_autocast, without_grad
 from pabc.runtime.branch import Binding, Branch
+from pabc.runtime.peers import Peers, Step
 from pabc.runtime.phases import Backend, Executable
 from pabc.runtime.program import Program
 from pabc.runtime.programs import Programs
@@ -47,12 +48,14 @@ class CompiledModel(nn.Module):
         *,
         check_finite: bool = False,
         programs: Programs | None = None,
+        peers: Peers | None = None,
     ) -> None:
         super().__init__()
         self._orig_mod = model
         self.training = model.training
         self._schedule = schedule
         self._check_finite = check_finite
+        self._peers = peers
         self._arguments = Arguments(inspect.signature(model.forward))
         self._programs = (
             Programs(model, backend, config, Recorder()) if programs is None else programs
@@ -69,17 +72,27 @@ class CompiledModel(nn.Module):
         """One diffusion step, with the model's own arguments and result.
 
         Raises: GuardError where the call contradicts the plan: a step too many, the timestep of
-        another step, a trajectory that is in use. Whatever is raised, the trajectory is reset.
+        another step, a trajectory that is in use; :class:`RankError` where ranks that share the
+        model do not agree, or another one failed. Whatever is raised, the trajectory is reset.
         """
+        if self._peers is None:
+            return self._run(args, kwargs)
+        with self._peers.step() as step:
+            return self._run(args, kwargs, step)
+
+    def _run(self, args: Any, kwargs: Any, step: Step | None = None) -> Any:
+        """A step, which other ranks that share the model are told of."""
         trajectory = self.current
         with trajectory.running((*args, *kwargs.values())) as branch:
             schedule = branch.schedule or trajectory.schedule or self._schedule
             with self._lock:
-                program, leaves = self._select(args, kwargs, at_start=branch.step == 0)
+                program, leaves = self._select(args, kwargs, schedule, at_start=branch.step == 0)
             inputs = program.pack(leaves)
             with without_grad(), without_autocast(inputs):
                 with self._lock:
                     reused, executable = self._begin(program, branch, schedule, leaves, inputs)
+                if step is not None:
+                    step.agree(self._facts(program, branch, reused, inputs))
                 if not program.calls_modules:
                     return program.run(branch, reused, executable, inputs)
                 with self._lock:
@@ -88,7 +101,7 @@ class CompiledModel(nn.Module):
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Captures this call's signature and compiles all of its phases, without running a step."""
         with self._lock:
-            program, leaves = self._select(args, kwargs, at_start=True)
+            program, leaves = self._select(args, kwargs, self._schedule, at_start=True)
             inputs = program.pack(leaves)
             with torch.no_grad(), without_autocast(inputs):
                 program.prepare(self._bind(program, self._schedule, inputs), inputs)
@@ -241,7 +254,9 @@ class CompiledModel(nn.Module):
             )
         return self._last
 
-    def _select(self, args: Any, kwargs: Any, *, at_start: bool) -> tuple[Program, list[Any]]:
+    def _select(
+        self, args: Any, kwargs: Any, schedule: Schedule, *, at_start: bool
+    ) -> tuple[Program, list[Any]]:
         """The program for these arguments, captured if need be, and the arguments, flattened."""
         if self._modules["_orig_mod"].training:  # type: ignore[union-attr]
             raise RuntimeError(
@@ -257,7 +272,8 @@ class CompiledModel(nn.Module):
                 )
         program = self._programs.find(structure, leaves, at_start=at_start)
         if program is None:
-            program = self._programs.capture(*self._arguments.bind(args, kwargs), leaves, structure)
+            bound = self._arguments.bind(args, kwargs)
+            program = self._programs.capture(*bound, leaves, structure, schedule)
         return program, leaves
 
     def _bind(
@@ -277,6 +293,19 @@ class CompiledModel(nn.Module):
                     stacklevel=5,
                 )
         return binding
+
+    def _facts(
+        self, program: Program, branch: Branch, reused: tuple[int, ...], inputs: list[Any]
+    ) -> dict[str, str]:
+        """What must be the same on all ranks that share the model."""
+        tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+        return {
+            "step": str(branch.step),
+            "inputs": ", ".join(f"{list(x.shape)} {x.dtype}" for x in tensors),
+            "model": program.guarded.meta["digest"][:12],
+            "plan": branch.plan.digest()[:12],
+            "reused slots": str(reused),
+        }
 
     def _begin(
         self,

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from pabc.budget import Fit
+from pabc.communication import Communication
 from pabc.passes import Attention, Region, hinted
 from pabc.passes.attention_ops import attention_call, is_attention_op
 from pabc.passes.cache import fetch_cached
@@ -53,6 +54,7 @@ class Explanation:
         fit: how the plan came to keep within a memory budget, where there is one.
         offloaded: whether slots lie in host memory, and the model on a device.
         compile_seconds: spent on compiling phases so far.
+        communication: what ranks send, where a model is divided among some.
         lowered: what Triton kernels compute, and what not and why, in the phases compiled so far.
     """
 
@@ -70,6 +72,7 @@ class Explanation:
     linear: tuple[str, ...] = ()
     compile_seconds: float = 0.0
     lowered: tuple[str, ...] = ()
+    communication: Communication | None = None
 
     @property
     def nbytes(self) -> int:
@@ -77,7 +80,14 @@ class Explanation:
         return sum(region.nbytes for region in self.regions)
 
     def __str__(self) -> str:
-        return "\n".join([*self._region_lines(), *self._kind_lines(), *self._plan_lines()])
+        return "\n".join(
+            [
+                *self._region_lines(),
+                *self._kind_lines(),
+                *self._plan_lines(),
+                *(self.communication.lines(self.plan) if self.communication else ()),
+            ]
+        )
 
     def _region_lines(self) -> list[str]:
         rows = [
@@ -161,6 +171,7 @@ def describe(guarded: GraphModule, **facts: Any) -> Explanation:
         assumed=tuple(map(str, guarded.meta["reads"].entries)),
         inputs=signature.inputs,
         latents=guarded.meta["latents"],
+        communication=Communication.of(guarded),
         offloaded=any(node.target is fetch_cached for node in guarded.graph.nodes),
         **facts,
     )

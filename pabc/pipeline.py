@@ -1,7 +1,7 @@
 """The compiler as a list: which pass follows which, and what must hold after each.
 
-    capture -> canonicalize -> axes (-> enlarge) -> tag -> regions -> hoist -> repeats -> outline
-    -> cache -> encode -> offload                            once per signature
+    capture -> canonicalize -> axes (-> enlarge) -> tag -> regions -> shard -> hoist -> repeats
+    -> outline -> cache -> encode -> offload                 once per signature
     specialize -> inline -> lift -> rewrites -> onednn -> lower -> blocks    once per phase
     Inductor                                                 once per distinct block
 
@@ -21,6 +21,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from pabc import passes
+from pabc.sharding import Sharding
 
 Offload = Literal["cpu"]
 
@@ -40,6 +41,7 @@ class Config:
     memory_budget: int | None = None
     cudagraphs: bool = False
     kernels: passes.Kernels = "auto"
+    sharding: Sharding | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,11 @@ ANALYSIS: tuple[Stage, ...] = (
         lambda gm, c: passes.mark_regions_pass(gm, cut=c.cut),
         passes.verify_marks,
         annotates=True,
+    ),
+    Stage(
+        "shard",
+        lambda gm, c: c.sharding.apply(gm) if c.sharding else gm,
+        lambda gm: passes.verify_shard(gm) if gm.meta.get("sharded") else None,
     ),
     Stage("hoist", lambda gm, c: passes.hoist_invariants_pass(gm), passes.verify_hoist),
     Stage("repeats", lambda gm, c: passes.keep_unrepeated_pass(gm), passes.verify_repeats),

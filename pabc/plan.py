@@ -176,6 +176,10 @@ class Plan:
         Ranks compare it to make sure that they follow one plan. Bytes per slot are left out: ranks
         may hold shards of unequal size.
         """
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         content = self._content()
         for slot in content["slots"]:
             del slot["nbytes"]

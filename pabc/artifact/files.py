@@ -49,6 +49,8 @@ def write_artifact(
     Raises: :class:`ArtifactError` for what cannot be saved; it names the node, the argument or the
     option.
     """
+    if programs.config.sharding is not None:
+        raise ArtifactError("mesh: expected None, found a mesh: what ranks share is not saved")
     fitting = [(key, p) for key, p in programs.items() if p.keeps_up(model, at_start=True)]
     if not fitting:
         raise ArtifactError("the model has changed since it was captured: call it once")
@@ -123,7 +125,8 @@ def _build(manifest: Json, members: dict[str, bytes], model: nn.Module) -> Compi
 
 
 def _write_config(config: Config) -> Json:
-    options = {field.name: getattr(config, field.name) for field in fields(Config)}
+    names = [field.name for field in fields(Config) if field.name != "sharding"]
+    options = {name: getattr(config, name) for name in names}
     options["kinds"] = dict(config.kinds)
     return {name: encode(value) for name, value in options.items()}
 

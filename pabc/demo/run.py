@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 import pabc
 from pabc import presets
 from pabc.api import CompiledModel
 from pabc.demo import digits, latte, metrics, pictures, report, sampling
+from pabc.demo.launch import Launch, launch
 from pabc.demo.timing import Round, Run, Variant, race
 from pabc.differences import Differences
 from pabc.schedule import Schedule
@@ -41,6 +43,8 @@ class Options:
         clips: how many clips per variant accuracy and fidelity are measured on, at least.
         weights: folder of the trained model; None: the one in the package.
         mlp: adds the Latte preset with its MLP broadcast.
+        mesh: how many processes share the model, started by torchrun: tokens, or samples and
+            tokens; adds variants that run on all of them.
     """
 
     device: str = "cpu"
@@ -53,6 +57,7 @@ class Options:
     backend: Literal["inductor", "eager"] = "inductor"
     weights: Path | None = None
     mlp: bool = False
+    mesh: tuple[int, ...] | None = None
 
 
 def example() -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]:
@@ -65,17 +70,35 @@ def example() -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]:
 def run(options: Options) -> dict[str, Any]:
     """Runs the demo, prints its table, writes its files; returns what `metrics.json` holds.
 
-    Raises FileNotFoundError where the model's weights are not.
+    With a mesh, the first process does all but the variants of several; the others return nothing.
+    Raises FileNotFoundError where the model's weights are not, ValueError for a mesh of more or
+    fewer processes than there are.
     """
-    demo = latte.load(options.weights, options.device)
-    rounds = plan_rounds(options)
+    with launch(options.mesh, options.device) as processes:
+        demo = latte.load(options.weights, processes.device)
+        variants = make_variants(demo, options, processes.mesh)
+        rounds = plan_rounds(options)
+        if processes.is_first:
+            return _run_first(options, processes, demo, variants, rounds)
+        race(demo, variants, rounds, steps=options.steps, processes=processes)
+        processes.wait()
+        return {}
+
+
+def _run_first(
+    options: Options,
+    processes: Launch,
+    demo: latte.Demo,
+    variants: Sequence[Variant],
+    rounds: list[Round],
+) -> dict[str, Any]:
     options.out.mkdir(parents=True, exist_ok=True)
-    variants = make_variants(demo, options)
     warnings = metrics.find_busy_machine()
     if options.backend == "eager":
         warnings.append("backend eager: nothing is compiled to kernels, so speeds are only a hint")
     _warn(warnings)
-    runs = race(demo, variants, rounds, steps=options.steps, progress=make_bar)
+    runs = race(demo, variants, rounds, steps=options.steps, progress=make_bar, processes=processes)
+    processes.wait()
     differences = Differences(demo.transformer)
     with make_bar(options.steps, "measure differences") as done:
         sampling.sample(
@@ -99,13 +122,23 @@ def run(options: Options) -> dict[str, Any]:
         "seed": options.seed,
         "guidance": sampling.GUIDANCE,
         "prompts": list(rounds[0].captions),
-        **metrics.describe_machine(torch.device(options.device)),
+        "mesh": options.mesh,
+        **metrics.describe_machine(torch.device(processes.device)),
         "warnings": [*warnings, *concerns],
     }
     _write(options.out, content, variants, runs, differences)
     print(format_text(content))
+    for variant in variants:
+        if variant.ranks > 1:
+            print("\n".join(["", f"{variant.name}:", *_describe_ranks(variant.transformer)]))
     print("\nwrote " + ", ".join(str(options.out / name) for name in FILES))
     return content
+
+
+def _describe_ranks(transformer: CompiledModel) -> list[str]:
+    found = transformer.explain()
+    assert found.communication is not None
+    return found.communication.lines(found.plan)
 
 
 FILES = ("metrics.json", "clips.gif", "clips.png", "report.html")
@@ -134,8 +167,11 @@ def _pick_prompts(count: int) -> tuple[str, ...]:
     return tuple([*digits.PROMPTS, *more][:count])
 
 
-def make_variants(demo: latte.Demo, options: Options) -> list[Variant]:
-    """The full model, torch.compile of it, and pabc with two or three schedules."""
+def make_variants(
+    demo: latte.Demo, options: Options, mesh: DeviceMesh | None = None
+) -> list[Variant]:
+    """The full model, torch.compile of it, and pabc with two or three schedules; with a mesh, also
+    on all its processes, without reuse and with the same."""
     model = demo.transformer
     steps = sampling.timesteps(demo, options.steps)
     schedules = {
@@ -150,7 +186,7 @@ def make_variants(demo: latte.Demo, options: Options) -> list[Variant]:
         schedules["pabc 2/3/6 + mlp"] = presets.latte(steps)
         about["pabc 2/3/6 + mlp"] = "the published Latte preset with its MLP broadcast"
     whole = torch.compile(model, fullgraph=True, backend=options.backend)
-    return [
+    variants = [
         Variant(metrics.FULL, model, "the full model, eager", is_compiled=False),
         Variant(
             metrics.TORCH_COMPILE,
@@ -161,6 +197,18 @@ def make_variants(demo: latte.Demo, options: Options) -> list[Variant]:
             Variant(name, pabc.compile(model, schedule, backend=options.backend), about[name])
             for name, schedule in schedules.items()
         ),
+    ]
+    if mesh is None:
+        return variants
+    shared = {"pabc, no reuse": Schedule.none(steps), "pabc 2/4/6": schedules["pabc 2/4/6"]}
+    return variants + [
+        Variant(
+            f"{name}, {mesh.size()} ranks",
+            pabc.compile(model, schedule, backend=options.backend, mesh=mesh),
+            f"divided among {mesh.size()} processes",
+            ranks=mesh.size(),
+        )
+        for name, schedule in shared.items()
     ]
 
 

@@ -16,6 +16,7 @@ import torch
 
 from pabc.demo import sampling
 from pabc.demo.latte import Demo
+from pabc.demo.launch import Launch
 
 Progress = Callable[[int, str], Any]
 """Makes a progress bar of a length and a label: a context manager with `update(count)`."""
@@ -31,12 +32,16 @@ class Round:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run the model; `transformer` is called in the model's place at every step."""
+    """One way to run the model; `transformer` is called in the model's place at every step.
+
+    `ranks`: how many processes it takes; what takes one runs in the first, while others wait.
+    """
 
     name: str
     transformer: Any
     about: str
     is_compiled: bool = True
+    ranks: int = 1
 
 
 @dataclass
@@ -70,26 +75,30 @@ def race(
     rounds: Sequence[Round],
     *,
     steps: int,
-    progress: Progress,
+    processes: Launch,
+    progress: Progress | None = None,
 ) -> dict[str, Run]:
     """Runs each variant once per round, interleaved, the order rotated from round to round.
 
     Before that each generates once to compile and warm up, with an empty Inductor cache of its
     own, so that no variant lives on what another (or an earlier run) has compiled.
     """
+    progress = progress or _Silent
     runs = {variant.name: Run() for variant in variants}
     for variant in variants:
         verb = "compile" if variant.is_compiled else "warm up"
         with progress(steps, f"{verb} {variant.name}") as bar, _empty_cache(variant.is_compiled):
-            seconds, _ = _generate(demo, variant, rounds[0], steps, bar)
-        runs[variant.name].first_seconds = seconds
+            generated = _generate(demo, variant, rounds[0], steps, processes, bar)
+        if generated is not None:
+            runs[variant.name].first_seconds = generated[0]
     with progress(len(rounds) * len(variants), "generate in turn") as bar:
         for index, batch in enumerate(rounds):
             shift = index % len(variants)
             for variant in (*variants[shift:], *variants[:shift]):
-                seconds, clips = _generate(demo, variant, batch, steps)
-                runs[variant.name].seconds.append(seconds)
-                runs[variant.name].batches.append(clips)
+                generated = _generate(demo, variant, batch, steps, processes)
+                if generated is not None:
+                    runs[variant.name].seconds.append(generated[0])
+                    runs[variant.name].batches.append(generated[1])
                 bar.update(1)
     return runs
 
@@ -99,9 +108,14 @@ def _generate(
     variant: Variant,
     batch: Round,
     steps: int,
+    processes: Launch,
     bar: Any = None,
-) -> tuple[float, torch.Tensor]:
-    """Seconds and clips of one generation; the clips' way to the CPU waits for the device."""
+) -> tuple[float, torch.Tensor] | None:
+    """Seconds and clips of one generation; the clips' way to the CPU waits for the device. None
+    where this process has no part in it."""
+    processes.wait()
+    if variant.ranks == 1 and not processes.is_first:
+        return None
     start = perf_counter()
     clips = sampling.sample(
         demo,
@@ -112,6 +126,22 @@ def _generate(
         progress=None if bar is None else lambda *_: bar.update(1),
     )
     return perf_counter() - start, clips
+
+
+class _Silent:
+    """A progress bar that nobody sees."""
+
+    def __init__(self, length: int, label: str) -> None:
+        pass
+
+    def __enter__(self) -> _Silent:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def update(self, count: int) -> None:
+        """Nothing."""
 
 
 def _empty_cache(wanted: bool) -> contextlib.AbstractContextManager[Any]:

@@ -176,6 +176,12 @@ class Branch:
         return self._schedule
 
     @property
+    def plan(self) -> Plan:
+        """What the step that has begun follows."""
+        assert self._binding is not None
+        return self._binding.plan
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the slots keep alive."""
         return self._account.nbytes

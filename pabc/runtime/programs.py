@@ -24,6 +24,7 @@ from pabc.runtime.promotion import (
     without_sizes,
 )
 from pabc.runtime.stats import Recorder
+from pabc.schedule import Schedule
 
 
 class Programs:
@@ -76,11 +77,18 @@ class Programs:
         kwargs: dict[str, Any],
         leaves: list[Any],
         structure: Structure,
+        schedule: Schedule,
     ) -> Program:
-        """Captures the model for a call, given as it is and flattened, that no program serves."""
+        """Captures the model for a call, given as it is and flattened, that no program serves.
+
+        `schedule`: of the generation: how a model is divided among ranks follows from it.
+        """
         self._last = None
         differences = self._find(structure, leaves, at_start=False)[1]
-        program = self._capture(args, kwargs, structure, leaves)
+        config = self.config
+        if config.sharding is not None:
+            config = replace(config, sharding=replace(config.sharding, schedule=schedule))
+        program = self._capture(args, kwargs, structure, leaves, config)
         self.recorder.add(captures=1)
         _warn_of_reads(differences)
         return program
@@ -105,7 +113,7 @@ class Programs:
                 differences.append(difference)
         return None, differences
 
-    def _build(self, args: Any, kwargs: Any, promoted: Collection[int]) -> Program:
+    def _build(self, args: Any, kwargs: Any, promoted: Collection[int], config: Config) -> Program:
         """A program for any sizes where so configured, and the model allows."""
 
         def build(config: Config) -> Program:
@@ -121,20 +129,27 @@ class Programs:
             )
 
         try:
-            return build(self.config)
+            return build(config)
         except ValueError as error:
-            if not self.config.dynamic:
+            if not config.dynamic:
                 raise
-            program = build(replace(self.config, dynamic=False))
+            program = build(replace(config, dynamic=False))
             warnings.warn(
                 f"pabc: dynamic=True: captured for the sizes of this call alone, since {error}",
                 stacklevel=2,
             )
             return program
 
-    def _capture(self, args: Any, kwargs: Any, structure: Structure, leaves: list[Any]) -> Program:
+    def _capture(
+        self,
+        args: Any,
+        kwargs: Any,
+        structure: Structure,
+        leaves: list[Any],
+        config: Config,
+    ) -> Program:
         def build(promoted: Collection[int]) -> Program:
-            return self._build(args, kwargs, promoted)
+            return self._build(args, kwargs, promoted, config)
 
         key = call_key(structure, leaves, ())
         changed = changed_numbers(self._programs, key, leaves)

@@ -1,0 +1,127 @@
+"""What processes that share a model send each other: which collectives, how many bytes, when."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from torch.fx import GraphModule
+
+from pabc.passes import Collective, Region, Sharded, find_collectives
+from pabc.plan import Plan, format_bytes
+
+
+@dataclass(frozen=True)
+class Communication:
+    """What each rank sends; printed with a plan, two lines and a row per kind of region.
+
+    Attributes:
+        sharded: what is divided, outermost first.
+        kinds: of each region, in the order of a plan's slots.
+        regions: the collectives of each: what a step that reuses it does without.
+        outside: those of every call.
+        prologue: those of a generation.
+        gathered: names of the regions whose attention every rank computes as a whole.
+    """
+
+    sharded: tuple[Sharded, ...]
+    kinds: tuple[str, ...]
+    regions: tuple[tuple[Collective, ...], ...]
+    outside: tuple[Collective, ...]
+    prologue: tuple[Collective, ...]
+    gathered: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, guarded: GraphModule) -> Communication | None:
+        """What a guarded graph sends; None where it is no shard."""
+        sharded: tuple[Sharded, ...] = guarded.meta.get("sharded", ())
+        if not sharded:
+            return None
+        regions: tuple[Region, ...] = guarded.meta["regions"]
+        graphs = [guarded.get_submodule(region.name) for region in regions]
+        gathered = sorted({i for each in sharded for i in each.gathered})
+        return cls(
+            sharded=sharded,
+            kinds=tuple(region.kind for region in regions),
+            regions=tuple(find_collectives(gm.graph) for gm in graphs),  # type: ignore[arg-type]
+            outside=find_collectives(guarded.graph),
+            prologue=find_collectives(guarded.meta["prologue"].graph),
+            gathered=tuple(regions[i].name for i in gathered),
+        )
+
+    @property
+    def ranks(self) -> int:
+        """How many processes there are."""
+        return int(np.prod([each.ranks for each in self.sharded]))
+
+    @property
+    def per_call(self) -> tuple[Collective, ...]:
+        """Those of a step that computes everything, as a call without reuse does."""
+        return (*(each for region in self.regions for each in region), *self.outside)
+
+    def bytes_at(self, plan: Plan) -> npt.NDArray[np.int64]:
+        """Bytes that a rank sends at each step, int64 [num_steps]; the prologue's are apart."""
+        return self._at(plan, [_bytes(region) for region in self.regions], _bytes(self.outside))
+
+    def calls_at(self, plan: Plan) -> npt.NDArray[np.int64]:
+        """Collectives of each step, int64 [num_steps]."""
+        return self._at(plan, [len(region) for region in self.regions], len(self.outside))
+
+    def _at(self, plan: Plan, each: Sequence[int], always: int) -> npt.NDArray[np.int64]:
+        computed = ~plan.reuse
+        return computed @ np.array(each, dtype=np.int64) + always
+
+    def lines(self, plan: Plan | None) -> list[str]:
+        """As :class:`pabc.explanation.Explanation` prints it."""
+        divided = ", ".join(f"{each.axis} among {each.ranks}" for each in self.sharded)
+        every = self.per_call
+        return [
+            f"ranks: {self.ranks}, {divided}; each sends {_format(len(every), _bytes(every))} at a"
+            " step that computes everything:",
+            *(f"  {row}" for row in self._rows()),
+            *(f"  {name}: no rule for its ops; every rank computes it" for name in self.gathered),
+            *self._plan_lines(plan),
+        ]
+
+    def _rows(self) -> list[str]:
+        rows = []
+        for kind in dict.fromkeys(self.kinds):
+            sent = [c for k, region in zip(self.kinds, self.regions, strict=True) for c in region
+                    if k == kind]  # fmt: skip
+            rows.append(f"{kind}: {_describe(sent)}")
+        return [*rows, f"outside of regions: {_describe(self.outside)}"]
+
+    def _plan_lines(self, plan: Plan | None) -> list[str]:
+        if plan is None:
+            return []
+        once = _bytes(self.prologue)
+        calls, sent = self.calls_at(plan), self.bytes_at(plan)
+        without = _bytes(self.per_call) * plan.num_steps + once
+        num = len(self.per_call) * plan.num_steps + len(self.prologue)
+        total = int(sent.sum()) + once
+        ratio = f", {total / without:.2f} of it" if without else ""
+        per_phase = "; ".join(
+            f"{phase.index}: {_format(int(calls[phase.steps[0]]), int(sent[phase.steps[0]]))}"
+            for phase in plan.phases
+        )
+        return [
+            f"  a step of each phase: {per_phase}",
+            f"  a generation: {_format(num, without)} without reuse,"
+            f" {_format(int(calls.sum()) + len(self.prologue), total)} with{ratio}",
+        ]
+
+
+def _bytes(collectives: Sequence[Collective]) -> int:
+    return sum(each.nbytes for each in collectives)
+
+
+def _describe(collectives: Sequence[Collective]) -> str:
+    ops = dict.fromkeys(each.op for each in collectives)
+    by_op = [[each for each in collectives if each.op == op] for op in ops]
+    return "; ".join(f"{e[0].op} {_format(len(e), _bytes(e))}" for e in by_op) or "nothing"
+
+
+def _format(count: int, nbytes: int) -> str:
+    return f"{count} x, {format_bytes(nbytes)} ({nbytes} bytes)"

@@ -1,0 +1,213 @@
+"""The processes that share a model: whether they do the same at each step, and which one failed.
+
+Before a step's computation the ranks compare what each is about to do, in one small collective on
+the CPU: whoever is at another step, follows another plan, or has raised an error, stops all of them
+before any waits for what will not come. A rank that fails later, within its step, leaves a note in
+the store of torch.distributed; one that is killed stops counting there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _get_default_store
+
+BEAT = 0.5
+"""Seconds between two signs of life."""
+PATIENCE = 5.0
+"""Seconds without a sign of life after which a rank is taken for dead."""
+LOST = ("gloo", "nccl", "connection", "timed out", "socket")
+
+
+class RankError(RuntimeError):
+    """Ranks that share a model do not agree, or one of them failed: the message says which."""
+
+
+class Peers:
+    """The ranks of a mesh, as one of them sees the others. Collective: each rank makes its own."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        members: list[int] = mesh.mesh.flatten().tolist()
+        self._rank = members.index(dist.get_rank())
+        self._size = len(members)
+        self._group = _cpu_group(mesh, members)
+        self._store = dist.PrefixStore(f"pabc/{self._group.group_name}", _get_default_store())
+        self._names = [f"rank {member}" for member in members]
+        self._lock = threading.RLock()
+        self._lost: str | None = None
+        versions = {"pabc": importlib.import_module("pabc").__version__}
+        self.versions = {**versions, "torch": str(torch.__version__)}
+        self._store.set(f"beat/{self._rank}", "0")
+        beating = threading.Thread(
+            target=_beat, args=(weakref.ref(self), self._store, self._rank), daemon=True
+        )
+        beating.start()
+
+    @contextmanager
+    def step(self) -> Iterator[Step]:
+        """One step: what is done before :meth:`Step.agree` may fail on one rank alone.
+
+        Raises: RankError where another rank failed, or the ranks do not agree.
+        """
+        with self._lock:
+            if self._lost is not None:
+                raise RankError(f"{self._lost}; start the processes anew")
+            step = Step(self)
+            try:
+                yield step
+            except RankError:
+                raise
+            except BaseException as error:
+                if not step.agreed:
+                    self.exchange({}, failure=_name(error))
+                    raise
+                found = self._diagnose(error)
+                if found is None:
+                    raise
+                raise found from error
+
+    def exchange(self, facts: Mapping[str, str], failure: str = "") -> None:
+        """Compares facts, or tells the others of a failure. Raises RankError on the others, and on
+        all where facts differ."""
+        digest = hashlib.sha256(repr(sorted(facts.items())).encode()).digest()
+        mine = torch.frombuffer(bytearray(digest + bytes([bool(failure)])), dtype=torch.uint8)
+        everyone = torch.empty(self._size, len(mine), dtype=torch.uint8)
+        try:
+            dist.all_gather_into_tensor(everyone.view(-1), mine, group=self._group)
+            if bool((everyone == mine).all()) and not failure:
+                return
+            said: list[Any] = [None] * self._size
+            dist.all_gather_object(said, (dict(facts), failure), group=self._group)
+        except Exception as error:
+            found = self._diagnose(error)
+            if found is None:
+                raise
+            raise found from error
+        failures = [
+            f"{name} failed: {text}"
+            for name, (_, text) in zip(self._names, said, strict=True)
+            if text
+        ]
+        if failure:
+            return
+        if failures:
+            raise RankError("; ".join(failures))
+        raise RankError(self._describe([found for found, _ in said]))
+
+    def _describe(self, facts: list[dict[str, str]]) -> str:
+        lines = []
+        for key in dict.fromkeys(key for each in facts for key in each):
+            ranks_by_value: dict[str, list[str]] = {}
+            for name, each in zip(self._names, facts, strict=True):
+                ranks_by_value.setdefault(each.get(key, "nothing"), []).append(name)
+            if len(ranks_by_value) > 1:
+                found = "; ".join(f"{', '.join(r)}: {v}" for v, r in ranks_by_value.items())
+                lines.append(f"{key}: {found}")
+        return f"expected the same on every rank, found {' | '.join(lines)}"
+
+    def _diagnose(self, error: BaseException) -> RankError | None:
+        """What became of a step after the ranks had agreed: None if this rank failed by itself."""
+        if not (isinstance(error, RuntimeError) and _is_of_communication(error)):
+            self._lost = f"{self._names[self._rank]} failed: {_name(error)}"
+            self._note(f"failed/{self._rank}", self._lost)
+            return None
+        try:
+            self._lost = self._find_lost() or f"communication among ranks failed: {_name(error)}"
+            self._note("lost", self._lost)  # for those who notice when this rank has gone as well
+        except RuntimeError as store_error:
+            self._lost = (
+                "the store of torch.distributed is gone, and with it the process that holds it "
+                f"(rank 0, or the launcher): {_name(store_error)}"
+            )
+        return RankError(self._lost)
+
+    def _find_lost(self) -> str:
+        """Which ranks failed: as they say, or since they say nothing any more."""
+        last = self._beats()
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            notes = [*[f"failed/{i}" for i in range(self._size)], "lost"]
+            told = [self._store.get(key).decode() for key in notes if self._store.check([key])]
+            if told:
+                return "; ".join(dict.fromkeys(told))
+            if time.monotonic() > deadline:
+                break
+            time.sleep(BEAT)
+        silent = [
+            name
+            for name, before, now in zip(self._names, last, self._beats(), strict=True)
+            if before == now
+        ]
+        if not silent:
+            return ""
+        return f"{', '.join(silent)} gave no sign of life for {PATIENCE:g} s: killed, or cut off"
+
+    def _beats(self) -> list[bytes]:
+        keys = [f"beat/{i}" for i in range(self._size)]
+        return [self._store.get(key) if self._store.check([key]) else b"" for key in keys]
+
+    def _note(self, key: str, text: str) -> None:
+        try:
+            self._store.set(key, text)
+        except RuntimeError:  # the store went with another rank: there is nobody to tell
+            return
+
+
+class Step:
+    """A step of one rank, which the others are told of."""
+
+    def __init__(self, peers: Peers) -> None:
+        self.agreed = False
+        self._peers = peers
+
+    def agree(self, facts: Mapping[str, str]) -> None:
+        """Waits for all ranks to be about to do the same. Raises RankError where they are not."""
+        self._peers.exchange({**self._peers.versions, **facts})
+        self.agreed = True
+
+
+def _cpu_group(mesh: DeviceMesh, members: list[int]) -> dist.ProcessGroup:
+    """A group of the mesh's ranks whose collectives do not wait for a device."""
+    if mesh.ndim == 1 and dist.get_backend(mesh.get_group()) == "gloo":
+        return mesh.get_group()
+    return dist.new_group(
+        members, timeout=_timeout(mesh), backend="gloo", use_local_synchronization=True
+    )
+
+
+def _timeout(mesh: DeviceMesh) -> timedelta | None:
+    """How long the mesh's own collectives wait."""
+    backend = mesh.get_group(0)._get_backend(torch.device(mesh.device_type))
+    return getattr(getattr(backend, "options", None), "_timeout", None)
+
+
+def _beat(peers: weakref.ref[Peers], store: dist.Store, rank: int) -> None:
+    """Gives signs of life, as long as the model is there and the store."""
+    count = 0
+    while peers() is not None:
+        count += 1
+        try:
+            store.set(f"beat/{rank}", str(count))
+        except RuntimeError:
+            return
+        time.sleep(BEAT)
+
+
+def _is_of_communication(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(word in text for word in LOST)
+
+
+def _name(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
