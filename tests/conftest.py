@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 if not torch.cuda.is_available():
     # Before anything imports Triton: its own functions are made for the interpreter or for a GPU.
@@ -29,6 +30,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # processes that share the cores would wait for one another
 
 Captured = Callable[[Case], tuple[nn.Module, GraphModule]]
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """Of this process alone, as a launcher would have made."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def copy_graph(gm: GraphModule) -> GraphModule:

@@ -157,15 +157,16 @@ def test_dump_writes_stages_phases_and_plan(model, inputs, tmp_path):
     fast = pabc.compile(model, SCHEDULE, backend="eager", example_inputs=(inputs, {}))
     folder = fast.dump(tmp_path / "dump")
     names = {path.name for path in folder.iterdir()}
-    assert {"0_capture.py", "8_cache.py", "phase_0.py", "phase_1.py", "region_full_0.py"} <= names
+    assert {"0_capture.py", "9_cache.py", "phase_0.py", "phase_1.py", "region_full_0.py"} <= names
     assert pabc.Plan.from_json((folder / "plan.json").read_text()) == fast.plan
-    assert "cache_read" in (folder / "8_cache.py").read_text()
+    assert "cache_read" in (folder / "9_cache.py").read_text()
     assert list(json.loads((folder / "seconds.json").read_text())) == [
         "capture",
         "canonicalize",
         "axes",
         "tag",
         "regions",
+        "shard",
         "hoist",
         "repeats",
         "outline",

@@ -16,6 +16,7 @@ from test_outside import Experts
 from test_read_numbers import OnTheHour
 from test_reads import TextLengths
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import pabc
 from pabc import ArtifactError
@@ -135,6 +136,7 @@ def test_settings_among_the_arguments(mode: Any, tmp_path: Path) -> None:
     assert loaded.stats.captures == 0
 
 
+@pytest.mark.usefixtures("process_group")
 def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
     model = WithSetting(Branch()).eval()
     path = tmp_path / "fast.pabc"
@@ -143,6 +145,9 @@ def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
     case = BY_NAME["Factorized"]
     with pytest.raises(ArtifactError, match="compile with dynamic=False"):
         saved(case.model(), [case.call()], path, dynamic=True)
+    mesh = init_device_mesh("cpu", (1,))
+    with pytest.raises(ArtifactError, match="mesh: expected None"):
+        saved(case.model(), [case.call()], path, mesh=mesh)
     assert not list(tmp_path.iterdir())
     with pytest.raises(RuntimeError, match="nothing is captured yet"):
         pabc.compile(model, SCHEDULE).save(path)

@@ -106,6 +106,17 @@ def test_explain_a_model_with_its_arguments(
     assert printed.count("  full  ") == 2
 
 
+def test_explain_what_ranks_that_are_not_there_would_send(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two blocks of one head: 4 all-to-alls each, and the gather of the output."""
+    assert cli.main(["explain", "some_models:tiny", "--ranks", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "ranks: 2, x[2] among 2; each sends 9 x" in printed
+    assert "  full: all_to_all 8 x" in printed
+    assert "  outside of regions: all_gather 1 x" in printed
+
+
 def test_explain_a_model_on_the_meta_device(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,6 +166,8 @@ def test_bad_targets_are_named(
         (["--input", "x"], "allowed: NAME=VALUE"),
         (["--kinds", "blocks.*=spatiall"], "with KIND one of spatial, temporal"),
         (["--cut", "middle"], "choose from"),
+        (["--ranks", "2x"], "got '2x', allowed: N or BxN"),
+        (["--ranks", "0"], "got '0', allowed: N or BxN"),
     ],
 )
 def test_bad_explain_options_are_named(
@@ -172,6 +185,8 @@ def test_bad_explain_options_are_named(
         (["--device", "toaster"], "--device: got 'toaster', allowed on this machine: cpu"),
         (["--backend", "oracle"], "choose from"),
         (["--repeats", "0"], "--repeats: got '0'"),
+        (["--mesh", "2x2"], "--mesh: expected 4 processes, started by `torchrun --nproc-per-node"),
+        (["--mesh", "1x2x3"], "--mesh: got '1x2x3', allowed: N or BxN"),
     ],
 )
 def test_bad_demo_options_are_named(

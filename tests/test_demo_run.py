@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,29 @@ def test_given_captions_are_kept_in_every_round() -> None:
     planned = plan_rounds(Options(prompts=("a two moving up",), clips=3, repeats=1))
     assert [batch.captions for batch in planned] == [("a two moving up",)] * 3
     assert [batch.seed for batch in planned] == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_clips(weights: Path, tmp_path: Path) -> None:
+    """What each variant of one process has, next to it."""
+    options = ["--steps", "4", "--clips", "1", "--repeats", "1", "--backend", "eager"]
+    options += ["--weights", str(weights), "--out", str(tmp_path), "--prompts", PROMPTS[0]]
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pabc"]
+    ran = subprocess.run(
+        [sys.executable, "-m", *command, "demo", "--mesh", "2", *options],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads((tmp_path / "metrics.json").read_text())["variants"]
+    assert tuple(found) == (*VARIANTS, "pabc, no reuse, 2 ranks", "pabc 2/4/6, 2 ranks")
+    none, reused = found["pabc, no reuse, 2 ranks"], found["pabc 2/4/6, 2 ranks"]
+    assert none["psnr"] is None or none["psnr"] > 100
+    assert reused["psnr"] == pytest.approx(found["pabc 2/4/6"]["psnr"], abs=0.01)
+    assert reused["cache_bytes"] * 2 == found["pabc 2/4/6"]["cache_bytes"]
+    assert ran.stdout.count("ranks: 2, hidden_states") == 2
+    assert "a generation:" in ran.stdout
 
 
 def test_compile_seconds_exclude_a_steady_generation() -> None:

@@ -49,6 +49,7 @@ def test_the_example_reuses(names):
     assert names["latents"].isfinite().all()
 
 
+@pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("section", [name for name, found in BLOCKS.items() if found])
 def test_code_of(section, names, monkeypatch, tmp_path):
     if section == "Use":

@@ -1,0 +1,140 @@
+"""Four processes of which some misbehave; each writes what it saw, a JSON object a case.
+
+    RANK=0 WORLD_SIZE=4 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 python tests/failing_ranks.py OUT
+
+Cases: another plan, another call, an argument that only one rank refuses, an error in mid-step
+(rank 1), a process that is killed in mid-step (rank 2; the last case, as nobody restarts it).
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from models import MODELS
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pabc
+
+TIMEOUT = datetime.timedelta(seconds=6)
+STEPS = range(4)
+
+
+class Intruder(TorchDispatchMode):
+    """Does something at the first collective of a step."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        super().__init__()
+        self.act = act
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "all_to_all" in str(func):
+            self.act()
+        return func(*args, **(kwargs or {}))
+
+
+def fail() -> None:
+    """As a device does that has no memory left."""
+    raise torch.OutOfMemoryError("no memory left")
+
+
+def die() -> None:
+    """As the kernel ends a process."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def compile_case(*, temporal: int = 2, seed: int = 0) -> tuple[pabc.CompiledModel, dict[str, Any]]:
+    """The model on a mesh of its own, whose groups no other case has broken."""
+    group = dist.new_group(timeout=TIMEOUT)
+    mesh = DeviceMesh.from_group(group, "cpu")
+    torch.manual_seed(seed)
+    model = MODELS[0].model().requires_grad_(False)
+    schedule = pabc.Schedule.pyramid(STEPS, temporal=temporal, spatial=2)
+
+    fast = pabc.compile(model, schedule, backend="eager", mesh=mesh, shard=2)
+    return fast, MODELS[0].call(step=0)
+
+
+def another_plan(rank: int) -> None:
+    """Rank 3 reuses at other steps."""
+    fast, call = compile_case(temporal=3 if rank == 3 else 2)
+    for _ in STEPS:
+        fast(**call)
+
+
+def another_call(rank: int) -> None:
+    """Rank 0 gives a larger batch."""
+    fast, call = compile_case()
+    fast(**{name: torch.cat([x, x]) if rank == 0 else x for name, x in call.items()})
+
+
+def refused(rank: int) -> None:
+    """Rank 1 gives an argument with gradients; then all go on."""
+    fast, call = compile_case()
+    fast(**call)
+    try:
+        fast(**{name: x.clone().requires_grad_(rank == 1) for name, x in call.items()})
+    finally:
+        for _ in STEPS:
+            fast(**call)
+
+
+def error_in_mid_step(rank: int) -> None:
+    """Rank 1 runs out of memory at the first collective of a step, and tries again."""
+    fast, call = compile_case()
+    fast(**call)
+    fast(**call)
+    try:
+        with Intruder(fail) if rank == 1 else nullcontext():
+            fast(**call)
+    except torch.OutOfMemoryError:
+        fast(**call)
+
+
+def killed(rank: int) -> None:
+    """Rank 2 is killed at the first collective of step 2."""
+    fast, call = compile_case()
+    fast(**call)
+    fast(**call)
+    if rank == 2:
+        with Intruder(die):
+            fast(**call)
+    fast(**call)
+
+
+CASES = (another_plan, another_call, refused, error_in_mid_step, killed)
+
+
+def main(out: Path) -> None:
+    """Runs the cases in turn, all ranks together."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    rank = dist.get_rank()
+    with torch.no_grad(), out.open("w") as file:
+        for case in CASES:
+            start = time.perf_counter()
+            found = {"case": case.__name__, "rank": rank, "error": "", "text": ""}
+            try:
+                case(rank)
+            except Exception as error:
+                found |= {"error": type(error).__name__, "text": str(error)}
+            found["seconds"] = time.perf_counter() - start
+            print(json.dumps(found), file=file, flush=True)
+            if case is not CASES[-1]:
+                dist.barrier()
+    os._exit(0)  # without taking down groups, which have a dead member
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,91 @@
+"""Ranks that do not do the same, or fail: all are told, and which one it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+NUM_RANKS = 4
+WORKER = Path(__file__).parent / "failing_ranks.py"
+Found = dict[tuple[str, int], dict[str, str]]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """What each rank of each case saw. No launcher: it would end all when it sees one die."""
+    folder = tmp_path_factory.mktemp("ranks")
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "WORLD_SIZE": str(NUM_RANKS),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # as under a launcher, no rank holds it
+        "OMP_NUM_THREADS": "1",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(folder / f"{rank}.jsonl")],
+            env={**os.environ, **shared, "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(NUM_RANKS)
+    ]
+    try:
+        errors = [process.communicate(timeout=240)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0, -9, 0], errors
+    texts = [(folder / f"{rank}.jsonl").read_text() for rank in range(NUM_RANKS)]
+    lines = [line for text in texts for line in text.splitlines()]
+    return {(each["case"], each["rank"]): each for each in map(json.loads, lines)}
+
+
+def errors_of(found: Found, case: str) -> dict[int, str]:
+    return {rank: each["error"] for (name, rank), each in found.items() if name == case}
+
+
+def test_another_plan_is_an_error_on_all_ranks(found):
+    assert set(errors_of(found, "another_plan").values()) == {"RankError"}
+    for rank in range(NUM_RANKS):
+        text = found["another_plan", rank]["text"]
+        assert "plan: rank 0, rank 1, rank 2: " in text
+        assert "; rank 3: " in text
+        assert "model: " not in text
+
+
+def test_another_call_is_an_error_on_all_ranks(found):
+    assert set(errors_of(found, "another_call").values()) == {"RankError"}
+    for rank in range(NUM_RANKS):
+        assert "inputs: rank 0: " in found["another_call", rank]["text"]
+
+
+def test_a_call_that_one_rank_refuses_is_an_error_on_all_and_the_next_generation_runs(found):
+    errors = errors_of(found, "refused")
+    assert errors == {0: "RankError", 1: "RuntimeError", 2: "RankError", 3: "RankError"}
+    for rank in (0, 2, 3):
+        text = found["refused", rank]["text"]
+        assert text.startswith("rank 1 failed: RuntimeError: pabc runs inference")
+    assert "requires grad" in found["refused", 1]["text"]
+
+
+def test_an_error_in_mid_step_reaches_the_others_within_the_timeout(found):
+    assert set(errors_of(found, "error_in_mid_step").values()) == {"RankError"}
+    for rank in range(NUM_RANKS):
+        each = found["error_in_mid_step", rank]
+        assert each["text"].startswith("rank 1 failed: OutOfMemoryError: no memory left")
+    assert "start the processes anew" in found["error_in_mid_step", 1]["text"]
+
+
+def test_a_killed_rank_is_named(found):
+    assert errors_of(found, "killed") == {0: "RankError", 1: "RankError", 3: "RankError"}
+    for rank in (0, 1, 3):
+        text = found["killed", rank]["text"]
+        assert text.startswith("rank 2 gave no sign of life for 5 s"), text
