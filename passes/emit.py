@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import copy_context
 from importlib import import_module
 from threading import Thread
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from .ir import user_inputs
+from .ir import is_collective, user_inputs
 from .onednn import lowering_onednn
 from .tracing.lean import without_garbage_collection
 
@@ -55,10 +55,21 @@ def _run_block(gm: GraphModule) -> Code:
 def _compile_block(gm: GraphModule) -> Code:
     from torch._inductor.compile_fx import compile_fx
 
-    with torch.no_grad(), lowering_onednn():
+    with torch.no_grad(), lowering_onednn(), _overlapping(gm):
         compiled: Any = compile_fx(gm, example_inputs(gm))
     boxed = inspect.unwrap(compiled, stop=_takes_list)
     return boxed if _takes_list(boxed) else lambda inputs: compiled(*inputs)
+
+
+def _overlapping(gm: GraphModule) -> AbstractContextManager[object]:
+    """Has Inductor start collectives as early as it can, and wait for them as late, where it is not
+    told otherwise: left alone, it waits at once, which takes the least memory."""
+    from torch._inductor import config
+
+    if config.reorder_for_compute_comm_overlap or not any(map(is_collective, gm.graph.nodes)):
+        return nullcontext()
+    order = {"reorder_for_compute_comm_overlap_passes": ["sink_waits", "raise_comms"]}
+    return config.patch({"reorder_for_compute_comm_overlap": True, **order})
 
 
 def example_inputs(block: GraphModule) -> list[torch.Tensor | None]:

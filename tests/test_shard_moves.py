@@ -199,7 +199,24 @@ def test_waits_are_deferred_to_what_needs_them():
     meanwhile = graph.call_function(aten.sin.default, (x,))
     needs = graph.call_function(aten.cos.default, (view,))
     graph.output((meanwhile, needs))
-    moves.defer_waits(graph)
+    moves.overlap(graph)
     graph.lint()
     order = [node for node in graph.nodes if node.op == "call_function"]
     assert order == [sent, meanwhile, wait, view, needs]
+
+
+def test_collectives_start_when_their_tensor_is_there():
+    """What packs it goes along; what is needed only later comes after the start."""
+    graph = Graph()
+    x = graph.placeholder("x")
+    made = graph.call_function(aten.sin.default, (x,))
+    meanwhile = graph.call_function(aten.cos.default, (x,))
+    packed = graph.call_function(aten.permute.default, (made, [1, 0]))
+    dense = graph.call_function(aten.clone.default, (packed,))
+    sent = graph.call_function(moves.ALL_TO_ALL, (dense, [1, 1], [1, 1], GROUP))
+    wait = graph.call_function(moves.WAIT, (sent,))
+    graph.output((meanwhile, wait))
+    moves.overlap(graph)
+    graph.lint()
+    order = [node for node in graph.nodes if node.op == "call_function"]
+    assert order == [made, packed, dense, sent, meanwhile, wait]

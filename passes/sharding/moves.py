@@ -24,6 +24,7 @@ LAYOUTS = (
     aten.view.default,
     aten.transpose.int,
 )
+PACKS = (aten.clone.default, aten.constant_pad_nd.default)
 
 Call = Callable[..., Node]
 """(op, *args, **kwargs) -> its call, written to the graph."""
@@ -184,9 +185,13 @@ def _wait(call: Call, x: Node) -> Node:
     return call(WAIT, x)
 
 
-def defer_waits(graph: Graph) -> None:
-    """Moves each wait for a collective, and the layout changes of what it brought, to just before
-    what needs it: what does not is computed meanwhile."""
+def overlap(graph: Graph) -> None:
+    """Moves each collective, and what packs its tensor, to just after what makes the tensor; each
+    wait, and what unpacks, to just before what needs it: what lies between is computed meanwhile.
+    """
+    for node in list(graph.nodes):
+        if node.target in (ALL_TO_ALL, ALL_GATHER):
+            _launch_early(node)
     waiting: set[Node] = set()
     for node in graph.nodes:
         if node.target is WAIT or (
@@ -196,6 +201,20 @@ def defer_waits(graph: Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if node in waiting and node.users:
             min(node.users).prepend(node)  # nodes compare by their place
+
+
+def _launch_early(collective: Node) -> None:
+    chain, source = [collective], collective.args[0]
+    while isinstance(source, Node) and source.target in (*LAYOUTS, *PACKS):
+        if len(source.users) > 1:
+            break
+        chain.append(source)
+        source = source.args[0]
+    if not isinstance(source, Node) or source.op != "call_function":
+        return
+    for node in reversed(chain):
+        source.append(node)
+        source = node
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,7 +83,7 @@ class Sharder:
                 self._copy(node)
             if "cut" in node.meta:
                 self._leave(node)
-        moves.defer_waits(self._graph)
+        moves.overlap(self._graph)
         return derived(self._gm, self._graph)
 
     def _choose_axis(self, attentions: Sequence[Node]) -> Axis:
