@@ -1,0 +1,166 @@
+"""Bytes that ranks send in a generation, without reuse and with PAB's 2/4/6; whether results agree.
+
+    python bench/communication.py --out bench/results/communication.json
+
+Two tables, of Latte, Open-Sora 1.2 and CogVideoX, 30 steps, 2/4/6 (CogVideoX: joint attention every
+second step) in the middle 70 % of the steps:
+
+- measured: whole generations at the shapes of `bench/peers.py`, float32, in 2, 3 and 4 processes
+  (gloo), against one process with the same schedule: the largest difference at any step; bytes
+  that a rank sends to others, counted as the collectives are called, and what `explain()` said;
+- predicted: at published sizes, bfloat16, by `pabc.explain(ranks=...)` on the meta device, for 2, 4
+  and 8 ranks, the bytes of each kind of region, and all.
+
+`ratio`: bytes with reuse over bytes without. Tokens are divided along the dimension that pabc
+chooses under the 2/4/6 schedule, for both.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import report
+import torch
+from ranks import CountSent, compile_for, generate, launch, make_schedules, work
+from rows import Row, Rows, add_options
+from torch.distributed.device_mesh import DeviceMesh
+from workloads import FULL, SMALL, TINY, Workload, build, draw
+
+import pabc
+
+MODELS = ("latte", "opensora", "cogvideox")
+
+
+def main() -> None:
+    """Measures and predicts the rows that the options name; prints tables, writes the JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_options(parser)
+    add = parser.add_argument
+    add("--models", type=lambda text: text.split(","), default=list(MODELS))
+    add("--ranks", type=_numbers, default=[2, 3, 4], help="measured")
+    add("--predict", type=_numbers, default=[2, 4, 8], help="predicted")
+    add("--steps", type=int, default=30)
+    add("--worker", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker is not None:
+        work(options.worker, run_ranks)
+        return
+    settings = {"steps": options.steps, "smoke": options.smoke}
+    rows = Rows(options.out, report.describe_run(), settings, options.resume)
+    for name in options.models:
+        for ranks in options.ranks:
+            task = {"model": name, "steps": options.steps, "smoke": options.smoke}
+            label = f"{name}, {ranks} ranks, measured"
+            rows.measure(label, lambda r=ranks, t=task: launch(__file__, r, t))
+        for ranks in options.predict:
+            label = f"{name}, {ranks} ranks, predicted"
+            rows.measure(label, lambda r=ranks, n=name: predict(n, r, options))
+    rows.write()
+    print_tables(rows)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
+def run_ranks(mesh: DeviceMesh, task: Any) -> Row:
+    """One process of a measured row."""
+    workload = (TINY if task["smoke"] else SMALL)[task["model"]]
+    model, steps = build(workload), task["steps"]
+    row: Row = {"model": task["model"], "ranks": mesh.size()}
+    schedules = make_schedules(workload, steps)
+    fast = compile_for(model, schedules["2/4/6"], mesh, "eager")
+    fast(**example_call(workload))  # captures, and so chooses the dimension
+    fast.reset()
+    for name, schedule in schedules.items():
+        fast.schedule = schedule
+        with CountSent() as sent:
+            outputs = generate(workload, fast, steps)
+        found = fast.explain().communication
+        assert found is not None
+        if mesh.get_rank() > 0:  # the first compares
+            continue
+        alone = pabc.compile(model, schedule, backend="eager")
+        expected = generate(workload, alone, steps)
+        pairs = zip(outputs, expected, strict=True)
+        row[name] = {
+            "max_error": max(float((a - b).abs().max()) for a, b in pairs),
+            "max_value": max(float(b.abs().max()) for b in expected),
+            "calls": sent.calls,
+            "bytes": sent.nbytes,
+            "predicted": int(found.bytes_at(fast.plan).sum()),
+        }
+    row["divided"] = [str(each.axis) for each in found.sharded]
+    return row
+
+
+def example_call(workload: Workload, device: str = "cpu", dtype: Any = torch.float32) -> Any:
+    """The arguments of one call of the model, with guidance."""
+    start = draw(workload, 0, device, dtype)
+    batch = torch.cat([start.latents, start.latents])
+    first = make_schedules(workload, 2)["no reuse"].timesteps[0]
+    when = torch.full((len(batch),), first, device=device)
+    return workload.call(batch, when, start.text)
+
+
+def predict(name: str, ranks: int, options: argparse.Namespace) -> Row:
+    """A predicted row."""
+    workload = (TINY if options.smoke else FULL)[name]
+    model = build(workload, "meta", torch.bfloat16)
+    schedule = make_schedules(workload, options.steps)["2/4/6"]
+    call = example_call(workload, "meta", torch.bfloat16)
+    found = pabc.explain(model, **call, schedule=schedule, ranks=ranks)
+    communication = found.communication
+    assert communication is not None and found.plan is not None
+    kinds: dict[str, int] = {"outside": sum(each.nbytes for each in communication.outside)}
+    for kind, region in zip(communication.kinds, communication.regions, strict=True):
+        kinds[kind] = kinds.get(kind, 0) + sum(each.nbytes for each in region)
+    return {
+        "model": name,
+        "ranks": ranks,
+        "divided": [str(each.axis) for each in communication.sharded],
+        "kinds": kinds,
+        "no reuse": {"bytes": sum(kinds.values()) * options.steps},
+        "2/4/6": {"bytes": int(communication.bytes_at(found.plan).sum())},
+    }
+
+
+def print_tables(rows: Rows) -> None:
+    """Both tables."""
+    measured = [row for name, row in rows.rows.items() if name.endswith("measured")]
+    predicted = [row for name, row in rows.rows.items() if name.endswith("predicted")]
+    header = ["measured", "ranks", "divided", "max error", "of values up to"]
+    header += ["MB, no reuse", "MB, 2/4/6", "ratio", "as explained"]
+    lines = []
+    for row in measured:
+        none, reused = row["no reuse"], row["2/4/6"]
+        lines.append(
+            [row["model"], row["ranks"], " ".join(row["divided"])]
+            + [f"{max(none['max_error'], reused['max_error']):.1e}", f"{none['max_value']:.1f}"]
+            + _megabytes(row)
+            + [str(none["bytes"] == none["predicted"] and reused["bytes"] == reused["predicted"])]
+        )
+    print(report.format_table(header, lines))
+    print()
+    header = ["predicted, published size", "ranks", "divided", "MB, no reuse", "MB, 2/4/6", "ratio"]
+    lines = []
+    for row in predicted:
+        shares = {kind: n / max(1, sum(row["kinds"].values())) for kind, n in row["kinds"].items()}
+        sent = ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items() if share)
+        lines.append([row["model"], row["ranks"], " ".join(row["divided"])] + _megabytes(row))
+        lines[-1].append(sent)
+    print(report.format_table([*header, "of a step that computes everything"], lines))
+
+
+def _megabytes(row: Row) -> list[str]:
+    none, reused = (row[name]["bytes"] for name in ("no reuse", "2/4/6"))
+    ratio = f"{reused / none:.3f}" if none else "-"
+    return [f"{none / 1e6:.1f}", f"{reused / 1e6:.1f}", ratio]
+
+
+if __name__ == "__main__":
+    main()
