@@ -8,11 +8,12 @@ second step) in the middle 70 % of the steps:
 - measured: whole generations at the shapes of `bench/peers.py`, float32, in 2, 3 and 4 processes
   (gloo), against one process with the same schedule: the largest difference at any step; bytes
   that a rank sends to others, counted as the collectives are called, and what `explain()` said;
+  with `--shard`, tokens are divided along that dimension;
 - predicted: at published sizes, bfloat16, by `pabc.explain(ranks=...)` on the meta device, for 2, 4
   and 8 ranks, the bytes of each kind of region, and all.
 
-`ratio`: bytes with reuse over bytes without. Tokens are divided along the dimension that pabc
-chooses under the 2/4/6 schedule, for both.
+`ratio`: bytes with reuse over bytes without. For both, tokens are divided along the dimension for
+which a rank sends the fewest bytes with 2/4/6, as pabc chooses.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def main() -> None:
     add("--models", type=lambda text: text.split(","), default=list(MODELS))
     add("--ranks", type=_numbers, default=[2, 3, 4], help="measured")
     add("--predict", type=_numbers, default=[2, 4, 8], help="predicted")
+    add("--shard", type=int, help="measured: the dimension of the latents to divide")
     add("--steps", type=int, default=30)
     add("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -54,7 +56,9 @@ def main() -> None:
     for name in options.models:
         for ranks in options.ranks:
             task = {"model": name, "steps": options.steps, "smoke": options.smoke}
-            label = f"{name}, {ranks} ranks, measured"
+            task["shard"] = options.shard
+            along = "" if options.shard is None else f", dimension {options.shard}"
+            label = f"{name}, {ranks} ranks{along}, measured"
             rows.measure(label, lambda r=ranks, t=task: launch(__file__, r, t))
         for ranks in options.predict:
             label = f"{name}, {ranks} ranks, predicted"
@@ -73,7 +77,7 @@ def run_ranks(mesh: DeviceMesh, task: Any) -> Row:
     model, steps = build(workload), task["steps"]
     row: Row = {"model": task["model"], "ranks": mesh.size()}
     schedules = make_schedules(workload, steps)
-    fast = compile_for(model, schedules["2/4/6"], mesh, "eager")
+    fast = compile_for(model, schedules["2/4/6"], mesh, "eager", task["shard"])
     fast(**example_call(workload))  # captures, and so chooses the dimension
     fast.reset()
     for name, schedule in schedules.items():

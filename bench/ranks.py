@@ -97,10 +97,14 @@ def generate(
 
 
 def compile_for(
-    model: torch.nn.Module, schedule: Schedule, mesh: DeviceMesh, backend: Any
+    model: torch.nn.Module,
+    schedule: Schedule,
+    mesh: DeviceMesh,
+    backend: Any,
+    shard: int | None = None,
 ) -> pabc.CompiledModel:
     """On the mesh; on one process, as it is without."""
-    options: dict[str, Any] = {"mesh": mesh} if mesh.size() > 1 else {}
+    options: dict[str, Any] = {"mesh": mesh, "shard": shard} if mesh.size() > 1 else {}
     return pabc.compile(model, schedule, backend=backend, **options)
 
 

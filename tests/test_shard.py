@@ -1,0 +1,306 @@
+"""The pass: which axis is divided, what each region sends; simulated ranks give what one gives.
+
+Real processes are in `test_ranks.py`, rules and moves in `test_shard_rules.py` and `_moves.py`.
+"""
+
+import inspect
+from collections import Counter
+
+import pytest
+import torch
+from conftest import capture_call, run_to
+from models import MODELS, Factorized, Image, Mlp, Sizes
+from sharded.simulator import GROUP, run_ranks
+from torch.utils import _pytree as pytree
+
+import pabc
+from pabc.passes import Ranks, shard_batch_pass, shard_pass, verify_shard
+from pabc.passes.capture import bind_arguments, capture
+from pabc.passes.ir import aten
+from pabc.passes.shard import find_token_axes
+from pabc.passes.sharding import moves
+from pabc.sharding import Sharding
+
+BY_NAME = {case.name: case for case in MODELS}
+STEPS = range(12)
+PAB = pabc.Schedule.pyramid(STEPS, spatial=2, temporal=4, cross=6)
+TOLERANCE = 1e-6
+
+
+def shard_all(gm, num_ranks, shard=shard_pass, **options):
+    """Each rank's graph."""
+    made = [shard(gm, Ranks(num_ranks, rank, GROUP), **options) for rank in range(num_ranks)]
+    for graph in made:
+        graph.graph.lint()
+        verify_shard(graph)
+    return made
+
+
+def assert_ranks_equal_one(gm, inputs, graphs):
+    (expected,) = run_ranks([gm], [inputs])
+    for outputs in run_ranks(graphs, [inputs] * len(graphs)):
+        torch.testing.assert_close(outputs, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("case", MODELS, ids=str)
+def test_ranks_give_what_one_gives(case, captured):
+    """Along each token axis: 4, 2, 3 positions and more, on numbers that do not divide them."""
+    gm = run_to(captured(case)[1], "regions")
+    inputs = [*case.call().values()]
+    for axis, num_ranks in zip(find_token_axes(gm), (2, 3, 5), strict=False):
+        assert_ranks_equal_one(gm, inputs, shard_all(gm, num_ranks, axis=axis.dim))
+
+
+@pytest.mark.parametrize("case", MODELS, ids=str)
+def test_samples_on_more_ranks_than_there_are(case, captured):
+    gm = run_to(captured(case)[1], "regions")
+    graphs = shard_all(gm, 3, shard_batch_pass)
+    assert_ranks_equal_one(gm, [*case.call().values()], graphs)
+    sends = {node.meta.get("region") for node in find_nodes(graphs[0].graph)}
+    # Its second block shifts windows by an op without a rule, which every rank computes whole.
+    assert sends == ({None, 1} if case.name == "Windowed" else {None})
+
+
+def find_nodes(graph):
+    return [node for node in graph.nodes if moves.find_collective(node) is not None]
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", ["Kandinsky6", "StableAudio", "Wan"])
+def test_zoo_ranks_give_what_one_gives(name):
+    """Two streams, text and video in one sequence, attention that has no rule."""
+    pytest.importorskip("diffusers")
+    from zoo import ENTRIES
+
+    (entry,) = (entry for entry in ENTRIES if entry.name == name)
+    model, call = entry.build()
+    args, kwargs = bind_arguments(inspect.signature(model.forward), (), call)
+    gm = run_to(capture(model.requires_grad_(False), args, kwargs), "regions")
+    assert_ranks_equal_one(gm, pytree.tree_leaves((args, kwargs)), shard_all(gm, 3))
+
+
+SENDS = [
+    ("Factorized", 2, {"temporal": ["all_to_all"] * 2}),
+    ("Factorized", 3, {"spatial": ["all_to_all"]}),
+    ("Factorized", 4, {"spatial": ["all_to_all"]}),
+    ("Rearranged", 2, {"temporal": ["all_to_all"] * 2}),
+    ("Full3d", 2, {"full": ["all_to_all"] * 4}),
+    ("Full3d", 4, {"full": ["all_to_all"] * 4}),
+    ("OneStream", 2, {"joint": [*["all_to_all"] * 4, "all_gather"]}),
+]
+
+
+@pytest.mark.parametrize(("name", "dim", "expected"), SENDS, ids=lambda value: str(value)[:12])
+def test_what_is_sent_lies_in_the_regions_that_mix_the_axis(name, dim, expected, captured):
+    """The rest of the graph sends once, at its end: the whole of the output.
+
+    The first region's latents are cut from what every rank has: it has no switch at its entry.
+    """
+    (gm, *_) = shard_all(run_to(captured(BY_NAME[name])[1], "regions"), 2, axis=dim)
+    kinds = [kind for kind, _ in gm.meta["branches"]]
+    nodes = find_nodes(gm.graph)
+    found = {}
+    for node in nodes[:-1]:
+        found.setdefault(node.meta["region"], []).append(moves.find_collective(node).op)
+    assert "region" not in nodes[-1].meta and moves.find_collective(nodes[-1]).op == "all_gather"
+    for region, ops in found.items():
+        assert Counter(ops) == Counter(expected[kinds[region]]), (region, ops)
+    sending = {region for region, kind in enumerate(kinds) if kind in expected}
+    assert set(found) == sending
+
+
+def test_a_region_switches_before_its_attention_and_back_after_it(captured):
+    (gm, *_) = shard_all(run_to(captured(BY_NAME["Factorized"])[1], "regions"), 2, axis=2)
+    kinds = [kind for kind, _ in gm.meta["branches"]]
+    inside = [n for n in gm.graph.nodes if n.meta.get("region") == kinds.index("temporal")]
+    known = (moves.ALL_TO_ALL, moves.WAIT, aten.layer_norm.default)
+    attend = aten.scaled_dot_product_attention.default
+    order = [node.target for node in inside if node.target in (*known, attend)]
+    switch = [moves.ALL_TO_ALL, moves.WAIT]
+    assert order == [*switch, aten.layer_norm.default, attend, *switch]
+    (cut,) = (node for node in inside if "cut" in node.meta)
+    assert inside.index(cut) > [node.target for node in inside].index(attend)
+
+
+def test_waits_are_just_before_what_needs_them(captured):
+    """Between a wait and the first op that computes with what it brought there are but layouts and
+    other waits."""
+    for name in ("Factorized", "Full3d", "JointImage"):
+        (gm, *_) = shard_all(run_to(captured(BY_NAME[name])[1], "regions"), 2)
+        nodes = list(gm.graph.nodes)
+        for i, wait in enumerate(nodes):
+            if wait.target is moves.WAIT:
+                after = nodes[i + 1 : nodes.index(find_first_need(wait))]
+                assert {n.target for n in after} <= {moves.WAIT, *moves.LAYOUTS}, wait
+
+
+def find_first_need(node):
+    users = [find_first_need(n) if n.target in moves.LAYOUTS else n for n in node.users]
+    return min(users)
+
+
+def explain(case=BY_NAME["Factorized"], **options):
+    return pabc.explain(case.model(), **options, **case.call())
+
+
+@pytest.fixture(scope="module")
+def deep():
+    """Three layers, T and H of 4: dividing one sends as much as the other where all is computed."""
+    torch.manual_seed(0)
+    call = BY_NAME["Factorized"].call(sizes=Sizes(frames=4, height=8, width=8))
+    return run_to(capture_call(Factorized(layers=3), call), "regions")
+
+
+@pytest.mark.parametrize(
+    ("ranges", "dim"),
+    [({"spatial": 2, "temporal": 4, "cross": 6}, 2), ({"spatial": 6, "temporal": 2}, 3)],
+)
+def test_the_axis_that_is_divided_sends_fewest_bytes_under_the_schedule(ranges, dim, deep):
+    schedule = pabc.Schedule.pyramid(STEPS, **ranges)
+
+    def count_bytes(dim):
+        """In a generation, and which dimension is divided."""
+        gm = Sharding.imagined((2,), dim=dim, schedule=schedule).apply(deep)
+        kinds = [kind for kind, _ in gm.meta["branches"]]
+        total = 0
+        for node in find_nodes(gm.graph):
+            reused = schedule.mask(kinds[node.meta["region"]]) if "region" in node.meta else ()
+            total += moves.find_collective(node).nbytes * (len(STEPS) - sum(reused))
+        return total, gm.meta["sharded"][0].axis.dim
+
+    every = {count_bytes(each) for each in (2, 3)}
+    assert len({total for total, _ in every}) == 2, "both send alike"
+    assert count_bytes(None) == min(every) and min(every)[1] == dim
+
+
+@pytest.mark.parametrize("dim", [2, 3, 4])
+def test_the_user_chooses_the_axis(dim):
+    (sharded,) = explain(ranks=3, shard=dim).communication.sharded
+    assert (str(sharded.axis), sharded.ranks) == (f"x_bcthw[{dim}]", 3)
+
+
+def test_slots_hold_shards():
+    """T, of 3, on 2 ranks: 2 frames each; 8 places a frame."""
+    whole, local = explain(), explain(ranks=2, shard=2)
+    for region, part in zip(whole.regions, local.regions, strict=True):
+        ((shape,), (found,)) = region.cuts, part.cuts
+        at = 0 if region.kind in ("spatial", "cross") or shape[0] == 6 else 1
+        expected = list(shape)
+        expected[at] = shape[at] // 3 * 2
+        assert list(found) == expected, region
+    assert local.nbytes == whole.nbytes * 2 // 3
+    assert sum(local.flops.values()) < sum(whole.flops.values())
+
+
+def test_what_a_plan_sends():
+    """Bytes by hand: 2 ranks, 2 of 3 frames each, 8 places a frame (4 a rank), width 16, float32,
+    batch 2; the output has 3 channels of 8 x 4."""
+    found = explain(ranks=2, shard=2, schedule=PAB)
+    communication, plan = found.communication, found.plan
+    switch = 2 * 2 * 4 * 16 * 4
+    output = 2 * 3 * 2 * 8 * 4 * 4
+    computed = [step % 4 == 0 for step in STEPS]
+    assert communication.bytes_at(plan).tolist() == [output + 2 * switch * c for c in computed]
+    assert communication.calls_at(plan).tolist() == [1 + 2 * c for c in computed]
+    assert communication.prologue == () and communication.ranks == 2
+    total = 12 * output + 3 * 2 * switch
+    without = 12 * (output + 2 * switch)
+    text = str(found)
+    assert "ranks: 2, x_bcthw[2] among 2" in text
+    assert f"({without} bytes) without reuse" in text
+    assert f"({total} bytes) with, {total / without:.2f} of it" in text
+    assert "temporal: all_to_all 2 x" in text and "spatial: nothing" in text
+
+
+def test_a_mesh_of_two_sizes_divides_samples_first():
+    found = explain(ranks=(2, 3), schedule=PAB).communication
+    assert [(each.axis.dim, each.ranks) for each in found.sharded] == [(0, 2), (2, 3)]
+    assert found.ranks == 6
+    alone = explain(ranks=(2, 1), schedule=PAB).communication
+    assert not any(alone.regions) and [each.op for each in alone.outside] == ["all_gather"]
+
+
+def test_one_rank_is_no_mesh(captured):
+    gm = run_to(captured(BY_NAME["Full3d"])[1], "regions")
+    assert shard_pass(gm, Ranks(1, 0, GROUP)) is gm is shard_batch_pass(gm, Ranks(1, 0, GROUP))
+    assert explain(ranks=1).communication is None
+
+
+def test_attention_without_a_rule_is_named():
+    found = explain(BY_NAME["Windowed"], ranks=2)
+    assert len(found.communication.gathered) == 2
+    for name in found.communication.gathered:
+        assert f"  {name}: no rule for its ops; every rank computes it" in str(found)
+
+
+def test_outputs_are_left_in_shards(captured):
+    case = BY_NAME["Factorized"]
+    gm = run_to(captured(case)[1], "regions")
+    graphs = shard_all(gm, 2, axis=2, output="sharded")
+    assert not any("region" not in node.meta for node in find_nodes(graphs[0].graph))
+    inputs = [*case.call().values()]
+    ((whole,),) = run_ranks([gm], [inputs])
+    parts = [part for (part,) in run_ranks(graphs, [inputs] * 2)]
+    assert {part.shape for part in parts} == {(2, 3, 2, 8, 4)}
+    torch.testing.assert_close(torch.cat(parts, 2)[:, :, :3], whole, rtol=0, atol=TOLERANCE)
+
+
+def compile_on(mesh, **options):
+    return pabc.compile(BY_NAME["Factorized"].model(), PAB, mesh=mesh, backend="eager", **options)
+
+
+@pytest.fixture
+def make_mesh():
+    """Meshes of processes that are not there: PyTorch's own stand-in, which sends nothing."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    yield lambda *sizes, **names: init_device_mesh("cpu", sizes, **names)
+    torch.distributed.destroy_process_group()
+
+
+def test_a_mesh_of_three_dimensions_is_refused(make_mesh):
+    names = ("a", "b", "c")
+    message = r"mesh: expected one dimension \(tokens\) or two \(samples, tokens\), found 3"
+    with pytest.raises(ValueError, match=message + r", \('a', 'b', 'c'\)"):
+        compile_on(make_mesh(2, 2, 2, mesh_dim_names=names))
+
+
+def test_any_sizes_are_refused_with_a_mesh(make_mesh):
+    with pytest.raises(ValueError, match="dynamic: expected False with a mesh, found True"):
+        compile_on(make_mesh(8), dynamic=True)
+
+
+@pytest.mark.parametrize("ranks", [0, -1, 2.0, "2", (2, 0), (2, 2, 2), ()])
+def test_ranks_that_are_none_are_refused(ranks):
+    message = "ranks: expected a number of 1 or more, or two of them, found "
+    with pytest.raises(ValueError, match=message):
+        explain(ranks=ranks)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shard": 2}, "shard: expected None without a mesh, found 2"),
+        ({"output": "sharded"}, "output: expected 'full' without a mesh, found 'sharded'"),
+        ({"output": "local"}, r"output: expected one of \('full', 'sharded'\), found 'local'"),
+    ],
+)
+def test_options_of_a_mesh_are_refused_without_one(options, message):
+    with pytest.raises(ValueError, match=message):
+        compile_on(None, **options)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 5, -1])
+def test_a_dimension_without_tokens_is_refused(dim):
+    message = rf"shard: expected a token dimension of the latents, \[2, 3, 4\], found {dim}"
+    with pytest.raises(ValueError, match=message):
+        explain(ranks=2, shard=dim)
+
+
+def test_a_model_without_attention_is_refused():
+    torch.manual_seed(0)
+    model = Image(Mlp()).eval()
+    with pytest.raises(ValueError, match="mesh: expected a model with attention along axes of its"):
+        pabc.explain(model, ranks=2, **BY_NAME["JointImage"].call())
