@@ -27,7 +27,7 @@ import torch
 from ranks import CountSent, compile_for, generate, launch, make_schedules, work
 from rows import Row, Rows, add_options
 from torch.distributed.device_mesh import DeviceMesh
-from workloads import FULL, SMALL, TINY, Workload, build, draw
+from workloads import FULL, SMALL, TINY, Workload, build, draw, first_timestep
 
 import pabc
 
@@ -78,7 +78,7 @@ def run_ranks(mesh: DeviceMesh, task: Any) -> Row:
     row: Row = {"model": task["model"], "ranks": mesh.size()}
     schedules = make_schedules(workload, steps)
     fast = compile_for(model, schedules["2/4/6"], mesh, "eager", task["shard"])
-    fast(**example_call(workload))  # captures, and so chooses the dimension
+    fast(**example_call(workload))  # captures under the preset, by which the dimension is chosen
     fast.reset()
     for name, schedule in schedules.items():
         fast.schedule = schedule
@@ -98,6 +98,7 @@ def run_ranks(mesh: DeviceMesh, task: Any) -> Row:
             "bytes": sent.nbytes,
             "predicted": int(found.bytes_at(fast.plan).sum()),
         }
+    assert fast.stats.captures == 1, fast.stats
     row["divided"] = [str(each.axis) for each in found.sharded]
     return row
 
@@ -106,9 +107,7 @@ def example_call(workload: Workload, device: str = "cpu", dtype: Any = torch.flo
     """The arguments of one call of the model, with guidance."""
     start = draw(workload, 0, device, dtype)
     batch = torch.cat([start.latents, start.latents])
-    first = make_schedules(workload, 2)["no reuse"].timesteps[0]
-    when = torch.full((len(batch),), first, device=device)
-    return workload.call(batch, when, start.text)
+    return workload.call(batch, first_timestep(workload, device).expand(len(batch)), start.text)
 
 
 def predict(name: str, ranks: int, options: argparse.Namespace) -> Row:

@@ -121,6 +121,7 @@ def run_ranks(mesh: DeviceMesh, task: Any) -> Row:
         fast.reset()
         fast.schedule = schedules[name]
         generate(workload, fast, steps)
+        assert fast.stats.captures == 1, fast.stats
     row: Row = {"ranks": mesh.size(), "seconds": {name: [] for name in compiled}, "phases": {}}
     by_step: dict[str, list[list[float]]] = {name: [] for name in compiled}
     for _, (name, fast) in itertools.product(range(task["rounds"]), compiled.items()):

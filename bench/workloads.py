@@ -111,6 +111,13 @@ def timesteps(workload: Workload, num_steps: int) -> list[float]:
     return [float(t) for t in scheduler.timesteps]
 
 
+def first_timestep(workload: Workload, device: str = "cpu") -> Tensor:
+    """That of a generation of any length, a scalar, as its scheduler gives it."""
+    scheduler = workload.scheduler()
+    scheduler.set_timesteps(2, device=device)
+    return scheduler.timesteps[0]
+
+
 OnStep = Callable[[int, Tensor], contextlib.AbstractContextManager[Any]]
 """Entered around each step, with its number and timestep."""
 

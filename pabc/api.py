@@ -80,7 +80,8 @@ def compile(
             order, with the same, whole, inputs. What ranks send lies in the regions: a step that
             reuses one sends nothing for it.
         shard: with a mesh, which dimension of the latents is divided; by default, the token
-            dimension for which a rank sends the fewest bytes under the schedule.
+            dimension for which a rank sends the fewest bytes under the schedule with which a kind
+            of call is first made (a schedule set later keeps it).
         output: with a mesh, `"full"`: every rank gets the whole of the model's outputs;
             `"sharded"`: its positions of what is divided, the last ranks' padded so that all are as
             large.

@@ -7,8 +7,7 @@ from conftest import capture_call, run_to
 from sharded.simulator import GROUP, run_ranks
 from torch import nn
 
-from pabc.passes import Axis, Ranks
-from pabc.passes.ir import output_node, value
+from pabc.passes import Axis, Ranks, find_collectives
 from pabc.passes.sharding.sharder import Sharder
 
 B, T, S, D = 2, 5, 3, 4
@@ -18,14 +17,15 @@ NUM_RANKS = (2, 4)
 
 
 class Function(nn.Module):
-    """f(x), or f(x, y), beside x itself, which makes x the latents; y is not divided."""
+    """x + 1, which makes x the latents, and f of it, or of it and y; y is not divided."""
 
     def __init__(self, function):
         super().__init__()
         self.function = function
 
     def forward(self, x, y):
-        return x * 2, self.function(x, y) if takes_two(self.function) else self.function(x)
+        x = x + 1  # as given, x is whole on every rank
+        return x, self.function(x, y) if takes_two(self.function) else self.function(x)
 
 
 def takes_two(function):
@@ -150,6 +150,9 @@ BY_POSITIONS = {
     "attention by sequences, masked": attend_masked,
     "attention to whole keys": attend_whole_keys,
     "attention to whole keys, masked": attend_by_query,
+    "text of a cat": lambda x, y: text_before(x, y)[:, :S],
+}
+BY_HEADS = {
     "attention across": attend_across,
     "attention across, masked": attend_across_masked,
     "attention with text": attend_joint,
@@ -170,7 +173,6 @@ WHOLE = {
     "convolution across": lambda x: F.conv2d(x.transpose(1, 3), KERNEL_ACROSS, padding=(0, 1)),
     "linear across": lambda x: F.linear(x.transpose(1, 3), WEIGHT_ACROSS),
     "product across": lambda x: x.permute(0, 2, 3, 1) @ heads(x),
-    "text of a cat": lambda x, y: text_before(x, y)[:, :S],
     "tokens over the bounds": lambda x, y: text_before(x, y)[:, 1:6],
     "cat along the axis twice": lambda x: torch.cat([x, x], dim=1),
     "folded in another order": lambda x: x.reshape(B, S, T, D),
@@ -188,10 +190,10 @@ def shard(gm, ranks, output="full"):
     return made
 
 
-@pytest.mark.parametrize("name", [*BY_POSITIONS, *WHOLE])
+@pytest.mark.parametrize("name", [*BY_POSITIONS, *BY_HEADS, *WHOLE])
 def test_ranks_give_what_one_gives(name, x_and_y):
-    """The whole is equal; left as it is, what a rule covers has a rank's positions alone."""
-    function = (BY_POSITIONS | WHOLE)[name]
+    """The whole is equal; where each keeps its positions, rules by position send nothing."""
+    function = (BY_POSITIONS | BY_HEADS | WHOLE)[name]
     x, y = x_and_y
     gm = run_to(capture_call(Function(function), {"x": x, "y": y}), "axes")
     ((_, expected),) = run_ranks([gm], [[x, y]])
@@ -200,5 +202,9 @@ def test_ranks_give_what_one_gives(name, x_and_y):
         for _, found in run_ranks(graphs, [[x, y]] * num_ranks):
             assert found.dtype == expected.dtype
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-    left = output_node(shard(gm, Ranks(2, 0, GROUP), "sharded").graph).args[0][1]
-    assert (value(left).shape == expected.shape) == (name in WHOLE)
+    left = shard(gm, Ranks(2, 0, GROUP), "sharded").graph
+    sent = {each.op for each in find_collectives(left)}
+    if name in BY_HEADS:
+        assert "all_to_all" in sent
+    else:
+        assert sent == ({"all_gather"} if name in WHOLE else set())

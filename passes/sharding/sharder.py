@@ -278,12 +278,14 @@ class Sharder:
         self._versions[node, self._axis] = outer
 
     def _return(self, node: Node) -> None:
-        form = self.whole if self._output == "full" else self._as_it_is
+        form = self.whole if self._output == "full" else self._own
         self._graph.output(map_arg(node.args[0], form))
         output_node(self._graph).meta.update(node.meta)
 
-    def _as_it_is(self, node: Node) -> Node:
-        return self._versions[node, self._first[node]]
+    def _own(self, node: Node) -> Node:
+        """This rank's positions of what has some; the whole of anything else."""
+        has_some = self._place(node, self._axis) is not None
+        return self._version(node, self._axis if has_some else None)
 
 
 def _find_following(gm: GraphModule) -> set[Node]:
