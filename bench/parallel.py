@@ -17,9 +17,10 @@ all-to-alls of growing size and a line through their medians, or given. The defa
 agreement: assumed, not measured.
 
 `--check` measures one rank's phases, links, and generations in 1, 2 and 4 processes on this machine
-(gloo, a thread each), and sets predictions beside them. There, with more ranks than cores,
-computing takes ranks / cores times as long (crowding). All other seconds are predictions, and are
-called so: as if each rank had a core of its own and the link that two ranks have here.
+(gloo, a thread each), and sets predictions beside them. There, ranks share cores, caches and
+memory: by how much longer computing takes for that (crowding) is measured by as many processes that
+each compute a generation of their own at once. All other seconds are predictions, and are called
+so: as if each rank had a machine of its own and the link that two ranks have here.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ SIZES = {"tiny": TINY, "small": SMALL, "full": FULL}
 LATENCY, BANDWIDTH, AGREEMENT = 20e-6, 0.8 * 450e9, 200e-6
 NUM_EXCHANGES = 20
 NO_LINK = Link(0.0, math.inf)
+APART = "each its own"
+"""Generations without reuse, of the whole model on every rank."""
 
 
 def main() -> None:
@@ -122,9 +125,12 @@ def run_ranks(mesh: DeviceMesh, task: Any) -> Row:
         fast.schedule = schedules[name]
         generate(workload, fast, steps)
         assert fast.stats.captures == 1, fast.stats
-    row: Row = {"ranks": mesh.size(), "seconds": {name: [] for name in compiled}, "phases": {}}
-    by_step: dict[str, list[list[float]]] = {name: [] for name in compiled}
-    for _, (name, fast) in itertools.product(range(task["rounds"]), compiled.items()):
+    apart = pabc.compile(model, schedules["no reuse"], backend=task["backend"])
+    generate(workload, apart, steps)
+    variants = {**compiled, APART: apart}
+    row: Row = {"ranks": mesh.size(), "seconds": {name: [] for name in variants}, "phases": {}}
+    by_step: dict[str, list[list[float]]] = {name: [] for name in variants}
+    for _, (name, fast) in itertools.product(range(task["rounds"]), variants.items()):
         clock = Clock()
         with together(mesh):
             generate(workload, fast, steps, clock)
@@ -201,7 +207,9 @@ def predict_all(
             seconds = rows.rows["measured, 1"]["phases"][name]
             link = find_link(rows, 2)
             found["expected"][name] = {
-                str(n): predict(seconds, alone, costs[n][name], find_link(rows, n), crowding(n))
+                str(n): predict(
+                    seconds, alone, costs[n][name], find_link(rows, n), find_crowding(rows, n)
+                )
                 for n in CHECKED
             }
         elif given is not None:
@@ -213,9 +221,12 @@ def predict_all(
     return found
 
 
-def crowding(ranks: int) -> float:
-    """By how much longer computing takes here, where ranks share cores."""
-    return max(1.0, ranks / (os.cpu_count() or 1))
+def find_crowding(rows: Rows, ranks: int) -> float:
+    """By how much longer a generation takes here while as many others run."""
+    crowded, free = (
+        statistics.median(rows.rows[f"measured, {n}"]["seconds"][APART]) for n in (ranks, 1)
+    )
+    return crowded / free
 
 
 def find_link(rows: Rows, ranks: int) -> Link:
@@ -264,7 +275,8 @@ def print_tables(options: argparse.Namespace, rows: Rows) -> None:
         spread = f"{min(seconds):.3f} to {max(seconds):.3f}"
         lines.append([ranks, name, f"{expected:.3f}", f"{median:.3f}", spread])
         lines[-1].append(f"{expected / median:.2f}")
-    print(f"\nchecked on {os.cpu_count()} cores, a thread a rank:")
+    crowding = ", ".join(f"{n} ranks {find_crowding(rows, n):.2f}" for n in CHECKED[1:])
+    print(f"\nchecked on {os.cpu_count()} cores, a thread a rank; crowding: {crowding}")
     header = ["ranks", "schedule", "predicted", "measured", "from, to", "predicted / measured"]
     print(report.format_table(header, lines))
 

@@ -12,8 +12,9 @@ from pabc.passes.sharding.sharder import Sharder
 
 B, T, S, D = 2, 5, 3, 4
 AXIS = Axis("x", 1)
-NUM_RANKS = (2, 4)
-"""Of 5 positions, the last of 2 ranks has one of padding, the last of 4 nothing else."""
+NUM_RANKS = (4, 5)
+"""Of 5 positions, the third of 4 ranks has one and one of padding, the last only padding; each of 5
+ranks has one."""
 
 
 class Function(nn.Module):
@@ -112,6 +113,9 @@ BY_POSITIONS = {
     "expand": lambda x: x[:, :, :1].expand(B, T, S, D),
     "permute": lambda x: x.permute(3, 1, 0, 2),
     "unsqueeze, squeeze": lambda x: x.unsqueeze(1).sin().squeeze(1),
+    "squeeze of all": lambda x: x[:, :, :1].squeeze().sin(),
+    "squeeze of the axis": lambda x: x.squeeze(1).sin(),
+    "squeeze of several": lambda x: x[:, :, :1].squeeze((1, 2)).sin(),
     "clone": lambda x: x.transpose(0, 1).contiguous(),
     "linear": lambda x: F.linear(x, WEIGHT, BIAS),
     "layer_norm": lambda x: F.layer_norm(x, (D,)),
