@@ -297,14 +297,17 @@ class CompiledModel(nn.Module):
     def _facts(
         self, program: Program, branch: Branch, reused: tuple[int, ...], inputs: list[Any]
     ) -> dict[str, str]:
-        """What must be the same on all ranks that share the model."""
+        """What must be the same on all ranks that share the model; values, where a generation
+        starts."""
         tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+        values = program.sample_values(inputs) if branch.step == 0 else {}
         return {
             "step": str(branch.step),
             "inputs": ", ".join(f"{list(x.shape)} {x.dtype}" for x in tensors),
             "model": program.guarded.meta["digest"][:12],
             "plan": branch.plan.digest()[:12],
             "reused slots": str(reused),
+            **values,
         }
 
     def _begin(

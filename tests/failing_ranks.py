@@ -2,8 +2,9 @@
 
     RANK=0 WORLD_SIZE=4 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 python tests/failing_ranks.py OUT
 
-Cases: another plan, another call, an argument that only one rank refuses, an error in mid-step
-(rank 1), a process that is killed in mid-step (rank 2; the last case, as nobody restarts it).
+Cases: another plan, call, weights, latents, an argument that only one rank refuses, an error in
+mid-step (rank 1), a process that is killed in mid-step (rank 2; the last case, as nobody restarts
+it).
 """
 
 from __future__ import annotations
@@ -54,12 +55,15 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def compile_case(*, temporal: int = 2, seed: int = 0) -> tuple[pabc.CompiledModel, dict[str, Any]]:
+def compile_case(
+    *, temporal: int = 2, gain: float = 1.0
+) -> tuple[pabc.CompiledModel, dict[str, Any]]:
     """The model on a mesh of its own, whose groups no other case has broken."""
     group = dist.new_group(timeout=TIMEOUT)
     mesh = DeviceMesh.from_group(group, "cpu")
-    torch.manual_seed(seed)
     model = MODELS[0].model().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.mul_(gain)
     schedule = pabc.Schedule.pyramid(STEPS, temporal=temporal, spatial=2)
 
     fast = pabc.compile(model, schedule, backend="eager", mesh=mesh, shard=2)
@@ -77,6 +81,20 @@ def another_call(rank: int) -> None:
     """Rank 0 gives a larger batch."""
     fast, call = compile_case()
     fast(**{name: torch.cat([x, x]) if rank == 0 else x for name, x in call.items()})
+
+
+def another_checkpoint(rank: int) -> None:
+    """Rank 2 has other weights."""
+    fast, call = compile_case(gain=2.0 if rank == 2 else 1.0)
+    fast(**call)
+
+
+def another_noise(rank: int) -> None:
+    """Rank 1 begins its second generation with other latents."""
+    fast, call = compile_case()
+    for _ in STEPS:
+        fast(**call)
+    fast(**{**call, "x_BCTHW": call["x_BCTHW"].roll(int(rank == 1))})
 
 
 def refused(rank: int) -> None:
@@ -113,7 +131,15 @@ def killed(rank: int) -> None:
     fast(**call)
 
 
-CASES = (another_plan, another_call, refused, error_in_mid_step, killed)
+CASES = (
+    another_plan,
+    another_call,
+    another_checkpoint,
+    another_noise,
+    refused,
+    error_in_mid_step,
+    killed,
+)
 
 
 def main(out: Path) -> None:

@@ -67,6 +67,22 @@ def test_another_call_is_an_error_on_all_ranks(found):
         assert "inputs: rank 0: " in found["another_call", rank]["text"]
 
 
+def test_other_weights_are_an_error_on_all_ranks(found):
+    assert set(errors_of(found, "another_checkpoint").values()) == {"RankError"}
+    for rank in range(NUM_RANKS):
+        text = found["another_checkpoint", rank]["text"]
+        assert "weights: rank 0, rank 1, rank 3: " in text
+        assert "values of" not in text
+
+
+def test_other_latents_are_an_error_on_all_ranks(found):
+    assert set(errors_of(found, "another_noise").values()) == {"RankError"}
+    for rank in range(NUM_RANKS):
+        text = found["another_noise", rank]["text"]
+        assert "values of x_bcthw: rank 0, rank 2, rank 3: " in text
+        assert "weights" not in text
+
+
 def test_a_call_that_one_rank_refuses_is_an_error_on_all_and_the_next_generation_runs(found):
     errors = errors_of(found, "refused")
     assert errors == {0: "RankError", 1: "RuntimeError", 2: "RankError", 3: "RankError"}

@@ -22,6 +22,7 @@ from pabc.runtime.chain import BlockCode
 from pabc.runtime.cudagraphs import Recordable, Workspaces, find_device
 from pabc.runtime.guards import find_numbers
 from pabc.runtime.phases import Backend, Executable, Phases, check_fp8, compiling
+from pabc.runtime.samples import hash_values
 from pabc.runtime.stats import Recorder
 from pabc.runtime.weights import Weights
 from pabc.schedule import Schedule
@@ -174,6 +175,13 @@ class Program:
             [x.device for x in tensors],
             [tuple(map(str, x.shape)) for x in tensors],
         )
+
+    def sample_values(self, inputs: Sequence[Any]) -> dict[str, str]:
+        """A hash of some values of the weights, and of each tensor among the inputs."""
+        pairs = zip(self.signature.inputs, inputs, strict=True)
+        own = {f"values of {name}": hash_values([x], 1 << 14) for name, x in pairs
+               if isinstance(x, torch.Tensor)}  # fmt: skip
+        return {**own, "weights": hash_values(self._weights.all(), 1 << 6)}
 
     def evaluate(self, leaves: Sequence[Any]) -> Any:
         """The model's result for flattened arguments, with nothing reused or kept."""

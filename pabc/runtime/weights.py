@@ -50,6 +50,10 @@ class Weights:
         """The tensors of these names, as they are now."""
         return [self._tensors[name] for name in names]
 
+    def all(self) -> list[torch.Tensor]:
+        """All of them, as they are now."""
+        return list(self._tensors.values())
+
     def is_current(self, model: nn.Module) -> bool:
         """Whether the model still has the modules, and these very tensors, at their places.
 

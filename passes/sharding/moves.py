@@ -206,8 +206,6 @@ def overlap(graph: Graph) -> None:
 def _launch_early(collective: Node) -> None:
     chain, source = [collective], collective.args[0]
     while isinstance(source, Node) and source.target in (*LAYOUTS, *PACKS):
-        if len(source.users) > 1:
-            break
         chain.append(source)
         source = source.args[0]
     if not isinstance(source, Node) or source.op != "call_function":
