@@ -11,6 +11,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
@@ -159,25 +160,13 @@ def run_demo(options: argparse.Namespace) -> None:
                 digits.parse(caption)
             except ValueError as error:
                 raise UsageError(f"--prompts: {error}") from error
-    names = (
-        "device",
-        "steps",
-        "repeats",
-        "clips",
-        "out",
-        "seed",
-        "backend",
-        "weights",
-        "mlp",
-        "mesh",
-    )
-    chosen_options = {name: getattr(options, name) for name in names}
     if options.mesh is not None:
         try:
             check_mesh(options.mesh)
         except ValueError as error:
             raise UsageError(f"--mesh: {error}") from error
-    run(Options(prompts=chosen, **chosen_options))
+    given = {field.name: getattr(options, field.name) for field in fields(Options)}
+    run(Options(**{**given, "prompts": chosen}))
 
 
 def run_explain(options: argparse.Namespace) -> None:

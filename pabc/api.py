@@ -123,7 +123,6 @@ def compile(
     if cudagraphs and backend == "oracle":
         raise ValueError("cudagraphs: expected False with backend='oracle', found True")
     peers = None if mesh is None else Peers(mesh)
-    peers = None if mesh is None else Peers(mesh)
     compiled = CompiledModel(
         model, schedule, backend, config, check_finite=check_finite, peers=peers
     )
