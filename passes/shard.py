@@ -48,7 +48,7 @@ def shard_pass(
 
     Args:
         axis: which dimension of the latents to divide; by default, that for which a rank sends the
-            fewest bytes.
+            fewest bytes; of those that the same regions mix, the one that is padded least.
         weights: of each region, the share of steps that compute it; by default, all do.
         output: whether every rank gets the whole of the model's outputs, or its positions.
 
@@ -64,15 +64,16 @@ def shard_pass(
                                                 %c = all_to_all(%p: S -> T)       region 0
                                                 %y = add(%x, %c)
     """
-    axes = find_token_axes(gm)
-    if not axes:
+    sizes = find_token_axes(gm)
+    if not sizes:
         raise ValueError(
             "mesh: expected a model with attention along axes of its latents, found none whose "
             "positions can be told apart"
         )
-    chosen = [each for each in axes if each.dim == axis] if axis is not None else axes
+    axes = sorted(sizes, key=lambda each: ranks.share(sizes[each]) / sizes[each])
+    chosen = [each for each in axes if axis in (None, each.dim)]
     if not chosen:
-        dims = [each.dim for each in axes]
+        dims = [each.dim for each in sizes]
         raise ValueError(f"shard: expected a token dimension of the latents, {dims}, found {axis}")
     if ranks.size == 1:
         return gm
@@ -97,9 +98,9 @@ def verify_shard(gm: GraphModule) -> None:
     verify_marks(gm)
 
 
-def find_token_axes(gm: GraphModule) -> list[Axis]:
-    """The axes of the latents along which some attention has its queries, in their order; of more
-    than one position."""
+def find_token_axes(gm: GraphModule) -> dict[Axis, int]:
+    """The axes of the latents along which some attention has its queries, in their order, and how
+    many positions each has: more than one."""
     source = gm.meta["latents"]
     found: dict[Axis, int] = {}
     for node in gm.graph.nodes:
@@ -108,7 +109,7 @@ def find_token_axes(gm: GraphModule) -> list[Axis]:
                 for each in _leaves(factor):
                     if each.axis is not None and each.axis.source == source:
                         found[each.axis] = max(each.size, found.get(each.axis, 0))
-    return sorted((axis for axis, size in found.items() if size > 1), key=lambda axis: axis.dim)
+    return {axis: found[axis] for axis in sorted(found, key=lambda x: x.dim) if found[axis] > 1}
 
 
 def _leaves(factor: Factor) -> Iterator[Factor]:
@@ -122,7 +123,7 @@ def _leaves(factor: Factor) -> Iterator[Factor]:
 
 
 def _fewest_mixing(gm: GraphModule, axes: Sequence[Axis]) -> list[Axis]:
-    """Of axes that the same regions mix, the first: they send alike."""
+    """Of axes that the same regions mix, the first: but for padding, they send alike."""
     found: dict[tuple[bool, ...], Axis] = {}
     groups = attentions_by_region(gm).values()
     for axis in axes:

@@ -9,8 +9,9 @@ from collections import Counter
 import pytest
 import torch
 from conftest import capture_call, run_to
-from models import MODELS, Factorized, Image, Mlp, Sizes
+from models import MODELS, Branch, Factorized, Image, Mlp, Sizes
 from sharded.simulator import GROUP, run_ranks
+from torch import nn
 from torch.utils import _pytree as pytree
 
 import pabc
@@ -171,6 +172,84 @@ def test_the_axis_that_is_divided_sends_fewest_bytes_under_the_schedule(ranges, 
     every = {count_bytes(each) for each in (2, 3)}
     assert len({total for total, _ in every}) == 2, "both send alike"
     assert count_bytes(None) == min(every) and min(every)[1] == dim
+
+
+@pytest.mark.parametrize(("num_ranks", "dim"), [(2, 3), (3, 2), (4, 3), (5, 3)])
+def test_of_axes_that_send_alike_the_one_that_is_padded_least_is_divided(num_ranks, dim):
+    """T, H, W have 3, 4, 2 positions; full attention mixes all of them."""
+    (sharded,) = explain(BY_NAME["Full3d"], ranks=num_ranks).communication.sharded
+    assert sharded.axis.dim == dim
+
+
+def test_a_region_switches_to_the_axis_that_is_padded_least():
+    """H has 3 positions, W 4: temporal attention of 2 ranks runs on shards of W."""
+    call = BY_NAME["Factorized"].call(sizes=Sizes(frames=4, height=6, width=8))
+    found = pabc.explain(BY_NAME["Factorized"].model(), ranks=2, shard=2, **call).communication
+    (temporal,) = (r for r, k in zip(found.regions, found.kinds, strict=True) if k == "temporal")
+    batch, frames, width = 2, 2, 16
+    assert [each.nbytes for each in temporal] == [batch * frames * 3 * 2 * width * 4] * 2
+
+
+def test_an_axis_of_one_position_is_not_divided():
+    call = BY_NAME["Factorized"].call(sizes=Sizes(frames=1, height=8, width=8))
+    message = r"shard: expected a token dimension of the latents, \[3, 4\], found 2"
+    with pytest.raises(ValueError, match=message):
+        pabc.explain(BY_NAME["Factorized"].model(), ranks=2, shard=2, **call)
+
+
+class Shuffle(nn.Module):
+    """Tokens in another order, by their numbers: which is at which place cannot be told."""
+
+    def forward(self, x, *rest):
+        return x[:, torch.arange(x.shape[1]).flip(0)]
+
+
+def test_a_model_whose_positions_are_mixed_is_refused():
+    torch.manual_seed(0)
+    model = Image(Shuffle(), Branch(), Mlp()).eval()
+    with pytest.raises(ValueError, match="found none whose positions can be told apart"):
+        pabc.explain(model, ranks=2, **BY_NAME["JointImage"].call())
+
+
+def capture_changed(change):
+    """The marked graph of two layers of which `change` has changed something, and its inputs."""
+    torch.manual_seed(0)
+    model = Factorized(layers=2)
+    change(model)
+    call = BY_NAME["Factorized"].call()
+    return run_to(capture_call(model, call), "regions"), [*call.values()]
+
+
+def test_positions_that_are_mixed_on_the_way_are_gathered():
+    """The second layer's frames have their places mixed: H is nowhere in what becomes of them."""
+    gm, inputs = capture_changed(lambda model: model.spatial[1].insert(0, Shuffle()))
+    graphs = shard_all(gm, 2, axis=2)
+    assert_ranks_equal_one(gm, inputs, graphs)
+    kinds = [kind for kind, _ in gm.meta["branches"]]
+    sends = [node.meta["region"] for node in find_nodes(graphs[0].graph) if "region" in node.meta]
+    assert {kinds[region] for region in sends} == {"temporal"}
+
+
+class TwoNorms(Branch):
+    """Attention to the sum of two norms of one hidden state."""
+
+    def __init__(self, kind):
+        super().__init__(kind)
+        self.other = nn.LayerNorm(self.norm.normalized_shape)
+
+    def forward(self, x, emb_BD, text=None):
+        return x + self.attn(self.norm(x) + self.other(x))
+
+
+def test_what_a_region_needs_twice_is_sent_once():
+    def change(model):
+        model.temporal[1][0] = TwoNorms("temporal")
+
+    gm, inputs = capture_changed(change)
+    graphs = shard_all(gm, 2, axis=2)
+    assert_ranks_equal_one(gm, inputs, graphs)
+    sent = Counter(node.meta.get("region") for node in find_nodes(graphs[0].graph))
+    assert sorted(sent.values()) == [1, 2, 2]
 
 
 @pytest.mark.parametrize("dim", [2, 3, 4])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sharded.simulator import GROUP, run_ranks
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -131,6 +131,7 @@ def test_gather_gives_every_rank_the_whole_and_drops_padding(place, num_ranks):
 
 @FEW
 @given(pairs(), NUM_RANKS)
+@example((Place((6,), 0, 2, 3, 1), Place((6,), 0, 2, 1, 3)), 2)
 def test_switch_goes_from_shards_of_one_axis_to_shards_of_another(pair, num_ranks):
     old, new = pair
     x = counted(old.sizes)

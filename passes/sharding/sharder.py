@@ -48,8 +48,8 @@ class Sharder:
         *,
         early: bool,
     ) -> None:
-        """`axes`: those that can be divided; `axis`: that which is, outside of regions; `early`:
-        from the inputs on, not only from the first region."""
+        """`axes`: those that can be divided, the best first; `axis`: that which is, outside of
+        regions; `early`: from the inputs on, not only from the first region."""
         self.ranks = ranks
         self.gathered: set[int] = set()
         """The regions whose attention every rank computes as a whole."""
@@ -87,7 +87,7 @@ class Sharder:
         return derived(self._gm, self._graph)
 
     def _choose_axis(self, attentions: Sequence[Node]) -> Axis:
-        """The one that is divided within a region: as outside, or another that none mixes."""
+        """The one that is divided within a region: as outside, or the best that none mixes."""
         if not mix(attentions, self._axis):
             return self._axis
         others = [axis for axis in self._axes if not mix(attentions, axis)]
