@@ -17,12 +17,14 @@ from pabc.plan import Plan, format_bytes
 class Communication:
     """What each rank sends; printed with a plan, two lines and a row per kind of region.
 
+    Nothing is sent before the first step: what is hoisted follows from no latents, so that every
+    rank computes it.
+
     Attributes:
         sharded: what is divided, outermost first.
         kinds: of each region, in the order of a plan's slots.
         regions: the collectives of each: what a step that reuses it does without.
         outside: those of every call.
-        prologue: those of a generation.
         gathered: names of the regions whose attention every rank computes as a whole.
     """
 
@@ -30,7 +32,6 @@ class Communication:
     kinds: tuple[str, ...]
     regions: tuple[tuple[Collective, ...], ...]
     outside: tuple[Collective, ...]
-    prologue: tuple[Collective, ...]
     gathered: tuple[str, ...] = ()
 
     @classmethod
@@ -47,7 +48,6 @@ class Communication:
             kinds=tuple(region.kind for region in regions),
             regions=tuple(find_collectives(gm.graph) for gm in graphs),  # type: ignore[arg-type]
             outside=find_collectives(guarded.graph),
-            prologue=find_collectives(guarded.meta["prologue"].graph),
             gathered=tuple(regions[i].name for i in gathered),
         )
 
@@ -62,7 +62,7 @@ class Communication:
         return (*(each for region in self.regions for each in region), *self.outside)
 
     def bytes_at(self, plan: Plan) -> npt.NDArray[np.int64]:
-        """Bytes that a rank sends at each step, int64 [num_steps]; the prologue's are apart."""
+        """Bytes that a rank sends at each step, int64 [num_steps]."""
         return self._at(plan, [_bytes(region) for region in self.regions], _bytes(self.outside))
 
     def calls_at(self, plan: Plan) -> npt.NDArray[np.int64]:
@@ -96,11 +96,10 @@ class Communication:
     def _plan_lines(self, plan: Plan | None) -> list[str]:
         if plan is None:
             return []
-        once = _bytes(self.prologue)
         calls, sent = self.calls_at(plan), self.bytes_at(plan)
-        without = _bytes(self.per_call) * plan.num_steps + once
-        num = len(self.per_call) * plan.num_steps + len(self.prologue)
-        total = int(sent.sum()) + once
+        without = _bytes(self.per_call) * plan.num_steps
+        num = len(self.per_call) * plan.num_steps
+        total = int(sent.sum())
         ratio = f", {total / without:.2f} of it" if without else ""
         per_phase = "; ".join(
             f"{phase.index}: {_format(int(calls[phase.steps[0]]), int(sent[phase.steps[0]]))}"
@@ -109,7 +108,7 @@ class Communication:
         return [
             f"  a step of each phase: {per_phase}",
             f"  a generation: {_format(num, without)} without reuse,"
-            f" {_format(int(calls.sum()) + len(self.prologue), total)} with{ratio}",
+            f" {_format(int(calls.sum()), total)} with{ratio}",
         ]
 
 

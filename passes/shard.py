@@ -100,7 +100,8 @@ def verify_shard(gm: GraphModule) -> None:
 
 def find_token_axes(gm: GraphModule) -> dict[Axis, int]:
     """The axes of the latents along which some attention has its queries, in their order, and how
-    many positions each has: more than one."""
+    many positions each has: more than one. Of positions that are mixed, each axis is said to have
+    one."""
     source = gm.meta["latents"]
     found: dict[Axis, int] = {}
     for node in gm.graph.nodes:
@@ -113,8 +114,6 @@ def find_token_axes(gm: GraphModule) -> dict[Axis, int]:
 
 
 def _leaves(factor: Factor) -> Iterator[Factor]:
-    if factor.reason:  # positions that are mixed cannot be told apart
-        return
     if not factor.parts:
         yield factor
     for part in factor.parts:

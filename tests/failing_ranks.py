@@ -2,9 +2,9 @@
 
     RANK=0 WORLD_SIZE=4 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 python tests/failing_ranks.py OUT
 
-Cases: another plan, call, weights, latents, an argument that only one rank refuses, an error in
-mid-step (rank 1), a process that is killed in mid-step (rank 2; the last case, as nobody restarts
-it).
+Cases: another plan, version, call, weights, latents, an argument that only one rank refuses, an
+error in mid-step (rank 1), a process that is killed in mid-step (rank 2; the last case, as nobody
+restarts it).
 """
 
 from __future__ import annotations
@@ -77,6 +77,17 @@ def another_plan(rank: int) -> None:
         fast(**call)
 
 
+def another_version(rank: int) -> None:
+    """Rank 1 has another pabc, as far as it says."""
+    version = pabc.__version__
+    try:
+        pabc.__version__ = "0.0" if rank == 1 else version
+        fast, call = compile_case()
+    finally:
+        pabc.__version__ = version
+    fast(**call)
+
+
 def another_call(rank: int) -> None:
     """Rank 0 gives a larger batch."""
     fast, call = compile_case()
@@ -133,6 +144,7 @@ def killed(rank: int) -> None:
 
 CASES = (
     another_plan,
+    another_version,
     another_call,
     another_checkpoint,
     another_noise,

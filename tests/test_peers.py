@@ -61,6 +61,14 @@ def test_another_plan_is_an_error_on_all_ranks(found):
         assert "model: " not in text
 
 
+def test_another_version_is_an_error_on_all_ranks(found):
+    assert set(errors_of(found, "another_version").values()) == {"RankError"}
+    for rank in range(NUM_RANKS):
+        text = found["another_version", rank]["text"]
+        assert "pabc: rank 0, rank 2, rank 3: " in text and "rank 1: 0.0" in text
+        assert "torch: " not in text
+
+
 def test_another_call_is_an_error_on_all_ranks(found):
     assert set(errors_of(found, "another_call").values()) == {"RankError"}
     for rank in range(NUM_RANKS):

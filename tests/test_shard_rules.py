@@ -51,6 +51,11 @@ def text_around(x, y):
     return torch.cat([y[:, 0], x.flatten(1, 2), y[:, 1]], dim=1)
 
 
+def turn_pairs(x):
+    """(B, T) to (B, T, T)."""
+    return (x[:, :, None] - x[:, None]).transpose(1, 2).exp()
+
+
 def heads(x):
     """(B, S, T, D): S is where heads are."""
     return x.transpose(1, 2)
@@ -66,6 +71,10 @@ def attend_masked(x, y):
 
 def attend_whole_keys(x, y):
     return F.scaled_dot_product_attention(heads(x), y[:, :S], y[:, :S])
+
+
+def attend_causal(x, y):
+    return F.scaled_dot_product_attention(heads(x), y[:, :S], y[:, :S], is_causal=True)
 
 
 def attend_by_query(x, y):
@@ -160,6 +169,7 @@ BY_HEADS = {
     "attention across": attend_across,
     "attention across, masked": attend_across_masked,
     "attention with text": attend_joint,
+    "causal attention to whole keys": attend_causal,
 }
 WHOLE = {
     "softmax across": lambda x: x.softmax(1),
@@ -179,6 +189,7 @@ WHOLE = {
     "product across": lambda x: x.permute(0, 2, 3, 1) @ heads(x),
     "tokens over the bounds": lambda x, y: text_before(x, y)[:, 1:6],
     "cat along the axis twice": lambda x: torch.cat([x, x], dim=1),
+    "each position with each": lambda x: turn_pairs(x[:, :, 0, 0]),
     "folded in another order": lambda x: x.reshape(B, S, T, D),
 }
 

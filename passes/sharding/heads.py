@@ -27,7 +27,7 @@ def split_heads(call: moves.Call, x: Node, count: int, have: Operands) -> Node:
     own, ranks = have.place(x), have.ranks
     made = have.whole(x) if own is None else have.shard(x)
     sizes = list(value(x).shape)
-    if sizes[-3] != count and (sizes[-3] % ranks.size or count % ranks.size):
+    if sizes[-3] != count and sizes[-3] % ranks.size:
         repeat = aten.repeat_interleave.self_int
         made = call(repeat, made, count // sizes[-3], len(sizes) - 3)
         sizes[-3] = count

@@ -36,8 +36,6 @@ def view(node: Node, place: Place, have: Operands) -> Arguments | None:
     own = have.place(source)
     if own is None or own.num_before != place.num_before or own.size != place.size:
         return None
-    if (own.low, own.high) != (place.low, place.high):
-        return None
     return (have.shard(source), place.together(have.ranks.share(place.size))), {}
 
 

@@ -192,7 +192,7 @@ class Sharder:
         if not any(self._is_sharded(n) for n in node.all_input_nodes):
             return False
         rule = find_rule(node)
-        if rule is None or any(self._is_lost(n) for n in node.all_input_nodes):
+        if rule is None:
             return False
         place = self._place(node, self._current)
         if place is None and is_tensor(node) and rule not in MAY_BE_WHOLE:
@@ -224,12 +224,6 @@ class Sharder:
         self._describe(outer, node, self._current)
         self._versions[node, self._current] = outer
         return True
-
-    def _is_lost(self, node: Node) -> bool:
-        """Whether a shard of another axis has no place for the current one."""
-        if self._first[node] in (None, self._current):
-            return False
-        return self._place(node, self._current) is None
 
     def _copy(self, node: Node) -> None:
         """Writes an op on whole operands."""
