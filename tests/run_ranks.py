@@ -107,19 +107,12 @@ def run_case(case: RankCase, find_reference: Reference) -> Found:
     if case.options.get("output") == "sharded":
         pairs = zip(outputs, expected, strict=True)
         outputs = [join_shards(x, mesh, dims, y.shape) for x, y in pairs]
-    once = len(communication.prologue), sum(each.nbytes for each in communication.prologue)
     each = [(communication.calls_at(plan), communication.bytes_at(plan)) for plan in plans]
     return {
         "errors": [find_error(*pair) for pair in zip(outputs, expected, strict=True)],
         "reused": reused,
         "sent": [step.sent for step in steps],
-        "predicted": [
-            [
-                int(at[step.index]) + (step.index == 0) * first
-                for at, first in zip(each[step.generation], once, strict=True)
-            ]
-            for step in steps
-        ],
+        "predicted": [[int(at[step.index]) for at in each[step.generation]] for step in steps],
         "plans": [plan.to_json() for plan in plans],
         "dims": dims,
         "imagined": str(imagine(case, subject)) if not case.options else "",
