@@ -7,19 +7,30 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
+from filelock import FileLock
 
 NUM_RANKS = 4
 WORKER = Path(__file__).parent / "failing_ranks.py"
-Found = dict[tuple[str, int], dict[str, str]]
+Found = dict[tuple[str, int], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """What each rank of each case saw. No launcher: it would end all when it sees one die."""
-    folder = tmp_path_factory.mktemp("ranks")
+def found(shared_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """What each rank of each case saw."""
+    report = shared_folder / "failing_ranks.json"
+    with FileLock(shared_folder / "failing_ranks.lock"):
+        if not report.exists():
+            report.write_text(json.dumps(_run(tmp_path_factory.mktemp("ranks"))))
+    lines: list[dict[str, Any]] = json.loads(report.read_text())
+    return {(each["case"], each["rank"]): each for each in lines}
+
+
+def _run(folder: Path) -> list[dict[str, Any]]:
+    """Each line of each rank. No launcher: it would end all when it sees one die."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {
         "WORLD_SIZE": str(NUM_RANKS),
@@ -44,8 +55,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0, -9, 0], errors
     texts = [(folder / f"{rank}.jsonl").read_text() for rank in range(NUM_RANKS)]
-    lines = [line for text in texts for line in text.splitlines()]
-    return {(each["case"], each["rank"]): each for each in map(json.loads, lines)}
+    return [json.loads(line) for text in texts for line in text.splitlines()]
 
 
 def errors_of(found: Found, case: str) -> dict[int, str]:

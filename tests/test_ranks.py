@@ -43,16 +43,14 @@ class Run:
 
 
 @pytest.fixture(scope="session")
-def run_on(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Run]:
+def run_on(shared_folder: Path) -> Callable[[int], Run]:
     """The run on so many ranks: made once, also where several processes test."""
-    base = tmp_path_factory.getbasetemp()
-    folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     known: dict[int, Run] = {}
 
     def get(num_ranks: int) -> Run:
         if num_ranks not in known:
-            report, ended = (folder / f"ranks_{num_ranks}.{end}" for end in ("json", "txt"))
-            with FileLock(folder / f"ranks_{num_ranks}.lock"):
+            report, ended = (shared_folder / f"ranks_{num_ranks}.{end}" for end in ("json", "txt"))
+            with FileLock(shared_folder / f"ranks_{num_ranks}.lock"):
                 if not ended.exists():
                     ended.write_text(_run(num_ranks, report))
             found = json.loads(report.read_text()) if report.exists() else {}
