@@ -77,7 +77,7 @@ def shard_pass(
         raise ValueError(f"shard: expected a token dimension of the latents, {dims}, found {axis}")
     if ranks.size == 1:
         return gm
-    made = [_shard(gm, ranks, axes, each, output) for each in _fewest_mixing(gm, chosen)]
+    made = [_shard(gm, ranks, axes, each, output) for each in _one_of_alike(gm, chosen)]
     return min(made, key=lambda sharded: _weigh(sharded, weights))
 
 
@@ -121,7 +121,7 @@ def _leaves(factor: Factor) -> Iterator[Factor]:
             yield from _leaves(each)
 
 
-def _fewest_mixing(gm: GraphModule, axes: Sequence[Axis]) -> list[Axis]:
+def _one_of_alike(gm: GraphModule, axes: Sequence[Axis]) -> list[Axis]:
     """Of axes that the same regions mix, the first: but for padding, they send alike."""
     found: dict[tuple[bool, ...], Axis] = {}
     groups = attentions_by_region(gm).values()

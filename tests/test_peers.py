@@ -62,43 +62,23 @@ def errors_of(found: Found, case: str) -> dict[int, str]:
     return {rank: each["error"] for (name, rank), each in found.items() if name == case}
 
 
-def test_another_plan_is_an_error_on_all_ranks(found):
-    assert set(errors_of(found, "another_plan").values()) == {"RankError"}
+OTHERS = {
+    "another_plan": (["plan: rank 0, rank 1, rank 2: ", "; rank 3: "], "model: "),
+    "another_version": (["pabc: rank 0, rank 2, rank 3: ", "; rank 1: 0.0"], "torch: "),
+    "another_call": (["inputs: rank 0: ", "; rank 1, rank 2, rank 3: "], "weights: "),
+    "another_checkpoint": (["weights: rank 0, rank 1, rank 3: ", "; rank 2: "], "values of"),
+    "another_noise": (["values of x_bcthw: rank 0, rank 2, rank 3: ", "; rank 1: "], "weights: "),
+}
+"""What each rank is told, and what is the same on all."""
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_what_differs_is_an_error_on_all_ranks(case, found):
+    told, alike = OTHERS[case]
+    assert set(errors_of(found, case).values()) == {"RankError"}
     for rank in range(NUM_RANKS):
-        text = found["another_plan", rank]["text"]
-        assert "plan: rank 0, rank 1, rank 2: " in text
-        assert "; rank 3: " in text
-        assert "model: " not in text
-
-
-def test_another_version_is_an_error_on_all_ranks(found):
-    assert set(errors_of(found, "another_version").values()) == {"RankError"}
-    for rank in range(NUM_RANKS):
-        text = found["another_version", rank]["text"]
-        assert "pabc: rank 0, rank 2, rank 3: " in text and "rank 1: 0.0" in text
-        assert "torch: " not in text
-
-
-def test_another_call_is_an_error_on_all_ranks(found):
-    assert set(errors_of(found, "another_call").values()) == {"RankError"}
-    for rank in range(NUM_RANKS):
-        assert "inputs: rank 0: " in found["another_call", rank]["text"]
-
-
-def test_other_weights_are_an_error_on_all_ranks(found):
-    assert set(errors_of(found, "another_checkpoint").values()) == {"RankError"}
-    for rank in range(NUM_RANKS):
-        text = found["another_checkpoint", rank]["text"]
-        assert "weights: rank 0, rank 1, rank 3: " in text
-        assert "values of" not in text
-
-
-def test_other_latents_are_an_error_on_all_ranks(found):
-    assert set(errors_of(found, "another_noise").values()) == {"RankError"}
-    for rank in range(NUM_RANKS):
-        text = found["another_noise", rank]["text"]
-        assert "values of x_bcthw: rank 0, rank 2, rank 3: " in text
-        assert "weights" not in text
+        text = found[case, rank]["text"]
+        assert all(each in text for each in told) and alike not in text, text
 
 
 def test_a_call_that_one_rank_refuses_is_an_error_on_all_and_the_next_generation_runs(found):
