@@ -44,7 +44,6 @@ def main() -> None:
     add = parser.add_argument
     add("--kernel", help="one kernel; default: all")
     add("--only", default="", help="configurations whose label has this in it")
-    add("--skip", action="append", default=[], help="those with this in it; may be repeated")
     add("--workers", type=int, default=2, help="processes; default: %(default)s")
     add("--out", type=Path)
     options = parser.parse_args()
@@ -53,7 +52,6 @@ def main() -> None:
         for kernel, module in find_kernels()
         for index, what in enumerate(module.specializations())
         if options.kernel in (None, kernel) and options.only in what.label
-        if not any(text in what.label for text in options.skip)
     ]
     rows, problems = [], 0
     spawn = multiprocessing.get_context("spawn")

@@ -12,9 +12,9 @@ from pabc.passes.sharding.sharder import Sharder
 
 B, T, S, D = 2, 5, 3, 4
 AXIS = Axis("x", 1)
-NUM_RANKS = (4, 5)
-"""Of 5 positions, the third of 4 ranks has one and one of padding, the last only padding; each of 5
-ranks has one."""
+NUM_RANKS = (2, 4, 5)
+"""Of 5 positions, the last of 2 ranks has two and one of padding, the third of 4 one and one, the
+last only padding; each of 5 has one."""
 
 
 class Function(nn.Module):
