@@ -37,6 +37,12 @@ def test_samples_are_of_all_channels():
     assert hash_values([x], 64) != hash_values([torch.zeros(64, 64)], 64)
 
 
+def test_samples_are_spread_over_all():
+    x = torch.zeros(64, 64)
+    x[-2:] = 1.0
+    assert hash_values([x], 64) != hash_values([torch.zeros(64, 64)], 64)
+
+
 def test_there_may_be_nothing_to_hash():
     assert hash_values([], 8) == hash_values([torch.empty(0)], 8)
     assert hash_values([torch.tensor(1.0)], 8) != hash_values([torch.tensor(2.0)], 8)
