@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from pabc import passes
 from pabc.passes.cache import Cuts
 from pabc.passes.ir import output_node
+from pabc.passes.tracing.modules import Watch
 from pabc.pipeline import Config, Record, analyze
 from pabc.plan import SlotSpec
 from pabc.runtime.bindings import Bindings
@@ -274,6 +275,19 @@ class Program:
     def calls_modules(self) -> bool:
         """Whether the graphs call modules of the model."""
         return bool(self.guarded.meta["calls"])
+
+    def share(self, watch: Watch) -> None:
+        """Looks at the model's Python state through `watch`, as other programs of the model do."""
+        self._weights.share(watch)
+
+    def state_difference(self, model: nn.Module) -> str | None:
+        """Returns what of the model's Python state, as last looked at, is not as it was captured,
+        in words; None: nothing."""
+        return self._weights.state_difference(model)
+
+    def has_its_tensors(self, model: nn.Module) -> bool:
+        """Whether the model still has the very tensors that the graphs read."""
+        return self._weights.are_there(model)
 
     def keeps_up(self, model: nn.Module, at_start: bool) -> bool:
         """Picks up tensors that were replaced in the model; False if the graphs no longer fit.

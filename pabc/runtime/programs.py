@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from pabc import passes
+from pabc.passes.tracing.modules import Watch
 from pabc.passes.tracing.structure import Structure
 from pabc.pipeline import Config
 from pabc.runtime.chain import BlockCode
@@ -25,6 +26,9 @@ from pabc.runtime.promotion import (
 )
 from pabc.runtime.stats import Recorder
 from pabc.schedule import Schedule
+
+MAX_STATES = 8
+"""States of a model's hooks, switches and values for which programs of one kind of call are kept."""
 
 
 class Programs:
@@ -42,6 +46,7 @@ class Programs:
         self.promotions = Promotions()
         self.code = BlockCode()
         self._last: tuple[Key, Program] | None = None
+        self._watch: Watch | None = None
 
     def __len__(self) -> int:
         """How many kinds of call are served."""
@@ -54,7 +59,7 @@ class Programs:
     def add(self, key: Key, program: Program) -> None:
         """Takes a program that was captured elsewhere."""
         self._last = None
-        self._programs.setdefault(key, []).append(program)
+        self._keep(key, program)
 
     def find(self, structure: Structure, leaves: list[Any], *, at_start: bool) -> Program | None:
         """The program captured for calls like this one, with numbers as inputs or as constants.
@@ -99,19 +104,45 @@ class Programs:
         """The program, or, where there is none, the values read from data in which the call differs
         from those that there are programs for."""
         differences = []
+        self._watching().look(closely=at_start)
         for promoted in dict.fromkeys((self.promotions.of(structure), frozenset[int]())):
             key = call_key(structure, leaves, promoted)
-            known = self._programs.get(key, [])
-            others = (self._of_any_size and self._of_any_size.get(without_sizes(key), [])) or []
-            for programs in (known, others):
-                programs[:] = [p for p in programs if p.keeps_up(self._model, at_start)]
-            for program in (*known, *(p for p in others if p.serves(leaves))):
+            known = self._fitting(self._programs.get(key, []), at_start)
+            others = self._of_any_size and self._of_any_size.get(without_sizes(key), [])
+            others = [p for p in self._fitting(others or [], at_start) if p.serves(leaves)]
+            for program in (*known, *others):
                 difference = program.difference(leaves)
                 if difference is None:
                     self._last = key, program
                     return program, []
                 differences.append(difference)
         return None, differences
+
+    def _fitting(self, programs: list[Program], at_start: bool) -> list[Program]:
+        """Those captured for the state that the model is in; of these, drops what no longer fits.
+
+        Programs of other states stay: hooks and switches are set for one call, and taken back.
+        """
+        fitting = [p for p in programs if p.state_difference(self._model) is None]
+        stale = [p for p in fitting if not p.keeps_up(self._model, at_start)]
+        programs[:] = [p for p in programs if p not in stale]
+        return [p for p in fitting if p not in stale]
+
+    def _keep(self, key: Key, program: Program) -> None:
+        """Adds a program; of those for other states of the model, drops the first ones where they
+        are many, and those that hold tensors which the model no longer has."""
+        program.share(self._watching())
+        known = self._programs.setdefault(key, [])
+        parked = [p for p in known if p.state_difference(self._model) is not None]
+        dropped = [p for p in parked if not p.has_its_tensors(self._model)]
+        dropped += [p for p in parked if p not in dropped][: -MAX_STATES + 1]
+        known[:] = [p for p in known if p not in dropped]
+        known.append(program)
+
+    def _watching(self) -> Watch:
+        if self._watch is None:
+            self._watch = Watch(self._model)
+        return self._watch
 
     def _build(self, args: Any, kwargs: Any, promoted: Collection[int], config: Config) -> Program:
         """A program for any sizes where so configured, and the model allows."""
@@ -158,7 +189,7 @@ class Programs:
         key = call_key(structure, leaves, promoted)
         for old in superseded(self._programs, key, promoted):
             del self._programs[old]
-        self._programs.setdefault(key, []).append(program)
+        self._keep(key, program)
         if program.serves(leaves):
             self._of_any_size.setdefault(without_sizes(key), []).append(program)
         if names := [program.signature.inputs[i] for i in changed if i not in promoted]:

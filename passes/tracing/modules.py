@@ -1,122 +1,307 @@
-"""modules: what a graph takes for granted of the model's modules besides their tensors' values.
+"""modules: whether a model's Python state is as it was when a graph was captured.
 
-A trace sees which modules there are, and the Python values that they hold, at one time: a LoRA
-adapter's scale, whether it is enabled, a processor. What changed since is another model.
+A trace sees the modules, hooks, methods and Python values that there are at one time: a LoRA
+adapter's scale, whether it is enabled, a processor, a forward that was replaced. Under another
+state the model may compute something else: that is another program.
 """
 
 from __future__ import annotations
 
 import gc
-from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from operator import attrgetter
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from torch._C._dynamo.guards import dict_version
+from torch.utils.hooks import RemovableHandle
 
-_HOOKS = {"_forward_hooks", "_forward_pre_hooks"}
-_BOOKKEEPING = frozenset(vars(nn.Module())) - _HOOKS - {"training"}
-_CONTAINERS = (dict, OrderedDict, list, tuple, set, frozenset)
-_VALUES = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
-_DEPTH = 4
+from .python_state import Holder, Kind, Same, class_dict, find_holders, freeze, is_library
+
+_BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
+_CONTAINERS = (dict, list, set)
+_WITHIN = ("", ".", ":", "[")
+"""What follows the path of something in the paths of what is in it."""
+Place = tuple[str, Kind]
+Description = dict[Hashable, Hashable]
+"""What a holder has, by name; equal to that of an equal state."""
 
 
-class _Same:
-    """An object that equals itself alone; it stays alive, so that no other takes its address."""
+class Watch:
+    """The Python state of a model as it is now, described; what it costs is paid when it changes.
 
-    __slots__ = ("value",)
+    :meth:`look` compares versions of dictionaries, in loops without Python code: that of each
+    object's attributes, of each class, of globals that are read. For modules that PyTorch defines,
+    whose attributes are numbers that are set once, it compares how many they are (a `forward` that
+    was replaced is one more); where a generation starts, `closely`, their versions too.
 
-    def __init__(self, value: Any) -> None:
-        self.value = value
+    Attributes:
+        state: what each place holds.
+        serial: counts how often the state was seen to change.
+    """
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
+    def __init__(self, model: nn.Module) -> None:
+        self.serial = 0
+        self.state: dict[Place, Description] = {}
+        self._model = model
+        self._changed: list[frozenset[Place]] = []
+        self._refresh()
 
-    def __hash__(self) -> int:
-        return id(self.value)
+    def look(self, *, closely: bool = False) -> int:
+        """Returns the serial number of the state."""
+        if not self._quick.hold() or (closely and not self._close.hold()):
+            self._refresh()
+        return self.serial
+
+    def changed_since(self, serial: int) -> set[Place]:
+        """Returns the places that have changed since the state had that serial number."""
+        return set().union(*self._changed[serial:])
+
+    def _refresh(self) -> None:
+        holders = find_holders([("", "", self._model)])
+        state = describe(holders)
+        both = {**state, **self.state}
+        changed = frozenset(p for p in both if state.get(p) != self.state.get(p))
+        self._quick, self._close = _Look(_split(holders)), _Look(_all(holders))
+        if changed:
+            self.state = state
+            self.serial += 1
+            self._changed.append(changed)
+
+
+class _Look:
+    """Readings that stay the same as long as nothing was written to."""
+
+    def __init__(self, readings: Iterable[Callable[[], Any]]) -> None:
+        self._readings = list(readings)
+        self._found = [read() for read in self._readings]
+
+    def hold(self) -> bool:
+        """Whether each reading gives what it gave."""
+        for read, found in zip(self._readings, self._found, strict=True):
+            try:
+                if read() != found:
+                    return False
+            except Exception:  # whatever the comparison of unlike tensors says
+                return False
+        return True
+
+
+def _split(holders: Collection[Holder]) -> Iterator[Callable[[], Any]]:
+    """What is looked at in each call."""
+    kinds = _by_kind(holders)
+    modules = [h.value for h in kinds["module"] if not _is_of_library(h)]
+    yield _versions([*modules, *(h.value for h in kinds["object"])])
+    yield _lengths([h.value for h in kinds["module"] if _is_of_library(h)])
+    children = tuple(h.value for h in kinds["children"] if h.value)
+    yield lambda: gc.get_referents(*children)
+    yield lambda: RemovableHandle.next_id
+    yield _versions([h.value for h in kinds["hooks"] if h.value])
+    yield from _rest(kinds)
+
+
+def _all(holders: Collection[Holder]) -> Iterator[Callable[[], Any]]:
+    """What is looked at where a generation starts."""
+    kinds = _by_kind(holders)
+    yield _versions([h.value for name in _OF_MODULES for h in kinds[name]])
+    yield from _rest(kinds)
+
+
+_OF_MODULES: tuple[Kind, ...] = ("module", "children", "tensors", "hooks", "object")
+
+
+def _rest(kinds: Mapping[Kind, Collection[Holder]]) -> Iterator[Callable[[], Any]]:
+    """Classes, globals, containers and variables."""
+    yield _versions([class_dict(h.value) for h in kinds["class"]])
+    for holder in kinds["globals"]:
+        yield _names(holder)
+    contained = [h.value for h in kinds["container"] if _is_looked_at(h)]
+    yield _versions([value for value in contained if isinstance(value, dict)])
+    others = [value for value in contained if not isinstance(value, dict)]
+    yield lambda: [*map(list, others)]
+    cells = [h.value for h in kinds["variable"]]
+    yield lambda: [Same(h) for h in map(_content, cells)]
+
+
+def _is_looked_at(holder: Holder) -> bool:
+    """Whether a container is more than a module's own bookkeeping."""
+    return holder.path.rpartition(".")[2] not in _BOOKKEEPING
+
+
+def _versions(dictionaries: list[dict[Any, Any]]) -> Callable[[], list[int]]:
+    return lambda: list(map(dict_version, dictionaries))
+
+
+def _lengths(dictionaries: list[dict[Any, Any]]) -> Callable[[], list[int]]:
+    return lambda: list(map(len, dictionaries))
+
+
+def _names(holder: Holder) -> Callable[[], list[int]]:
+    """The identities of the globals that are read: a module's other ones come and go."""
+    names, space = list(holder.names or ()), holder.value
+    return lambda: list(map(id, map(space.get, names)))
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
+
+
+def _by_kind(holders: Iterable[Holder]) -> dict[Kind, list[Holder]]:
+    kinds: dict[Kind, list[Holder]] = {
+        kind: [] for kind in (*_OF_MODULES, "class", "globals", "container", "variable")
+    }
+    for holder in holders:
+        kinds[holder.kind].append(holder)
+    return kinds
+
+
+def _is_of_library(holder: Holder) -> bool:
+    return holder.owner is not None and is_library(holder.owner.__module__)
+
+
+def describe(holders: Iterable[Holder]) -> dict[Place, Description]:
+    """Returns what the holders have, in a form that can be compared with a later state."""
+    state: dict[Place, Description] = {}
+    for holder in holders:
+        description = _DESCRIBE[holder.kind](holder)
+        if description is not None:
+            state[holder.path, holder.kind] = state.get((holder.path, holder.kind), {}) | description
+    return state
+
+
+def _describe_module(holder: Holder) -> Description:
+    own = {name: _value(x) for name, x in holder.value.items() if name not in _BOOKKEEPING}
+    return {"the class": Same(holder.owner), **own}
+
+
+def _describe_object(holder: Holder) -> Description:
+    """Which tensor a module has is looked at where a graph reads it; of an object, here."""
+    return {
+        name: Same(x) if isinstance(x, torch.Tensor) else _value(x)
+        for name, x in holder.read().items()
+    }
+
+
+def _describe_children(holder: Holder) -> Description:
+    return {"what is a module": tuple((name, Same(m)) for name, m in holder.value.items())}
+
+
+def _describe_tensors(holder: Holder) -> Description:
+    return {name: True for name, x in holder.value.items() if x is not None}
+
+
+def _describe_hooks(holder: Holder) -> Description | None:
+    hooks = tuple(freeze(hook) for hook in holder.value.values())
+    return {"hooks": hooks} if hooks else None
+
+
+def _describe_container(holder: Holder) -> Description | None:
+    return _describe_object(holder) if _is_looked_at(holder) else None
+
+
+def _describe_globals(holder: Holder) -> Description:
+    return {name: _value(x) for name, x in holder.read().items()}
+
+
+def _value(value: Any) -> Hashable:
+    """A value in short: a container that is a holder itself is told by its type here."""
+    if isinstance(value, torch.Tensor):
+        return torch.Tensor
+    if type(value) in _CONTAINERS:
+        return type(value)
+    if isinstance(value, (FunctionType, MethodType)):
+        return freeze(value)
+    return freeze(value, 1)
+
+
+_DESCRIBE: dict[Kind, Callable[[Holder], Description | None]] = {
+    "module": _describe_module,
+    "object": _describe_object,
+    "children": _describe_children,
+    "tensors": _describe_tensors,
+    "hooks": _describe_hooks,
+    "container": _describe_container,
+    "variable": _describe_object,
+    "class": _describe_globals,
+    "globals": _describe_globals,
+}
+
+
+_ORDER: tuple[Kind, ...] = (*_OF_MODULES, "container", "variable", "class", "globals")
+"""Kinds of places, those first that tell a user most."""
 
 
 class Modules:
-    """The modules of a model as they were when it was captured.
+    """The Python state of a model that a graph was captured for.
 
-    Seen: which modules there are and where, their classes, the names of their parameters and
-    buffers, forward hooks, and Python values: numbers, strings and the like, in containers too;
-    other objects by identity. Not seen: what is within such objects, and, where a module runs
-    outside of the graph, what is within it.
+    Not part of it: what is within modules, and hooks, that the graph calls as they are
+    (`outside`, their paths), and names that a forward only writes (`written`): tables that are
+    built at the first call.
     """
 
-    def __init__(self, model: nn.Module, outside: Collection[str] = ()) -> None:
-        """`outside`: qualified names of modules that run as they are."""
-        self._outside = frozenset(outside)
-        self._state = dict(self._describe(model))
-        children = [m._modules for _, m in self._walk(model) if m._modules]
-        self._children, self._as_captured = tuple(children), gc.get_referents(*children)
+    def __init__(
+        self,
+        model: nn.Module,
+        outside: Collection[str] = (),
+        written: Collection[tuple[Place, Hashable]] = (),
+    ) -> None:
+        self._outside, self._written = frozenset(outside), frozenset(written)
+        holders = find_holders([("", "", model)])
+        self._expected = {p: d for p, d in describe(holders).items() if not self._is_excluded(p)}
+        self._differing: dict[Place, str] = {}
+        self._seen: tuple[Watch, int] | None = None
 
-    def same_children(self) -> bool:
-        """Whether every module is at its place: a quick look, without Python code per module.
+    def hold(self, watch: Watch) -> bool:
+        """Whether the state, as last looked at, is the one that was captured."""
+        return self.difference(watch) is None
 
-        A dictionary refers to its values, in their order: names are looked at by
-        :meth:`difference`.
-        """
-        return gc.get_referents(*self._children) == self._as_captured
+    def difference(self, watch: Watch) -> str | None:
+        """Returns what is not as it was, in words; None: nothing."""
+        if self._seen is None or self._seen[0] is not watch:
+            self._compare(watch, {**watch.state, **self._expected})
+        elif self._seen[1] != watch.serial:
+            self._compare(watch, watch.changed_since(self._seen[1]))
+        self._seen = watch, watch.serial
+        first = min(self._differing, key=lambda place: _ORDER.index(place[1]), default=None)
+        return None if first is None else self._differing[first]
 
-    def difference(self, model: nn.Module) -> str | None:
-        """What is not as it was, in words; None: nothing. Takes milliseconds."""
-        now = dict(self._describe(model))
-        for path in (*now, *self._state):
-            old, new = self._state.get(path), now.get(path)
-            if old is None or new is None:
-                return f"{path or 'the model'} is {'new' if old is None else 'gone'}"
-            for name in {**old, **new}:
-                if name not in old and _is_unread(name, new):
-                    continue
-                if name not in old or name not in new or old[name] != new[name]:
-                    return f"{name} of {path or 'the model'} changed"
+    def _compare(self, watch: Watch, places: Iterable[Place]) -> None:
+        for place in places:
+            self._differing.pop(place, None)
+            if self._is_excluded(place):
+                continue
+            reason = self._differ(place, self._expected.get(place), watch.state.get(place))
+            if reason is not None:
+                self._differing[place] = reason
+
+    def _differ(self, place: Place, old: Description | None, new: Description | None) -> str | None:
+        where = place[0] or "the model"
+        if old == new:
+            return None
+        if old is None or new is None:
+            return f"{where} is {'new' if old is None else 'gone'}"
+        for name in {**old, **new}:
+            if old.get(name) == new.get(name) or (place, name) in self._written:
+                continue
+            if name not in old and place[1] == "module" and _is_unread(name, new):
+                continue
+            return f"{name} of {where} changed"
         return None
 
-    def _describe(self, model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
-        for path, module in self._walk(model):
-            state = {
-                "the class": _Same(type(module)),
-                "what is a module": [(name, _Same(m)) for name, m in module._modules.items()],
-                "what is a parameter": {n for n, p in module._parameters.items() if p is not None},
-                "what is a buffer": {n for n, b in module._buffers.items() if b is not None},
-            }
-            for name, value in vars(module).items():
-                if name not in _BOOKKEEPING:
-                    # Which tensor it is, and how it lies, is looked at where a graph reads it.
-                    is_tensor = isinstance(value, torch.Tensor)
-                    state[name] = torch.Tensor if is_tensor else _freeze(value)
-            yield path, state
-
-    def _walk(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """Every module once, but for what is in modules outside of the graph."""
-        seen: set[int] = set()
-        stack = [("", model)]
-        while stack:
-            path, module = stack.pop()
-            if id(module) in seen or path in self._outside:
-                continue
-            seen.add(id(module))
-            yield path, module
-            children = [(n, m) for n, m in module._modules.items() if m is not None]
-            stack.extend((f"{path}.{n}" if path else n, m) for n, m in reversed(children))
+    def _is_excluded(self, place: Place) -> bool:
+        path = place[0]
+        within = (path.startswith(name) and path[len(name) :][:1] in _WITHIN for name in self._outside)
+        return any(within) or (place, None) in self._written
 
 
-def _is_unread(name: str, state: dict[str, Any]) -> bool:
+def _is_unread(name: Hashable, state: Description) -> bool:
     """Whether an attribute that is new is an object that a trace without it cannot have met: it
     hides nothing of the class. Libraries note things of their own on modules in this way."""
-    return isinstance(state[name], _Same) and not hasattr(state["the class"].value, name)
-
-
-def _freeze(value: Any, depth: int = 0) -> Any:
-    """Something that equals what this function gives for the same value later on."""
-    if isinstance(value, _VALUES):
-        return type(value), value
-    if type(value) not in _CONTAINERS or depth == _DEPTH:
-        return _Same(value)
-    if isinstance(value, dict):
-        items = ((_freeze(k, _DEPTH), _freeze(v, depth + 1)) for k, v in value.items())
-        return type(value), tuple(items)
-    inner = (_freeze(v, depth + 1) for v in value)
-    return type(value), frozenset(inner) if isinstance(value, (set, frozenset)) else tuple(inner)
+    owner = state["the class"]
+    assert isinstance(owner, Same)
+    return isinstance(state[name], Same) and not hasattr(owner.value, str(name))
