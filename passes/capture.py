@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .ir import make_module, output_node
 from .tracing.assumptions import Reads
 from .tracing.calls import Call, Result
+from .tracing.effects import Effects, Name, judge_effects
 from .tracing.export import export, export_any_sizes
 from .tracing.modules import Modules
 from .tracing.numbers import check_numbers_stay_tensors
@@ -97,15 +98,33 @@ def capture(
     _refuse_packed_weights(model)
     call = Call(args, kwargs, promoted)
     with call.replacing_forward(model):
-        if dynamic:
-            gm = _finish(model, call, export_any_sizes(model, call))
-        else:
-            gm = _finish(model, call, *export(model, call, dict(outside or {})))
-    gm.meta["modules"] = Modules(model, {call.path for call in gm.meta["calls"]})
+        gm, effects = _capture_results(model, call, dict(outside or {}), dynamic)
+    gm.meta["deleted"], gm.meta["written"] = effects.deleted, effects.written
+    gm.meta["modules"] = Modules(model, {c.path for c in gm.meta["calls"]}, effects.written)
     if promoted:
         names = [gm.meta["signature"].inputs[i] for i in promoted]
         check_numbers_stay_tensors(gm.graph, names, gm.meta["reads"].inputs)
     return gm
+
+
+def _capture_results(
+    model: nn.Module, call: Call, outside: dict[str, str], dynamic: bool
+) -> tuple[GraphModule, Effects]:
+    """The graph, around modules whose forwards do more than give results."""
+    written: tuple[Name, ...] = ()
+    while True:
+        if dynamic:
+            gm = _finish(model, call, export_any_sizes(model, call))
+        else:
+            gm = _finish(model, call, *export(model, call, outside))
+        effects = judge_effects(model, call)
+        written += effects.written
+        if not effects.modules:
+            return gm, replace(effects, written=written)
+        if dynamic:
+            raise ValueError("; ".join(f"{m}: {why}" for m, why in effects.modules.items()))
+        outside.update(effects.modules)
+        call.keeping.update(effects.modules)
 
 
 def _finish(
@@ -138,13 +157,11 @@ def _finish(
         root[name] = tensor
         _read_attribute(graph, node, name, position)
     gm = make_module(root, graph)
-    assert call.result is not None
-    checked: list[Checked] = []
-    if replayer is not None:
-        checked = _split_off_tensors(graph, call.result.num_outputs, replayer.checked)
+    checked = _split_off_tensors(graph, call, [] if replayer is None else replayer.checked)
     gm.meta["reads"] = Reads.of(gm, checked)
-    gm.meta["calls"] = tuple(calls)
+    gm.meta["calls"] = (*calls, *call.hooks.calls)
     gm.meta["aliases"] = _find_aliases(model, root)
+    assert call.result is not None
     gm.meta["signature"] = Signature(call.structure, call.result, tuple(inputs))
     if has_free_sizes(graph):
         gm.meta["sizes"] = read_sizes(graph, call.inputs, program.range_constraints)
@@ -152,13 +169,16 @@ def _finish(
 
 
 def _split_off_tensors(
-    graph: torch.fx.Graph, num_outputs: int, checked: Sequence[Checked]
+    graph: torch.fx.Graph, call: Call, checked: Sequence[Checked]
 ) -> list[Checked]:
-    """Takes the tensors of reads off the results; `checked` with their nodes in their place."""
+    """Takes tokens and the tensors of reads off the results; `checked` with their nodes in their
+    place."""
+    assert call.result is not None
+    num_outputs = call.result.num_outputs
     output = output_node(graph)
     results = output.args[0]
     output.args = (tuple(results[:num_outputs]),)
-    rest = iter(results[num_outputs:])
+    rest = iter(results[num_outputs + len(call.tokens) :])
     return [replace(c, tensors=tuple(next(rest) for _ in c.tensors)) for c in checked]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from .ir import is_collective, user_inputs
+from .ir import is_collective, is_effect, user_inputs
 from .onednn import lowering_onednn
 from .tracing.lean import without_garbage_collection
 
@@ -33,7 +33,8 @@ def compile_blocks(blocks: Iterable[GraphModule]) -> list[Code]:
         code = []
         for block in blocks:
             with waiting.put_off() if _is_on_cpu(block) else nullcontext():
-                code.append(_compile_block(block))
+                run_as_it_is = any(map(is_effect, block.graph.nodes))  # to a compiler, dead code
+                code.append((_run_block if run_as_it_is else _compile_block)(block))
         waiting.end()
     return code
 

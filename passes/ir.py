@@ -65,6 +65,8 @@ COLLECTIVES = ("_c10d_functional", "c10d", "c10d_functional")
 """Namespaces of the ops that communicate."""
 OUTSIDE = "pabc_outside"
 """Namespace of the ops that stand for modules which a graph calls as they are."""
+EFFECT = "effect"
+"""Begins the names of those that leave something behind beside their results."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +207,11 @@ def is_outside(node: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target.namespace == OUTSIDE
 
 
+def is_effect(node: Any) -> bool:
+    """Whether `node` leaves something behind beside its result: it runs at every step, in order."""
+    return is_outside(node) and str(node.target._opname).startswith(EFFECT)
+
+
 def is_collective(node: Any) -> bool:
     """Whether `node` communicates with other processes, or waits for it."""
     target = node.target if isinstance(node, Node) else None
@@ -277,7 +284,8 @@ def module_path(node: Node) -> str:
 
 
 def dead_without(cuts: Iterable[Node]) -> set[Node]:
-    """The nodes, cuts included, that nothing else needs once the cuts' values are given.
+    """The nodes, cuts included, that nothing else needs once the cuts' values are given; what
+    leaves something behind is needed.
 
     Requires: a graph without dead code. Walks no further than what the cuts free.
     """
@@ -285,16 +293,18 @@ def dead_without(cuts: Iterable[Node]) -> set[Node]:
     stack = list(dead)
     while stack:
         for node in stack.pop().all_input_nodes:
-            if node not in dead and node.op != "placeholder" and dead.issuperset(node.users):
+            is_free = node.op != "placeholder" and not is_effect(node)
+            if node not in dead and is_free and dead.issuperset(node.users):
                 dead.add(node)
                 stack.append(node)
     return dead
 
 
 def remove_dead_code(graph: Graph) -> None:
-    """Erases calls and attribute reads without users; inputs stay, for they are the signature."""
+    """Erases calls and attribute reads without users; inputs stay, for they are the signature, and
+    so do calls that leave something behind."""
     for node in reversed(list(graph.nodes)):
-        if node.op not in ("placeholder", "output") and not node.users:
+        if node.op not in ("placeholder", "output") and not node.users and not is_effect(node):
             graph.erase_node(node)
 
 

@@ -5,16 +5,27 @@ from __future__ import annotations
 from torch import nn
 from torch.fx import GraphModule
 
+from pabc.artifact.errors import ArtifactError
 from pabc.artifact.graphs import GraphReader, GraphWriter
 from pabc.artifact.reads import read_reads, write_reads
 from pabc.artifact.tensors import TensorWriter, read_tensors
 from pabc.artifact.values import Json, decode, encode
+from pabc.passes.tracing.hooks import HookCall
 from pabc.passes.tracing.modules import Modules
 from pabc.passes.tracing.outside import OutsideCall
 
-_FACTS = ("regions", "steady", "signature", "latents", "outside", "aliases")
+_FACTS = (
+    "regions",
+    "steady",
+    "signature",
+    "latents",
+    "outside",
+    "aliases",
+    "written",
+    "deleted",
+)
 """Keys of `gm.meta` that are read after the analysis, beside those that hold graphs."""
-_CALL = ("path", "reason", "num_attentions", "call", "layouts", "results")
+_CALL = ("path", "reason", "num_attentions", "call", "layouts", "results", "keeps")
 """What is saved of an :class:`OutsideCall`."""
 
 
@@ -24,6 +35,9 @@ def write_analysis(guarded: GraphModule) -> tuple[Json, bytes]:
     Raises: :class:`ArtifactError` naming what cannot be saved.
     """
     calls = guarded.meta["calls"]
+    for call in calls:
+        if isinstance(call, HookCall):
+            raise ArtifactError(f"{call.path}: expected no hooks that keep something; remove it")
     tensors = TensorWriter()
     writer = GraphWriter(calls, tensors)
     prologue: GraphModule = guarded.meta["prologue"]
@@ -54,7 +68,9 @@ def read_analysis(content: Json, constants: bytes, model: nn.Module) -> GraphMod
     prologue.meta["sizes"] = None
     guarded.meta.update({name: decode(part) for name, part in content["facts"].items()})
     guarded.meta["calls"] = calls
-    guarded.meta["modules"] = Modules(model, {call.path for call in calls})
+    guarded.meta["modules"] = Modules(
+        model, {call.path for call in calls}, guarded.meta["written"]
+    )
     guarded.meta["prologue"] = prologue
     guarded.meta["reads"] = read_reads(content["reads"], reader)
     return guarded

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from pabc import passes
 from pabc.kernels.gains import find_gain
-from pabc.passes.ir import is_collective, is_outside, user_inputs, value
+from pabc.passes.ir import is_collective, is_effect, is_outside, user_inputs, value
 from pabc.pipeline import Config
 from pabc.runtime.branch import Binding, Layout, without_spare_memory
 from pabc.runtime.chain import BlockCode, Chain
@@ -226,10 +226,8 @@ class Phases:
         num_cuts = sum(len(self._guarded.meta["regions"][slot].kept) for slot in reused)
         for node in user_inputs(flat.graph)[-num_cuts:] if num_cuts else ():
             node.meta["val"] = _as_held(value(node))
-        if self._config.cudagraphs:
-            split = passes.split_blocks_pass(flat, apart=_cannot_be_recorded)
-        else:
-            split = passes.split_blocks_pass(flat)
+        apart = _cannot_be_recorded if self._config.cudagraphs else is_effect
+        split = passes.split_blocks_pass(flat, apart=apart)
         split.graph.lint()
         chain, blocks = Chain.of(split)
         return Lowered(chain, blocks, split.meta["weights"], split.meta["outputs"])

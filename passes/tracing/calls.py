@@ -9,7 +9,8 @@ arguments back.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator, Sequence
+import inspect
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from . import numbers
+from .hooks import HookTracer
 from .outside import patched
+from .python_state import Change, Snapshot
 from .structure import Structure, flatten, holds_tensors
 
 _TRACED = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -65,6 +68,10 @@ class Call:
         args, kwargs: what the tracer is to call the model with: the inputs in their containers.
         structure: of the user's own arguments.
         result: how the model's own result is built; known once the model was traced.
+        left: what the last trace left behind in the model and its arguments, and was undone.
+        keeping: paths of modules that leave something behind, so that each call of them counts.
+        tokens: what calls of these, and of hooks, gave in the last trace; they follow the results.
+        hooks: the hooks that it met.
     """
 
     def __init__(
@@ -75,21 +82,70 @@ class Call:
         self.inputs = pack(self._leaves, promoted)
         self.args, self.kwargs = self.structure.unflatten_plain(self.inputs)
         self.result: Result | None = None
+        self.left: list[Change] = []
+        self.keeping: set[str] = set()
+        self.tokens: list[torch.Tensor] = []
+        self.hooks = HookTracer(nn.Module(), self.tokens)
+        self._given: Any = None
+        self._forward: Any = None
 
     @contextmanager
     def replacing_forward(self, model: nn.Module) -> Iterator[None]:
         """Makes `model` take the stand-ins, and return a flat tuple of tensors."""
-        forward = model.forward
+        forward = self._forward = model.forward
 
         @functools.wraps(forward)
         def call(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
             args, kwargs = self._restore((args, {name: kwargs[name] for name in self.kwargs}))
             mode = numbers.RecordNumbers() if self._promoted else nullcontext()
-            with _registering_unseen(model), mode:
-                return self._take_apart(forward(*args, **kwargs))
+            self.tokens.clear()
+            self.hooks = HookTracer(model, self.tokens)
+            with (
+                self._noting_changes(model, args, kwargs),
+                _registering_unseen(model),
+                self.hooks.active(),
+                mode,
+            ):
+                results = self._take_apart(forward(*args, **kwargs))
+            return (*results, *self.tokens)
 
         with patched(model, call):
             yield
+
+    def run(self, leaves: Sequence[Any]) -> Any:
+        """Calls the model's forward with other leaves in the form of the user's call."""
+        args, kwargs = self.structure.unflatten(leaves)
+        return self._forward(*args, **kwargs)
+
+    @property
+    def leaves(self) -> list[Any]:
+        """The user's flattened arguments."""
+        return list(self._leaves)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors among them."""
+        return [leaf for leaf in self._leaves if isinstance(leaf, torch.Tensor)]
+
+    def path_to(self, container: Any) -> tuple[Any, ...] | None:
+        """Returns the keys that lead from `(args, kwargs)` to a container that the last trace was
+        passed; None: none do."""
+        return _find_path(self._given, container)
+
+    @contextmanager
+    def _noting_changes(
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Iterator[None]:
+        """Notes in `left` what Python state is changed within, and undoes it."""
+        self._given = (args, kwargs)
+        names = [*(inspect.signature(self._forward).parameters), *map(str, range(len(args)))]
+        named = dict(zip(names, args, strict=False))
+        snapshot = Snapshot.of(model, {**named, **kwargs})
+        try:
+            yield
+        finally:
+            self.left = snapshot.changes()
+            snapshot.restore()
 
     def _restore(self, arguments: Any) -> Any:
         """The user's arguments with the tracer's tensors in them."""
@@ -116,6 +172,21 @@ class Call:
         constants = tuple(() if isinstance(leaf, _TRACED) else (leaf,) for leaf in leaves)
         self.result = Result(structure, constants)
         return traced
+
+
+def _find_path(value: Any, wanted: Any) -> tuple[Any, ...] | None:
+    if value is wanted:
+        return ()
+    pairs: Any = ()
+    if isinstance(value, dict):
+        pairs = value.items()
+    elif isinstance(value, (list, tuple)):
+        pairs = enumerate(value)
+    for key, inner in pairs:
+        path = _find_path(inner, wanted)
+        if path is not None:
+            return (key, *path)
+    return None
 
 
 @contextmanager

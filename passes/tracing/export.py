@@ -44,7 +44,7 @@ def export(
             reason = ValueError(f"the value of {unknown[0].name} follows from data")
             plain = None if any(map(is_tensor, unknown)) else plain
     try:
-        return _trace_recorded(model, call.args, call.kwargs, outside, reason)
+        return _trace_recorded(model, call, outside, reason)
     except ValueError:
         if plain is None:
             raise
@@ -92,8 +92,7 @@ def _export(
 
 def _trace_recorded(
     model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    call: Call,
     outside: dict[str, str],
     reason: Exception | None,
 ) -> tuple[torch.export.ExportedProgram, ReadReplayer, Sequence[OutsideCall]]:
@@ -102,12 +101,14 @@ def _trace_recorded(
     `reason`: why the model cannot be traced without.
     """
     watch = True
+    args, kwargs = call.args, call.kwargs
     while True:
-        reads, calls = _record(model, args, kwargs, outside, reason)
+        reads, calls = _record(model, call, outside, reason)
         replayer = ReadReplayer(model, reads, watch=watch)
         forward: Any = partial(_with_tensors, model.forward, replayer)
         forward.__signature__ = inspect.signature(model.forward)
-        modes = (replayed_outside(model, calls), patched(model, forward), replayer, RecordNumbers())
+        replayed = replayed_outside(model, calls, call.tokens)
+        modes = (replayed, patched(model, forward), replayer, RecordNumbers())
         try:
             program = _export(model, args, kwargs, *modes)
         except Exception as error:
@@ -138,13 +139,13 @@ def _trace_recorded(
 
 def _record(
     model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    call: Call,
     outside: dict[str, str],
     reason: Exception | None,
 ) -> tuple[list[Read], list[OutsideCall]]:
     """Runs the model once: the values that it reads from data, the calls of modules outside."""
-    reads, calls = ReadRecorder(model), OutsideRecorder(model, outside)
+    args, kwargs = call.args, call.kwargs
+    reads, calls = ReadRecorder(model), OutsideRecorder(model, outside, call.keeping)
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     devices = {t.device for t in tensors if t.is_cuda}
     try:

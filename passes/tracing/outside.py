@@ -7,7 +7,7 @@ when the model was run once. So the rest of the model is one graph around it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..attention_ops import is_attention
-from ..ir import OUTSIDE, SOFTMAXES
+from ..ir import EFFECT, OUTSIDE, SOFTMAXES
 from .structure import Structure, flatten
 
 _numbers = count()
@@ -76,6 +76,8 @@ class OutsideCall:
         reason: why it is not part of the graph.
         num_attentions: how many attentions ran in it.
         layouts: of the tensors among its results.
+        keeps: whether it leaves something behind: such a call is made whoever needs its results,
+            which have one more, empty tensor.
         op: what the graph calls: a list of tensors -> a list of tensors.
     """
 
@@ -86,6 +88,7 @@ class OutsideCall:
     call: TensorCall
     layouts: tuple[ResultLayout, ...]
     results: TensorCall
+    keeps: bool = False
     op: Any = None
     library: Any = field(default=None, repr=False)
 
@@ -103,19 +106,25 @@ class OutsideCall:
                 f"{self.path} runs outside of the graph: expected results like those captured, "
                 f"{self.layouts} in {self.results}, found {layouts} in {results}"
             )
-        ids = {id(t) for t in tensors}
-        return [t.clone() if id(t) in ids or t._base is not None else t for t in found]
+        # The module may go on using what it returns; a compiler may write to that memory.
+        return [*(t.clone() for t in found), *self._token()]
+
+    def _token(self) -> list[torch.Tensor]:
+        return [torch.empty(0)] if self.keeps else []
 
     def fake(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """Empty results of the right layout."""
         return [
-            torch.empty_strided(x.shape, x.strides, dtype=x.dtype, device=x.device)
-            for x in self.layouts
+            *(
+                torch.empty_strided(x.shape, x.strides, dtype=x.dtype, device=x.device)
+                for x in self.layouts
+            ),
+            *self._token(),
         ]
 
     def register(self) -> None:
         """Makes this call an op; it lives as long as `library`."""
-        name = f"call_{next(_numbers)}"
+        name = f"{EFFECT if self.keeps else 'call'}_{next(_numbers)}"
         self.library = torch.library.Library(OUTSIDE, "FRAGMENT")
         self.library.define(f"{name}(Tensor[] inputs) -> Tensor[]")
         self.library.impl(name, self.run, "CompositeExplicitAutograd")
@@ -130,10 +139,13 @@ def _layout(tensor: torch.Tensor) -> ResultLayout:
 class OutsideRecorder:
     """Runs chosen modules as they are and notes each of their calls, in order, in `calls`."""
 
-    def __init__(self, model: nn.Module, reasons: Mapping[str, str]) -> None:
-        """`reasons`: qualified names of modules -> why they are not part of the graph."""
+    def __init__(
+        self, model: nn.Module, reasons: Mapping[str, str], keeping: Collection[str] = ()
+    ) -> None:
+        """`reasons`: qualified names of modules -> why they are not part of the graph; `keeping`:
+        of those that leave something behind."""
         self.calls: list[OutsideCall] = []
-        self._model, self._reasons = model, reasons
+        self._model, self._reasons, self._keeping = model, reasons, keeping
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -158,7 +170,14 @@ class OutsideRecorder:
         layouts = tuple(map(_layout, tensors))
         self.calls.append(
             OutsideCall(
-                self._model, path, self._reasons[path], counter.count, call, layouts, results
+                self._model,
+                path,
+                self._reasons[path],
+                counter.count,
+                call,
+                layouts,
+                results,
+                path in self._keeping,
             )
         )
         return result
@@ -177,8 +196,11 @@ class _AttentionCounter(TorchDispatchMode):
 
 
 @contextmanager
-def replayed_outside(model: nn.Module, calls: Sequence[OutsideCall]) -> Iterator[None]:
-    """While active, the modules' forwards call the recorded ops instead."""
+def replayed_outside(
+    model: nn.Module, calls: Sequence[OutsideCall], tokens: list[torch.Tensor]
+) -> Iterator[None]:
+    """While active, the modules' forwards call the recorded ops instead; `tokens` gains what is to
+    be returned of those that leave something behind."""
     coming: dict[str, deque[OutsideCall]] = {}
     for call in calls:
         call.register()
@@ -187,7 +209,11 @@ def replayed_outside(model: nn.Module, calls: Sequence[OutsideCall]) -> Iterator
     def replay(path: str, *args: Any, **kwargs: Any) -> Any:
         call = coming[path].popleft()
         _, tensors = TensorCall.of(args, kwargs)
-        (result,), _ = call.results.fill(call.op(list(tensors)))
+        found = call.op(list(tensors))
+        if call.keeps:
+            *found, token = found
+            tokens.append(token)
+        (result,), _ = call.results.fill(found)
         return result
 
     with ExitStack() as stack:

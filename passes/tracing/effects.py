@@ -1,0 +1,264 @@
+"""effects: what a forward leaves behind beside its result, and whether that matters.
+
+A graph computes results alone. Tables that a model builds at its first call are no loss. A counter,
+a residual that the next call reads, an object that collects attention maps are: without them the
+model would silently do something else. A trace shows what is left behind; running the model tells
+which kind it is, and which module does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from .calls import Call
+from .outside import patched
+from .python_state import MISSING, Change, Kind, Snapshot
+
+_CLOSE = 1e-3
+"""How far two floating-point results of the same computation may lie apart, relative to the
+largest: kernels need not add in the same order twice."""
+Name = tuple[tuple[str, Kind], Hashable]
+"""A holder's place, and the key of what it holds; None: all of it."""
+
+
+@dataclass(frozen=True)
+class Effects:
+    """What becomes of the things that a forward leaves behind.
+
+    Attributes:
+        written: the names: what they stand for tells nothing about the state of the model.
+        modules: module -> why it cannot be part of a graph.
+        deleted: of which argument, by the keys that lead to a container in it, which key is taken
+            out; see :func:`delete_arguments`.
+    """
+
+    written: tuple[Name, ...] = ()
+    modules: Mapping[str, str] = field(default_factory=dict)
+    deleted: tuple[tuple[Any, ...], ...] = ()
+
+
+def judge_effects(model: nn.Module, call: Call) -> Effects:
+    """Returns what follows from `call.left`, the changes that the last trace made.
+
+    The model runs three times, and is then as it was: twice with the arguments of the call, to see
+    whether the second run is like the first, and once with others, to see what follows from them.
+
+    Raises: ValueError where the model's own forward, rather than a module in it, keeps something
+    from one call to the next, or writes to what it was passed; it names what.
+    """
+    deleted = _check_arguments(model, call)
+    left = [c for c in call.left if c.holder.module is not None or not _is_argument(c)]
+    if not left or any(t.is_meta or _is_fake(t) for t in call.tensors):
+        return Effects(deleted=deleted)
+    runs = _Runs(model, call, {change.name for change in left})
+    harmful = runs.harmful()
+    modules: dict[str, str] = {}
+    for change in left:
+        if change.name in harmful:
+            path = runs.writers.get(change.name, "")
+            if not path:
+                raise ValueError(_describe(model, change))
+            modules.setdefault(path, f"it keeps {change.name} from one call to the next")
+    return Effects(tuple(map(_name, left)), modules, deleted)
+
+
+def _describe(model: nn.Module, change: Change) -> str:
+    return (
+        f"{type(model).__name__}: expected a forward that keeps nothing from one call to the next, "
+        f"found that it changes {change.name}, from {_short(change.old)} to {_short(change.new)}; "
+        "keep such state outside of the model, or in a module of its own, which then runs as it is"
+    )
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= 40 else f"a {type(value).__name__}"
+
+
+def _name(change: Change) -> Name:
+    """A container that gains entries, as a table by sizes does, may gain others."""
+    place = change.holder.path, change.holder.kind
+    return place, None if change.holder.kind == "container" else change.key
+
+
+# ---- arguments ----
+
+
+def _is_argument(change: Change) -> bool:
+    return change.holder.path.startswith("argument ")
+
+
+def _check_arguments(model: nn.Module, call: Call) -> tuple[tuple[Any, ...], ...]:
+    """Refuses what is written to arguments, but for keys that are taken out of dictionaries."""
+    deleted = []
+    for change in filter(_is_argument, call.left):
+        path = call.path_to(change.holder.value)
+        if change.new is not MISSING or path is None or change.holder.kind != "container":
+            raise ValueError(
+                f"{change.name}: expected arguments that forward does not write to, found that "
+                f"{type(model).__name__} changes it, from {_short(change.old)} to "
+                f"{_short(change.new)}; return it as a result, or run this call on the model itself"
+            )
+        deleted.append((*path, change.key))
+    return tuple(deleted)
+
+
+def delete_arguments(
+    deleted: Sequence[tuple[Any, ...]], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> None:
+    """Takes out of the user's dictionaries the keys that the model's forward takes out."""
+    for *path, key in deleted:
+        holder: Any = (args, kwargs)
+        for step in path:
+            holder = holder[step]
+        holder.pop(key, None)
+
+
+# ---- runs ----
+
+
+class _Runs:
+    """What runs of the model leave behind, by name.
+
+    Attributes:
+        writers: name -> the innermost module in whose forward it was written first.
+    """
+
+    def __init__(self, model: nn.Module, call: Call, names: Collection[str]) -> None:
+        self.writers: dict[str, str] = {}
+        self._model, self._call, self._names = model, call, names
+        self._of_inputs: set[str] = set()
+        self._snapshot = Snapshot.of(model)
+        self._held = [h for h in self._snapshot.holders if any(n.startswith(h.path) for n in names)]
+        leaves = call.leaves
+        with torch.no_grad():
+            try:
+                with self._watching():
+                    self._first = self._run(leaves)
+                self._second = self._run(leaves)
+                self._snapshot.restore()
+                self._third = self._try([_other(leaf) for leaf in leaves])
+            finally:
+                self._snapshot.restore()
+
+    def harmful(self) -> set[str]:
+        """Returns the names whose values tell one call from another."""
+        (results, first), (again, second) = self._first, self._second
+        if not _alike(results, again):
+            return set(self._names)
+        third = {} if self._third is None else self._third[1]
+        names = dict.fromkeys((*first, *second, *third, *self._names))
+        differing = (
+            name
+            for name in names
+            if not _alike(first.get(name), second.get(name))
+            or not _alike(first.get(name), third.get(name))
+        )
+        return {*differing, *self._of_inputs}
+
+    def _run(self, leaves: Sequence[Any]) -> tuple[list[Any], dict[str, list[Any]]]:
+        """The leaves of the result, and of what is left under each name."""
+        given = [_copy(leaf) for leaf in leaves]
+        memory = {t.untyped_storage().data_ptr() for t in given if isinstance(t, torch.Tensor)}
+        with torch.random.fork_rng(_devices(self._call.tensors)):
+            result = self._call.run(given)
+        left = {change.name: _leaves(change.new) for change in self._snapshot.changes()}
+        for name, values in left.items():
+            tensors = (t for t in values if isinstance(t, torch.Tensor) and t.numel())
+            if any(t.untyped_storage().data_ptr() in memory for t in tensors):
+                self._of_inputs.add(name)
+        return _copies(_leaves(result)), {name: _copies(values) for name, values in left.items()}
+
+    def _try(self, leaves: Sequence[Any]) -> tuple[list[Any], dict[str, list[Any]]] | None:
+        """A run with inputs that the model may refuse."""
+        try:
+            return self._run(leaves)
+        except Exception:
+            return None
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """While active, notes which module's forward writes what."""
+
+        def watch(path: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            before = self._read()
+            result = forward(*args, **kwargs)
+            after = self._read()
+            for name in {**before, **after}:
+                if before.get(name, MISSING) is not after.get(name, MISSING):
+                    self.writers.setdefault(name, path)
+            return result
+
+        with ExitStack() as stack:
+            for path, module in self._model.named_modules():
+                if path:
+                    stack.enter_context(patched(module, partial(watch, path, module.forward)))
+            yield
+
+    def _read(self) -> dict[str, Any]:
+        found = ((h.name_of(key), value) for h in self._held for key, value in h.read().items())
+        return {name: value for name, value in found if name in self._names}
+
+
+def _devices(tensors: Sequence[torch.Tensor]) -> list[torch.device]:
+    return list({t.device for t in tensors if t.is_cuda})
+
+
+def _is_fake(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, torch._subclasses.FakeTensor)
+
+
+def _other(leaf: Any) -> Any:
+    """Other values of the same kind; what may be an index, a mask or a setting stays."""
+    if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
+        return leaf * (0.5 + torch.rand_like(leaf, dtype=torch.float32)).to(leaf.dtype)
+    return leaf
+
+
+def _copy(value: Any) -> Any:
+    """A value that later runs do not write to."""
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+
+def _copies(values: Sequence[Any]) -> list[Any]:
+    return list(map(_copy, values))
+
+
+def _leaves(value: Any, depth: int = 0) -> list[Any]:
+    """What a value holds: tensors, and other values."""
+    found = []
+    for leaf in pytree.tree_leaves(value):
+        own = getattr(leaf, "__dict__", None)
+        if isinstance(own, dict) and not isinstance(leaf, (torch.Tensor, type)) and depth < 3:
+            found += [type(leaf), *own, *_leaves(dict(own), depth + 1)]
+        else:
+            found.append(leaf)
+    return found
+
+
+def _alike(a: Sequence[Any] | None, b: Sequence[Any] | None) -> bool:
+    """Whether two lists of values are the same, up to rounding; None: there are none."""
+    if a is None or b is None:
+        return a is b
+    return len(a) == len(b) and all(map(_equal, a, b))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
+        return a is b or (type(a) is type(b) and not isinstance(a, torch.Tensor) and bool(a == b))
+    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+        return False
+    if not a.is_floating_point() or torch.equal(a, b):
+        return torch.equal(a, b)
+    scale = max(a.abs().max().item(), b.abs().max().item())
+    return bool(torch.allclose(a.float(), b.float(), rtol=0, atol=_CLOSE * scale, equal_nan=True))
