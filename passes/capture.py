@@ -117,7 +117,7 @@ def _capture_results(
             gm = _finish(model, call, export_any_sizes(model, call))
         else:
             gm = _finish(model, call, *export(model, call, outside))
-        effects = judge_effects(model, call)
+        effects = judge_effects(model, call, outside)
         written += effects.written
         if not effects.modules:
             return gm, replace(effects, written=written)

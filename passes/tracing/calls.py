@@ -69,6 +69,7 @@ class Call:
         structure: of the user's own arguments.
         result: how the model's own result is built; known once the model was traced.
         left: what the last trace left behind in the model and its arguments, and was undone.
+        iterators: paths of what it met whose state cannot be seen.
         keeping: paths of modules that leave something behind, so that each call of them counts.
         tokens: what calls of these, and of hooks, gave in the last trace; they follow the results.
         hooks: the hooks that it met.
@@ -83,6 +84,7 @@ class Call:
         self.args, self.kwargs = self.structure.unflatten_plain(self.inputs)
         self.result: Result | None = None
         self.left: list[Change] = []
+        self.iterators: list[str] = []
         self.keeping: set[str] = set()
         self.tokens: list[torch.Tensor] = []
         self.hooks = HookTracer(nn.Module(), self.tokens)
@@ -144,7 +146,7 @@ class Call:
         try:
             yield
         finally:
-            self.left = snapshot.changes()
+            self.left, self.iterators = snapshot.changes(), snapshot.iterators
             snapshot.restore()
 
     def _restore(self, arguments: Any) -> Any:

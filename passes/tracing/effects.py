@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from .calls import Call
 from .outside import patched
-from .python_state import MISSING, Change, Kind, Snapshot
+from .python_state import MISSING, Change, Holder, Kind, Same, Snapshot
 
 _CLOSE = 1e-3
 """How far two floating-point results of the same computation may lie apart, relative to the
@@ -45,29 +46,46 @@ class Effects:
     deleted: tuple[tuple[Any, ...], ...] = ()
 
 
-def judge_effects(model: nn.Module, call: Call) -> Effects:
+def judge_effects(model: nn.Module, call: Call, outside: Mapping[str, str]) -> Effects:
     """Returns what follows from `call.left`, the changes that the last trace made.
 
-    The model runs three times, and is then as it was: twice with the arguments of the call, to see
+    `outside`: modules that were not part of the trace. The model runs three times, and is then as it was: twice with the arguments of the call, to see
     whether the second run is like the first, and once with others, to see what follows from them.
 
     Raises: ValueError where the model's own forward, rather than a module in it, keeps something
     from one call to the next, or writes to what it was passed; it names what.
     """
     deleted = _check_arguments(model, call)
-    left = [c for c in call.left if c.holder.module is not None or not _is_argument(c)]
-    if not left or any(t.is_meta or _is_fake(t) for t in call.tensors):
+    left = [c for c in call.left if not _is_argument(c)]
+    is_virtual = any(t.is_meta or isinstance(t, FakeTensor) for t in call.tensors)
+    if is_virtual or not (left or call.iterators):
         return Effects(deleted=deleted)
-    runs = _Runs(model, call, {change.name for change in left})
+    runs = _Runs(model, call, set(map(_key, left)))
+    if not runs.repeat and not left:
+        raise ValueError(
+            f"{type(model).__name__}: expected the same result of the same call, found another, "
+            f"which follows from {', '.join(call.iterators)}; pass such values as arguments"
+        )
     harmful = runs.harmful()
     modules: dict[str, str] = {}
     for change in left:
-        if change.name in harmful:
-            path = runs.writers.get(change.name, "")
-            if not path:
+        if _key(change) in harmful:
+            writers = runs.writers.get(_key(change), set()) - outside.keys()
+            if not writers:
                 raise ValueError(_describe(model, change))
-            modules.setdefault(path, f"it keeps {change.name} from one call to the next")
+            reason = f"it keeps {change.name} from one call to the next"
+            modules.update((path, modules.get(path, reason)) for path in writers)
     return Effects(tuple(map(_name, left)), modules, deleted)
+
+
+def _key(change: Change) -> str:
+    """What is compared: a container as a whole, which may grow at each call."""
+    holder = change.holder
+    return _key_of_container(holder) if holder.kind == "container" else change.name
+
+
+def _key_of_container(holder: Holder) -> str:
+    return f"{holder.path}[]"
 
 
 def _describe(model: nn.Module, change: Change) -> str:
@@ -131,11 +149,11 @@ class _Runs:
     """What runs of the model leave behind, by name.
 
     Attributes:
-        writers: name -> the innermost module in whose forward it was written first.
+        writers: name -> the innermost modules in whose forwards it was written.
     """
 
     def __init__(self, model: nn.Module, call: Call, names: Collection[str]) -> None:
-        self.writers: dict[str, str] = {}
+        self.writers: dict[str, set[str]] = {}
         self._model, self._call, self._names = model, call, names
         self._of_inputs: set[str] = set()
         self._snapshot = Snapshot.of(model)
@@ -151,10 +169,15 @@ class _Runs:
             finally:
                 self._snapshot.restore()
 
+    @property
+    def repeat(self) -> bool:
+        """Whether the second run gave what the first one gave."""
+        return _alike(self._first[0], self._second[0])
+
     def harmful(self) -> set[str]:
         """Returns the names whose values tell one call from another."""
-        (results, first), (again, second) = self._first, self._second
-        if not _alike(results, again):
+        (_, first), (_, second) = self._first, self._second
+        if not self.repeat:
             return set(self._names)
         third = {} if self._third is None else self._third[1]
         names = dict.fromkeys((*first, *second, *third, *self._names))
@@ -172,7 +195,7 @@ class _Runs:
         memory = {t.untyped_storage().data_ptr() for t in given if isinstance(t, torch.Tensor)}
         with torch.random.fork_rng(_devices(self._call.tensors)):
             result = self._call.run(given)
-        left = {change.name: _leaves(change.new) for change in self._snapshot.changes()}
+        left = {_key(c): _value(c) for c in self._snapshot.changes()}
         for name, values in left.items():
             tensors = (t for t in values if isinstance(t, torch.Tensor) and t.numel())
             if any(t.untyped_storage().data_ptr() in memory for t in tensors):
@@ -190,13 +213,20 @@ class _Runs:
     def _watching(self) -> Iterator[None]:
         """While active, notes which module's forward writes what."""
 
+        within: list[set[str]] = [set()]
+        """Per call under way, the names that modules within it have written."""
+
         def watch(path: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             before = self._read()
+            within.append(set())
             result = forward(*args, **kwargs)
             after = self._read()
+            inner = within.pop()
             for name in {**before, **after}:
-                if before.get(name, MISSING) is not after.get(name, MISSING):
-                    self.writers.setdefault(name, path)
+                if name not in inner and before.get(name, MISSING) != after.get(name, MISSING):
+                    self.writers.setdefault(name, set()).add(path)
+                    inner.add(name)
+            within[-1].update(inner)
             return result
 
         with ExitStack() as stack:
@@ -206,16 +236,27 @@ class _Runs:
             yield
 
     def _read(self) -> dict[str, Any]:
-        found = ((h.name_of(key), value) for h in self._held for key, value in h.read().items())
-        return {name: value for name, value in found if name in self._names}
+        """Something per name that is another when that was written to."""
+        found: dict[str, Any] = {}
+        for holder in self._held:
+            contents = holder.read()
+            if holder.kind == "container":
+                found[_key_of_container(holder)] = [Same(x) for x in contents.values()]
+            elif holder.kind == "array":
+                found[holder.path] = contents[""]
+            else:
+                found.update((holder.name_of(k), Same(value)) for k, value in contents.items())
+        return {name: value for name, value in found.items() if name in self._names}
+
+
+def _value(change: Change) -> list[Any]:
+    """The leaves of what is compared under :func:`_key`."""
+    holder = change.holder
+    return _leaves(holder.read() if holder.kind == "container" else change.new)
 
 
 def _devices(tensors: Sequence[torch.Tensor]) -> list[torch.device]:
     return list({t.device for t in tensors if t.is_cuda})
-
-
-def _is_fake(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, torch._subclasses.FakeTensor)
 
 
 def _other(leaf: Any) -> Any:

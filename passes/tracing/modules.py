@@ -121,6 +121,9 @@ def _rest(kinds: Mapping[Kind, Collection[Holder]]) -> Iterator[Callable[[], Any
     yield _versions([value for value in contained if isinstance(value, dict)])
     others = [value for value in contained if not isinstance(value, dict)]
     yield lambda: [*map(list, others)]
+    slotted = [*kinds["slots"], *kinds["array"]]
+    if slotted:
+        yield lambda: [_describe_object(h) for h in slotted]
     cells = [h.value for h in kinds["variable"]]
     yield lambda: [Same(h) for h in map(_content, cells)]
 
@@ -153,7 +156,7 @@ def _content(cell: Any) -> Any:
 
 def _by_kind(holders: Iterable[Holder]) -> dict[Kind, list[Holder]]:
     kinds: dict[Kind, list[Holder]] = {
-        kind: [] for kind in (*_OF_MODULES, "class", "globals", "container", "variable")
+        kind: [] for kind in _ORDER
     }
     for holder in holders:
         kinds[holder.kind].append(holder)
@@ -226,13 +229,23 @@ _DESCRIBE: dict[Kind, Callable[[Holder], Description | None]] = {
     "tensors": _describe_tensors,
     "hooks": _describe_hooks,
     "container": _describe_container,
+    "slots": _describe_object,
+    "array": _describe_object,
     "variable": _describe_object,
     "class": _describe_globals,
     "globals": _describe_globals,
 }
 
 
-_ORDER: tuple[Kind, ...] = (*_OF_MODULES, "container", "variable", "class", "globals")
+_ORDER: tuple[Kind, ...] = (
+    *_OF_MODULES,
+    "slots",
+    "array",
+    "container",
+    "variable",
+    "class",
+    "globals",
+)
 """Kinds of places, those first that tell a user most."""
 
 

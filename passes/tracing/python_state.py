@@ -10,8 +10,10 @@ is as it was captured (:mod:`pabc.passes.tracing.modules`).
 from __future__ import annotations
 
 import argparse
+import dis
 import functools
 import gc
+import random
 import sys
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Mapping
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -52,12 +55,14 @@ Kind = Literal[
     "children",
     "tensors",
     "hooks",
+    "slots",
+    "array",
     "container",
     "variable",
     "class",
     "globals",
 ]
-_NAMED = frozenset({"object", "module", "children", "tensors", "class", "globals"})
+_NAMED = frozenset({"object", "slots", "module", "children", "tensors", "class", "globals"})
 """Kinds whose keys are attributes, or names."""
 
 
@@ -68,11 +73,12 @@ class Holder:
     Attributes:
         path: how a user finds it: `blocks.1`, `blocks.1.attn.processor`, `cache['k']`.
         module: the qualified name of the module from which it was reached; None: it was not.
-        value: a dictionary, list, set, cell or class.
+        value: a dictionary, list, set, cell, class, array, or object with slots.
         kind: what it is of: the attributes of an object, or of a module; a module's children,
-            its parameters or buffers, its hooks; a container; a variable; a class; globals.
+            its parameters or buffers, its hooks; a container; a variable; a class; globals;
+            attributes in slots; the values of a NumPy array.
         owner: whose attributes they are: its class; None: no object's.
-        names: of a dictionary of globals, those that the code names; None: all are looked at.
+        names: of globals, those that the code names; of slots, all; None: all are looked at.
     """
 
     path: str
@@ -85,6 +91,10 @@ class Holder:
     def read(self) -> dict[Any, Any]:
         """What it holds, by key."""
         value = self.value
+        if self.kind == "slots":
+            return {n: getattr(value, n) for n in self.names or () if hasattr(value, n)}
+        if self.kind == "array":
+            return {"": value.tobytes()}
         if self.names is not None:
             return {name: value[name] for name in self.names if name in value}
         if isinstance(value, type):
@@ -103,7 +113,9 @@ class Holder:
     def write(self, contents: dict[Any, Any]) -> None:
         """Makes it hold that again."""
         value = self.value
-        if self.names is not None or isinstance(value, type):
+        if self.kind == "array":
+            value[...] = np.frombuffer(contents[""], value.dtype).reshape(value.shape)
+        elif self.names is not None or isinstance(value, type):
             self._write_names(contents)
         elif isinstance(value, dict):
             value.clear()
@@ -121,21 +133,22 @@ class Holder:
             value.extend(contents.values())
 
     def _write_names(self, contents: Mapping[str, Any]) -> None:
-        """Puts names of a class, or of a module's globals, back one by one."""
+        """Puts attributes, or a module's globals, back one by one."""
         now = self.read()
-        is_class = isinstance(self.value, type)
+        is_dictionary = self.kind == "globals"
         for name in {**now, **contents}:
             if name not in contents:
-                delattr(self.value, name) if is_class else self.value.pop(name)
+                self.value.pop(name) if is_dictionary else delattr(self.value, name)
             elif now.get(name, MISSING) is not contents[name]:
-                if is_class:
-                    setattr(self.value, name, contents[name])
-                else:
+                if is_dictionary:
                     self.value[name] = contents[name]
+                else:
+                    setter = object.__setattr__ if self.kind == "slots" else setattr  # frozen ones
+                    setter(self.value, name, contents[name])
 
     def name_of(self, key: Any) -> str:
         """How a user finds what it holds under a key."""
-        if isinstance(self.value, CellType):
+        if isinstance(self.value, CellType) or self.kind == "array":
             return self.path
         if self.kind in _NAMED:
             return f"{self.path}.{key}" if self.path else str(key)
@@ -158,11 +171,18 @@ class Change:
 
 
 class Snapshot:
-    """What every holder that is reached from some roots holds at one time."""
+    """What every holder that is reached from some roots holds at one time.
+
+    Attributes:
+        holders: what was reached.
+        iterators: paths of objects whose state cannot be seen: iterators, generators of random
+            numbers.
+    """
 
     def __init__(self, roots: Iterable[tuple[str, str | None, Any]]) -> None:
         """`roots`: path, module and value of each; see :class:`Holder`."""
-        self.holders = find_holders(roots)
+        walk = walk_from(roots)
+        self.holders, self.iterators = walk.holders, walk.iterators
         self._contents = [holder.read() for holder in self.holders]
 
     @classmethod
@@ -177,13 +197,13 @@ class Snapshot:
             Change(holder, key, old.get(key, MISSING), now.get(key, MISSING))
             for holder, old, now in self._read()
             for key in {**old, **now}
-            if old.get(key, MISSING) is not now.get(key, MISSING)
+            if not _is_same(old.get(key, MISSING), now.get(key, MISSING))
         ]
 
     def restore(self) -> None:
         """Makes everything as it was; what has not changed is not written to."""
         for holder, old, now in self._read():
-            if old.keys() != now.keys() or any(now[key] is not old[key] for key in old):
+            if old.keys() != now.keys() or not all(_is_same(now[key], old[key]) for key in old):
                 holder.write(old)
 
     def _read(self) -> Iterator[tuple[Holder, dict[Any, Any], dict[Any, Any]]]:
@@ -191,13 +211,22 @@ class Snapshot:
             yield holder, contents, holder.read()
 
 
+def _is_same(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is bytes and type(b) is bytes and a == b)  # the values of an array
+
+
 def find_holders(roots: Iterable[tuple[str, str | None, Any]]) -> list[Holder]:
     """Returns every holder that is reached from the roots, each once, under its first path."""
+    return walk_from(roots).holders
+
+
+def walk_from(roots: Iterable[tuple[str, str | None, Any]]) -> _Walk:
+    """Returns the walk over all that is reached from the roots."""
     walk = _Walk()
     for path, module, value in roots:
         walk.visit(path, module, value)
     walk.visit_code()
-    return walk.holders
+    return walk
 
 
 class _Walk:
@@ -205,6 +234,7 @@ class _Walk:
 
     def __init__(self) -> None:
         self.holders: list[Holder] = []
+        self.iterators: list[str] = []
         self._seen: set[int] = set()
         self._kept: list[Any] = []  # so that no other object takes the address of one that was seen
         self._classes: dict[type, None] = {}
@@ -296,6 +326,16 @@ class _Walk:
             self._hold(path, module, value)
         elif isinstance(value, (tuple, frozenset)):
             self._later(*((f"{path}[{i}]", module, x) for i, x in enumerate(value)))
+        elif isinstance(value, np.ndarray):
+            if value.nbytes <= _LARGE and value.dtype != object and value.flags.writeable:
+                self._add(Holder(path, module, value, "array"))
+        elif hasattr(type(value), "__next__") or isinstance(value, _GENERATORS):
+            self.iterators.append(path)
+        slots = _slots_of(type(value))
+        if slots and not is_library(type(value).__module__):
+            self._add_class(type(value))
+            self._add(Holder(path, module, value, "slots", type(value), slots))
+            self._later(*((f"{path}.{n}", module, getattr(value, n, None)) for n in slots))
         if not isinstance(getattr(value, "__dict__", None), dict):
             return
         if is_library(type(value).__module__) and not isinstance(value, _PLAIN_OBJECTS):
@@ -332,6 +372,9 @@ class _Walk:
 
 
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.Tensor, torch.dtype)
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
+_LARGE = 1 << 20
+"""Bytes of an array above which its values are not looked at."""
 _MANY = 10_000
 """Entries above which a container is looked at, but not into: a vocabulary, say."""
 
@@ -340,6 +383,16 @@ def hook_path(path: str, hook: Any) -> str:
     """Returns how a user finds a hook of the module at `path`."""
     name = getattr(hook, "__qualname__", None) or type(hook).__qualname__
     return _join(path, f"hook {name}")
+
+
+@functools.cache
+def _slots_of(cls: type) -> frozenset[str]:
+    """Returns the names of the attributes that instances have in slots."""
+    found: set[str] = set()
+    for base in cls.__mro__:
+        own = vars(base).get("__slots__", ())
+        found.update((own,) if isinstance(own, str) else own)
+    return frozenset(found - {"__dict__", "__weakref__"})
 
 
 def _join(path: str, name: str) -> str:
@@ -385,15 +438,14 @@ class _CodeScan:
             if function in self._scanned or _is_of_library(function):
                 continue
             self._scanned.add(function)
-            for name in _names_in(function.__code__):
-                if name not in self._called:
-                    self._called.add(name)
-                    ready += self._waiting.pop(name, [])
-                if name in function.__globals__:
-                    value = function.__globals__[name]
-                    ready += _functions_in(value)
-                    if not isinstance(value, ModuleType):
-                        yield function.__globals__, name
+            for name in _names_in(function.__code__) - self._called:
+                self._called.add(name)
+                ready += self._waiting.pop(name, [])
+            for name in _globals_in(function.__code__) & function.__globals__.keys():
+                value = function.__globals__[name]
+                ready += _functions_in(value)
+                if not isinstance(value, ModuleType):
+                    yield function.__globals__, name
 
 
 def _functions_in(value: Any) -> list[FunctionType]:
@@ -412,10 +464,18 @@ def _functions_in(value: Any) -> list[FunctionType]:
     return found
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _names_in(code: CodeType) -> frozenset[str]:
     inner = (_names_in(c) for c in code.co_consts if isinstance(c, CodeType))
     return frozenset(code.co_names).union(*inner)
+
+
+@functools.cache
+def _globals_in(code: CodeType) -> frozenset[str]:
+    """Returns those of the names that are not of attributes."""
+    inner = (_globals_in(c) for c in code.co_consts if isinstance(c, CodeType))
+    own = (i.argval for i in dis.get_instructions(code) if i.opname.endswith(("_GLOBAL", "_NAME")))
+    return frozenset(own).union(*inner)
 
 
 def class_dict(cls: type) -> dict[str, Any]:
