@@ -7,7 +7,7 @@ import json
 import os
 import threading
 import warnings
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +93,11 @@ class CompiledModel(nn.Module):
                     reused, executable = self._begin(program, branch, schedule, leaves, inputs)
                 if step is not None:
                     step.agree(self._facts(program, branch, reused, inputs))
-                if not program.calls_modules:
-                    return program.run(branch, reused, executable, inputs)
-                with self._lock:
-                    return program.run(branch, reused, executable, inputs)
+                with self._lock if program.calls_modules else nullcontext():
+                    result = program.run(branch, reused, executable, inputs)
+            if program.deleted:
+                passes.delete_arguments(program.deleted, *self._arguments.bind(args, kwargs))
+            return result
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Captures this call's signature and compiles all of its phases, without running a step."""

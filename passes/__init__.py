@@ -26,6 +26,7 @@ from .specialize import specialize_phase_pass, verify_phase
 from .tag import tag_attention_pass, tagged, verify_tags
 from .tracing.assumptions import Reads
 from .tracing.calls import pack
+from .tracing.effects import delete_arguments
 from .tracing.outside import OutsideCall
 from .tracing.reads import Read
 from .tracing.sizes import Sizes, concrete, fold_sizes, hinted
@@ -59,6 +60,7 @@ __all__ = [
     "compile_blocks",
     "compute_unless",
     "concrete",
+    "delete_arguments",
     "encode_cuts_pass",
     "enlarge_call",
     "example_inputs",

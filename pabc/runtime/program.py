@@ -41,6 +41,7 @@ class Program:
         records: what the pipeline did, stage by stage.
         bindings: the plans that schedules come to for these regions.
         phases: what runs the steps of a plan.
+        deleted: what the model's forward takes out of dictionaries that it is passed.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Program:
         self.reads: passes.Reads = self.guarded.meta["reads"]
         self._read: Hoisted | None = None
         self.signature: passes.Signature = self.guarded.meta["signature"]
+        self.deleted: tuple[tuple[Any, ...], ...] = self.guarded.meta["deleted"]
         self.backend = backend
         self._prologue: GraphModule = self.guarded.meta["prologue"]
         outputs = output_node(self._prologue.graph).args[0]
