@@ -24,7 +24,7 @@ from .ir import (
     aten,
     is_outside,
     is_tensor,
-    output_node,
+    model_outputs,
     user_inputs,
     value,
 )
@@ -56,7 +56,7 @@ def name_axes_pass(gm: GraphModule, *, latents: str | None = None) -> GraphModul
     if latents is not None and latents not in names:
         raise ValueError(f"latents: expected one of the inputs {names}, found {latents!r}")
     candidates = [latents] if latents is not None else _find_candidates(gm)
-    outputs = [n for n in output_node(gm.graph).all_input_nodes if is_tensor(n)]
+    outputs = model_outputs(gm)
     for name in candidates:
         streams = dict.fromkeys(_samples(gm, name), name)
         _propagate(gm, streams)

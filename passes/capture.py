@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .ir import make_module, output_node
 from .tracing.assumptions import Reads
 from .tracing.calls import Call, Result
-from .tracing.effects import Effects, Name, judge_effects
+from .tracing.effects import Effects, Name, check_writes, find_written_tensors, judge_effects
 from .tracing.export import export, export_any_sizes
 from .tracing.modules import Modules
 from .tracing.numbers import check_numbers_stay_tensors
@@ -87,7 +87,8 @@ def capture(
     are `get_attr` nodes under their qualified names, sharing the model's tensors; every op is
     functional; run on the same arguments it gives the model's bits; `model` is as it was;
     `gm.meta["calls"]` has one :class:`OutsideCall` per call of a module that runs as it is;
-    `gm.meta["modules"]` tells whether the model still is as it was captured.
+    `gm.meta["modules"]` tells whether the model still is as it was captured; `gm.meta["writes"]`:
+    the positions of inputs that the forward writes to, whose new values follow the results.
     Raises: ValueError where the model's own forward, not that of a module in it, cannot be traced,
     or where a module holds its weights in a TorchScript object.
 
@@ -113,18 +114,25 @@ def _capture_results(
     """The graph, around modules whose forwards do more than give results."""
     written: tuple[Name, ...] = ()
     while True:
-        if dynamic:
-            gm = _finish(model, call, export_any_sizes(model, call))
-        else:
-            gm = _finish(model, call, *export(model, call, outside))
+        exported: Any
+        try:
+            exported = (export_any_sizes(model, call),) if dynamic else export(model, call, outside)
+        except ValueError:
+            writers = {} if dynamic else find_written_tensors(model, call, outside)
+            if not writers:
+                raise
+            outside.update(writers)
+            call.keeping.update(writers)
+            continue
         effects = judge_effects(model, call, outside)
         written += effects.written
-        if not effects.modules:
-            return gm, replace(effects, written=written)
+        modules = _written_buffers(exported[0]) | effects.modules
+        if not modules:
+            return _finish(model, call, *exported), replace(effects, written=written)
         if dynamic:
-            raise ValueError("; ".join(f"{m}: {why}" for m, why in effects.modules.items()))
-        outside.update(effects.modules)
-        call.keeping.update(effects.modules)
+            raise ValueError("; ".join(f"{name}: {why}" for name, why in modules.items()))
+        outside.update(modules)
+        call.keeping.update(modules)
 
 
 def _finish(
@@ -135,8 +143,8 @@ def _finish(
     calls: Sequence[OutsideCall] = (),
 ) -> GraphModule:
     """The graph with weights as attribute reads, and the facts about it."""
-    _refuse_mutation(program)
     graph = program.graph
+    writes = _split_off_writes(program)
     # What is read already are graphs that ops take as arguments, such as flex_attention's.
     root: dict[str, Any] = {
         str(n.target): getattr(program.graph_module, str(n.target))
@@ -160,6 +168,12 @@ def _finish(
     checked = _split_off_tensors(graph, call, [] if replayer is None else replayer.checked)
     gm.meta["reads"] = Reads.of(gm, checked)
     gm.meta["calls"] = (*calls, *call.hooks.calls)
+    names = tuple(n for n in inputs if n in writes)
+    if names:
+        check_writes(call, [inputs.index(n) for n in names], names)
+    results = output_node(graph)
+    results.args = ((*results.args[0], *(writes[n] for n in names)),)
+    gm.meta["writes"] = tuple(inputs.index(n) for n in names)
     gm.meta["aliases"] = _find_aliases(model, root)
     assert call.result is not None
     gm.meta["signature"] = Signature(call.structure, call.result, tuple(inputs))
@@ -182,14 +196,35 @@ def _split_off_tensors(
     return [replace(c, tensors=tuple(next(rest) for _ in c.tensors)) for c in checked]
 
 
-def _refuse_mutation(program: torch.export.ExportedProgram) -> None:
-    plain = (OutputKind.USER_OUTPUT,)
-    mutated = [s.target for s in program.graph_signature.output_specs if s.kind not in plain]
-    if mutated:
-        raise ValueError(
-            f"pabc expects a forward without side effects, found one that writes to {mutated}; "
-            "move the write out of forward"
-        )
+def _written_buffers(program: torch.export.ExportedProgram) -> dict[str, str]:
+    """Modules that write to buffers of theirs, and why that keeps them out of a graph.
+
+    Raises: ValueError where it is a buffer of the model itself.
+    """
+    modules = {}
+    for spec in program.graph_signature.output_specs:
+        if spec.kind not in _RESULTS:
+            path, _, leaf = str(spec.target).rpartition(".")
+            if not path:
+                raise ValueError(
+                    f"pabc expects a forward without side effects, found one that writes to "
+                    f"['{leaf}']; move the write out of forward"
+                )
+            modules[path] = f"it writes to {spec.target}"
+    return modules
+
+
+_RESULTS = (OutputKind.USER_OUTPUT, OutputKind.USER_INPUT_MUTATION)
+
+
+def _split_off_writes(program: torch.export.ExportedProgram) -> dict[str, Node]:
+    """Takes what is written to inputs off the results: the input -> its new value."""
+    output = output_node(program.graph)
+    specs = program.graph_signature.output_specs
+    pairs = list(zip(specs, output.args[0], strict=True))
+    written = OutputKind.USER_INPUT_MUTATION
+    output.args = (tuple(node for spec, node in pairs if spec.kind != written),)
+    return {str(spec.target): node for spec, node in pairs if spec.kind == written}
 
 
 def _refuse_packed_weights(model: nn.Module) -> None:

@@ -276,6 +276,12 @@ def output_node(graph: Graph) -> Node:
     return next(node for node in reversed(graph.nodes) if node.op == "output")
 
 
+def model_outputs(gm: GraphModule) -> list[Node]:
+    """The tensors that the model returns; values that it writes to inputs follow them."""
+    results = output_node(gm.graph).args[0][: gm.meta["signature"].out_spec.num_outputs]
+    return list(dict.fromkeys(node for node in results if is_tensor(node)))
+
+
 def module_path(node: Node) -> str:
     """The user's qualified module name of a node; for messages and tables, never for decisions."""
     stack = node.meta.get("nn_module_stack") or {}

@@ -22,6 +22,7 @@ _FACTS = (
     "outside",
     "aliases",
     "written",
+    "writes",
     "deleted",
 )
 """Keys of `gm.meta` that are read after the analysis, beside those that hold graphs."""

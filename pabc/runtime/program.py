@@ -63,6 +63,7 @@ class Program:
         self.reads: passes.Reads = self.guarded.meta["reads"]
         self._read: Hoisted | None = None
         self.signature: passes.Signature = self.guarded.meta["signature"]
+        self._writes: tuple[int, ...] = self.guarded.meta["writes"]
         self.deleted: tuple[tuple[Any, ...], ...] = self.guarded.meta["deleted"]
         self.backend = backend
         self._prologue: GraphModule = self.guarded.meta["prologue"]
@@ -211,6 +212,8 @@ class Program:
             outputs, kept = run(*inputs, *self._hoist(branch, inputs), *cuts)
             branch.keep(executable.stored, kept, self._widths)
         branch.advance()
+        if self._writes:
+            _write_back(inputs, self._writes, outputs[self.signature.out_spec.num_outputs :])
         return self.signature.out_spec.unflatten(outputs)
 
     def _replay(
@@ -309,6 +312,14 @@ class Program:
     def of_any_size(self) -> bool:
         """Whether the graphs leave sizes open."""
         return self._sizes is not None
+
+
+def _write_back(inputs: Sequence[Any], positions: Sequence[int], values: Sequence[Any]) -> None:
+    """Writes to inputs what the model writes to them; not again what is there: what was computed
+    from an input that stays the same is kept for a generation."""
+    for position, value in zip(positions, values, strict=True):
+        if not torch.equal(inputs[position], value):
+            inputs[position].copy_(value)
 
 
 class _NothingKept:

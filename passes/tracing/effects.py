@@ -78,6 +78,26 @@ def judge_effects(model: nn.Module, call: Call, outside: Mapping[str, str]) -> E
     return Effects(tuple(map(_name, left)), modules, deleted)
 
 
+def find_written_tensors(model: nn.Module, call: Call, outside: Mapping[str, str]) -> dict[str, str]:
+    """Returns the modules that write to tensors which they, or others, hold, and why that keeps
+    them out of a graph; a trace stops at such a write. The model itself is none of them."""
+    snapshot = Snapshot.of(model, values="all")
+    names = {holder.name_of(k) for holder in snapshot.holders for k in _tensors_in(holder)}
+    try:
+        runs = _Runs(model, call, names)
+    except Exception:  # whatever stopped the trace may stop this as well
+        return {}
+    return {
+        path: f"it writes to {name}"
+        for name, paths in runs.writers.items()
+        for path in paths - outside.keys()
+    }
+
+
+def _tensors_in(holder: Holder) -> list[Any]:
+    return [key for key, value in holder.read().items() if isinstance(value, torch.Tensor)]
+
+
 def _key(change: Change) -> str:
     """What is compared: a container as a whole, which may grow at each call."""
     holder = change.holder
@@ -142,6 +162,29 @@ def delete_arguments(
         holder.pop(key, None)
 
 
+def check_writes(call: Call, positions: Sequence[int], names: Sequence[str]) -> None:
+    """Raises ValueError unless the forward writes to inputs what every call writes alike: padding,
+    say, whatever the other inputs are, and nothing new at a second call.
+
+    `positions`: of these inputs among the flattened arguments.
+    """
+    if any(t.is_meta or isinstance(t, FakeTensor) for t in call.tensors):
+        return
+    leaves = [_copy(leaf) for leaf in call.leaves]
+    others = [leaf if i in positions else _other(leaf) for i, leaf in enumerate(_copies(leaves))]
+    with torch.no_grad(), torch.random.fork_rng(_devices(call.tensors)):
+        call.run(leaves)
+        once = _copies([leaves[i] for i in positions])
+        call.run(leaves)
+        call.run(others)
+    for name, i, value in zip(names, positions, once, strict=True):
+        if not torch.equal(value, leaves[i]) or not torch.equal(value, others[i]):
+            raise ValueError(
+                "pabc expects a forward without side effects, found one that writes to "
+                f"{[name]}, another value at each call; move the write out of forward"
+            )
+
+
 # ---- runs ----
 
 
@@ -156,7 +199,7 @@ class _Runs:
         self.writers: dict[str, set[str]] = {}
         self._model, self._call, self._names = model, call, names
         self._of_inputs: set[str] = set()
-        self._snapshot = Snapshot.of(model)
+        self._snapshot = Snapshot.of(model, values="all")
         self._held = [h for h in self._snapshot.holders if any(n.startswith(h.path) for n in names)]
         leaves = call.leaves
         with torch.no_grad():
@@ -241,11 +284,11 @@ class _Runs:
         for holder in self._held:
             contents = holder.read()
             if holder.kind == "container":
-                found[_key_of_container(holder)] = [Same(x) for x in contents.values()]
+                found[_key_of_container(holder)] = [_mark(x) for x in contents.values()]
             elif holder.kind == "array":
                 found[holder.path] = contents[""]
             else:
-                found.update((holder.name_of(k), Same(value)) for k, value in contents.items())
+                found.update((holder.name_of(k), _mark(value)) for k, value in contents.items())
         return {name: value for name, value in found.items() if name in self._names}
 
 
@@ -253,6 +296,12 @@ def _value(change: Change) -> list[Any]:
     """The leaves of what is compared under :func:`_key`."""
     holder = change.holder
     return _leaves(holder.read() if holder.kind == "container" else change.new)
+
+
+def _mark(value: Any) -> Any:
+    """Something that is another one when a value was replaced, or a tensor written to."""
+    is_tensor = isinstance(value, torch.Tensor) and not value.is_inference()
+    return Same(value), value._version if is_tensor else 0
 
 
 def _devices(tensors: Sequence[torch.Tensor]) -> list[torch.device]:

@@ -170,6 +170,9 @@ class Change:
         return self.holder.name_of(self.key)
 
 
+Values = Literal["none", "unregistered", "all"]
+
+
 class Snapshot:
     """What every holder that is reached from some roots holds at one time.
 
@@ -179,17 +182,31 @@ class Snapshot:
             numbers.
     """
 
-    def __init__(self, roots: Iterable[tuple[str, str | None, Any]]) -> None:
-        """`roots`: path, module and value of each; see :class:`Holder`."""
+    def __init__(
+        self, roots: Iterable[tuple[str, str | None, Any]], *, values: Values = "none"
+    ) -> None:
+        """`roots`: path, module and value of each; see :class:`Holder`. `values`: of which tensors
+        the values count as well: of those that are no parameters or buffers, which a trace replaces
+        by fake ones, or of buffers too."""
         walk = walk_from(roots)
         self.holders, self.iterators = walk.holders, walk.iterators
         self._contents = [holder.read() for holder in self.holders]
+        self._values: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
+        if values != "none":
+            tensors = self._tensors(with_buffers=values == "all")
+            self._values = {id(t): (t, t._version, t.detach().clone()) for t in tensors}
 
     @classmethod
-    def of(cls, model: nn.Module, arguments: Mapping[str, Any] | None = None) -> Snapshot:
+    def of(
+        cls,
+        model: nn.Module,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        values: Values = "none",
+    ) -> Snapshot:
         """All that a call of the model with these arguments can reach."""
         given = ((f"argument {name}", None, x) for name, x in (arguments or {}).items())
-        return cls([("", "", model), *given])
+        return cls([("", "", model), *given], values=values)
 
     def changes(self) -> list[Change]:
         """What is not as it was."""
@@ -198,6 +215,7 @@ class Snapshot:
             for holder, old, now in self._read()
             for key in {**old, **now}
             if not _is_same(old.get(key, MISSING), now.get(key, MISSING))
+            or self._is_written(now.get(key))
         ]
 
     def restore(self) -> None:
@@ -205,6 +223,24 @@ class Snapshot:
         for holder, old, now in self._read():
             if old.keys() != now.keys() or not all(_is_same(now[key], old[key]) for key in old):
                 holder.write(old)
+        for tensor, version, value in self._values.values():
+            if tensor._version != version:
+                with torch.no_grad():
+                    tensor.copy_(value)
+
+    def _is_written(self, value: Any) -> bool:
+        """Whether a tensor has other values than it had."""
+        known = self._values.get(id(value))
+        return known is not None and known[0]._version != known[1]
+
+    def _tensors(self, *, with_buffers: bool) -> Iterator[torch.Tensor]:
+        for holder, contents in zip(self.holders, self._contents, strict=True):
+            if holder.kind == "tensors" and not with_buffers:
+                continue
+            for value in contents.values():
+                is_kept = isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
+                if is_kept and not value.is_inference():
+                    yield value
 
     def _read(self) -> Iterator[tuple[Holder, dict[Any, Any], dict[Any, Any]]]:
         for holder, contents in zip(self.holders, self._contents, strict=True):

@@ -11,16 +11,16 @@ from typing import Any
 
 from torch import nn
 
-from .python_state import Snapshot, is_library
+from .python_state import Snapshot, Values, is_library
 
 _FunctionCache = type(functools.lru_cache(lambda: None))
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+def untouched(model: nn.Module, *, values: Values = "unregistered") -> Iterator[None]:
     """Restores the model's Python state (:class:`Snapshot`), and empties function caches that were
-    used."""
-    snapshot = Snapshot.of(model)
+    used. `values`: whose values are restored as well; of buffers, where the model really runs."""
+    snapshot = Snapshot.of(model, values=values)
     caches = [(cache, cache.cache_info()) for cache in _function_caches()]
     try:
         yield
