@@ -59,7 +59,17 @@ class Sharding:
         return cls(tokens=tokens, batch=batch[0] if batch else None, dim=dim, schedule=schedule)
 
     def apply(self, gm: GraphModule) -> GraphModule:
-        """This process's part of a marked graph; `gm.meta["digest"]` tells of which."""
+        """This process's part of a marked graph; `gm.meta["digest"]` tells of which.
+
+        Raises: ValueError for what would see a part alone: a hook that keeps what it is given, an
+        input that the model writes to.
+        """
+        hook = next((call for call in gm.meta["calls"] if isinstance(call, passes.HookCall)), None)
+        if hook is not None:
+            raise ValueError(f"mesh: expected no hooks that keep what they see, found {hook.path}")
+        if gm.meta["writes"]:
+            written = [gm.meta["signature"].inputs[i] for i in gm.meta["writes"]]
+            raise ValueError(f"mesh: expected no writes to inputs, found that of {written}")
         digest = self._digest(gm)
         if self.batch is not None:
             gm = passes.shard_batch_pass(gm, self.batch, output=self.output)

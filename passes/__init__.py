@@ -27,6 +27,7 @@ from .tag import tag_attention_pass, tagged, verify_tags
 from .tracing.assumptions import Reads
 from .tracing.calls import pack
 from .tracing.effects import delete_arguments
+from .tracing.hooks import HookCall
 from .tracing.outside import OutsideCall
 from .tracing.reads import Read
 from .tracing.sizes import Sizes, concrete, fold_sizes, hinted
@@ -39,6 +40,7 @@ __all__ = [
     "Collective",
     "Cut",
     "Factor",
+    "HookCall",
     "Kernels",
     "Lowering",
     "Output",

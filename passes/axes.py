@@ -107,8 +107,14 @@ def _samples(gm: GraphModule, name: str) -> tuple[str, ...]:
 
 
 def _why_lost(gm: GraphModule) -> str:
-    node = next(filter(is_outside, gm.graph.nodes), None)
-    return f" ({node.name} runs outside of the graph)" if node is not None else ""
+    """Names the first module that the graph calls as it is, where there is one."""
+    called = {call.op: call for call in gm.meta.get("calls", ())}
+    node = next((n for n in gm.graph.nodes if is_outside(n) and n.users), None)
+    if node is None:
+        return ""
+    call = called.get(node.target)
+    name = node.name if call is None else f"{call.path}, since {call.reason},"
+    return f" ({name} runs outside of the graph)"
 
 
 def _comes_out_again(gm: GraphModule, name: str, output: Node, *, alone: bool = False) -> bool:

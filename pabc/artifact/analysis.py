@@ -69,9 +69,7 @@ def read_analysis(content: Json, constants: bytes, model: nn.Module) -> GraphMod
     prologue.meta["sizes"] = None
     guarded.meta.update({name: decode(part) for name, part in content["facts"].items()})
     guarded.meta["calls"] = calls
-    guarded.meta["modules"] = Modules(
-        model, {call.path for call in calls}, guarded.meta["written"]
-    )
+    guarded.meta["modules"] = Modules(model, {call.path for call in calls}, guarded.meta["written"])
     guarded.meta["prologue"] = prologue
     guarded.meta["reads"] = read_reads(content["reads"], reader)
     return guarded

@@ -78,7 +78,9 @@ def judge_effects(model: nn.Module, call: Call, outside: Mapping[str, str]) -> E
     return Effects(tuple(map(_name, left)), modules, deleted)
 
 
-def find_written_tensors(model: nn.Module, call: Call, outside: Mapping[str, str]) -> dict[str, str]:
+def find_written_tensors(
+    model: nn.Module, call: Call, outside: Mapping[str, str]
+) -> dict[str, str]:
     """Returns the modules that write to tensors which they, or others, hold, and why that keeps
     them out of a graph; a trace stops at such a write. The model itself is none of them."""
     snapshot = Snapshot.of(model, values="all")
@@ -255,7 +257,6 @@ class _Runs:
     @contextmanager
     def _watching(self) -> Iterator[None]:
         """While active, notes which module's forward writes what."""
-
         within: list[set[str]] = [set()]
         """Per call under way, the names that modules within it have written."""
 

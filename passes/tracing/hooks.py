@@ -134,7 +134,7 @@ class _WriteWatch(TorchFunctionMode):
     ) -> Any:
         name = getattr(func, "__name__", "")
         is_method = name.endswith("_") and not name.endswith("__")
-        is_operator = name == "__setitem__" or name.startswith("__i") and name in _IN_PLACE
+        is_operator = name == "__setitem__" or (name.startswith("__i") and name in _IN_PLACE)
         self.seen = self.seen or is_method or is_operator or "out" in (kwargs or {})
         return func(*args, **(kwargs or {}))
 

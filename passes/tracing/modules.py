@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
-from operator import attrgetter
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -155,9 +154,7 @@ def _content(cell: Any) -> Any:
 
 
 def _by_kind(holders: Iterable[Holder]) -> dict[Kind, list[Holder]]:
-    kinds: dict[Kind, list[Holder]] = {
-        kind: [] for kind in _ORDER
-    }
+    kinds: dict[Kind, list[Holder]] = {kind: [] for kind in _ORDER}
     for holder in holders:
         kinds[holder.kind].append(holder)
     return kinds
@@ -173,7 +170,9 @@ def describe(holders: Iterable[Holder]) -> dict[Place, Description]:
     for holder in holders:
         description = _DESCRIBE[holder.kind](holder)
         if description is not None:
-            state[holder.path, holder.kind] = state.get((holder.path, holder.kind), {}) | description
+            state[holder.path, holder.kind] = (
+                state.get((holder.path, holder.kind), {}) | description
+            )
     return state
 
 
@@ -308,7 +307,9 @@ class Modules:
 
     def _is_excluded(self, place: Place) -> bool:
         path = place[0]
-        within = (path.startswith(name) and path[len(name) :][:1] in _WITHIN for name in self._outside)
+        within = (
+            path.startswith(name) and path[len(name) :][:1] in _WITHIN for name in self._outside
+        )
         return any(within) or (place, None) in self._written
 
 
