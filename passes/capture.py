@@ -126,7 +126,7 @@ def _capture_results(
             continue
         effects = judge_effects(model, call, outside)
         written += effects.written
-        modules = _written_buffers(exported[0]) | effects.modules
+        modules = {**_written_buffers(exported[0]), **effects.modules}
         if not modules:
             return _finish(model, call, *exported), replace(effects, written=written)
         if dynamic:

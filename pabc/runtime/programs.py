@@ -28,7 +28,7 @@ from pabc.runtime.stats import Recorder
 from pabc.schedule import Schedule
 
 MAX_STATES = 8
-"""States of a model's hooks, switches and values for which programs of one kind of call are kept."""
+"""States of the model's hooks, switches and values for which programs of one call are kept."""
 
 
 class Programs:

@@ -49,8 +49,9 @@ class Effects:
 def judge_effects(model: nn.Module, call: Call, outside: Mapping[str, str]) -> Effects:
     """Returns what follows from `call.left`, the changes that the last trace made.
 
-    `outside`: modules that were not part of the trace. The model runs three times, and is then as it was: twice with the arguments of the call, to see
-    whether the second run is like the first, and once with others, to see what follows from them.
+    `outside`: modules that were not part of the trace. The model runs three times, and is then as
+    it was: twice with the arguments of the call, to see whether the second run is like the first,
+    and once with others, to see what follows from them.
 
     Raises: ValueError where the model's own forward, rather than a module in it, keeps something
     from one call to the next, or writes to what it was passed; it names what.

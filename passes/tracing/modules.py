@@ -8,7 +8,7 @@ state the model may compute something else: that is another program.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -63,7 +63,7 @@ class Watch:
         state = describe(holders)
         both = {**state, **self.state}
         changed = frozenset(p for p in both if state.get(p) != self.state.get(p))
-        self._quick, self._close = _Look(_split(holders)), _Look(_all(holders))
+        self._quick, self._close = _quick(holders), _close(holders)
         if changed:
             self.state = state
             self.serial += 1
@@ -71,86 +71,70 @@ class Watch:
 
 
 class _Look:
-    """Readings that stay the same as long as nothing was written to."""
+    """What stays the same as long as nothing was written to, read in loops without Python code."""
 
-    def __init__(self, readings: Iterable[Callable[[], Any]]) -> None:
-        self._readings = list(readings)
-        self._found = [read() for read in self._readings]
+    def __init__(
+        self,
+        versions: Iterable[dict[Any, Any]],
+        lengths: Iterable[dict[Any, Any]],
+        rest: Mapping[Kind, Sequence[Holder]],
+    ) -> None:
+        """`versions`, `lengths`: dictionaries of which the version, or the length, tells."""
+        contained = [h.value for h in rest["container"] if _is_looked_at(h)]
+        self._versioned = [
+            *versions,
+            *(class_dict(h.value) for h in rest["class"]),
+            *(value for value in contained if isinstance(value, dict)),
+        ]
+        self._counted = list(lengths)
+        # A module's globals come and go: those that are read are looked up.
+        pairs = [(h.value, name) for h in rest["globals"] for name in h.names or ()]
+        self._spaces, self._names = [space for space, _ in pairs], [name for _, name in pairs]
+        self._others = [value for value in contained if not isinstance(value, dict)]
+        self._children = tuple(h.value for h in rest["children"] if h.value)
+        self._slow = [h for kind in ("variable", "slots", "array") for h in rest[kind]]
+        self._found = self._read()
 
     def hold(self) -> bool:
-        """Whether each reading gives what it gave."""
-        for read, found in zip(self._readings, self._found, strict=True):
-            try:
-                if read() != found:
-                    return False
-            except Exception:  # whatever the comparison of unlike tensors says
-                return False
-        return True
+        """Whether all of it gives what it gave."""
+        try:
+            return self._read() == self._found
+        except Exception:  # whatever the comparison of unlike tensors says
+            return False
+
+    def _read(self) -> tuple[object, ...]:
+        return (
+            list(map(dict_version, self._versioned)),
+            list(map(len, self._counted)),
+            gc.get_referents(*self._children),
+            RemovableHandle.next_id,
+            list(map(id, map(dict.get, self._spaces, self._names))),
+            list(map(list, self._others)) if self._others else None,
+            [_describe_object(h) for h in self._slow] if self._slow else None,
+        )
 
 
-def _split(holders: Collection[Holder]) -> Iterator[Callable[[], Any]]:
+def _quick(holders: Collection[Holder]) -> _Look:
     """What is looked at in each call."""
     kinds = _by_kind(holders)
-    modules = [h.value for h in kinds["module"] if not _is_of_library(h)]
-    yield _versions([*modules, *(h.value for h in kinds["object"])])
-    yield _lengths([h.value for h in kinds["module"] if _is_of_library(h)])
-    children = tuple(h.value for h in kinds["children"] if h.value)
-    yield lambda: gc.get_referents(*children)
-    yield lambda: RemovableHandle.next_id
-    yield _versions([h.value for h in kinds["hooks"] if h.value])
-    yield from _rest(kinds)
+    own = [h.value for h in kinds["module"] if not _is_of_library(h)]
+    hooked = [h.value for h in kinds["hooks"] if h.value]  # a new hook has a new number
+    versions = (*own, *(h.value for h in kinds["object"]), *hooked)
+    return _Look(versions, (h.value for h in kinds["module"] if _is_of_library(h)), kinds)
 
 
-def _all(holders: Collection[Holder]) -> Iterator[Callable[[], Any]]:
+def _close(holders: Collection[Holder]) -> _Look:
     """What is looked at where a generation starts."""
     kinds = _by_kind(holders)
-    yield _versions([h.value for name in _OF_MODULES for h in kinds[name]])
-    yield from _rest(kinds)
+    return _Look((h.value for name in _OF_MODULES for h in kinds[name]), (), kinds)
 
 
 _OF_MODULES: tuple[Kind, ...] = ("module", "children", "tensors", "hooks", "object")
 
 
-def _rest(kinds: Mapping[Kind, Collection[Holder]]) -> Iterator[Callable[[], Any]]:
-    """Classes, globals, containers and variables."""
-    yield _versions([class_dict(h.value) for h in kinds["class"]])
-    for holder in kinds["globals"]:
-        yield _names(holder)
-    contained = [h.value for h in kinds["container"] if _is_looked_at(h)]
-    yield _versions([value for value in contained if isinstance(value, dict)])
-    others = [value for value in contained if not isinstance(value, dict)]
-    yield lambda: [*map(list, others)]
-    slotted = [*kinds["slots"], *kinds["array"]]
-    if slotted:
-        yield lambda: [_describe_object(h) for h in slotted]
-    cells = [h.value for h in kinds["variable"]]
-    yield lambda: [Same(h) for h in map(_content, cells)]
-
-
 def _is_looked_at(holder: Holder) -> bool:
     """Whether a container is more than a module's own bookkeeping."""
     return holder.path.rpartition(".")[2] not in _BOOKKEEPING
-
-
-def _versions(dictionaries: list[dict[Any, Any]]) -> Callable[[], list[int]]:
-    return lambda: list(map(dict_version, dictionaries))
-
-
-def _lengths(dictionaries: list[dict[Any, Any]]) -> Callable[[], list[int]]:
-    return lambda: list(map(len, dictionaries))
-
-
-def _names(holder: Holder) -> Callable[[], list[int]]:
-    """The identities of the globals that are read: a module's other ones come and go."""
-    names, space = list(holder.names or ()), holder.value
-    return lambda: list(map(id, map(space.get, names)))
-
-
-def _content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return None
 
 
 def _by_kind(holders: Iterable[Holder]) -> dict[Kind, list[Holder]]:
@@ -213,9 +197,9 @@ def _describe_globals(holder: Holder) -> Description:
 def _value(value: Any) -> Hashable:
     """A value in short: a container that is a holder itself is told by its type here."""
     if isinstance(value, torch.Tensor):
-        return torch.Tensor
+        return "a tensor"
     if type(value) in _CONTAINERS:
-        return type(value)
+        return f"a {type(value).__name__}"
     if isinstance(value, (FunctionType, MethodType)):
         return freeze(value)
     return freeze(value, 1)

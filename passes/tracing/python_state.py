@@ -367,7 +367,8 @@ class _Walk:
                 self._add(Holder(path, module, value, "array"))
         elif hasattr(type(value), "__next__") or isinstance(value, _GENERATORS):
             self.iterators.append(path)
-        slots = _slots_of(type(value))
+        cls: Any = type(value)
+        slots = _slots_of(cls)
         if slots and not is_library(type(value).__module__):
             self._add_class(type(value))
             self._add(Holder(path, module, value, "slots", type(value), slots))
@@ -403,7 +404,7 @@ class _Walk:
 
     def _add_class(self, cls: type) -> None:
         for base in cls.__mro__:
-            if not is_library(base.__module__):
+            if issubclass(base, nn.Module) or not is_library(base.__module__):
                 self._classes[base] = None
 
 
@@ -422,9 +423,10 @@ def hook_path(path: str, hook: Any) -> str:
 
 
 @functools.cache
-def _slots_of(cls: type) -> frozenset[str]:
+def _slots_of(cls: Hashable) -> frozenset[str]:
     """Returns the names of the attributes that instances have in slots."""
     found: set[str] = set()
+    assert isinstance(cls, type)
     for base in cls.__mro__:
         own = vars(base).get("__slots__", ())
         found.update((own,) if isinstance(own, str) else own)
