@@ -17,7 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
-from .kinds import find_single_axes, hinges_on_single_axes
+from .single_axes import find_single_axes, hinges_on_single_axes
 from .tag import find_attentions, stated_by
 from .tracing.structure import Structure, flatten
 from .tracing.untouched import untouched
