@@ -1,4 +1,4 @@
-"""Models and arguments that are fake tensors, of one or several modes, or on the meta device."""
+"""Models and arguments that are fake tensors, of one mode or of several."""
 
 from __future__ import annotations
 
@@ -57,12 +57,6 @@ def test_explain_and_compile_within_a_fake_mode():
         assert compiled.explain().attention == expected.attention
         fast = pabc.compile(real, SCHEDULE, backend="eager", example_inputs=((), CASE.call(0)))
         assert fast.explain().attention == expected.attention
-
-
-def test_explain_on_the_meta_device():
-    model = CASE.model().eval().to("meta")
-    call = {name: x.to("meta") for name, x in CASE.call(0, ONE_FRAME).items()}
-    assert sorted(pabc.explain(model, **call).attention.values()) == sorted(CASE.kinds)
 
 
 def test_arguments_of_one_mode_stay_as_they_are():
