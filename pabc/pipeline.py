@@ -129,7 +129,8 @@ def analyze(
     whatever modes.
     """
     with unset_fake_temporarily():
-        return _analyze(model, *passes.share_fake_mode((args, kwargs)), config, promoted)
+        args, kwargs = passes.share_fake_mode((args, kwargs))
+        return _analyze(model, args, kwargs, config, promoted)
 
 
 def _analyze(
