@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
@@ -221,7 +222,8 @@ class FlopCounter:
 
 def _run_counted(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """The FLOPs of an op, run on fake tensors."""
-    mode = detect_fake_mode((args, kwargs))
+    with unset_fake_temporarily():
+        mode = detect_fake_mode((args, kwargs))
     assert mode is not None
     with mode, FlopCounterMode(display=False) as counter:
         op(*args, **kwargs)

@@ -18,6 +18,7 @@ from time import perf_counter
 from typing import Any, Literal
 
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule
 
 from pabc import passes
@@ -124,8 +125,22 @@ def analyze(
 
     Modules that read Python values from what follows from the latents would need a capture a step:
     the graph calls them, and they run as they are. `promoted`: positions among the flattened
-    arguments of numbers that become inputs.
+    arguments of numbers that become inputs. The model and the arguments may be fake tensors, of
+    whatever modes.
     """
+    with unset_fake_temporarily():
+        args, kwargs = passes.share_fake_mode((args, kwargs))
+        return _analyze(model, args, kwargs, config, promoted)
+
+
+def _analyze(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    config: Config,
+    promoted: Collection[int],
+) -> tuple[GraphModule, tuple[Record, ...]]:
+    """:func:`analyze`, outside of any fake mode."""
     options: dict[str, Any] = {"promoted": promoted, "dynamic": config.dynamic}
     outside: dict[str, str] = {}
     while True:

@@ -27,6 +27,7 @@ from .tag import tag_attention_pass, tagged, verify_tags
 from .tracing.assumptions import Reads
 from .tracing.calls import pack
 from .tracing.effects import delete_arguments
+from .tracing.fakes import share_fake_mode
 from .tracing.hooks import HookCall
 from .tracing.outside import OutsideCall
 from .tracing.reads import Read
@@ -88,6 +89,7 @@ __all__ = [
     "run_blocks",
     "shard_batch_pass",
     "shard_pass",
+    "share_fake_mode",
     "specialize_phase_pass",
     "split_blocks_pass",
     "summarize",

@@ -7,7 +7,7 @@ it changes and says so in the factor's `reason`, which later messages show.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -165,12 +165,17 @@ def _propagate(
     the lowest rank, conditions the highest. What follows from none has no latent axes to lose.
     """
     following: set[Node] = set()
+    constants: set[Node] = set()
     sources = {**{name: name for name in conditions}, **streams}
     ranks = {name: rank for rank, name in enumerate(dict.fromkeys(streams.values()))}
     for node in gm.graph.nodes:
         if node.name in streams or not following.isdisjoint(node.all_input_nodes):
             following.add(node)
         node.meta["positions"] = find_positions(node)
+        if _is_constant(node, constants):
+            constants.add(node)
+            node.meta["axes"] = _learned(node.meta.get("val"))
+            continue
         if not is_tensor(node):
             if isinstance(node.meta.get("val"), (tuple, list)):
                 node.meta["axes"] = infer(node)
@@ -186,6 +191,21 @@ def _propagate(
         else:
             dims = learned(shape)
         node.meta["axes"] = dims if node in following else _without_reasons(dims)
+
+
+def _is_constant(node: Node, constants: Collection[Node]) -> bool:
+    """Whether a node is a weight, a constant, or computed from those alone."""
+    if node.op == "get_attr":
+        return True
+    called = node.op == "call_function" and not is_outside(node)
+    return called and all(source in constants for source in node.all_input_nodes)
+
+
+def _learned(val: Any) -> Any:
+    """The dimensions of a constant; of each, where there are several."""
+    if isinstance(val, (tuple, list)):
+        return tuple(map(_learned, val))
+    return learned(val.shape) if isinstance(val, torch.Tensor) else ()
 
 
 def _without_reasons(dims: Dims) -> Dims:

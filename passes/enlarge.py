@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx import GraphModule
 
-from .kinds import find_single_axes, hinges_on_single_axes
+from .single_axes import find_single_axes, hinges_on_single_axes
 from .tag import find_attentions, stated_by
+from .tracing.fakes import fake_like
 from .tracing.structure import Structure, flatten
 from .tracing.untouched import untouched
 
@@ -77,10 +78,12 @@ def _grow(leaves: Leaves, latents: int, dim: int) -> Iterator[Leaves]:
     for factor in range(2, LARGEST + 1):
         for chosen in dict.fromkeys([(), *((i,) for i in others), tuple(others)]):
             growing = {latents, *chosen}
-            yield [
-                x.repeat_interleave(factor, from_last) if i in growing else x
-                for i, x in enumerate(leaves)
-            ]
+            with unset_fake_temporarily():  # fake tensors stay in the mode of the call's others
+                larger = [
+                    x.repeat_interleave(factor, from_last) if i in growing else x
+                    for i, x in enumerate(leaves)
+                ]
+            yield larger
 
 
 @contextmanager
@@ -88,7 +91,7 @@ def _takes(model: nn.Module, structure: Structure) -> Iterator[Callable[[Leaves]
     """Tells whether the model runs on inputs of some shapes; nothing is computed."""
 
     def takes(leaves: Leaves) -> bool:
-        fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in leaves]
+        fakes = [fake_like(x, mode) if isinstance(x, torch.Tensor) else x for x in leaves]
         args, kwargs = structure.unflatten(fakes)
         try:
             model(*args, **kwargs)

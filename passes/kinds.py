@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch.fx import GraphModule, Node
-
-from pabc.plan import KINDS
 
 from .ir import (
     Axis,
@@ -17,7 +14,7 @@ from .ir import (
     user_inputs,
     value,
 )
-from .provenance.factors import is_join, is_named, length
+from .provenance.factors import is_named, length
 
 
 @dataclass(frozen=True)
@@ -83,73 +80,12 @@ def _dims_of(product: tuple[Factor, ...], source: str) -> set[int]:
     return {axis.dim for factor in product for axis in factor.axes() if axis.source == source}
 
 
-def find_single_axes(gm: GraphModule, found: list[Found]) -> list[int]:
-    """The dimensions of the latents that may be token axes of one position, or the channels.
-
-    None where all but the batch and the channels have several positions.
-    """
-    shape, positions = _latent_positions(gm, found)
-    single = [dim for dim in range(1, len(shape)) if positions.get(dim, 1) == 1]
-    return single if len(single) > 1 else []
-
-
-def find_undecided_axes(gm: GraphModule, found: list[Found]) -> list[int]:
-    """Those of them that are no channels: of size one, or seen in an attention."""
-    shape, positions = _latent_positions(gm, found)
-    return [dim for dim in find_single_axes(gm, found) if shape[dim] == 1 or dim in positions]
-
-
-def _latent_positions(gm: GraphModule, found: list[Found]) -> tuple[torch.Size, dict[int, int]]:
-    """The latents' shape, and per dimension the positions along it in the attentions."""
-    latents: str = gm.meta["latents"]
-    shape = next(value(n).shape for n in user_inputs(gm.graph) if n.name == latents)
-    positions: dict[int, int] = {}
-    for attention in found:
-        for dim, count in _count_positions((*attention.query, *attention.outer), latents).items():
-            positions[dim] = max(count, positions.get(dim, 1))
-    return shape, positions
-
-
-def _count_positions(product: tuple[Factor, ...], latents: str) -> dict[int, int]:
-    """Per dimension of the latents, the positions along it; all of them where the order is lost."""
-    counts: dict[int, int] = {}
-    for factor in product:
-        if is_join(factor):
-            for part in factor.parts:
-                counts.update(_count_positions(part, latents))
-            continue
-        for axis in factor.axes():
-            if axis.source == latents:
-                counts[axis.dim] = counts.get(axis.dim, 1) * factor.size
-    return counts
-
-
-def hinges_on_single_axes(found: Found, latents: str) -> bool:
-    """Whether the kind depends on where an axis of one position of the latents lies.
-
-    It does for self-attention alone, and not for that of another input's tokens.
-    """
-    sources = {axis.source for factor in (*found.query, *found.key) for axis in factor.axes()}
-    joined = any(map(is_join, (*found.query, *found.key)))
-    elsewhere = bool(sources) and latents not in sources
-    on_latents = found.query_on_latents and found.key_on_latents
-    return on_latents and not (elsewhere or joined or found.packed)
-
-
-def name_kind(found: Found, streams: Sequence[TokenAxes], single: Sequence[int] = ()) -> str:
-    """The kind from the axes of Q and K alone; `single`: the latents' axes that may lie anywhere.
+def name_kind(found: Found, streams: Sequence[TokenAxes]) -> str:
+    """The kind from the axes of Q and K alone.
 
     Raises: ValueError where Q or K is computed from what is denoised and its sequence has lost its
-    axes, or may have an axis of one position or not.
+    axes.
     """
-    latents = streams[0].stream
-    if single and hinges_on_single_axes(found, latents):
-        axes = ", ".join(f"{latents}[{dim}]" for dim in single)
-        raise ValueError(
-            f"{_undecided(found)}, since {axes} has one position, which may lie in the batch or in "
-            f"the sequence, and the model takes no larger input that would show it; "
-            f"{_remedy(found)}"
-        )
     query = found.key if _is_one_of_many(found, streams) else found.query
     queries = [t for t in streams if _known_token_axes(found, query, t)]
     keys = [t for t in streams if _known_token_axes(found, found.key, t)]
@@ -157,16 +93,20 @@ def name_kind(found: Found, streams: Sequence[TokenAxes], single: Sequence[int] 
         _check_other(found, streams)
         return "other"
     if not keys and found.key_on_latents:
-        _check_known(found, found.key)
+        _check_known(found, found.key, (*_kinds_within(streams), "joint", "cross"))
     tokens = next((t for t in queries if t in keys), None)
     if tokens is None:
         return "cross"
+    others = _has_other_tokens(found.query, tokens) or _has_other_tokens(found.key, tokens)
     if found.packed:
-        raise ValueError(
-            f"{_undecided(found)}, since its sequences are packed into one, and only the data says "
-            f"which tokens share a sequence; {_remedy(found)}"
+        possible = (*_kinds_within([tokens]), *(["joint"] if others else []))
+        raise undecided(
+            found,
+            "its sequences are packed into one, and only the data says which tokens share a "
+            "sequence",
+            possible,
         )
-    if _has_other_tokens(found.query, tokens) or _has_other_tokens(found.key, tokens):
+    if others:
         return "joint"
     if tokens.time is None:
         covers = max(_token_sizes(found.outer, tokens).values(), default=1) == 1
@@ -202,27 +142,51 @@ def _check_other(found: Found, streams: Sequence[TokenAxes]) -> None:
     learned ones, a pooled one, or channels, where the scores sum over the tokens."""
     if not found.query_on_latents or any(_token_sizes(found.features, t) for t in streams):
         return
-    _check_known(found, found.query)
+    possible = _kinds_of_lost_query(found, streams)
+    _check_known(found, found.query, possible)
     learned = all(factor.learned for factor in found.query)
     if not learned and not is_named(found.query) and length(found.query) > 1:
-        raise ValueError(
-            f"{_undecided(found)}, since its queries follow from the latents and lie along no axis "
-            f"of an input; {_remedy(found)}"
-        )
+        reason = "its queries follow from the latents and lie along no axis of an input"
+        raise undecided(found, reason, possible)
 
 
-def _check_known(found: Found, product: tuple[Factor, ...]) -> None:
+def _check_known(found: Found, product: tuple[Factor, ...], possible: Sequence[str]) -> None:
     """Raises where some op on the latents has lost the axes of a sequence."""
     if reason := next((factor.reason for factor in product if factor.reason), ""):
-        raise ValueError(f"{_undecided(found)}, since {reason}; {_remedy(found)}")
+        raise undecided(found, reason, possible)
 
 
-def _undecided(found: Found) -> str:
-    return f"attention {found.node.name} ({module_path(found.node)}): cannot tell its kind"
+def _kinds_within(streams: Sequence[TokenAxes]) -> tuple[str, ...]:
+    """The kinds that attention among the tokens of one stream may have."""
+    times = any(tokens.time is not None for tokens in streams)
+    return ("spatial", "temporal", "full") if times else ("spatial", "full")
 
 
-def _remedy(found: Found) -> str:
-    return f"state it with kinds={{{module_path(found.node)!r}: 'spatial'}} (one of {KINDS})"
+def _kinds_of_lost_query(found: Found, streams: Sequence[TokenAxes]) -> tuple[str, ...]:
+    if not found.key_on_latents:
+        return ("cross", "other")
+    keys = [tokens for tokens in streams if _known_token_axes(found, found.key, tokens)]
+    lost = any(factor.reason for factor in found.key)
+    if not keys and not lost:
+        return ("cross", "other")
+    crosses = lost or len(streams) > 1
+    within = _kinds_within(keys or streams)
+    return (*within, "joint", *(["cross"] if crosses else []), "other")
+
+
+def undecided(found: Found, reason: str, possible: Sequence[str]) -> ValueError:
+    """The error that asks for a kind: one of those that the attention may have."""
+    path = module_path(found.node)
+    name = f"{found.node.name} ({path})" if path else found.node.name
+    return ValueError(
+        f"attention {name}: cannot tell its kind, since {reason}; state it with "
+        f"kinds={{{name_in_kinds(found)!r}: {possible[0]!r}}} (one of {tuple(possible)})"
+    )
+
+
+def name_in_kinds(found: Found) -> str:
+    """What patterns of `kinds` match: an attention's module, or its op where that is the model."""
+    return module_path(found.node) or found.node.name
 
 
 def _token_sizes(product: tuple[Factor, ...], tokens: TokenAxes) -> dict[Axis, int]:

@@ -21,7 +21,8 @@ from .ir import (
     module_path,
     user_inputs,
 )
-from .kinds import Found, find_streams, find_token_axes, find_undecided_axes, name_kind
+from .kinds import Found, name_in_kinds
+from .single_axes import SingleAxes
 
 
 def tag_attention_pass(gm: GraphModule, *, kinds: Mapping[str, str] | None = None) -> GraphModule:
@@ -50,17 +51,16 @@ def tag_attention_pass(gm: GraphModule, *, kinds: Mapping[str, str] | None = Non
         for node in find_unclaimed_softmaxes(gm, chains)
     )
     telling, larger = _find_in_larger(gm, found)
-    streams = [find_token_axes(larger, telling, name) for name in find_streams(larger)]
-    single = find_undecided_axes(larger, telling)
+    axes = SingleAxes.of(larger, telling)
     names: dict[str, int] = {}
     used: set[str] = set()
     for attention, same in zip(found, telling, strict=True):
-        path = module_path(attention.node) or attention.node.name
+        path = name_in_kinds(attention)
         names[path] = names.get(path, -1) + 1
         name = path if not names[path] else f"{path}#{names[path]}"
         pattern = stated_by(attention, stated)
         used.update([pattern] if pattern is not None else [])
-        kind = stated[pattern] if pattern is not None else name_kind(same, streams, single)
+        kind = stated[pattern] if pattern is not None else axes.name_kind(same)
         attention.node.meta["attention"] = Attention(
             name, kind, attention.node.name, attention.query, attention.key, attention.linear
         )
@@ -72,7 +72,7 @@ def tag_attention_pass(gm: GraphModule, *, kinds: Mapping[str, str] | None = Non
 
 def stated_by(found: Found, kinds: Mapping[str, str]) -> str | None:
     """The first pattern that matches an attention's module."""
-    path = module_path(found.node) or found.node.name
+    path = name_in_kinds(found)
     return next((pattern for pattern in kinds if fnmatchcase(path, pattern)), None)
 
 

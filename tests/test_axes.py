@@ -40,7 +40,15 @@ TABLE = torch.tensor([[2, 0, 1], [1, 3, 2]])
 EXPECTED = {
     "view merges": (lambda x: x.view(8, 18), ["01", "23"]),
     "view splits": (lambda x: x.view(2, 2, 2, 18), ["0", "1", "1", "23"]),
-    "view cuts across": (lambda x: x.view(2, 6, 2, 6), ["0123"] * 4),
+    "view cuts across": (lambda x: x.view(2, 6, 2, 6), ["0", "12", "12", "3"]),
+    "view cuts across features": (
+        lambda x: x.unflatten(3, (3, 2)).permute(0, 1, 3, 2, 4).reshape(2, 4, 2, 9),
+        ["0", "1", "23", "23"],
+    ),
+    "view cuts across repeats": (
+        lambda x: x.repeat_interleave(4, 1).transpose(1, 2).flatten(2, 3).view(2, 3, 6, 16),
+        ["0", "2", "13", "13"],
+    ),
     "reshape after permute": (lambda x: x.permute(0, 2, 1, 3).reshape(6, 24), ["02", "13"]),
     "transpose": (lambda x: x.transpose(1, -1), ["0", "3", "2", "1"]),
     "unsqueeze": (lambda x: x[:, None], ["0", "-", "1", "2", "3"]),
@@ -49,6 +57,20 @@ EXPECTED = {
     "slice": (lambda x: x[:, 1:3], ["0", "1", "2", "3"]),
     "strided slice": (lambda x: x[..., ::2], ["0", "1", "2", "3"]),
     "slice of a product": (lambda x: x.flatten(1, 2)[:, 1:], ["0", "12", "3"]),
+    "slice within a product": (lambda x: x.flatten(1, 2)[:, 4:6], ["0", "2", "3"]),
+    "slice of whole rows": (lambda x: x.flatten(1, 2)[:, 3:9], ["0", "12", "3"]),
+    "slice from the end": (lambda x: x.flatten(1, 2)[:, -3:], ["0", "2", "3"]),
+    "strided slice of a product": (lambda x: x.flatten(1, 2)[:, 1::3], ["0", "1", "3"]),
+    "every second row": (lambda x: x.flatten(2)[:, :, ::2], ["0", "1", "23"]),
+    "split of a product": (lambda x: x.flatten(1, 2).split(3, 1)[2], ["0", "2", "3"]),
+    "index by a range": (
+        lambda x: x.flatten(1, 2)[:, torch.arange(6, 9)],
+        ["0", "2", "3"],
+    ),
+    "index_select by a range": (
+        lambda x: x.flatten(1, 2).index_select(1, torch.arange(0, 12, 3)),
+        ["0", "1", "3"],
+    ),
     "select": (lambda x: x[:, 1], ["0", "2", "3"]),
     "unbind": (lambda x: x.unbind(2)[1], ["0", "1", "3"]),
     "split": (lambda x: x.split([1, 3], 1)[1], ["0", "1", "2", "3"]),
@@ -82,6 +104,12 @@ EXPECTED = {
         ["0", "1", "3", "-"],
     ),
     "pad": (lambda x: F.pad(x, (0, 0, 0, 1)), ["0", "1", "2", "3"]),
+    "pad of a product": (lambda x: F.pad(x.flatten(1, 2), (0, 0, 1, 2)), ["0", "12", "3"]),
+    "pad and back": (
+        lambda x: F.pad(x.flatten(1, 2), (0, 0, 1, 2))[:, 1:13].view(2, 4, 3, 6),
+        list("0123"),
+    ),
+    "crop by a pad": (lambda x: F.pad(x.flatten(1, 2), (0, 0, -3, 0)), ["0", "12", "3"]),
     "avg_pool2d": (lambda x: F.avg_pool2d(x, (1, 2)), ["0", "1", "2", "3"]),
     "up": (lambda x: F.interpolate(x, scale_factor=2), ["0", "1", "2", "3"]),
     "index": (lambda x: x[:, :, [2, 0]], ["0", "1", "2", "3"]),
@@ -125,6 +153,14 @@ EXPECTED = {
     "loop": (lambda x: torch.stack([F.linear(x[:, i], WEIGHT) for i in range(4)], 1), list("012-")),
     "loop over unbound": (lambda x: torch.stack([y * 2 for y in x.unbind(2)], 2), list("0123")),
     "loop over slices": (lambda x: torch.cat([x[i : i + 1] * 2 for i in range(2)]), list("0123")),
+    "loop over parts of a product": (
+        lambda x: torch.cat([x.flatten(0, 1)[i : i + 4] * 2 for i in (0, 4)]).view(x.shape),
+        list("0123"),
+    ),
+    "loop over parts of a split": (
+        lambda x: torch.cat([y * 2 for y in x.flatten(1, 2).split(3, 1)], 1).view(x.shape),
+        list("0123"),
+    ),
     "loop over chunks": (lambda x: torch.cat([y * 2 for y in x.chunk(4, 1)], 1), list("0123")),
     "loop into the batch": (lambda x: torch.cat([x[:, i] for i in range(4)]), ["10", "2", "3"]),
     "loop over merged": (

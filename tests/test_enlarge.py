@@ -1,13 +1,19 @@
 """Kinds where a token axis has one position: read from the graph of a larger call."""
 
+import ast
 import logging
+import re
 
 import pytest
 import torch
-from models import CASES, Case, Factorized, Full3d, Sizes
+import torch.nn.functional as F
+from conftest import capture_call, run_to
+from models import CASES, Case, Factorized, Sizes
+from torch import nn
 
 import pabc
 from pabc.models import OpenSoraPlan12
+from pabc.passes import enlarge_call
 
 BY_NAME = {case.name: case for case in CASES}
 FRAME = Sizes(frames=1)
@@ -71,18 +77,72 @@ def test_a_kind_that_no_larger_call_tells_is_an_error():
     assert sorted(explain(case, OneFrame(), FRAME, kinds=kinds)) == sorted(case.kinds)
 
 
+class Tokens(nn.Module):
+    """Takes as many tokens as it was trained on."""
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.count, self.qkv, self.out = count, nn.Linear(4, 12), nn.Linear(4, 4)
+
+    def forward(self, x_BND, t_B):
+        if x_BND.shape[1] != self.count:
+            raise ValueError("not that many tokens")
+        q, k, v = (y[:, None] for y in self.qkv(x_BND * t_B[:, None, None]).chunk(3, -1))
+        return self.out(x_BND + F.scaled_dot_product_attention(q, k, v)[:, 0])
+
+
+def test_a_kind_is_not_asked_for_where_it_is_the_same_in_every_place():
+    """Temporal attention of one frame, and attention among tokens of which there is one."""
+    case = BY_NAME["Factorized"]
+    kinds = {"spatial.*.0.attn": "spatial"}
+    assert sorted(explain(case, OneFrame(), FRAME, kinds=kinds)) == sorted(case.kinds)
+    for count in (1, 5):
+        call = (torch.randn(2, count, 4), torch.full((2,), 3.0))
+        found = pabc.explain(Tokens(count).eval(), *call).attention
+        assert list(found.values()) == ["full"]
+
+
+def test_only_kinds_that_the_places_of_an_axis_give_are_suggested():
+    case = BY_NAME["Factorized"]
+    with pytest.raises(ValueError, match=r"\(one of \('spatial', 'full'\)\)"):
+        explain(case, OneFrame(), FRAME)
+
+
+class OneRow(nn.Module):
+    """An image of one row, whose attention is in no module."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(4, 12), nn.Linear(4, 4)
+
+    def forward(self, x_BCHW, t_B):
+        b, c, rows, columns = x_BCHW.shape
+        if rows > 1:
+            raise ValueError("more than one row")
+        x_BND = x_BCHW.flatten(2).mT * t_B[:, None, None]
+        q, k, v = (y[:, None] for y in self.qkv(x_BND).chunk(3, -1))
+        x_BND = x_BND + F.scaled_dot_product_attention(q, k, v)[:, 0]
+        return self.out(x_BND).mT.view(b, c, rows, columns)
+
+
+def test_the_suggested_pattern_and_kind_are_taken():
+    call = (torch.randn(2, 4, 1, 6), torch.full((2,), 3.0))
+    with pytest.raises(ValueError, match=r"kinds=\{'\w+': 'spatial'\} \(one of") as raised:
+        pabc.explain(OneRow().eval(), *call)
+    found = re.search(r"kinds=(\{.*?\}) \(one of (\(.*?\))\)", str(raised.value))
+    assert found is not None
+    pattern, kinds = next(iter(ast.literal_eval(found[1]))), ast.literal_eval(found[2])
+    assert kinds == ("spatial", "full")
+    for kind in kinds:
+        stated = pabc.explain(OneRow().eval(), *call, kinds={pattern: kind}).attention
+        assert list(stated.values()) == [kind]
+
+
 def test_several_positions_need_no_larger_call():
     case = BY_NAME["Full3d"]
-
-    class Counting(Full3d):
-        calls = 0
-
-        def forward(self, *args, **kwargs):
-            type(self).calls += 1
-            return super().forward(*args, **kwargs)
-
-    explain(case, Counting(), case.sizes)
-    assert Counting.calls == 1
+    model, call = case.model().eval(), case.call()
+    gm = run_to(capture_call(model, call), "axes")
+    assert enlarge_call(model, (), dict(call), gm, kinds={}) is None
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 1, 6, 8), (1, 4, 1, 8, 8), (2, 4, 3, 2, 2)])

@@ -11,13 +11,16 @@ from pabc.passes.provenance.factors import (
     anonymous,
     blur,
     combine,
+    find_position,
     is_join,
+    is_learned,
     is_named,
     join,
     length,
     narrow,
     regroup,
     unknown,
+    unlearned,
 )
 
 X, Y, Z, TEXT = (Axis("x", 0), Axis("x", 1), Axis("x", 2), Axis("text", 1))
@@ -160,6 +163,17 @@ def test_regroup_that_cuts_across_factors_names_all_axes_and_the_reason():
         assert product[0].reason == "view_3 mixes positions"
 
 
+def test_regroup_loses_the_order_only_between_boundaries_of_both_shapes():
+    dims = ((Factor(2, X),), (Factor(4, Y),), (Factor(6, Z),), (Factor(5, TEXT),))
+    batch, outer, inner, last = regroup(dims, [2, 6, 4, 5], "lost")
+    assert (batch, last) == (dims[0], dims[3])
+    assert axes_of(outer) == axes_of(inner) == {Y, Z}
+    rotary = ((Factor(24, X),), (Factor(8), Factor(3, Y), Factor(2)))
+    tokens, heads, features = regroup(rotary, [24, 3, 16], "lost")
+    assert tokens == rotary[0]
+    assert axes_of(heads) == axes_of(features) == {Y}
+
+
 def test_size_one_factors_go_to_dimensions_of_size_one():
     dims = ((Factor(2, X),), (Factor(1, Y),), (Factor(4, Z),))
     assert regroup(dims, [2, 1, 4], "") == dims
@@ -186,6 +200,59 @@ def test_slice_within_a_part_keeps_its_axis():
     assert narrow((Factor(8, X),), 2, 5, "lost") == (Factor(3, X),)
     mixed = narrow((Factor(4, X), Factor(2, Y)), 1, 6, "lost")
     assert axes_of(mixed) == {X, Y} and length(mixed) == 5 and mixed[0].reason == "lost"
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_slices_of_products_claim_the_axes_that_vary(data):
+    factors = data.draw(st.permutations([X, Y, Z]).map(lambda axes: axes[:2]))
+    sizes = [data.draw(SIZES) for _ in factors]
+    product = tuple(map(Factor, sizes, factors))
+    grid = torch.cartesian_prod(*map(torch.arange, sizes)).view(-1, 2).T
+    start = data.draw(st.integers(0, length(product) - 1))
+    stop = data.draw(st.integers(start + 1, length(product)))
+    step = data.draw(st.integers(1, 4))
+    taken = narrow(product, start, stop, "lost", step)
+    rows = [row[start:stop:step] for row in grid]
+    assert length(taken) == len(rows[0])
+    varying = {axis for axis, row in zip(factors, rows, strict=True) if len(set(row.tolist())) > 1}
+    assert varying <= axes_of(taken)
+    if not any(factor.parts for factor in taken):
+        assert varying == {axis for factor in taken if factor.size > 1 for axis in factor.axes()}
+    found = find_position(product, start, stop)
+    if found is not None and stop - start > 1:
+        outer, position = found
+        assert outer == product[:1] and {position} == set(grid[0][start:stop].tolist())
+
+
+def test_slices_within_one_position_of_outer_factors_are_of_the_inner_ones():
+    packed = (Factor(2, X), Factor(24, Y))
+    assert narrow(packed, 0, 24, "lost") == narrow(packed, 24, 48, "lost") == packed[1:]
+    assert narrow(packed, 30, 36, "lost") == (Factor(6, Y),)
+    assert narrow(packed, 5, 48, "lost", 24) == (Factor(2, X),)
+    assert narrow((Factor(4, X), Factor(3, Y)), 3, 9, "lost") == (Factor(2, X), Factor(3, Y))
+    samples = (Factor(2, X), *join([(Factor(5, TEXT),), (Factor(4, Y),)]))
+    assert narrow(samples, 9, 14, "lost") == (Factor(5, TEXT),)
+    assert narrow(samples, 14, 18, "lost") == (Factor(4, Y),)
+    assert axes_of(narrow(samples, 10, 16, "lost")) == {TEXT, Y}
+
+
+def test_what_has_lost_its_order_is_no_join():
+    """Even where it is as large as it has axes."""
+    lost = blur((Factor(4, X), Factor(2, Y)), 2, "lost")
+    assert not is_join(lost[0])
+    assert axes_of(narrow(lost, 0, 1, "lost")) == {X, Y}
+
+
+def test_constants_stay_constants():
+    constant = (Factor(3, learned=True),)
+    assert is_learned(narrow(constant, 0, 2, "lost"))
+    assert is_learned(join([constant, constant]))
+    assert not is_learned(join([constant, anonymous(2)]))
+    assert is_learned(blur((*constant, Factor(2, X, learned=True)), 5, "lost"))
+    assert not is_learned(unlearned(constant))
+    text, zeros = (Factor(3, TEXT),), (Factor(3, TEXT, learned=True),)
+    assert not is_learned(combine((3,), [(zeros,), (text,)])[0])
 
 
 def test_blur_without_axes_keeps_the_reason():

@@ -410,6 +410,107 @@ def test_a_query_whose_places_are_all_lost_is_an_error():
         tag_core(attend_reordered, Sizes(height=8, width=6))
 
 
+class Packed(nn.Module):
+    """Attention within each sample, all of which lie one after another in one sequence."""
+
+    def __init__(self, cut, *, with_text=False):
+        super().__init__()
+        self.attn, self.cut, self.with_text = Attention(), cut, with_text
+
+    def forward(self, x, emb, text=None):
+        num_text = text.shape[1] if self.with_text else 0
+        both = torch.cat([text, x], 1) if self.with_text else x
+        packed = both.flatten(0, 1)[None]
+        samples = [self.attn(part) for part in self.cut(packed, len(x))]
+        packed = packed + torch.cat(samples, 1)
+        return packed.view(both.shape)[:, num_text:]
+
+
+@pytest.mark.parametrize("with_text", [False, True])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda packed, num: packed.split(packed.shape[1] // num, 1),
+        lambda packed, num: [
+            packed[:, i * n : (i + 1) * n] for n in [packed.shape[1] // num] for i in range(num)
+        ],
+        lambda packed, num: [
+            packed[:, torch.arange(i * n, (i + 1) * n)]
+            for n in [packed.shape[1] // num]
+            for i in range(num)
+        ],
+    ],
+)
+def test_attention_within_each_of_packed_samples_has_the_kind_of_one(cut, with_text):
+    kinds = kinds_of(tag(Image(Packed(cut, with_text=with_text)), IMAGE.call()))
+    assert kinds == ("joint" if with_text else "full",) * 2
+
+
+class Padded(nn.Module):
+    """Two attentions over the latents' tokens and others that `pad` gives."""
+
+    def __init__(self, pad):
+        super().__init__()
+        self.attns, self.pad = nn.ModuleList((Attention(), Attention())), pad
+        self.token = nn.Parameter(torch.linspace(-1, 1, WIDTH))
+
+    def forward(self, x, emb, text=None):
+        whole = self.pad(self, x, text)
+        for attn in self.attns:
+            whole = whole + attn(whole)
+        return whole[:, : x.shape[1]]
+
+
+def write_text(padded, x, text):
+    """What was zeros is text now."""
+    whole = x.new_zeros(len(x), x.shape[1] + text.shape[1], WIDTH)
+    whole[:, : x.shape[1]], whole[:, x.shape[1] :] = x, text
+    return whole
+
+
+def write_text_one_by_one(padded, x, text):
+    written = torch.zeros_like(text)
+    for i in range(text.shape[1]):
+        written[:, i] = text[:, i]
+    return torch.cat([x, written], 1)
+
+
+@pytest.mark.parametrize(
+    ("pad", "kind"),
+    [
+        (lambda m, x, text: torch.cat([x, x.new_zeros(len(x), 3, WIDTH)], 1), "full"),
+        (lambda m, x, text: torch.cat([x, torch.ones(len(x), 3, WIDTH)], 1), "full"),
+        (lambda m, x, text: torch.cat([x, torch.zeros_like(text)], 1), "full"),
+        (lambda m, x, text: torch.cat([x, m.token.expand(len(x), 3, -1)], 1), "full"),
+        (lambda m, x, text: torch.cat([x, m.token.repeat(len(x), 3, 1) * 2], 1), "full"),
+        (lambda m, x, text: F.pad(x, (0, 0, 0, 3)), "full"),
+        (lambda m, x, text: F.pad(torch.cat([x, text], 1), (0, 0, 0, 3)), "joint"),
+        (lambda m, x, text: torch.cat([x, torch.ones_like(text) * text], 1), "joint"),
+        (write_text, "joint"),
+        (write_text_one_by_one, "joint"),
+    ],
+)
+def test_constants_that_pad_a_sequence_are_no_other_tokens(pad, kind):
+    assert kinds_of(tag(Image(Padded(pad)), IMAGE.call())) == (kind, kind)
+
+
+def test_features_along_an_axis_that_heads_cut_across_lose_no_tokens():
+    class Rotated(nn.Module):
+        """48 features, of 8 frequencies for each of 3 places, in 3 heads of 16."""
+
+        def __init__(self):
+            super().__init__()
+            self.widen, self.narrow = nn.Linear(WIDTH, 48), nn.Linear(48, WIDTH)
+
+        def forward(self, x, emb, text=None):
+            angles = torch.arange(8.0)[:, None] * text[:, :3].mean(-1)[:, None]
+            wide = self.widen(x) * angles.flatten(1).repeat_interleave(2, 1)[:, None].cos()
+            heads = wide.unflatten(-1, (3, 16)).transpose(1, 2)
+            return x + self.narrow(attend_fused(heads, heads, heads).transpose(1, 2).flatten(2))
+
+    assert kinds_of(tag(Image(Rotated()), IMAGE.call())) == ("full",)
+
+
 def test_verify_catches_an_attention_without_a_tag():
     gm = tag(Image(Branch()), IMAGE.call())
     verify_tags(gm)

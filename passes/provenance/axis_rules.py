@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch.fx import Node
 
 from ..ir import Dims, Factor, aten, is_pointwise, is_tensor, value
-from .factors import anonymous, blur, combine, join, length, narrow, regroup, unknown
+from .factors import anonymous, combine, join, learned, length, narrow, regroup, unknown
 from .index_rules import INDEX_RULES
 from .operands import Rule, argument, dim_of, lost
 from .products import as_product
@@ -59,11 +60,8 @@ def _slice(node: Node, operands: list[Dims]) -> Dims:
     size, step = length(dims[dim]), argument(node, 4, 1)
     start = argument(node, 2, None) or 0
     start = min(start + size if start < 0 else start, size)
-    count = value(node).shape[dim]
-    if step == 1:
-        part = narrow(dims[dim], start, start + count, lost(node))
-    else:
-        part = blur(dims[dim], count, lost(node))
+    stop = start + (value(node).shape[dim] - 1) * step + 1
+    part = narrow(dims[dim], start, stop, lost(node), step)
     return dims[:dim] + (part,) + dims[dim + 1 :]
 
 
@@ -92,6 +90,16 @@ def _stack(node: Node, operands: list[Dims]) -> Dims:
     dims = list(combine(shape[:dim] + shape[dim + 1 :], operands))
     dims.insert(dim, anonymous(shape[dim], lost(node)))
     return tuple(dims)
+
+
+def _filled(node: Node, operands: list[Dims]) -> Dims:
+    """A constant of sizes of its own, on the device of an operand."""
+    return learned(tuple(value(node).shape))
+
+
+def _filled_like(node: Node, operands: list[Dims]) -> Dims:
+    """A constant in place of each value of an operand."""
+    return tuple(tuple(replace(f, learned=True) for f in product) for product in operands[0])
 
 
 def _copy(node: Node, operands: list[Dims]) -> Dims:
@@ -215,6 +223,27 @@ RULES: dict[Any, Rule] = {
     aten.cat.default: _cat,
     aten.stack.default: _stack,
     aten.copy.default: _copy,
+    **dict.fromkeys(
+        (
+            aten.new_empty.default,
+            aten.new_empty_strided.default,
+            aten.new_full.default,
+            aten.new_ones.default,
+            aten.new_zeros.default,
+        ),
+        _filled,
+    ),
+    **dict.fromkeys(
+        (
+            aten.empty_like.default,
+            aten.full_like.default,
+            aten.ones_like.default,
+            aten.zeros_like.default,
+            aten.fill.Scalar,
+            aten.zero.default,
+        ),
+        _filled_like,
+    ),
     aten.view_as_complex.default: _as_complex,
     aten.view_as_real.default: _as_real,
     aten.repeat_interleave.self_int: _repeat_interleave,
@@ -264,7 +293,6 @@ RULES: dict[Any, Rule] = {
             aten.group_norm.default,
             aten.batch_norm.default,
             aten.instance_norm.default,
-            aten.masked_scatter.default,
             aten.log_softmax.int,
         ),
         _same,

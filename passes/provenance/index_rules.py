@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch.fx import Node
 
-from ..ir import MASKS, Dims, Factor, aten, is_tensor, value
-from .factors import anonymous, blur, combine, join, length, narrow, unknown
+from ..ir import MASKS, Dims, Factor, aten, is_call, is_tensor, value
+from .factors import (
+    anonymous,
+    blur,
+    combine,
+    is_learned,
+    join,
+    length,
+    narrow,
+    unknown,
+    unlearned,
+)
 from .operands import Rule, argument, dim_of, lost
 
 Product = tuple[Factor, ...]
+
+_RANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 
 
 def _axes_of(product: Product) -> set[object]:
@@ -19,6 +34,21 @@ def _drawn(index: Product, source: Product, size: int, node: Node) -> Product:
     """Positions of `source` picked by an index: those of the index, where they are known."""
     (product,) = combine((size,), [(index,), (blur(source, size, lost(node)),)])
     return product
+
+
+def _find_range(index: Any) -> range | None:
+    """The positions that an index made of `torch.arange` picks, where they are a slice's."""
+    while is_call(index, (aten._to_copy.default, aten.alias.default, aten.clone.default)):
+        index = index.args[0]
+    if not is_call(index, _RANGES) or not all(type(n) is int for n in index.args):
+        return None
+    bounds: Sequence[int] = index.args
+    positions = range(*bounds)
+    return positions if positions and positions[0] >= 0 and positions.step > 0 else None
+
+
+def _taken(product: Product, positions: range, node: Node) -> Product:
+    return narrow(product, positions[0], positions[-1] + 1, lost(node), positions.step)
 
 
 def _index(node: Node, operands: list[Dims]) -> Dims:
@@ -37,6 +67,8 @@ def _index(node: Node, operands: list[Dims]) -> Dims:
     rank = len(shape) - len(rest)
     adjacent = max(picked) - min(picked) == len(picked) - 1
     place = min(picked) if adjacent else 0
+    if len(given) == 1 and (taken := _find_range(node.args[1][place])) is not None:
+        return (*rest[:place], _taken(dims[place], taken, node), *rest[place:])
     result = []
     for i, size in enumerate(shape[place : place + rank]):
         from_end = i - rank
@@ -54,7 +86,11 @@ def _index(node: Node, operands: list[Dims]) -> Dims:
 def _index_select(node: Node, operands: list[Dims]) -> Dims:
     dims, index = operands
     dim = int(node.args[1]) % len(dims)
-    picked = _drawn(index[0] if index else anonymous(1), dims[dim], value(node).shape[dim], node)
+    if (taken := _find_range(node.args[2])) is not None:
+        picked = _taken(dims[dim], taken, node)
+    else:
+        one = index[0] if index else anonymous(1)
+        picked = _drawn(one, dims[dim], value(node).shape[dim], node)
     return (*dims[:dim], picked, *dims[dim + 1 :])
 
 
@@ -74,7 +110,7 @@ def _write(node: Node, operands: list[Dims]) -> Dims:
     """Parts written into a whole along `dim`: the dimension draws on both."""
     whole, part = operands[0], operands[-1]
     if len(operands) < 3 or len(part) != len(whole):
-        return whole
+        return _written(whole, part)
     dim = int(node.args[1]) % len(whole)
     rest = combine(tuple(map(length, whole)), [whole, part])
     return (*rest[:dim], _merged(whole[dim], part[dim], node), *rest[dim + 1 :])
@@ -82,10 +118,15 @@ def _write(node: Node, operands: list[Dims]) -> Dims:
 
 def _merged(whole: Product, part: Product, node: Node) -> Product:
     if _axes_of(part) <= _axes_of(whole):
-        return whole
+        return whole if is_learned(part) else unlearned(whole)
     if length(whole) == length(part) and not _axes_of(whole):
         return part
     return blur(whole + part, length(whole), lost(node))
+
+
+def _written(whole: Dims, part: Dims) -> Dims:
+    """A whole in which something was written somewhere."""
+    return whole if all(map(is_learned, part)) else tuple(map(unlearned, whole))
 
 
 def _put(node: Node, operands: list[Dims]) -> Dims:
@@ -93,7 +134,7 @@ def _put(node: Node, operands: list[Dims]) -> Dims:
     whole, part = operands[0], operands[-1]
     picked = [d for d, index in enumerate(node.args[1]) if index is not None]
     if len(picked) != 1 or len(part) != len(whole):
-        return whole
+        return _written(whole, part)
     (dim,) = picked
     rest = combine(tuple(map(length, whole)), [whole, part])
     return (*rest[:dim], _merged(whole[dim], part[dim], node), *rest[dim + 1 :])
@@ -130,7 +171,11 @@ def _put_one(node: Node, operands: list[Dims]) -> Dims:
     dim = dim_of(node, 2, 0, len(whole))
     rest = [product for d, product in enumerate(whole) if d != dim]
     merged = [_merged(a, b, node) for a, b in zip(rest, part, strict=True)]
-    return (*merged[:dim], whole[dim], *merged[dim:])
+    return (*merged[:dim], *_written((whole[dim],), part), *merged[dim:])
+
+
+def _put_masked(node: Node, operands: list[Dims]) -> Dims:
+    return _written(operands[0], operands[-1])
 
 
 def _one_hot(node: Node, operands: list[Dims]) -> Dims:
@@ -158,6 +203,7 @@ INDEX_RULES: dict[object, Rule] = {
     aten.index_put.default: _put,
     aten.slice_scatter.default: _put_slice,
     aten.select_scatter.default: _put_one,
+    aten.masked_scatter.default: _put_masked,
     **dict.fromkeys(
         (
             aten.index_add.default,

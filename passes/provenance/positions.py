@@ -7,11 +7,12 @@ position instead, and where all positions of a dimension are stacked or concaten
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 from torch.fx import Node
 
 from ..ir import GETITEM, Dims, aten, is_call, value
-from .factors import Product, is_named, length
+from .factors import Product, find_position, is_named, length
 from .operands import argument, dim_of
 
 Positions = Mapping[Product, int | None]
@@ -54,9 +55,11 @@ def _take_one(node: Node) -> tuple[Product, int] | None:
     start = argument(node, 2, None) or 0
     if not isinstance(start, int):  # data says which
         return None
-    if is_call(node, (aten.slice.Tensor,)) and value(node).shape[dim] != 1:
-        return None
-    return _named(dims[dim], start)
+    size, step = length(dims[dim]), argument(node, 4, 1)
+    start = start + size if start < 0 else start
+    if is_call(node, (aten.select.int,)):
+        return _named(dims[dim], start, start + 1)
+    return _named(dims[dim], start, start + (value(node).shape[dim] - 1) * step + 1)
 
 
 def _take_part(call: Node, part: int) -> tuple[Product, int] | None:
@@ -66,16 +69,16 @@ def _take_part(call: Node, part: int) -> tuple[Product, int] | None:
         return None
     dims: Dims = source.meta["axes"]
     if is_call(call, (aten.unbind.int,)):
-        return _named(dims[dim_of(call, 1, 0, len(dims))], part)
+        return _named(dims[dim_of(call, 1, 0, len(dims))], part, part + 1)
     dim = dim_of(call, 2, 0, len(dims))
-    sizes = [val.shape[dim] for val in call.meta["val"]]
-    return _named(dims[dim], part) if set(sizes) == {1} else None
+    stops = list(accumulate((val.shape[dim] for val in call.meta["val"]), initial=0))
+    return _named(dims[dim], stops[part], stops[part + 1])
 
 
-def _named(product: Product, position: int) -> tuple[Product, int] | None:
-    if not is_named(product):
-        return None
-    return product, position + length(product) if position < 0 else position
+def _named(product: Product, start: int, stop: int) -> tuple[Product, int] | None:
+    """Of what is taken, the dimension or outer part of it that one position is left of."""
+    found = find_position(product, start, stop)
+    return found if found is not None and is_named(found[0]) else None
 
 
 def rejoin(node: Node, dims: Dims) -> tuple[Dims, Positions]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch.fx import Node
 
 from ..ir import Dims, Factor, aten, value
-from .factors import anonymous, blur, length, regroup
+from .factors import anonymous, blur, is_join, join, learned, length, narrow, regroup
 from .operands import Rule, lost
 
 Product = tuple[Factor, ...]
@@ -45,6 +45,26 @@ def _resized(node: Node) -> Callable[[Product, int], Product]:
 def _windowed(node: Node, operands: list[Dims]) -> Dims:
     """Pooling and resizing keep each dimension's axis."""
     return tuple(map(_resized(node), operands[0], tuple(value(node).shape)))
+
+
+def _padded(node: Node, operands: list[Dims]) -> Dims:
+    """What pads tokens of several axes is a part of its own; of one axis, it goes along with it."""
+    result = list(operands[0])
+    shape = value(node).shape
+    if len(node.args) > 2 and isinstance(node.args[2], str) and node.args[2] != "constant":
+        return _windowed(node, operands)
+    widths: Sequence[int] = node.args[1]
+    for i, (before, after) in enumerate(zip(widths[::2], widths[1::2], strict=True), 1):
+        product = result[-i]
+        if len(product) == 1 and not is_join(product[0]):
+            result[-i] = _resized(node)(product, shape[-i])
+            continue
+        size = length(product)
+        product = narrow(product, max(-before, 0), size - max(-after, 0), lost(node))
+        ends = [learned((n,))[0] if n > 0 else () for n in (before, after)]
+        parts = [part for part in (ends[0], product, ends[1]) if part]
+        result[-i] = join(parts) if len(parts) > 1 else product
+    return tuple(result)
 
 
 def _divide(product: Product, sizes: Sequence[int], node: Node) -> Dims:
@@ -128,6 +148,8 @@ WINDOW_RULES: dict[object, Rule] = {
     aten.conv_transpose1d.default: _transposed_conv,
     aten.conv_transpose2d.input: _transposed_conv,
     aten.conv_transpose3d.input: _transposed_conv,
+    aten.constant_pad_nd.default: _padded,
+    aten.pad.default: _padded,
     aten.unfold.default: _unfold,
     aten.im2col.default: _im2col,
     aten.col2im.default: _col2im,
@@ -135,8 +157,6 @@ WINDOW_RULES: dict[object, Rule] = {
     aten.pixel_shuffle.default: _pixel_shuffle,
     **dict.fromkeys(
         (
-            aten.constant_pad_nd.default,
-            aten.pad.default,
             aten.avg_pool1d.default,
             aten.avg_pool2d.default,
             aten.avg_pool3d.default,

@@ -1,0 +1,158 @@
+"""single_axes: axes of the latents of one position, which may lie in the batch or in a sequence.
+
+Shapes do not tell. Where a larger call does not tell either (:mod:`pabc.passes.enlarge`), an
+attention is taken to have its axes in each place that they may have; if it is of one kind in all of
+them, that is its kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+import torch
+from torch.fx import GraphModule
+
+from pabc.plan import KINDS
+
+from .ir import Axis, Factor, user_inputs, value
+from .kinds import Found, TokenAxes, find_streams, find_token_axes, name_kind, undecided
+from .provenance.factors import is_join, is_named, length
+
+Dimension = tuple[Factor, ...]
+
+
+def find_single_axes(gm: GraphModule, found: list[Found]) -> list[int]:
+    """The dimensions of the latents that may be token axes of one position, or the channels.
+
+    None where all but the batch and the channels have several positions.
+    """
+    shape, positions = _latent_positions(gm, found)
+    single = [dim for dim in range(1, len(shape)) if positions.get(dim, 1) == 1]
+    return single if len(single) > 1 else []
+
+
+def hinges_on_single_axes(found: Found, latents: str) -> bool:
+    """Whether the kind depends on where an axis of one position of the latents lies.
+
+    It does for self-attention alone, and not for that of another input's tokens.
+    """
+    sources = {axis.source for factor in (*found.query, *found.key) for axis in factor.axes()}
+    joined = any(map(is_join, (*found.query, *found.key)))
+    elsewhere = bool(sources) and latents not in sources
+    on_latents = found.query_on_latents and found.key_on_latents
+    return on_latents and not (elsewhere or joined or found.packed)
+
+
+@dataclass(frozen=True)
+class SingleAxes:
+    """The latents' axes of one position: which of them may be tokens' axes, and of which streams.
+
+    `choices`: for each axis that may be the channels, the others, and the streams' token axes then.
+    """
+
+    latents: str
+    streams: list[TokenAxes]
+    choices: list[tuple[list[Axis], list[TokenAxes]]]
+
+    @classmethod
+    def of(cls, gm: GraphModule, found: list[Found]) -> SingleAxes:
+        """The axes of one position of a graph with these attentions."""
+        latents: str = gm.meta["latents"]
+        shape, positions = _latent_positions(gm, found)
+        single = find_single_axes(gm, found)
+        open_axes = [Axis(latents, d) for d in single if shape[d] == 1 or d in positions]
+        has_channels = len(open_axes) < len(single)
+        choices = []
+        for channels in [None] if has_channels else open_axes:
+            tokens = [axis for axis in open_axes if axis != channels]
+            seen = [_place(f, open_axes, outside=tokens) for f in found]
+            choices.append((tokens, _find_streams(gm, seen)))
+        return cls(latents, _find_streams(gm, found), choices if open_axes else [])
+
+    def name_kind(self, found: Found) -> str:
+        """The kind of an attention, if it is the same wherever these axes lie.
+
+        Raises: ValueError where it is not, or as :func:`pabc.passes.kinds.name_kind` does.
+        """
+        if not self.choices or not hinges_on_single_axes(found, self.latents):
+            return name_kind(found, self.streams)
+        kinds = {name_kind(placed, streams) for placed, streams in self._placements(found)}
+        if len(kinds) == 1:
+            return kinds.pop()
+        axes = sorted({str(axis) for tokens, _ in self.choices for axis in tokens})
+        raise undecided(
+            found,
+            f"{', '.join(axes)} {'has' if len(axes) == 1 else 'have'} one position, which may lie "
+            "in the batch or in the sequence, and the model takes no larger input that would show "
+            "it",
+            [kind for kind in KINDS if kind in kinds],
+        )
+
+    def _placements(self, found: Found) -> Iterator[tuple[Found, list[TokenAxes]]]:
+        """The attention with each axis in its sequence or outside of it.
+
+        Not with none where it has one: then it would mix nothing.
+        """
+        every = {axis for tokens, _ in self.choices for axis in tokens}
+        for tokens, streams in self.choices:
+            for inside in product((True, False), repeat=len(tokens)):
+                chosen = [axis for axis, is_in in zip(tokens, inside, strict=True) if is_in]
+                others = [axis for axis in tokens if axis not in chosen]
+                placed = _place(found, every, inside=chosen, outside=others)
+                is_empty = length(placed.query) == 1 and not is_named(placed.query)
+                if not (is_empty and is_named(found.query)):
+                    yield placed, streams
+
+
+def _find_streams(gm: GraphModule, found: list[Found]) -> list[TokenAxes]:
+    return [find_token_axes(gm, found, name) for name in find_streams(gm)]
+
+
+def _place(
+    found: Found,
+    axes: Iterable[Axis],
+    *,
+    inside: Sequence[Axis] = (),
+    outside: Sequence[Axis] = (),
+) -> Found:
+    """The attention as if axes had several positions: in the sequence, outside of it, or gone."""
+    gone = set(axes)
+    query, key, outer = (_without(p, gone) for p in (found.query, found.key, found.outer))
+    more, apart = (tuple(Factor(2, axis) for axis in some) for some in (inside, outside))
+    return replace(found, query=query + more, key=key + more, outer=outer + apart)
+
+
+def _without(dimension: Dimension, axes: set[Axis]) -> Dimension:
+    kept = [
+        replace(factor, parts=tuple(filter(None, (_without(p, axes) for p in factor.parts))))
+        for factor in dimension
+        if factor.axis not in axes
+    ]
+    return tuple(kept)
+
+
+def _latent_positions(gm: GraphModule, found: list[Found]) -> tuple[torch.Size, dict[int, int]]:
+    """The latents' shape, and per dimension the positions along it in the attentions."""
+    latents: str = gm.meta["latents"]
+    shape = next(value(n).shape for n in user_inputs(gm.graph) if n.name == latents)
+    positions: dict[int, int] = {}
+    for attention in found:
+        for dim, count in _count_positions((*attention.query, *attention.outer), latents).items():
+            positions[dim] = max(count, positions.get(dim, 1))
+    return shape, positions
+
+
+def _count_positions(dimension: Dimension, latents: str) -> dict[int, int]:
+    """Per dimension of the latents, the positions along it; all of them where the order is lost."""
+    counts: dict[int, int] = {}
+    for factor in dimension:
+        if is_join(factor):
+            for part in factor.parts:
+                counts.update(_count_positions(part, latents))
+            continue
+        for axis in factor.axes():
+            if axis.source == latents:
+                counts[axis.dim] = counts.get(axis.dim, 1) * factor.size
+    return counts
