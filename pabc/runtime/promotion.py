@@ -148,7 +148,7 @@ def _follows(
     expected, errors = [], []
     for leaves in calls:
         args, kwargs = structure.unflatten(leaves)
-        with torch.no_grad(), untouched(model, values="all"):
+        with torch.no_grad(), untouched(model, runs=True):
             wanted, form = flatten(model(*args, **kwargs))
             with without_autocast(leaves):
                 found, form_found = flatten(program.evaluate(leaves))

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from .calls import Call
 from .outside import patched
-from .python_state import MISSING, Change, Holder, Kind, Same, Snapshot
+from .python_state import MISSING, Change, Holder, Kind, Same, SavedWrites, Snapshot
 
 _CLOSE = 1e-3
 """How far two floating-point results of the same computation may lie apart, relative to the
@@ -205,15 +205,20 @@ class _Runs:
         self._snapshot = Snapshot.of(model, values="all")
         self._held = [h for h in self._snapshot.holders if any(n.startswith(h.path) for n in names)]
         leaves = call.leaves
-        with torch.no_grad():
+        saved = SavedWrites(self._snapshot.tensors(registered=True))
+        with torch.no_grad(), saved:
             try:
                 with self._watching():
                     self._first = self._run(leaves)
                 self._second = self._run(leaves)
-                self._snapshot.restore()
+                self._restore(saved)
                 self._third = self._try([_other(leaf) for leaf in leaves])
             finally:
-                self._snapshot.restore()
+                self._restore(saved)
+
+    def _restore(self, saved: SavedWrites) -> None:
+        self._snapshot.restore()
+        saved.restore()
 
     @property
     def repeat(self) -> bool:

@@ -151,7 +151,7 @@ def _record(
     try:
         with (
             torch.no_grad(),
-            untouched(model, values="all"),
+            untouched(model, runs=True),
             torch.random.fork_rng(devices),
             calls.active(),
             reads,

@@ -246,7 +246,9 @@ class Modules:
         outside: Collection[str] = (),
         written: Collection[tuple[Place, Hashable]] = (),
     ) -> None:
-        self._outside, self._written = frozenset(outside), frozenset(written)
+        self._written = frozenset(written)
+        within = (path if key is None else f"{path}.{key}" for (path, _), key in written)
+        self._outside = frozenset((*outside, *within))
         holders = find_holders([("", "", model)])
         self._expected = {p: d for p, d in describe(holders).items() if not self._is_excluded(p)}
         self._differing: dict[Place, str] = {}
@@ -291,10 +293,7 @@ class Modules:
 
     def _is_excluded(self, place: Place) -> bool:
         path = place[0]
-        within = (
-            path.startswith(name) and path[len(name) :][:1] in _WITHIN for name in self._outside
-        )
-        return any(within) or (place, None) in self._written
+        return any(path.startswith(n) and path[len(n) :][:1] in _WITHIN for n in self._outside)
 
 
 def _is_unread(name: Hashable, state: Description) -> bool:

@@ -15,7 +15,8 @@ import functools
 import gc
 import random
 import sys
-from collections import deque
+import weakref
+from collections import UserDict, UserList, deque
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
@@ -24,6 +25,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 LIBRARIES = frozenset({"torch", "torchgen", "triton", "numpy", "sympy", "mpmath", "einops"}) | (
     sys.stdlib_module_names - {"__main__"}
@@ -34,7 +36,15 @@ _OWN = tuple(
     for part in ("passes", "kernels", "runtime", "pipelines", "artifact", "compiled")
 )
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-_PLAIN_OBJECTS = (SimpleNamespace, argparse.Namespace, deque)
+_PLAIN_OBJECTS = (
+    SimpleNamespace,
+    argparse.Namespace,
+    UserDict,
+    UserList,
+    weakref.WeakKeyDictionary,
+    weakref.WeakValueDictionary,
+)
+"""Objects of Python's own library that hold what others put into them."""
 _ENTRIES = ("forward", "__call__")
 """Methods that a call of a model, or of an object in it, begins with."""
 
@@ -170,6 +180,44 @@ class Change:
         return self.holder.name_of(self.key)
 
 
+class SavedWrites(TorchDispatchMode):
+    """While active, keeps the values of given tensors when they are first written to."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self._memory = {s.data_ptr(): s for s in map(_storage, tensors) if s is not None}
+        self._saved: dict[int, torch.UntypedStorage] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            for i, argument in enumerate(func._schema.arguments):
+                given = args[i] if i < len(args) else kwargs.get(argument.name)
+                if argument.is_write and isinstance(given, torch.Tensor):
+                    self._save(_storage(given))
+        return func(*args, **kwargs)
+
+    def _save(self, storage: torch.UntypedStorage | None) -> None:
+        address = None if storage is None else storage.data_ptr()
+        if address in self._memory and address not in self._saved:
+            self._saved[address] = self._memory[address].clone()
+
+    def restore(self) -> None:
+        """Gives the tensors the values that they had."""
+        for address, values in self._saved.items():
+            self._memory[address].copy_(values)
+
+
+def _storage(tensor: torch.Tensor) -> torch.UntypedStorage | None:
+    """Returns the memory of a tensor; None: it has none of its own, being made of others."""
+    try:
+        return tensor.untyped_storage() if tensor.device.type != "meta" else None
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
 Values = Literal["none", "unregistered", "all"]
 
 
@@ -185,16 +233,22 @@ class Snapshot:
     def __init__(
         self, roots: Iterable[tuple[str, str | None, Any]], *, values: Values = "none"
     ) -> None:
-        """`roots`: path, module and value of each; see :class:`Holder`. `values`: of which tensors
-        the values count as well: of those that are no parameters or buffers, which a trace replaces
-        by fake ones, or of buffers too."""
+        """`roots`: path, module and value of each; see :class:`Holder`.
+
+        `values`: of which tensors the values count as well. `"unregistered"`: of those that are no
+        parameters or buffers, which a trace replaces by fake ones; they are restored. `"all"`: of
+        all, which :class:`SavedWrites` restores.
+        """
         walk = walk_from(roots)
         self.holders, self.iterators = walk.holders, walk.iterators
         self._contents = [holder.read() for holder in self.holders]
-        self._values: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
-        if values != "none":
-            tensors = self._tensors(with_buffers=values == "all")
-            self._values = {id(t): (t, t._version, t.detach().clone()) for t in tensors}
+        self._versions: dict[int, tuple[torch.Tensor, int]] = {}
+        self._values: list[tuple[torch.Tensor, int, torch.Tensor]] = []
+        if values == "all":
+            self._versions = {id(t): (t, t._version) for t in self.tensors(registered=True)}
+        elif values == "unregistered":
+            tensors = self.tensors(registered=False)
+            self._values = [(t, t._version, t.detach().clone()) for t in tensors]
 
     @classmethod
     def of(
@@ -223,23 +277,23 @@ class Snapshot:
         for holder, old, now in self._read():
             if old.keys() != now.keys() or not all(_is_same(now[key], old[key]) for key in old):
                 holder.write(old)
-        for tensor, version, value in self._values.values():
+        for tensor, version, value in self._values:
             if tensor._version != version:
                 with torch.no_grad():
                     tensor.copy_(value)
 
     def _is_written(self, value: Any) -> bool:
         """Whether a tensor has other values than it had."""
-        known = self._values.get(id(value))
+        known = self._versions.get(id(value))
         return known is not None and known[0]._version != known[1]
 
-    def _tensors(self, *, with_buffers: bool) -> Iterator[torch.Tensor]:
+    def tensors(self, *, registered: bool) -> Iterator[torch.Tensor]:
+        """Yields the tensors that are held; `registered`: parameters and buffers as well."""
         for holder, contents in zip(self.holders, self._contents, strict=True):
-            if holder.kind == "tensors" and not with_buffers:
+            if holder.kind == "tensors" and not registered:
                 continue
             for value in contents.values():
-                is_kept = isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
-                if is_kept and not value.is_inference():
+                if isinstance(value, torch.Tensor) and not value.is_inference():
                     yield value
 
     def _read(self) -> Iterator[tuple[Holder, dict[Any, Any], dict[Any, Any]]]:
@@ -292,7 +346,11 @@ class _Walk:
             fresh = [cls for cls in self._classes if cls not in done]
             for cls in fresh:
                 done.add(cls)
-                self.holders.append(Holder(f"class {cls.__qualname__}", None, cls, "class"))
+                holder = Holder(f"class {cls.__qualname__}", None, cls, "class")
+                self.holders.append(holder)
+                for name, value in vars(cls).items():
+                    if not name.startswith("__") and not isinstance(value, _CODE):
+                        self.visit(holder.name_of(name), None, value)
             for space, name in scan.follow(fresh):
                 file = str(space.get("__name__", "?"))
                 _, _, known = names.setdefault(id(space), (space, file, set()))
@@ -312,7 +370,7 @@ class _Walk:
         if isinstance(value, nn.Module):
             self._note_module(path, module, value)
         elif isinstance(value, type):
-            return
+            self._add_class(value)
         elif isinstance(value, FunctionType):
             self._note_function(path, module, value)
         elif isinstance(value, MethodType):
@@ -431,6 +489,9 @@ def _slots_of(cls: Hashable) -> frozenset[str]:
         own = vars(base).get("__slots__", ())
         found.update((own,) if isinstance(own, str) else own)
     return frozenset(found - {"__dict__", "__weakref__"})
+
+
+_CODE = (FunctionType, staticmethod, classmethod, property)
 
 
 def _join(path: str, name: str) -> str:

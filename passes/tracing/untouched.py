@@ -6,26 +6,30 @@ from __future__ import annotations
 import functools
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
 
-from .python_state import Snapshot, Values, is_library
+from .python_state import SavedWrites, Snapshot, is_library
 
 _FunctionCache = type(functools.lru_cache(lambda: None))
 
 
 @contextmanager
-def untouched(model: nn.Module, *, values: Values = "unregistered") -> Iterator[None]:
+def untouched(model: nn.Module, *, runs: bool = False) -> Iterator[None]:
     """Restores the model's Python state (:class:`Snapshot`), and empties function caches that were
-    used. `values`: whose values are restored as well; of buffers, where the model really runs."""
-    snapshot = Snapshot.of(model, values=values)
+    used. `runs`: the model really runs, so that it may write to its tensors: they are restored."""
+    snapshot = Snapshot.of(model, values="none" if runs else "unregistered")
+    saved = SavedWrites(snapshot.tensors(registered=True)) if runs else None
     caches = [(cache, cache.cache_info()) for cache in _function_caches()]
     try:
-        yield
+        with saved or nullcontext():
+            yield
     finally:
         snapshot.restore()
+        if saved is not None:
+            saved.restore()
         for cache, before in caches:
             if cache.cache_info() != before:
                 cache.cache_clear()
