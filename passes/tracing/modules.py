@@ -17,6 +17,7 @@ from torch import nn
 from torch._C._dynamo.guards import dict_version
 from torch.utils.hooks import RemovableHandle
 
+from .around import state_within
 from .python_state import Holder, Kind, Same, class_dict, find_holders, freeze, is_library
 
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
@@ -161,7 +162,8 @@ def describe(holders: Iterable[Holder]) -> dict[Place, Description]:
 
 
 def _describe_module(holder: Holder) -> Description:
-    own = {name: _value(x) for name, x in holder.value.items() if name not in _BOOKKEEPING}
+    state = holder.value if holder.path else state_within(holder.value, holder.owner)
+    own = {name: _value(x) for name, x in state.items() if name not in _BOOKKEEPING}
     return {"the class": Same(holder.owner), **own}
 
 

@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from .around import AROUND
+
 LIBRARIES = frozenset({"torch", "torchgen", "triton", "numpy", "sympy", "mpmath", "einops"}) | (
     sys.stdlib_module_names - {"__main__"}
 )
@@ -333,6 +335,8 @@ class _Walk:
         self._add_class(type(value))
         self._add(Holder(path, own, vars(value), "module", type(value)))
         for name, item in vars(value).items():
+            if not path and name in AROUND:
+                continue
             if name == "_modules":
                 self._add(Holder(path, own, item, "children"))
                 for child, inner in item.items():
