@@ -108,7 +108,7 @@ class CompiledModel(Wrapper):
             with self._lock:
                 program, leaves = self._select(args, kwargs, schedule, at_start=branch.step == 0)
             inputs = program.pack(leaves)
-            with without_grad(), without_autocast(inputs):
+            with without_grad(), without_autocast(inputs), program.with_plain_weights():
                 with self._lock:
                     reused, executable = self._begin(program, branch, schedule, leaves, inputs)
                 if step is not None:
@@ -124,7 +124,7 @@ class CompiledModel(Wrapper):
         with self._lock:
             program, leaves = self._select(args, kwargs, self._schedule, at_start=True)
             inputs = program.pack(leaves)
-            with torch.no_grad(), without_autocast(inputs):
+            with torch.no_grad(), without_autocast(inputs), program.with_plain_weights():
                 program.prepare(self._bind(program, self._schedule, inputs), inputs)
 
     def trajectory(self, schedule: Schedule | None = None) -> Trajectory:

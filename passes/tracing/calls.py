@@ -23,6 +23,7 @@ from . import numbers
 from .around import calling_forward_alone, inner_forward
 from .hooks import HookTracer
 from .outside import patched
+from .parameters import Parameters
 from .python_state import Change, Snapshot
 from .structure import Structure, flatten, holds_tensors
 
@@ -99,6 +100,7 @@ class Call:
         A call of it then runs its forward alone: what runs around that is not captured.
         """
         forward = self._forward = inner_forward(model)
+        parameters = Parameters(model)
 
         @functools.wraps(forward)
         def call(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -108,6 +110,7 @@ class Call:
             self.hooks = HookTracer(model, self.tokens)
             with (
                 self._noting_changes(model, args, kwargs),
+                parameters.as_written(),
                 _registering_unseen(model),
                 self.hooks.active(),
                 mode,
