@@ -48,9 +48,9 @@ def compile_pipeline(
             as Heun, each call of the model is one.
         components: the names of the modules that are called with the denoised latents; by default
             all whose name has "transformer" in it, as diffusers registers them.
-        options: those of :func:`pabc.compile` but for `inplace`. Without any, a component that is a compiled model
-            already (from :func:`pabc.compile` or :func:`pabc.load`) is used as it is, and nothing
-            of it is captured or compiled anew.
+        options: those of :func:`pabc.compile` but for `inplace`. Without any, a component that is a
+            compiled model already (from :func:`pabc.compile` or :func:`pabc.load`) is used as it
+            is, and nothing of it is captured or compiled anew.
 
     Raises:
         TypeError, ValueError: no such component, a wrong schedule or option, a hook of another

@@ -26,8 +26,9 @@ class _Place:
 class Arguments:
     """Flattens the calls of one model.
 
-    All spellings of a call are one, but for a forward that can tell them apart. Where no argument is a container, where each one goes follows from how the call is spelled (how
-    many are positional, which are named) and is remembered.
+    All spellings of a call are one, but for a forward that can tell them apart. Where no argument
+    is a container, where each one goes follows from how the call is spelled (how many are
+    positional, which are named) and is remembered.
     """
 
     def __init__(self, signature: inspect.Signature, *, as_written: bool = False) -> None:

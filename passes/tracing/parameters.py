@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _PLAIN = (torch.Tensor, nn.Parameter)
-_OWN_FUNCTION = torch._C._disabled_torch_function_impl
+_PLAIN_FUNCTIONS = (torch._C._disabled_torch_function_impl, torch.Tensor.__torch_function__)
 _Tensors = dict[str, Any]
 
 
@@ -69,7 +69,7 @@ def is_more_than_a_tensor(tensor: torch.Tensor) -> bool:
 def has_functions_of_its_own(tensor: torch.Tensor) -> bool:
     """Whether PyTorch's functions do something else for a tensor of this class."""
     function = type(tensor).__torch_function__
-    return type(tensor) not in _PLAIN and function not in (_OWN_FUNCTION, torch.Tensor.__torch_function__)  # fmt: skip
+    return type(tensor) not in _PLAIN and function not in _PLAIN_FUNCTIONS
 
 
 def _apply(module: nn.Module, function: Callable[[Any], Any], recurse: bool = True) -> nn.Module:
