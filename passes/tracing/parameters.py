@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _PLAIN = (torch.Tensor, nn.Parameter)
 _PLAIN_FUNCTIONS = (torch._C._disabled_torch_function_impl, torch.Tensor.__torch_function__)
-_Tensors = dict[str, Any]
+_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 class Parameters:
@@ -111,6 +111,8 @@ class _StandIn:
     ) -> Any:
         if func is torch.Tensor.as_subclass:
             return _as(args[1], args[0])
+        if func is _DATA:
+            func = torch.Tensor.detach  # a tracer loses sight of what the other gives
         args_of, kwargs_of = pytree.tree_map(_traced, (args, kwargs or {}))
         result = func(*args_of, **kwargs_of)
         own = getattr(cls._kind.__torch_function__, "__func__", None)
