@@ -111,7 +111,7 @@ class _StandIn:
     ) -> Any:
         if func is torch.Tensor.as_subclass:
             return _as(args[1], args[0])
-        if func is _DATA:
+        if func == _DATA:
             func = torch.Tensor.detach  # a tracer loses sight of what the other gives
         args_of, kwargs_of = pytree.tree_map(_traced, (args, kwargs or {}))
         result = func(*args_of, **kwargs_of)
