@@ -2,10 +2,12 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
 from loops import loop_call, make_denoiser
+from pipelines import build, noise, text
 from torch import nn
 
 import pabc
@@ -84,6 +86,16 @@ def test_names_of_calls_reach_the_model_and_the_schedule(model):
     assert fast.stats.reused > 0 and not fast.stats.fallbacks
     fast.undo()
     assert "cache_context" not in vars(model)
+
+
+def test_names_that_come_later_capture_nothing_anew():
+    model, latents, states = build("Wan", num_layers=1), noise(1, 4, 3, 6, 8), text(1, 0)
+    with torch.no_grad():
+        fast = compile_in_place(model, pabc.Schedule.none(STEPS))
+        for name in (None, "cond", "uncond"):
+            with model.cache_context(name) if name else nullcontext():
+                model(latents, torch.tensor([3]), states)
+    assert fast.stats.captures == 1
 
 
 def test_the_last_one_is_called_or_that_of_the_trajectory(model):

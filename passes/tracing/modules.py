@@ -222,14 +222,19 @@ _DESCRIBE: dict[Kind, Callable[[Holder], Description | None]] = {
 }
 
 
-_ORDER: tuple[Kind, ...] = (
-    *_OF_MODULES,
+_REACHED: tuple[Kind, ...] = (
+    "object",
     "slots",
     "array",
     "container",
     "variable",
     "class",
     "globals",
+)
+"""Kinds of places that are new only where something that leads to them is: that tells more."""
+_ORDER: tuple[Kind, ...] = (
+    *_OF_MODULES,
+    *_REACHED[1:],
 )
 """Kinds of places, those first that tell a user most."""
 
@@ -280,6 +285,8 @@ class Modules:
     def _differ(self, place: Place, old: Description | None, new: Description | None) -> str | None:
         where = place[0] or "the model"
         if old == new:
+            return None
+        if old is None and place[1] in _REACHED:
             return None
         if old is None or new is None:
             return f"{where} is {'new' if old is None else 'gone'}"
