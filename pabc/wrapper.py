@@ -31,7 +31,7 @@ class Wrapper(nn.Module):
         return super().__call__(*args, **kwargs) if hooked else self.forward(*args, **kwargs)
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
+    def training(self) -> bool:
         """The model's own mode."""
         return self._modules["_orig_mod"].training  # type: ignore[union-attr]
 

@@ -116,7 +116,9 @@ def test_layerwise_casting_is_captured(storage, whole, when):
     for _ in range(2):
         assert torch.equal(run(fast), expected)
         assert {name: p.dtype for name, p in model.named_parameters()} == kinds
-    fast.schedule = pabc.Schedule.from_masks(STEPS, dict.fromkeys(("full", "cross"), (False, True, True)))
+    fast.schedule = pabc.Schedule.from_masks(
+        STEPS, dict.fromkeys(("full", "cross"), (False, True, True))
+    )
     assert not torch.equal(run(fast), expected) and fast.stats.reused == 4
     assert fast.stats.captures == 1 + (when == "after") and not fast.explain().outside
 

@@ -29,8 +29,7 @@ class Parameters:
         self._model = model
         self._originals = [
             (tensors, name, tensor)
-            for module in model.modules()
-            for tensors in (module._parameters, module._buffers)
+            for tensors in _registers(model)
             for name, tensor in tensors.items()
             if tensor is not None and is_more_than_a_tensor(tensor)
         ]
@@ -40,7 +39,7 @@ class Parameters:
         """While active, they have their classes and attributes, and modules can be cast; in the
         end everything is as it was."""
         modules = list(self._model.modules())
-        held = [(t, dict(t)) for m in modules for t in (m._parameters, m._buffers) if t]
+        held = [(tensors, dict(tensors)) for tensors in _registers(self._model)]
         for tensors, name, original in self._originals:
             traced = tensors[name]
             if traced is not original:
@@ -56,6 +55,16 @@ class Parameters:
             for tensors, before in held:
                 if any(tensors.get(name) is not tensor for name, tensor in before.items()):
                     tensors.update(before)
+
+
+def _registers(model: nn.Module) -> list[dict[str, Any]]:
+    """The dictionaries in which modules hold parameters and buffers."""
+    return [held for module in model.modules() for held in _registers_of(module)]
+
+
+def _registers_of(module: nn.Module) -> list[dict[str, Any]]:
+    found: list[Any] = [module._parameters, module._buffers]
+    return [held for held in found if held]
 
 
 def is_more_than_a_tensor(tensor: torch.Tensor) -> bool:
@@ -77,10 +86,10 @@ def _apply(module: nn.Module, function: Callable[[Any], Any], recurse: bool = Tr
     if recurse:
         for child in module.children():
             child._apply(function)
-    for tensors in (module._parameters, module._buffers):
+    for tensors in _registers_of(module):
         for name, tensor in tensors.items():
             if tensor is not None:
-                tensors[name] = function(tensor)  # type: ignore[assignment]
+                tensors[name] = function(tensor)
     return module
 
 
@@ -130,7 +139,8 @@ class _StandIn:
 
 @cache
 def _class_of(kind: type[torch.Tensor]) -> Any:
-    return type(kind)(kind.__name__, (_StandIn, kind), {"_kind": kind, "__module__": __name__})
+    make: Any = type(kind)
+    return make(kind.__name__, (_StandIn, kind), {"_kind": kind, "__module__": __name__})
 
 
 def _stand_in(kind: type[torch.Tensor], traced: torch.Tensor) -> Any:
@@ -166,7 +176,7 @@ def _making_stand_ins() -> Iterator[None]:
         return make(cls, data, *args, **kwargs)
 
     before = vars(torch.Tensor).get("_make_subclass")
-    torch.Tensor._make_subclass = staticmethod(make_subclass)  # type: ignore[method-assign,assignment]
+    torch.Tensor._make_subclass = staticmethod(make_subclass)  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -33,7 +33,7 @@ LIBRARIES = frozenset({"torch", "torchgen", "triton", "numpy", "sympy", "mpmath"
 """Packages whose objects and functions are not looked into: their state is their own affair."""
 _OWN = tuple(
     f"{__name__.partition('.')[0]}.{part}"
-    for part in ("passes", "kernels", "runtime", "pipelines", "artifact", "compiled")
+    for part in ("passes", "kernels", "runtime", "pipelines", "artifact", "compiled", "inplace")
 )
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _PLAIN_OBJECTS = (SimpleNamespace, argparse.Namespace, deque)
@@ -281,7 +281,7 @@ class _Walk:
 
     def visit(self, path: str, module: str | None, value: Any) -> None:
         """Notes a value and all that is reached from it."""
-        self._waiting.append((path, module, value))
+        self._later((path, module, value))
         while self._waiting:
             self._note(*self._waiting.popleft())
 
