@@ -293,7 +293,7 @@ class CompiledModel(Wrapper):
         self, args: Any, kwargs: Any, schedule: Schedule, *, at_start: bool
     ) -> tuple[Program, list[Any]]:
         """The program for these arguments, captured if need be, and the arguments, flattened."""
-        if self.training:
+        if self._modules["_orig_mod"].training:  # type: ignore[union-attr]
             raise RuntimeError(
                 "pabc runs inference: expected a model in eval mode, found training mode; "
                 "call .eval() on it first"

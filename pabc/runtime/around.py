@@ -27,7 +27,7 @@ def call_around(
     which would run in each module of the model: a graph calls none.
     """
     state = vars(model)
-    if torch_module._has_any_global_hook():
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         _refuse_hooks_on_all_modules()
     elif not (state["_forward_hooks"] or state["_forward_pre_hooks"] or "_hf_hook" in state):
         return step(*args, **kwargs)
