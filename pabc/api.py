@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
@@ -13,7 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from pabc import passes
 from pabc.compiled import CompiledModel
 from pabc.explanation import Explanation, describe
-from pabc.passes.capture import bind_arguments
+from pabc.inplace import check_place
+from pabc.passes.tracing.around import inner_forward
+from pabc.passes.tracing.foreign import refuse_hooks
 from pabc.pipeline import Config, Offload, analyze
 from pabc.runtime.bindings import Bindings
 from pabc.runtime.peers import Peers
@@ -42,6 +43,7 @@ def compile(
     output: passes.Output = "full",
     check_finite: bool = False,
     example_inputs: tuple[Sequence[Any], Mapping[str, Any]] | None = None,
+    inplace: bool = False,
 ) -> CompiledModel:
     """Makes a diffusion transformer reuse attention (and MLP) branches across diffusion steps.
 
@@ -88,10 +90,12 @@ def compile(
         check_finite: a NaN or infinity that would be kept raises :class:`pabc.GuardError`; looking
             for one waits for the device at each step that stores.
         example_inputs: `(args, kwargs)` of a call: captures and compiles now, not when called.
+        inplace: as :meth:`torch.nn.Module.compile` does: the model stays what it is, and its own
+            call follows the schedule, until `undo()` of what is returned.
 
     Returns:
         A module with the model's own call signature and output type. The calls of one generation
-        are its steps, in order.
+        are its steps, in order. Hooks of the model run around each call, as they do without pabc.
 
     Raises:
         TypeError: `model` is no module, or `schedule` no :class:`pabc.Schedule`.
@@ -123,12 +127,17 @@ def compile(
     if cudagraphs and backend == "oracle":
         raise ValueError("cudagraphs: expected False with backend='oracle', found True")
     peers = None if mesh is None else Peers(mesh)
+    if inplace:
+        check_place(model)
+    refuse_hooks(model)
     compiled = CompiledModel(
         model, schedule, backend, config, check_finite=check_finite, peers=peers
     )
     if example_inputs is not None:
         args, kwargs = example_inputs
         compiled.prepare(*args, **kwargs)
+    if inplace:
+        compiled.install(model)
     return compiled
 
 
@@ -164,7 +173,7 @@ def explain(
         memory_budget=memory_budget,
         sharding=_imagine(ranks, shard, schedule),
     )
-    bound = bind_arguments(inspect.signature(model.forward), args, kwargs)
+    bound = passes.bind_call(inner_forward(model), args, kwargs)
     with compiling():
         guarded, _ = analyze(model, *bound, config)
     found = describe(guarded)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import threading
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from pabc import passes
+from pabc import inplace, passes
 from pabc.explanation import Explanation, describe
+from pabc.passes.tracing.around import inner_forward
 from pabc.pipeline import Config
 from pabc.plan import Plan
 from pabc.runtime.arguments import Arguments
+from pabc.runtime.around import call_around
 from pabc.runtime.autocast import without_autocast, without_grad
 from pabc.runtime.branch import Binding, Branch
 from pabc.runtime.peers import Peers, Step
@@ -29,14 +32,16 @@ from pabc.runtime.programs import Programs
 from pabc.runtime.stats import Recorder, Stats
 from pabc.runtime.trajectory import Trajectory, current_trajectory, named_branch
 from pabc.schedule import Schedule
+from pabc.wrapper import Wrapper
 
 
-class CompiledModel(nn.Module):
+class CompiledModel(Wrapper):
     """A model that follows a schedule. Made by :func:`pabc.compile`; called like the model itself.
 
     The calls of one generation are its steps, in order; their state is that of the trajectory in
-    which they are made: see :meth:`trajectory` and :meth:`cache_context`. Attributes of the model
-    (`config`, `dtype`, ...) and its state dict are passed through.
+    which they are made: see :meth:`trajectory` and :meth:`cache_context`. Attributes that are not
+    its own (`config`, `dtype`, ...) are read from the model, set on it and deleted from it; so is
+    its state dict.
     """
 
     def __init__(
@@ -50,13 +55,14 @@ class CompiledModel(nn.Module):
         programs: Programs | None = None,
         peers: Peers | None = None,
     ) -> None:
-        super().__init__()
-        self._orig_mod = model
-        self.training = model.training
+        super().__init__(model)
         self._schedule = schedule
         self._check_finite = check_finite
         self._peers = peers
-        self._arguments = Arguments(inspect.signature(model.forward))
+        self._forwards: tuple[Any, ...] = ()
+        self._arguments = self._known_arguments()
+        self._observers: list[Callable[[CompiledModel], None]] = []
+        self._take_back: Callable[[], None] | None = None
         self._programs = (
             Programs(model, backend, config, Recorder()) if programs is None else programs
         )
@@ -67,6 +73,7 @@ class CompiledModel(nn.Module):
         self._default = self.trajectory()
         for _, program in self._programs.items():
             self._bind(program, schedule)
+        self._begin_passing_on()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """One diffusion step, with the model's own arguments and result.
@@ -75,10 +82,23 @@ class CompiledModel(nn.Module):
         another step, a trajectory that is in use; :class:`RankError` where ranks that share the
         model do not agree, or another one failed. Whatever is raised, the trajectory is reset.
         """
+        model: Any = self._modules["_orig_mod"]
         if self._peers is None:
-            return self._run(args, kwargs)
+            return call_around(model, self._step, args, kwargs, self.reset)
         with self._peers.step() as step:
-            return self._run(args, kwargs, step)
+            inner = partial(self._step_of_ranks, step)
+            return call_around(model, inner, args, kwargs, self.reset)
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model's forward is replaced by."""
+        for observe in self._observers:
+            observe(self)
+        return self._run(args, kwargs)
+
+    def _step_of_ranks(self, step: Step, *args: Any, **kwargs: Any) -> Any:
+        for observe in self._observers:
+            observe(self)
+        return self._run(args, kwargs, step)
 
     def _run(self, args: Any, kwargs: Any, step: Step | None = None) -> Any:
         """A step, which other ranks that share the model are told of."""
@@ -88,7 +108,7 @@ class CompiledModel(nn.Module):
             with self._lock:
                 program, leaves = self._select(args, kwargs, schedule, at_start=branch.step == 0)
             inputs = program.pack(leaves)
-            with without_grad(), without_autocast(inputs):
+            with without_grad(), without_autocast(inputs), program.with_plain_weights():
                 with self._lock:
                     reused, executable = self._begin(program, branch, schedule, leaves, inputs)
                 if step is not None:
@@ -104,7 +124,7 @@ class CompiledModel(nn.Module):
         with self._lock:
             program, leaves = self._select(args, kwargs, self._schedule, at_start=True)
             inputs = program.pack(leaves)
-            with torch.no_grad(), without_autocast(inputs):
+            with torch.no_grad(), without_autocast(inputs), program.with_plain_weights():
                 program.prepare(self._bind(program, self._schedule, inputs), inputs)
 
     def trajectory(self, schedule: Schedule | None = None) -> Trajectory:
@@ -129,13 +149,48 @@ class CompiledModel(nn.Module):
         """The trajectory that a call made here and now belongs to."""
         return current_trajectory(self._recorder, self._default)
 
-    def cache_context(self, name: str, **where: object) -> AbstractContextManager[None]:
+    @property
+    def has_entered_trajectory(self) -> bool:
+        """Whether a call made here and now is within `with fast.trajectory():`."""
+        return self.current is not self._default
+
+    def cache_context(self, name: str, **where: Any) -> AbstractContextManager[Any]:
         """Names the calls within, where one step makes several: `with fast.cache_context("cond")`.
 
         Calls of different names share nothing. The protocol is that of diffusers' models, some of
         which also say where the loop is; the trajectory knows.
         """
-        return named_branch(self._recorder, name)
+        return _within(named_branch(self._recorder, name), self._own_context(name, where))
+
+    def _own_context(self, name: str, where: dict[str, Any]) -> AbstractContextManager[Any]:
+        """The model's own `cache_context`, where it has one."""
+        model = self._orig_mod
+        own = getattr(type(model), "cache_context", None)
+        return nullcontext() if own is None else own(model, name, **where)
+
+    def undo(self) -> None:
+        """Takes a model that was compiled with `inplace=True` back to its own call."""
+        if self._take_back is not None:
+            self.reset()
+            self._take_back()
+            self._take_back = None
+
+    def install(self, module: nn.Module) -> None:
+        """Makes calls of `module`, the model or what stands for it, those of this object."""
+        self._take_back = inplace.install(self, module)
+
+    def observe(self, observer: Callable[[CompiledModel], None]) -> None:
+        """Has `observer` called before each step, within the model's hooks."""
+        self._observers.append(observer)
+
+    def unobserve(self, observer: Callable[[CompiledModel], None]) -> None:
+        """The inverse of :meth:`observe`."""
+        self._observers.remove(observer)
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether a pipeline says at which step the model is."""
+        return bool(self._observers)
 
     def reset(self) -> None:
         """Starts a new generation: the next call is step 0 and finds nothing stored."""
@@ -227,27 +282,6 @@ class CompiledModel(nn.Module):
                 check_finite=self._check_finite,
             )
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own state dict, keys unchanged."""
-        return self._orig_mod.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Loads into the model: values copied in take effect at the next call, tensors that are
-        replaced (`assign=True`) at the next generation; neither recompiles."""
-        return self._orig_mod.load_state_dict(*args, **kwargs)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Raises TypeError: what is compiled belongs to this process."""
-        raise TypeError(
-            "a compiled model cannot be copied or pickled: copy the model, and compile the copy"
-        )
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("_orig_mod"), name)
-
     def _captured(self, what: str) -> tuple[Program, Binding]:
         if self._last is None:
             raise RuntimeError(
@@ -264,7 +298,8 @@ class CompiledModel(nn.Module):
                 "pabc runs inference: expected a model in eval mode, found training mode; "
                 "call .eval() on it first"
             )
-        leaves, structure = self._arguments.flatten(args, kwargs)
+        arguments = self._known_arguments()
+        leaves, structure = arguments.flatten(args, kwargs)
         for leaf in leaves:
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
                 raise RuntimeError(
@@ -273,9 +308,23 @@ class CompiledModel(nn.Module):
                 )
         program = self._programs.find(structure, leaves, at_start=at_start)
         if program is None:
-            bound = self._arguments.bind(args, kwargs)
-            program = self._programs.capture(*bound, leaves, structure, schedule)
+            bound = arguments.bind(args, kwargs)
+            try:
+                program = self._programs.capture(*bound, leaves, structure, schedule)
+            except ValueError:
+                arguments.check(args, kwargs)
+                raise
         return program, leaves
+
+    def _known_arguments(self) -> Arguments:
+        """How the model's forward, as it is now, takes its arguments."""
+        model: Any = self._modules["_orig_mod"]
+        state = vars(model)
+        forwards = type(model).forward, state.get("forward"), state.get("_old_forward")
+        if forwards != self._forwards:
+            self._arguments = Arguments.of(inner_forward(model))
+            self._forwards = forwards
+        return self._arguments
 
     def _bind(
         self, program: Program, schedule: Schedule, inputs: list[Any] | None = None
@@ -329,3 +378,11 @@ class CompiledModel(nn.Module):
             change = program.differs_in(inputs, earlier)
         reused = branch.begin(source, change)
         return reused, program.phases.executable(binding, reused, branch.step, inputs)
+
+
+@contextmanager
+def _within(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield

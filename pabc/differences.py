@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from pabc.passes import Cut, Region, bind_arguments
+from pabc.passes import Cut, Region, bind_call
 from pabc.passes.cache import Cuts
 from pabc.passes.capture import leaf_key
+from pabc.passes.tracing.around import inner_forward
 from pabc.passes.tracing.structure import check_constants, flatten
 from pabc.pipeline import Config, analyze
 
@@ -93,10 +94,12 @@ class Differences:
             raise RuntimeError(
                 "differences: got a model in training mode, needed: eval mode; call .eval() first"
             )
-        signature = inspect.signature(self._model.forward)
-        bound_args, bound_kwargs = bind_arguments(signature, args, kwargs)
+        forward = inner_forward(self._model)
+        bound_args, bound_kwargs = bind_call(forward, args, kwargs)
         inputs, structure = flatten((bound_args, bound_kwargs))
-        check_constants((bound_args, bound_kwargs), inputs, tuple(signature.parameters))
+        check_constants(
+            (bound_args, bound_kwargs), inputs, tuple(inspect.signature(forward).parameters)
+        )
         key = (structure, *map(leaf_key, inputs))
         if self._key not in (None, key):
             raise ValueError(

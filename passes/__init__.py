@@ -4,7 +4,7 @@ from .axes import name_axes_pass, verify_axes
 from .blocks import split_blocks_pass
 from .cache import cache_read, cache_write, compute_unless, insert_cache_pass, verify_cache
 from .canonicalize import canonicalize_pass
-from .capture import Signature, bind_arguments, capture
+from .capture import Signature, bind_arguments, bind_call, capture
 from .emit import Code, compile_blocks, example_inputs, prepare_inductor, run_blocks
 from .encode import CacheDtype, encode_cuts_pass
 from .enlarge import enlarge_call
@@ -56,6 +56,7 @@ __all__ = [
     "Signature",
     "Sizes",
     "bind_arguments",
+    "bind_call",
     "cache_read",
     "cache_write",
     "canonicalize_pass",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
@@ -17,10 +17,12 @@ from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .ir import make_module, output_node
+from .tracing.around import sees_spelling
 from .tracing.assumptions import Reads
 from .tracing.calls import Call, Result
 from .tracing.effects import Effects, Name, check_writes, find_written_tensors, judge_effects
 from .tracing.export import export, export_any_sizes
+from .tracing.foreign import refuse_hooks
 from .tracing.modules import Modules
 from .tracing.numbers import check_numbers_stay_tensors
 from .tracing.outside import OutsideCall
@@ -53,6 +55,16 @@ def bind_arguments(
     return bound.args, bound.kwargs
 
 
+def bind_call(
+    forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with which a forward is to be traced: in their one spelling, or, where the
+    forward can tell how they are spelled, as they are written."""
+    if sees_spelling(forward):
+        return tuple(args), dict(kwargs)
+    return bind_arguments(inspect.signature(forward), args, kwargs)
+
+
 def leaf_key(leaf: Any) -> Any:
     """What a captured graph takes for granted of one flattened argument: layout, or the value."""
     if isinstance(leaf, torch.Tensor):
@@ -82,7 +94,7 @@ def capture(
     without dimensions; all other numbers are constants of the graph. `dynamic`: for all sizes of
     the tensors for which the model does the same; `gm.meta["sizes"]` says which.
 
-    Requires: `model` in eval mode; `args` and `kwargs` as :func:`bind_arguments` gives them.
+    Requires: `model` in eval mode; `args` and `kwargs` as :func:`bind_call` gives them.
     Ensures: inputs are placeholders, one per flattened argument, in order; parameters and buffers
     are `get_attr` nodes under their qualified names, sharing the model's tensors; every op is
     functional; run on the same arguments it gives the model's bits; `model` is as it was;
@@ -90,12 +102,14 @@ def capture(
     `gm.meta["modules"]` tells whether the model still is as it was captured; `gm.meta["writes"]`:
     the positions of inputs that the forward writes to, whose new values follow the results.
     Raises: ValueError where the model's own forward, not that of a module in it, cannot be traced,
-    or where a module holds its weights in a TorchScript object.
+    or where a module holds its weights in a TorchScript object or has a hook of another library
+    that moves weights, or keeps values between calls.
 
         # before                                # after
         model(x, t)                             %w = get_attr[blocks.0.attn.to_q.weight]
                                                 %q = aten.linear(%x, %w)
     """
+    refuse_hooks(model)
     _refuse_packed_weights(model)
     call = Call(args, kwargs, promoted)
     with call.replacing_forward(model):

@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 
 from .single_axes import find_single_axes, hinges_on_single_axes
 from .tag import find_attentions, stated_by
+from .tracing.around import inner_forward
 from .tracing.fakes import fake_like
 from .tracing.structure import Structure, flatten
 from .tracing.untouched import untouched
@@ -94,7 +95,7 @@ def _takes(model: nn.Module, structure: Structure) -> Iterator[Callable[[Leaves]
         fakes = [fake_like(x, mode) if isinstance(x, torch.Tensor) else x for x in leaves]
         args, kwargs = structure.unflatten(fakes)
         try:
-            model(*args, **kwargs)
+            inner_forward(model)(*args, **kwargs)
         except Exception:  # whatever a model says to a shape that it does not take
             return False
         return True

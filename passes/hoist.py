@@ -153,12 +153,22 @@ def find_invariants(graph: Graph, steady: list[Node]) -> _Invariants:
                     continue
             if node.target not in LAYOUTS or not computed.isdisjoint(sources):
                 computed.add(node)
+    for node in reversed(graph.nodes):
+        users = node.users
+        if node in computed and users and all(_is_left(u, weights, computed) for u in users):
+            computed.remove(node)
     frontier = [
         node
         for node in graph.nodes
         if node in computed and is_tensor(node) and any(u not in computed for u in node.users)
     ]
     return _Invariants(_needed_by(frontier), tuple(frontier))
+
+
+def _is_left(node: Node, weights: Collection[Node], computed: Collection[Node]) -> bool:
+    """Whether a value of weights alone is no longer computed: to keep what serves it alone, copies
+    of quantized bytes say, would save little and take as much memory as the weights."""
+    return node in weights and node not in computed
 
 
 def _is_unpacked(node: Node, weights: Collection[Node]) -> bool:

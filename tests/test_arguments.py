@@ -1,5 +1,6 @@
 """One order of leaves for every way to write a call."""
 
+import functools
 import inspect
 
 import pytest
@@ -66,3 +67,25 @@ def test_a_default_that_cannot_be_a_constant_is_an_error():
     for _ in range(2):
         with pytest.raises(TypeError, match=r"argument options.*has no hash"):
             arguments.flatten((1,), {})
+
+
+def decorated(function):
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def test_spellings_that_a_decorator_can_tell_apart_are_kept():
+    arguments = Arguments.of(decorated(forward))
+    calls = [((1, 2.0), {}), ((1,), {"t": 2.0}), ((), {"x": 1, "t": 2.0}), ((1,), {})]
+    structures = []
+    for args, kwargs in calls * 2:
+        leaves, structure = arguments.flatten(args, kwargs)
+        assert structure.unflatten(leaves) == arguments.bind(args, kwargs) == (args, kwargs)
+        structures.append(structure)
+    assert len(set(structures)) == len(calls)
+    assert len({Arguments.of(forward).flatten(*call)[1] for call in calls}) == 1
+    with pytest.raises(TypeError, match="missing a required argument"):
+        arguments.check((), {"t": 2.0})

@@ -182,7 +182,7 @@ def test_an_added_adapter_no_longer_fits(tracked):
         lambda m: m.scales.update(first=0.25),
         lambda m: setattr(m, "enabled", False),
         lambda m: m.tables.__setitem__(0, torch.ones(4)),
-        lambda m: m.register_forward_hook(lambda m, args, y: y * 2),
+        lambda m: m.lin.register_forward_hook(lambda m, args, y: y * 2),
         lambda m: m.lin.train(),
         lambda m: m.add_module("extra", nn.Identity()),
         lambda m: parametrize.register_parametrization(m.lin, "weight", nn.Tanh()),

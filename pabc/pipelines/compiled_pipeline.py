@@ -14,6 +14,8 @@ from torch import nn
 from pabc import presets
 from pabc.api import compile
 from pabc.compiled import CompiledModel
+from pabc.inplace import check_place, prefer
+from pabc.passes.tracing.foreign import refuse_hooks
 from pabc.pipelines.generation import Generation
 from pabc.pipelines.scheduler import are_same, follow
 from pabc.runtime.guards import GuardError
@@ -32,8 +34,8 @@ def compile_pipeline(
 ) -> CompiledPipeline:
     """Makes a diffusers pipeline reuse attention (and MLP) branches across its steps.
 
-    In place: the pipeline's transformers become compiled ones, until `undo()`, or the end of a
-    `with` block. Call what is returned as you would the pipeline:
+    In place: the pipeline's transformers stay what they are, and their calls follow the schedule,
+    until `undo()`, or the end of a `with` block. Call what is returned as you would the pipeline:
 
         with pabc.compile_pipeline(pipe, "latte") as fast_pipe:
             video = fast_pipe(prompt, num_inference_steps=30).frames
@@ -46,12 +48,13 @@ def compile_pipeline(
             as Heun, each call of the model is one.
         components: the names of the modules that are called with the denoised latents; by default
             all whose name has "transformer" in it, as diffusers registers them.
-        options: those of :func:`pabc.compile`. Without any, a component that is a compiled model
-            already (from :func:`pabc.compile` or :func:`pabc.load`) is used as it is, and nothing
-            of it is captured or compiled anew.
+        options: those of :func:`pabc.compile` but for `inplace`. Without any, a component that is a
+            compiled model already (from :func:`pabc.compile` or :func:`pabc.load`) is used as it
+            is, and nothing of it is captured or compiled anew.
 
     Raises:
-        TypeError, ValueError: no such component, a wrong schedule or option.
+        TypeError, ValueError: no such component, a wrong schedule or option, a hook of another
+            library that pabc cannot run with.
         GuardError: when called, for timesteps that are not those of a fixed schedule.
     """
     return CompiledPipeline(pipe, _binder(schedule), components, options)
@@ -82,21 +85,18 @@ class CompiledPipeline:
         components: Iterable[str] | None,
         options: Mapping[str, Any],
     ) -> None:
-        originals = find_denoisers(pipe, components)
+        parts = find_denoisers(pipe, components)
         _check_scheduler(pipe)
-        models = {name: _compiled(model, options) for name, model in originals.items()}
+        models = {name: _compiled(part, options) for name, part in parts.items()}
         own = vars(self)
-        own.update(pipe=pipe, models=MappingProxyType(models), _originals=originals, _bind=bind)
-        own.update(_scheduler=None, _leave=None, _default=Generation(bind, self._observed))
-        own["_hooks"] = [
-            model.register_forward_pre_hook(lambda model, _: self._generation().begin_call(model))
-            for model in models.values()
-        ]
+        own.update(pipe=pipe, models=MappingProxyType(models), _parts=parts, _bind=bind)
+        own.update(_scheduler=None, _leave=None)
+        own["_default"] = Generation(bind, self._observed, self._take_turn)
         self._observe()
         for name, model in models.items():
-            if model is not originals[name]:
-                _move_hook(originals[name], model)
-                _replace(pipe, name, model)
+            model.observe(self._begin_call)
+            if model is not parts[name]:
+                model.install(parts[name])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The pipeline's own call."""
@@ -119,13 +119,9 @@ class CompiledPipeline:
         self.reset()
         self._leave()
         for name, model in self.models.items():
-            if model is self._originals[name]:
-                continue
-            _move_hook(model, self._originals[name])
-            if getattr(self.pipe, name, None) is model:
-                _replace(self.pipe, name, self._originals[name])
-        for handle in self._hooks:
-            handle.remove()
+            model.unobserve(self._begin_call)
+            if model is not self._parts[name]:
+                model.undo()
         vars(self).update(_leave=None, _scheduler=None)
 
     def reset(self) -> None:
@@ -138,14 +134,16 @@ class CompiledPipeline:
         return self
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """The pipeline's own, which looks at its components' classes: with the original ones."""
-        for name, original in self._originals.items():
-            _replace(self.pipe, name, getattr(original, "_orig_mod", original))
+        """The pipeline's own, which looks at its components' classes: with the models in place of
+        compiled ones that were given to it."""
+        given = {n: part for n, part in self._parts.items() if isinstance(part, CompiledModel)}
+        for name, part in given.items():
+            _replace(self.pipe, name, part._orig_mod)
         try:
             return self.pipe.save_pretrained(*args, **kwargs)
         finally:
-            for name, model in self.models.items():
-                _replace(self.pipe, name, model)
+            for name, part in given.items():
+                _replace(self.pipe, name, part)
 
     def __enter__(self) -> CompiledPipeline:
         return self
@@ -165,6 +163,14 @@ class CompiledPipeline:
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.pipe, name, value)
+
+    def _begin_call(self, model: CompiledModel) -> None:
+        self._generation().begin_call(model)
+
+    def _take_turn(self) -> None:
+        """A loop is about to begin: where pipelines share a model, its calls are this one's."""
+        for name, part in self._parts.items():
+            prefer(self.models[name], part)
 
     def _generation(self) -> Generation:
         """That of the call that this thread, or task, is in; else that of `pipe(...)`."""
@@ -191,8 +197,9 @@ _RUNNING: ContextVar[tuple[tuple[CompiledPipeline, Generation], ...]] = ContextV
 
 def _compiled(model: nn.Module, options: Mapping[str, Any]) -> CompiledModel:
     """The model compiled; itself if it is already and no pipeline has it."""
-    if isinstance(model, CompiledModel) and not options and not model._forward_pre_hooks:
+    if isinstance(model, CompiledModel) and not options and not model.is_observed:
         return model
+    check_place(model)
     original = getattr(model, "_orig_mod", model)
     return compile(original, Schedule.none((0,)), **options)
 
@@ -282,28 +289,7 @@ def _replace(pipe: Any, name: str, module: nn.Module) -> None:
 
 
 def _check_hooks(name: str, model: nn.Module) -> None:
-    """Refuses what changes, at each call, modules inside of the one that is captured."""
-    for path, module in model.named_modules():
-        hooks = getattr(vars(module).get("_diffusers_hook"), "hooks", None)
-        if hooks:
-            raise ValueError(
-                f"{name}: expected no hooks of diffusers on its modules, found "
-                f"{', '.join(hooks)} on {path or 'itself'}; disable caching, group offloading or "
-                "layerwise casting first (enable_model_cpu_offload can be used)"
-            )
-        if path and "_hf_hook" in vars(module):
-            raise ValueError(
-                f"{name}: expected weights that stay where they are during a call, found a hook "
-                f"of accelerate on {path}; use enable_model_cpu_offload in place of "
-                "enable_sequential_cpu_offload, or load without a device map"
-            )
-
-
-def _move_hook(source: nn.Module, target: nn.Module) -> None:
-    """Moves a hook of accelerate (enable_model_cpu_offload), which acts around each call."""
-    hook = vars(source).get("_hf_hook")
-    if hook is not None:
-        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-
-        remove_hook_from_module(source)
-        add_hook_to_module(target, hook)
+    try:
+        refuse_hooks(getattr(model, "_orig_mod", model))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error

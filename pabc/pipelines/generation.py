@@ -46,15 +46,20 @@ class Generation:
     _calls: Counter[CompiledModel]
     _copy_stepped: bool
 
-    def __init__(self, bind: Bind, scheduler: Callable[[], Any]) -> None:
+    def __init__(
+        self, bind: Bind, scheduler: Callable[[], Any], announce: Callable[[], None] = lambda: None
+    ) -> None:
+        """`announce`: called when a loop is about to begin."""
         self._bind = bind
         self._scheduler = scheduler
+        self._announce = announce
         self._begun: list[CompiledModel] = []
         self._clear()
 
     def timesteps_set(self) -> None:
         """A new loop: nothing of the one before it is kept."""
         self.end()
+        self._announce()
 
     def input_scaled(self, timestep: Any) -> None:
         """Says at which step the loop begins, where the scheduler itself does not."""

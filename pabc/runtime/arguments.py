@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from pabc.passes.capture import bind_arguments
+from pabc.passes.tracing.around import sees_spelling
 from pabc.passes.tracing.structure import Structure, check_constants, flatten
 
 _PLAIN = frozenset((torch.Tensor, int, float, bool, str, type(None)))
@@ -25,24 +26,39 @@ class _Place:
 class Arguments:
     """Flattens the calls of one model.
 
-    Where no argument is a container, where each one goes follows from how the call is spelled (how
-    many are positional, which are named) and is remembered.
+    All spellings of a call are one, but for a forward that can tell them apart. Where no argument
+    is a container, where each one goes follows from how the call is spelled (how many are
+    positional, which are named) and is remembered.
     """
 
-    def __init__(self, signature: inspect.Signature) -> None:
+    def __init__(self, signature: inspect.Signature, *, as_written: bool = False) -> None:
+        """`as_written`: every spelling is a call of its own."""
         self._signature = signature
+        self._as_written = as_written
         self._known: dict[tuple[int, tuple[str, ...]], tuple[list[Any], Structure]] = {}
+
+    @classmethod
+    def of(cls, forward: Callable[..., Any]) -> Arguments:
+        """Those of a forward."""
+        return cls(inspect.signature(forward), as_written=sees_spelling(forward))
+
+    def check(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Raises TypeError, as the model itself would, for what its signature does not take."""
+        self._signature.bind(*args, **kwargs)
 
     def bind(
         self, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The call in its one spelling. Raises TypeError as the model itself would."""
+        """The call in its one spelling, or as it is written. Raises TypeError as the model itself
+        would, but for calls that are taken as written: a decorator may take other arguments."""
+        if self._as_written:
+            return tuple(args), dict(kwargs)
         return bind_arguments(self._signature, args, kwargs)
 
     def flatten(
         self, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[list[Any], Structure]:
-        """The leaves and the structure of the call in its one spelling.
+        """The leaves and the structure of the call as :meth:`bind` gives it.
 
         Raises TypeError for arguments that the model does not take, and for those that can be
         neither inputs of a graph nor constants; see :func:`check_constants`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from pabc import passes
 from pabc.passes.cache import Cuts
 from pabc.passes.ir import output_node
 from pabc.passes.tracing.modules import Watch
+from pabc.passes.tracing.parameters import has_functions_of_its_own
 from pabc.pipeline import Config, Record, analyze
 from pabc.plan import SlotSpec
 from pabc.runtime.bindings import Bindings
@@ -82,6 +84,7 @@ class Program:
         self._numbers: tuple[int, ...] | None = None
         recorder, code = recorder or Recorder(), BlockCode() if code is None else code
         self.phases = Phases(guarded, self._weights, backend, config, recorder, code)
+        self._has_plain_weights = not any(map(has_functions_of_its_own, self._weights.all()))
         self._device = find_device(guarded) if config.cudagraphs else None
         self._workspaces = Workspaces(recorder)
 
@@ -190,7 +193,8 @@ class Program:
     def evaluate(self, leaves: Sequence[Any]) -> Any:
         """The model's result for flattened arguments, with nothing reused or kept."""
         inputs = self.pack(leaves)
-        outputs = self.guarded(_NothingKept(), *inputs, *self._prologue(*inputs))
+        with self.with_plain_weights():
+            outputs = self.guarded(_NothingKept(), *inputs, *self._prologue(*inputs))
         return self.signature.out_spec.unflatten(outputs)
 
     def run(
@@ -267,7 +271,8 @@ class Program:
         sources = [*[inputs[i] for i in self.reads.used], *self._read_weights]
         if self._read is not None and self._read.holds_for(sources):
             return None
-        found = self.reads.difference(inputs)
+        with self.with_plain_weights():
+            found = self.reads.difference(inputs)
         if found is None:
             self._read = Hoisted.of(sources, ())
         return found
@@ -275,6 +280,11 @@ class Program:
     def prepare(self, binding: Binding, inputs: Sequence[Any]) -> None:
         """Compiles every phase now, for inputs like these."""
         self.phases.prepare(binding, inputs)
+
+    def with_plain_weights(self) -> AbstractContextManager[object]:
+        """While active, weights are the tensors that the graphs were made for: their classes have
+        PyTorch's functions do nothing else."""
+        return _AS_THEY_ARE if self._has_plain_weights else torch._C.DisableTorchFunctionSubclass()
 
     @property
     def calls_modules(self) -> bool:
@@ -320,6 +330,9 @@ def _write_back(inputs: Sequence[Any], positions: Sequence[int], values: Sequenc
     for position, value in zip(positions, values, strict=True):
         if not torch.equal(inputs[position], value):
             inputs[position].copy_(value)
+
+
+_AS_THEY_ARE = nullcontext()
 
 
 class _NothingKept:

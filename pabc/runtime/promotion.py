@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from pabc.passes.capture import leaf_key
+from pabc.passes.tracing.around import inner_forward
 from pabc.passes.tracing.numbers import is_number
 from pabc.passes.tracing.structure import Structure, flatten
 from pabc.passes.tracing.untouched import untouched
@@ -149,7 +150,7 @@ def _follows(
     for leaves in calls:
         args, kwargs = structure.unflatten(leaves)
         with torch.no_grad(), untouched(model, runs=True):
-            wanted, form = flatten(model(*args, **kwargs))
+            wanted, form = flatten(inner_forward(model)(*args, **kwargs))
             with without_autocast(leaves):
                 found, form_found = flatten(program.evaluate(leaves))
         if form != form_found or list(map(_kind, wanted)) != list(map(_kind, found)):

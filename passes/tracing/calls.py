@@ -20,8 +20,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from . import numbers
+from .around import calling_forward_alone, inner_forward
 from .hooks import HookTracer
 from .outside import patched
+from .parameters import Parameters
 from .python_state import Change, Snapshot
 from .structure import Structure, flatten, holds_tensors
 
@@ -93,8 +95,12 @@ class Call:
 
     @contextmanager
     def replacing_forward(self, model: nn.Module) -> Iterator[None]:
-        """Makes `model` take the stand-ins, and return a flat tuple of tensors."""
-        forward = self._forward = model.forward
+        """Makes `model` take the stand-ins, and return a flat tuple of tensors.
+
+        A call of it then runs its forward alone: what runs around that is not captured.
+        """
+        forward = self._forward = inner_forward(model)
+        parameters = Parameters(model)
 
         @functools.wraps(forward)
         def call(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -104,6 +110,7 @@ class Call:
             self.hooks = HookTracer(model, self.tokens)
             with (
                 self._noting_changes(model, args, kwargs),
+                parameters.as_written(),
                 _registering_unseen(model),
                 self.hooks.active(),
                 mode,
@@ -111,7 +118,10 @@ class Call:
                 results = self._take_apart(forward(*args, **kwargs))
             return (*results, *self.tokens)
 
-        with patched(model, call):
+        if not _fits(inspect.signature(forward), self.args, self.kwargs):
+            # A decorator takes what the function that it names as its own does not.
+            call.__signature__ = _signature_of(self.args, self.kwargs)  # type: ignore[attr-defined]
+        with patched(model, call), calling_forward_alone(model):
             yield
 
     def run(self, leaves: Sequence[Any]) -> Any:
@@ -189,6 +199,23 @@ def _find_path(value: Any, wanted: Any) -> tuple[Any, ...] | None:
         if path is not None:
             return (key, *path)
     return None
+
+
+def _fits(signature: inspect.Signature, args: Any, kwargs: Any) -> bool:
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def _signature_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.Signature:
+    """Takes a call of this form alone."""
+    positional = [
+        inspect.Parameter(f"arg_{i}", inspect.Parameter.POSITIONAL_ONLY) for i in range(len(args))
+    ]
+    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in kwargs]
+    return inspect.Signature([*positional, *named])
 
 
 @contextmanager

@@ -156,7 +156,7 @@ def _record(
             calls.active(),
             reads,
         ):
-            model(*args, **kwargs)
+            model.forward(*args, **kwargs)
     except Exception as error:
         raise ValueError(
             f"pabc could not capture {type(model).__name__}: torch.export stopped with "

@@ -17,6 +17,7 @@ from torch import nn
 from torch._C._dynamo.guards import dict_version
 from torch.utils.hooks import RemovableHandle
 
+from .around import state_within
 from .python_state import Holder, Kind, Same, class_dict, find_holders, freeze, is_library
 
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
@@ -110,7 +111,7 @@ class _Look:
             RemovableHandle.next_id,
             list(map(id, map(dict.get, self._spaces, self._names))),
             list(map(list, self._others)) if self._others else None,
-            [_describe_object(h) for h in self._slow] if self._slow else None,
+            [_describe_object(h, {}) for h in self._slow] if self._slow else None,
         )
 
 
@@ -151,8 +152,10 @@ def _is_of_library(holder: Holder) -> bool:
 def describe(holders: Iterable[Holder]) -> dict[Place, Description]:
     """Returns what the holders have, in a form that can be compared with a later state."""
     state: dict[Place, Description] = {}
-    for holder in holders:
-        description = _DESCRIBE[holder.kind](holder)
+    known = list(holders)
+    paths = {id(h.value): h.path for h in known if h.kind == "container"}
+    for holder in known:
+        description = _DESCRIBE[holder.kind](holder, paths)
         if description is not None:
             state[holder.path, holder.kind] = (
                 state.get((holder.path, holder.kind), {}) | description
@@ -160,52 +163,57 @@ def describe(holders: Iterable[Holder]) -> dict[Place, Description]:
     return state
 
 
-def _describe_module(holder: Holder) -> Description:
-    own = {name: _value(x) for name, x in holder.value.items() if name not in _BOOKKEEPING}
+Paths = Mapping[int, str]
+"""The path under which each container is described, by its identity."""
+
+
+def _describe_module(holder: Holder, paths: Paths) -> Description:
+    state = holder.value if holder.path else state_within(holder.value, holder.owner)
+    own = {name: _value(x, paths) for name, x in state.items() if name not in _BOOKKEEPING}
     return {"the class": Same(holder.owner), **own}
 
 
-def _describe_object(holder: Holder) -> Description:
+def _describe_object(holder: Holder, paths: Paths) -> Description:
     """Which tensor a module has is looked at where a graph reads it; of an object, here."""
     return {
-        name: Same(x) if isinstance(x, torch.Tensor) else _value(x)
+        name: Same(x) if isinstance(x, torch.Tensor) else _value(x, paths)
         for name, x in holder.read().items()
     }
 
 
-def _describe_children(holder: Holder) -> Description:
+def _describe_children(holder: Holder, paths: Paths) -> Description:
     return {"what is a module": tuple((name, Same(m)) for name, m in holder.value.items())}
 
 
-def _describe_tensors(holder: Holder) -> Description:
+def _describe_tensors(holder: Holder, paths: Paths) -> Description:
     return {name: True for name, x in holder.value.items() if x is not None}
 
 
-def _describe_hooks(holder: Holder) -> Description | None:
+def _describe_hooks(holder: Holder, paths: Paths) -> Description | None:
     hooks = tuple(freeze(hook) for hook in holder.value.values())
     return {"hooks": hooks} if hooks else None
 
 
-def _describe_container(holder: Holder) -> Description | None:
-    return _describe_object(holder) if _is_looked_at(holder) else None
+def _describe_container(holder: Holder, paths: Paths) -> Description | None:
+    return _describe_object(holder, paths) if _is_looked_at(holder) else None
 
 
-def _describe_globals(holder: Holder) -> Description:
-    return {name: _value(x) for name, x in holder.read().items()}
+def _describe_globals(holder: Holder, paths: Paths) -> Description:
+    return {name: _value(x, paths) for name, x in holder.read().items()}
 
 
-def _value(value: Any) -> Hashable:
-    """A value in short: a container that is a holder itself is told by its type here."""
+def _value(value: Any, paths: Paths) -> Hashable:
+    """A value in short: a container is told by where it is described."""
     if isinstance(value, torch.Tensor):
         return "a tensor"
     if type(value) in _CONTAINERS:
-        return f"a {type(value).__name__}"
+        return f"a {type(value).__name__}", paths.get(id(value))
     if isinstance(value, (FunctionType, MethodType)):
         return freeze(value)
     return freeze(value, 1)
 
 
-_DESCRIBE: dict[Kind, Callable[[Holder], Description | None]] = {
+_DESCRIBE: dict[Kind, Callable[[Holder, Paths], Description | None]] = {
     "module": _describe_module,
     "object": _describe_object,
     "children": _describe_children,
@@ -220,14 +228,19 @@ _DESCRIBE: dict[Kind, Callable[[Holder], Description | None]] = {
 }
 
 
-_ORDER: tuple[Kind, ...] = (
-    *_OF_MODULES,
+_REACHED: tuple[Kind, ...] = (
+    "object",
     "slots",
     "array",
     "container",
     "variable",
     "class",
     "globals",
+)
+"""Kinds of places that are new only where something that leads to them is: that tells more."""
+_ORDER: tuple[Kind, ...] = (
+    *_OF_MODULES,
+    *_REACHED[1:],
 )
 """Kinds of places, those first that tell a user most."""
 
@@ -280,6 +293,8 @@ class Modules:
     def _differ(self, place: Place, old: Description | None, new: Description | None) -> str | None:
         where = place[0] or "the model"
         if old == new:
+            return None
+        if old is None and place[1] in _REACHED:
             return None
         if old is None or new is None:
             return f"{where} is {'new' if old is None else 'gone'}"

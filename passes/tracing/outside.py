@@ -98,7 +98,8 @@ class OutsideCall:
 
     def run(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """Runs the module as it is now."""
-        result = self.call.run(self.model.get_submodule(self.path).forward, tensors)
+        with torch._C._EnableTorchFunction():
+            result = self.call.run(self.model.get_submodule(self.path).forward, tensors)
         results, found = TensorCall.of((result,), {})
         layouts = tuple(map(_layout, found))
         if layouts != self.layouts or results != self.results:

@@ -27,13 +27,15 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .around import AROUND
+
 LIBRARIES = frozenset({"torch", "torchgen", "triton", "numpy", "sympy", "mpmath", "einops"}) | (
     sys.stdlib_module_names - {"__main__"}
 )
 """Packages whose objects and functions are not looked into: their state is their own affair."""
 _OWN = tuple(
     f"{__name__.partition('.')[0]}.{part}"
-    for part in ("passes", "kernels", "runtime", "pipelines", "artifact", "compiled")
+    for part in ("passes", "kernels", "runtime", "pipelines", "artifact", "compiled", "inplace")
 )
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _PLAIN_OBJECTS = (
@@ -333,7 +335,7 @@ class _Walk:
 
     def visit(self, path: str, module: str | None, value: Any) -> None:
         """Notes a value and all that is reached from it."""
-        self._waiting.append((path, module, value))
+        self._later((path, module, value))
         while self._waiting:
             self._note(*self._waiting.popleft())
 
@@ -391,6 +393,8 @@ class _Walk:
         self._add_class(type(value))
         self._add(Holder(path, own, vars(value), "module", type(value)))
         for name, item in vars(value).items():
+            if not path and name in AROUND:
+                continue
             if name == "_modules":
                 self._add(Holder(path, own, item, "children"))
                 for child, inner in item.items():

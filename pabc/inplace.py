@@ -1,0 +1,129 @@
+"""In place: a model that keeps its class, names and place, and whose call is pabc's.
+
+:meth:`torch.nn.Module.__call__` calls `_compiled_call_impl` where a module has one, and leaves it
+out of copies and pickles: the protocol of :meth:`torch.nn.Module.compile`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from pabc.runtime.around import call_around
+from pabc.wrapper import Wrapper
+
+if TYPE_CHECKING:
+    from pabc.compiled import CompiledModel
+
+
+class InPlace:
+    """What a module that was compiled in place is called through.
+
+    Several compiled models may be in one place, those of two pipelines that share a transformer,
+    say: a call goes to the one that a trajectory was entered of, else to the last.
+    """
+
+    # Without a dictionary: nothing that walks over what a module holds walks into the compiler.
+    __slots__ = ("_models", "_module")
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        # A compiled model, in whose place another one is put, is called where it is meant.
+        self._models: list[Any] = [module] if isinstance(module, Wrapper) else []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A call of the module."""
+        model = self.current
+        if model._modules["_orig_mod"] is self._module:
+            return model.forward(*args, **kwargs)
+        return call_around(self._module, model.forward, args, kwargs, model.reset)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the module's call is its own again."""
+        return all(model is self._module for model in self._models)
+
+    @property
+    def current(self) -> Any:
+        """The compiled model that a call made here and now belongs to."""
+        if len(self._models) > 1:
+            for model in reversed(self._models):
+                if model.has_entered_trajectory:
+                    return model
+        return self._models[-1]
+
+    def prefer(self, model: CompiledModel) -> None:
+        """Makes `model` the last one."""
+        if model in self._models:
+            self._models.remove(model)
+            self._models.append(model)
+
+
+class _CacheContext:
+    """Stands for a module's `cache_context`, which it calls too; a copy of the module has its
+    own, which names nothing here."""
+
+    __slots__ = ("_module", "_place", "replaced")
+
+    def __init__(self, module: nn.Module, place: InPlace, replaced: Any) -> None:
+        self._module, self._place, self.replaced = module, place, replaced
+
+    def __call__(self, name: str, **where: Any) -> AbstractContextManager[Any]:
+        """Names the calls within; see :meth:`pabc.CompiledModel.cache_context`."""
+        model = self._place.current
+        return type(model).cache_context(model, name, **where)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return getattr, (self._module, "cache_context")
+
+
+def check_place(module: nn.Module) -> None:
+    """Raises ValueError if another compiler has compiled the module in place."""
+    found = vars(module).get("_compiled_call_impl")
+    if found is not None and not isinstance(found, InPlace):
+        raise ValueError(
+            "inplace: expected a model that is not compiled in place, found one that "
+            "torch.nn.Module.compile compiled; set model._compiled_call_impl = None first"
+        )
+
+
+def install(model: CompiledModel, module: nn.Module) -> Callable[[], None]:
+    """Makes the calls of `module` those of `model`; returns what takes that back."""
+    check_place(module)
+    state = vars(module)
+    place = state.get("_compiled_call_impl")
+    if place is None:
+        place = state["_compiled_call_impl"] = InPlace(module)
+        if hasattr(type(module), "cache_context"):
+            replaced = state.get("cache_context")
+            state["cache_context"] = _CacheContext(module, place, replaced)
+    place._models.append(model)
+
+    def take_back() -> None:
+        if model not in place._models:
+            return
+        place._models.remove(model)
+        if place.is_empty:
+            _leave(state, place)
+
+    return take_back
+
+
+def prefer(model: CompiledModel, module: nn.Module) -> None:
+    """Makes calls of `module` those of `model`, where several are in its place."""
+    place = vars(module).get("_compiled_call_impl")
+    if isinstance(place, InPlace):
+        place.prefer(model)
+
+
+def _leave(state: dict[str, Any], place: InPlace) -> None:
+    if state.get("_compiled_call_impl") is place:
+        del state["_compiled_call_impl"]
+    named = state.get("cache_context")
+    if isinstance(named, _CacheContext):
+        del state["cache_context"]
+        if named.replaced is not None:
+            state["cache_context"] = named.replaced

@@ -1,0 +1,145 @@
+"""What runs around a captured forward, at each call: as :class:`torch.nn.Module` runs it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from pabc.passes.tracing.around import hook_around
+from pabc.runtime.guards import GuardError
+
+Step = Callable[..., Any]
+"""Stands for a model's forward."""
+
+
+def call_around(
+    model: nn.Module, step: Step, args: Any, kwargs: Any, abandon: Callable[[], None]
+) -> Any:
+    """Calls `step` as a call of `model` calls its forward: within hooks, which get the model.
+
+    `abandon`: ends the generation where a hook raises. Raises ValueError for a hook on all modules,
+    which would run in each module of the model: a graph calls none.
+    """
+    state = vars(model)
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        _refuse_hooks_on_all_modules()
+    elif not (state["_forward_hooks"] or state["_forward_pre_hooks"] or "_hf_hook" in state):
+        return step(*args, **kwargs)
+    try:
+        return _Hooks(model).call(step, args, kwargs)
+    except GuardError:
+        raise
+    except BaseException:
+        abandon()
+        raise
+
+
+class _Hooks:
+    """The hooks of one call; those on all modules come first."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._called: set[int] = set()
+        self._result: Any = None
+
+    def call(self, step: Step, args: Any, kwargs: Any) -> Any:
+        """The result as hooks leave it. Where one raises, hooks that are always called are."""
+        try:
+            args, kwargs = self._before(args, kwargs)
+            self._result = _call_forward(self._model, step, args, kwargs)
+            self._after(args, kwargs)
+            return self._result
+        except Exception:
+            self._call_rest(args, kwargs)
+            raise
+
+    def _before(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        model = self._model
+        for number, hook in _both(torch_module._global_forward_pre_hooks, model._forward_pre_hooks):
+            if number not in model._forward_pre_hooks_with_kwargs:
+                found = hook(model, args)
+                if found is not None:
+                    args = found if isinstance(found, tuple) else (found,)
+                continue
+            found = hook(model, args, kwargs)
+            if found is None:
+                continue
+            if not isinstance(found, tuple) or len(found) != 2:
+                raise RuntimeError(
+                    "forward pre-hook must return None or a tuple of (new_args, new_kwargs), but "
+                    f"got {found}."
+                )
+            args, kwargs = found
+        return args, kwargs
+
+    def _after(self, args: Any, kwargs: Any) -> None:
+        for number, hook in _both(torch_module._global_forward_hooks, self._model._forward_hooks):
+            self._called.add(number)
+            self._call_one(number, hook, args, kwargs)
+
+    def _call_rest(self, args: Any, kwargs: Any) -> None:
+        model = self._model
+        always = {
+            **torch_module._global_forward_hooks_always_called,
+            **model._forward_hooks_always_called,
+        }
+        for number, hook in _both(torch_module._global_forward_hooks, model._forward_hooks):
+            if number not in always or number in self._called:
+                continue
+            try:
+                self._call_one(number, hook, args, kwargs)
+            except Exception as error:
+                warnings.warn(
+                    "module forward hook with ``always_call=True`` raised an exception that was "
+                    f"silenced as another error was raised in forward: {error}",
+                    stacklevel=2,
+                )
+
+    def _call_one(self, number: int, hook: Any, args: Any, kwargs: Any) -> None:
+        model = self._model
+        with_kwargs = (
+            number in model._forward_hooks_with_kwargs
+            or number in torch_module._global_forward_hooks_with_kwargs
+        )
+        given = (args, kwargs) if with_kwargs else (args,)
+        found = hook(model, *given, self._result)
+        if found is not None:
+            self._result = found
+
+
+def _both(first: Mapping[int, Any], second: Mapping[int, Any]) -> Iterator[tuple[int, Any]]:
+    yield from (*first.items(), *second.items())
+
+
+def _call_forward(model: nn.Module, step: Step, args: Any, kwargs: Any) -> Any:
+    """The step within the hook of accelerate that replaced the model's forward, if there is one."""
+    hook = hook_around(vars(model))
+    if hook is None:
+        return step(*args, **kwargs)
+    args, kwargs = hook.pre_forward(model, *args, **kwargs)
+    with torch.no_grad() if hook.no_grad else nullcontext():
+        result = step(*args, **kwargs)
+    return hook.post_forward(model, result)
+
+
+def _refuse_hooks_on_all_modules() -> None:
+    """PyTorch's own, such as those that count operations per module, observe alone: let be."""
+    for hook in (
+        *torch_module._global_forward_pre_hooks.values(),
+        *torch_module._global_forward_hooks.values(),
+    ):
+        function = getattr(hook, "__func__", getattr(hook, "func", hook))
+        name = getattr(function, "__qualname__", type(hook).__qualname__)
+        home = str(getattr(function, "__module__", type(hook).__module__))
+        if home.partition(".")[0] != "torch":
+            raise ValueError(
+                f"hooks on all modules: expected none, found {home}.{name}, which would run in "
+                "each module of the model, where a graph runs none; remove it for this call, or "
+                "register it on the modules that it is for"
+            )

@@ -1,0 +1,94 @@
+"""A module around a model that is called in its place, as torch.compile's is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sized
+from typing import Any
+
+from torch import nn
+
+
+class Wrapper(nn.Module):
+    """Holds a model as `_orig_mod`; attributes are read from it, set on it and deleted from it.
+
+    Its own are those of its class, and what it holds once :meth:`_begin_passing_on` was called.
+    State dicts are the model's, keys unchanged.
+    """
+
+    _orig_mod: nn.Module
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._orig_mod = model
+
+    def _begin_passing_on(self) -> None:
+        """From now on, attributes that this object does not have are set on the model."""
+        vars(self)["_passes_on"] = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls `forward` within hooks that were registered on this object, if there are any."""
+        hooked = self._compiled_call_impl or self._forward_hooks or self._forward_pre_hooks
+        return super().__call__(*args, **kwargs) if hooked else self.forward(*args, **kwargs)
+
+    @property
+    def training(self) -> bool:
+        """The model's own mode."""
+        return self._modules["_orig_mod"].training  # type: ignore[union-attr]
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "_passes_on" in vars(self):  # else it is the default that nn.Module begins with
+            self._orig_mod.training = mode
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own state dict, keys unchanged."""
+        return self._orig_mod.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Loads into the model: values copied in take effect at the next call, tensors that are
+        replaced (`assign=True`) at the next generation; neither recompiles."""
+        return self._orig_mod.load_state_dict(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("_orig_mod"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._is_own(name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self._orig_mod, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if self._is_own(name):
+            super().__delattr__(name)
+        else:
+            delattr(self._orig_mod, name)
+
+    def _is_own(self, name: str) -> bool:
+        own = vars(self)
+        return (
+            "_passes_on" not in own
+            or name == "_orig_mod"
+            or name in own
+            or hasattr(type(self), name)
+        )
+
+    def __dir__(self) -> Iterable[str]:
+        return sorted({*super().__dir__(), *dir(self._orig_mod)})
+
+    def __len__(self) -> int:
+        if isinstance(self._orig_mod, Sized):
+            return len(self._orig_mod)
+        raise TypeError(f"object of type '{type(self._orig_mod).__name__}' has no len()")
+
+    def __bool__(self) -> bool:
+        return True if not isinstance(self._orig_mod, Sized) else bool(self._orig_mod)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raises TypeError: what is compiled belongs to this process."""
+        raise TypeError(
+            "a compiled model cannot be copied or pickled: copy the model, and compile the copy"
+        )

@@ -1,0 +1,186 @@
+"""parameters: a module's parameters as its own code sees them, while the model is traced.
+
+A tracer puts tensors of its own in their place. Those know nothing of the class and the attributes
+of a user's parameter, such as the format of quantized bytes, and they cannot be moved or cast with
+their module. For the time of a traced forward, both work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+_PLAIN = (torch.Tensor, nn.Parameter)
+_PLAIN_FUNCTIONS = (torch._C._disabled_torch_function_impl, torch.Tensor.__torch_function__)
+_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+
+
+class Parameters:
+    """The parameters and buffers of a model that are more than tensors."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._originals = [
+            (tensors, name, tensor)
+            for tensors in _registers(model)
+            for name, tensor in tensors.items()
+            if tensor is not None and is_more_than_a_tensor(tensor)
+        ]
+
+    @contextmanager
+    def as_written(self) -> Iterator[None]:
+        """While active, they have their classes and attributes, and modules can be cast; in the
+        end everything is as it was."""
+        modules = list(self._model.modules())
+        held = [(tensors, dict(tensors)) for tensors in _registers(self._model)]
+        for tensors, name, original in self._originals:
+            traced = tensors[name]
+            if traced is not original:
+                tensors[name] = _dress(traced, original)
+        for module in modules:
+            vars(module)["_apply"] = partial(_apply, module)
+        try:
+            with _making_stand_ins() if self._originals else nullcontext():
+                yield
+        finally:
+            for module in modules:
+                vars(module).pop("_apply", None)
+            for tensors, before in held:
+                if any(tensors.get(name) is not tensor for name, tensor in before.items()):
+                    tensors.update(before)
+
+
+def _registers(model: nn.Module) -> list[dict[str, Any]]:
+    """The dictionaries in which modules hold parameters and buffers."""
+    return [held for module in model.modules() for held in _registers_of(module)]
+
+
+def _registers_of(module: nn.Module) -> list[dict[str, Any]]:
+    found: list[Any] = [module._parameters, module._buffers]
+    return [held for held in found if held]
+
+
+def is_more_than_a_tensor(tensor: torch.Tensor) -> bool:
+    """Whether Python code can tell it from a plain tensor; those that are made of several tensors
+    are traced as such."""
+    if is_traceable_wrapper_subclass(tensor):
+        return False
+    return type(tensor) not in _PLAIN or any(not name.startswith("_is_") for name in vars(tensor))
+
+
+def has_functions_of_its_own(tensor: torch.Tensor) -> bool:
+    """Whether PyTorch's functions do something else for a tensor of this class."""
+    function = type(tensor).__torch_function__
+    return type(tensor) not in _PLAIN and function not in _PLAIN_FUNCTIONS
+
+
+def _apply(module: nn.Module, function: Callable[[Any], Any], recurse: bool = True) -> nn.Module:
+    """:meth:`torch.nn.Module._apply` for tensors that are traced, which cannot be written to."""
+    if recurse:
+        for child in module.children():
+            child._apply(function)
+    for tensors in _registers_of(module):
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                tensors[name] = function(tensor)
+    return module
+
+
+def _dress(traced: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+    """The traced tensor with the class and the attributes of the user's own."""
+    attributes = {name: x for name, x in vars(original).items() if not name.startswith("_is_")}
+    if type(original) in _PLAIN:
+        vars(traced).update((n, x) for n, x in attributes.items() if n not in vars(traced))
+        return traced
+    dressed = _stand_in(type(original), traced)
+    vars(dressed).update(attributes)
+    return dressed
+
+
+class _StandIn:
+    """Goes before a tensor's class: an object of that class, whose values are a traced tensor's.
+
+    What PyTorch's functions get is the traced tensor. A class that has them do something else does
+    that with their result.
+    """
+
+    _kind: type[torch.Tensor]
+    _traced: torch.Tensor
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.Tensor.as_subclass:
+            return _as(args[1], args[0])
+        if func == _DATA:
+            func = torch.Tensor.detach  # a tracer loses sight of what the other gives
+        args_of, kwargs_of = pytree.tree_map(_traced, (args, kwargs or {}))
+        result = func(*args_of, **kwargs_of)
+        own = getattr(cls._kind.__torch_function__, "__func__", None)
+        if own is None or own is torch.Tensor.__torch_function__.__func__:  # type: ignore[attr-defined]
+            return result
+        return own(cls, lambda *_, **__: result, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        args, kwargs = pytree.tree_map(_traced, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+@cache
+def _class_of(kind: type[torch.Tensor]) -> Any:
+    make: Any = type(kind)
+    return make(kind.__name__, (_StandIn, kind), {"_kind": kind, "__module__": __name__})
+
+
+def _stand_in(kind: type[torch.Tensor], traced: torch.Tensor) -> Any:
+    made = torch.Tensor._make_wrapper_subclass(
+        _class_of(kind),
+        traced.shape,
+        strides=traced.stride(),
+        dtype=traced.dtype,
+        device=traced.device,
+    )
+    made._traced = traced
+    return made
+
+
+def _traced(value: Any) -> Any:
+    return value._traced if isinstance(value, _StandIn) else value
+
+
+def _as(kind: type[torch.Tensor], value: Any) -> Any:
+    """A stand-in's values as a tensor of another class."""
+    kind = getattr(kind, "_kind", kind)
+    return _traced(value) if kind is torch.Tensor else _stand_in(kind, _traced(value))
+
+
+@contextmanager
+def _making_stand_ins() -> Iterator[None]:
+    """While active, a subclass that is made of a stand-in, or of its results, is one."""
+    make = torch.Tensor._make_subclass
+
+    def make_subclass(cls: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(data, _StandIn) or issubclass(cls, _StandIn):
+            return _as(cls, data)
+        return make(cls, data, *args, **kwargs)
+
+    before = vars(torch.Tensor).get("_make_subclass")
+    torch.Tensor._make_subclass = staticmethod(make_subclass)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if before is None:
+            del torch.Tensor._make_subclass
+        else:
+            torch.Tensor._make_subclass = before  # type: ignore[method-assign]
