@@ -17,17 +17,19 @@ from torch.fx import GraphModule
 
 from pabc import passes
 from pabc.explanation import Explanation, describe
+from pabc.passes.tracing.structure import Structure
 from pabc.pipeline import Config
 from pabc.plan import Plan
 from pabc.runtime.arguments import Arguments
 from pabc.runtime.autocast import without_autocast, without_grad
-from pabc.runtime.branch import Binding, Branch
+from pabc.runtime.branch import Binding, Branch, Outside
 from pabc.runtime.peers import Peers, Step
 from pabc.runtime.phases import Backend, Executable
 from pabc.runtime.program import Program
 from pabc.runtime.programs import Programs
 from pabc.runtime.stats import Recorder, Stats
 from pabc.runtime.trajectory import Trajectory, current_trajectory, named_branch
+from pabc.runtime.where import Where
 from pabc.schedule import Schedule
 
 
@@ -83,14 +85,19 @@ class CompiledModel(nn.Module):
     def _run(self, args: Any, kwargs: Any, step: Step | None = None) -> Any:
         """A step, which other ranks that share the model are told of."""
         trajectory = self.current
-        with trajectory.running((*args, *kwargs.values())) as branch:
-            schedule = branch.schedule or trajectory.schedule or self._schedule
+        with trajectory.running():
+            leaves, structure = self._flatten(args, kwargs)
+            given = (*args, *kwargs.values())
+            branch = trajectory.place(self._schedule, given, structure, leaves)
+            schedule = branch.schedule or self._schedule
             with self._lock:
-                program, leaves = self._select(args, kwargs, schedule, at_start=branch.step == 0)
+                program = self._select(
+                    args, kwargs, leaves, structure, schedule, at_start=branch.last < 0
+                )
             inputs = program.pack(leaves)
             with without_grad(), without_autocast(inputs):
                 with self._lock:
-                    reused, executable = self._begin(program, branch, schedule, leaves, inputs)
+                    reused, executable = self._begin(program, branch, schedule, inputs)
                 if step is not None:
                     step.agree(self._facts(program, branch, reused, inputs))
                 with self._lock if program.calls_modules else nullcontext():
@@ -102,7 +109,10 @@ class CompiledModel(nn.Module):
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Captures this call's signature and compiles all of its phases, without running a step."""
         with self._lock:
-            program, leaves = self._select(args, kwargs, self._schedule, at_start=True)
+            leaves, structure = self._flatten(args, kwargs)
+            program = self._select(
+                args, kwargs, leaves, structure, self._schedule, at_start=True
+            )
             inputs = program.pack(leaves)
             with torch.no_grad(), without_autocast(inputs):
                 program.prepare(self._bind(program, self._schedule, inputs), inputs)
@@ -121,7 +131,11 @@ class CompiledModel(nn.Module):
                     noise_b = fast(latents_b, t, text_b)
         """
         return Trajectory(
-            self._recorder, self._recorder, schedule=schedule, check_finite=self._check_finite
+            self._recorder,
+            self._recorder,
+            places=self._programs.timesteps,
+            schedule=schedule,
+            check_finite=self._check_finite,
         )
 
     @property
@@ -132,10 +146,12 @@ class CompiledModel(nn.Module):
     def cache_context(self, name: str, **where: object) -> AbstractContextManager[None]:
         """Names the calls within, where one step makes several: `with fast.cache_context("cond")`.
 
-        Calls of different names share nothing. The protocol is that of diffusers' models, some of
-        which also say where the loop is; the trajectory knows.
+        Calls of different names share nothing but the step: a name may be left out at some steps.
+        The protocol is that of diffusers' models, some of which also say where the loop is:
+        `step_index` is the step that the calls are, whichever came before; `num_inference_steps`,
+        `sigma` and `timestep` are checked against the schedule. Other keywords are not looked at.
         """
-        return named_branch(self._recorder, name)
+        return named_branch(self._recorder, Where.of(name, **where))
 
     def reset(self) -> None:
         """Starts a new generation: the next call is step 0 and finds nothing stored."""
@@ -255,10 +271,8 @@ class CompiledModel(nn.Module):
             )
         return self._last
 
-    def _select(
-        self, args: Any, kwargs: Any, schedule: Schedule, *, at_start: bool
-    ) -> tuple[Program, list[Any]]:
-        """The program for these arguments, captured if need be, and the arguments, flattened."""
+    def _flatten(self, args: Any, kwargs: Any) -> tuple[list[Any], Structure]:
+        """The arguments, flattened. Raises RuntimeError for what inference does not have."""
         if self._modules["_orig_mod"].training:  # type: ignore[union-attr]
             raise RuntimeError(
                 "pabc runs inference: expected a model in eval mode, found training mode; "
@@ -271,11 +285,24 @@ class CompiledModel(nn.Module):
                     "pabc runs inference: expected inputs without gradients, found one of shape "
                     f"{tuple(leaf.shape)} that requires grad; detach it"
                 )
+        return leaves, structure
+
+    def _select(
+        self,
+        args: Any,
+        kwargs: Any,
+        leaves: list[Any],
+        structure: Structure,
+        schedule: Schedule,
+        *,
+        at_start: bool,
+    ) -> Program:
+        """The program for these arguments, given as they are and flattened; captured if need be."""
         program = self._programs.find(structure, leaves, at_start=at_start)
         if program is None:
             bound = self._arguments.bind(args, kwargs)
             program = self._programs.capture(*bound, leaves, structure, schedule)
-        return program, leaves
+        return program
 
     def _bind(
         self, program: Program, schedule: Schedule, inputs: list[Any] | None = None
@@ -301,9 +328,10 @@ class CompiledModel(nn.Module):
         """What must be the same on all ranks that share the model; values, where a generation
         starts."""
         tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
-        values = program.sample_values(inputs) if branch.step == 0 else {}
+        is_outside = isinstance(branch, Outside)
+        values = program.sample_values(inputs) if branch.step == 0 and not is_outside else {}
         return {
-            "step": str(branch.step),
+            "step": "none of the schedule" if is_outside else str(branch.step),
             "inputs": ", ".join(f"{list(x.shape)} {x.dtype}" for x in tensors),
             "model": program.guarded.meta["digest"][:12],
             "plan": branch.plan.digest()[:12],
@@ -312,17 +340,11 @@ class CompiledModel(nn.Module):
         }
 
     def _begin(
-        self,
-        program: Program,
-        branch: Branch,
-        schedule: Schedule,
-        leaves: list[Any],
-        inputs: list[Any],
+        self, program: Program, branch: Branch, schedule: Schedule, inputs: list[Any]
     ) -> tuple[tuple[int, ...], Executable]:
         """Begins a step: the slots that it reuses, and what runs it."""
         binding = self._bind(program, schedule, inputs)
-        branch.bind(schedule, binding)
-        branch.check_time(leaves, program.numbers(leaves))
+        branch.bind(binding)
         source, earlier = program.source(inputs), branch.source
         change = None
         if earlier is not None and source is not earlier and source != earlier:

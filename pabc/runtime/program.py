@@ -21,7 +21,6 @@ from pabc.runtime.bindings import Bindings
 from pabc.runtime.branch import Binding, Branch, Hoisted, Source
 from pabc.runtime.chain import BlockCode
 from pabc.runtime.cudagraphs import Recordable, Workspaces, find_device
-from pabc.runtime.guards import find_numbers
 from pabc.runtime.phases import Backend, Executable, Phases, check_fp8, compiling
 from pabc.runtime.samples import hash_values
 from pabc.runtime.stats import Recorder
@@ -79,7 +78,6 @@ class Program:
         self._read_weights = self._weights.live(self.reads.weights)
         self._widths = [len(region.kept) for region in self.regions]
         self._source = Source(self, (), 0)
-        self._numbers: tuple[int, ...] | None = None
         recorder, code = recorder or Recorder(), BlockCode() if code is None else code
         self.phases = Phases(guarded, self._weights, backend, config, recorder, code)
         self._device = find_device(guarded) if config.cudagraphs else None
@@ -143,12 +141,6 @@ class Program:
     def serves(self, leaves: Sequence[Any]) -> bool:
         """Whether the graphs, captured for any sizes, hold for these arguments."""
         return self._sizes is not None and self._sizes.bind(self.pack(leaves)) is not None
-
-    def numbers(self, leaves: Sequence[Any]) -> tuple[int, ...]:
-        """Which leaves may be timesteps."""
-        if self._numbers is None:
-            self._numbers = find_numbers(leaves)
-        return self._numbers
 
     def source(self, inputs: Sequence[Any]) -> Source:
         """What values that are computed from these inputs follow from."""

@@ -19,6 +19,8 @@ class Stats:
 
     Attributes:
         calls: steps that ran to their end.
+        outside: calls that were no step of a generation, such as a prefill: their timestep is that
+            of none, or not of the first one where one may begin. They compute all, and keep nothing.
         generations: sequences of calls that reached the last step of their plan.
         computed, reused, stored: regions, one per slot and call.
         fallbacks: reason -> calls that computed what was to be reused: `shape`, `dtype`, `device`,
@@ -33,6 +35,7 @@ class Stats:
     """
 
     calls: int
+    outside: int
     generations: int
     computed: int
     reused: int
