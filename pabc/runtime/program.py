@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from pabc import passes
 from pabc.passes.cache import Cuts
-from pabc.passes.ir import output_node
+from pabc.passes.ir import output_node, user_inputs
 from pabc.passes.tracing.modules import Watch
 from pabc.pipeline import Config, Record, analyze
 from pabc.plan import SlotSpec
@@ -24,6 +24,7 @@ from pabc.runtime.cudagraphs import Recordable, Workspaces, find_device
 from pabc.runtime.phases import Backend, Executable, Phases, check_fp8, compiling
 from pabc.runtime.samples import hash_values
 from pabc.runtime.stats import Recorder
+from pabc.runtime.strides import Strides, without_overlaps
 from pabc.runtime.weights import Weights
 from pabc.schedule import Schedule
 
@@ -70,6 +71,9 @@ class Program:
         self._whole = passes.Part(self._prologue, tuple(range(len(outputs))))
         self._parts: dict[tuple[int, tuple[int, ...]], passes.Part] = {}
         self._steady: tuple[int, ...] = self.guarded.meta["steady"]
+        self._strides = Strides(
+            guarded, len(self.signature.inputs), (*self._steady, *self.reads.used)
+        )
         self._weights = Weights((self.guarded, self._prologue, self.reads.graph))
         self._weights_state = 0
         self._hoisted_weights = self._weights.live(
@@ -96,7 +100,8 @@ class Program:
         recorder: Recorder | None = None,
         code: BlockCode | None = None,
     ) -> Program:
-        """The program for a call with these arguments."""
+        """The program for a call with these arguments, and such that only lie otherwise in memory."""
+        args, kwargs = without_overlaps(args, kwargs)
         prepared = _prepare_inductor(args, kwargs) if backend == "inductor" else None
         with compiling():
             guarded, records = analyze(model, args, kwargs, config, promoted)
@@ -135,12 +140,12 @@ class Program:
         return tuple(self.phases.specialize(slots, binding.stored[slots]) for slots in reused)
 
     def pack(self, leaves: Sequence[Any]) -> list[Any]:
-        """The graphs' inputs from the model's flattened arguments."""
-        return passes.pack(leaves, self.promoted)
+        """The graphs' inputs from the model's flattened arguments, laid out as they were captured."""
+        return self._strides.fit(passes.pack(leaves, self.promoted))
 
     def serves(self, leaves: Sequence[Any]) -> bool:
         """Whether the graphs, captured for any sizes, hold for these arguments."""
-        return self._sizes is not None and self._sizes.bind(self.pack(leaves)) is not None
+        return self._sizes is not None and self._sizes.bind(passes.pack(leaves, self.promoted)) is not None
 
     def source(self, inputs: Sequence[Any]) -> Source:
         """What values that are computed from these inputs follow from."""
@@ -156,21 +161,23 @@ class Program:
         if other is self:
             return "shape" if source.layout != self.phases.layout(inputs) else "weights"
         theirs, own = other._described(), self._described()
-        for name, mine, yours in zip(("dtype", "device", "shape"), own, theirs, strict=True):
-            if mine != yours:
-                return name
+        if theirs.keys() != own.keys():
+            return "arguments"  # of another structure, or no tensors where there were
+        pairs = [(own[name], theirs[name]) for name in own]
+        for i, reason in enumerate(("dtype", "device", "shape")):
+            if any(mine[i] != yours[i] for mine, yours in pairs):
+                return reason
         return "arguments"
 
-    def _described(self) -> tuple[list[Any], list[Any], list[Any]]:
-        """Of the tensors among the inputs: dtypes, devices, and shapes as captured."""
-        nodes = [n for n in self.guarded.graph.nodes if n.op == "placeholder"]
-        values = [n.meta.get("val") for n in nodes[1 : 1 + len(self.signature.inputs)]]
-        tensors = [x for x in values if isinstance(x, torch.Tensor)]
-        return (
-            [x.dtype for x in tensors],
-            [x.device for x in tensors],
-            [tuple(map(str, x.shape)) for x in tensors],
-        )
+    def _described(self) -> dict[str, tuple[Any, ...]]:
+        """Of the tensors among the inputs, by name: dtype, device, and shape as captured."""
+        nodes = user_inputs(self.guarded.graph)[1 : 1 + len(self.signature.inputs)]
+        pairs = zip(self.signature.inputs, [n.meta.get("val") for n in nodes], strict=True)
+        return {
+            name: (x.dtype, x.device, tuple(map(str, x.shape)))
+            for name, x in pairs
+            if isinstance(x, torch.Tensor)
+        }
 
     def sample_values(self, inputs: Sequence[Any]) -> dict[str, str]:
         """A hash of some values of the weights, and of each tensor among the inputs."""
@@ -255,7 +262,7 @@ class Program:
         """
         if not self.reads:
             return None
-        inputs = self.pack(leaves)
+        inputs = self._strides.fit(passes.pack(leaves, self.promoted), only=self.reads.used)
         sources = [*[inputs[i] for i in self.reads.used], *self._read_weights]
         if self._read is not None and self._read.holds_for(sources):
             return None
