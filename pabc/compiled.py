@@ -110,9 +110,7 @@ class CompiledModel(nn.Module):
         """Captures this call's signature and compiles all of its phases, without running a step."""
         with self._lock:
             leaves, structure = self._flatten(args, kwargs)
-            program = self._select(
-                args, kwargs, leaves, structure, self._schedule, at_start=True
-            )
+            program = self._select(args, kwargs, leaves, structure, self._schedule, at_start=True)
             inputs = program.pack(leaves)
             with torch.no_grad(), without_autocast(inputs):
                 program.prepare(self._bind(program, self._schedule, inputs), inputs)

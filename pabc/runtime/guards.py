@@ -15,6 +15,7 @@ from pabc.runtime.timesteps import (
     Reader,
     Reading,
     Waiting,
+    read,
 )
 
 MAKE_SCHEDULE = "make the schedule from the timesteps that run"
@@ -33,27 +34,39 @@ class Step(NamedTuple):
     index: int
 
 
+class Verdict(NamedTuple):
+    """Which step a call is, None: of no generation; and whether that is sure enough for reuse."""
+
+    step: Step | None
+    may_reuse: bool = True
+
+
 class Expected(NamedTuple):
     """What is known of a call before its timestep is looked at.
 
     Attributes:
         timesteps: those of the schedule.
         steps: which it may be, the one that follows by counting first.
+        verdict: that it is the first of them.
         may_be_outside: whether it may be none, but one before, between or beside generations.
         is_stated: whether the caller said which one it is.
     """
 
     timesteps: tuple[float, ...]
     steps: tuple[Step, ...]
+    verdict: Verdict
     may_be_outside: bool = False
     is_stated: bool = False
 
 
-class Verdict(NamedTuple):
-    """Which step a call is, None: of no generation; and whether that is sure enough for reuse."""
+class _Quick(NamedTuple):
+    """Where the timestep was in the call before, and what it is at each step, so spelled."""
 
-    step: Step | None
-    may_reuse: bool = True
+    structure: Structure
+    timesteps: tuple[float, ...]
+    path: Path
+    position: int
+    spelled: tuple[float, ...]
 
 
 class Clock:
@@ -71,8 +84,14 @@ class Clock:
         self._places = places
         self._remembers = remembers
         self._reader = Reader(places)
-        self._indices: tuple[float, ...] | None = None
+        self._quick: _Quick | None = None
+        self._named: tuple[tuple[float, ...], bool] = (), False
         self.restart()
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the timestep of the last call is on its way from a device."""
+        return self._pending is not None
 
     def restart(self) -> None:
         """Forgets the calls so far, but not where the model's timesteps are."""
@@ -97,18 +116,34 @@ class Clock:
 
         Raises GuardError for a timestep that contradicts it.
         """
-        timesteps = expected.timesteps
-        if timesteps is self._indices or _are_indices(timesteps):
-            self._indices = timesteps
-            return Verdict(expected.steps[0])
+        timesteps, quick = expected.timesteps, self._quick
+        if (
+            quick is not None
+            and quick.structure is structure
+            and quick.timesteps is timesteps
+            and not where
+        ):
+            reading = read(leaves[quick.position])
+            if not isinstance(reading, Reading):
+                self._pending = expected, {quick.path: reading}
+                return Verdict(expected.steps[0], self._may_reuse)
+            if reading.is_close(quick.spelled[expected.steps[0].index]):
+                self._outside, self._may_reuse = frozenset(), True
+                return expected.verdict
+        if not self._names(timesteps):
+            return expected.verdict
         hands = self._hands(timesteps)
         readings = self._reader.read_at(structure, leaves, where, hands) if hands else {}
         if not readings and self._looks():
             readings = self._reader.read(structure, leaves, where)
         values = self._at_hand(readings)
         if values is not None:
-            return self._judge(expected, values)
+            verdict = self._judge(expected, values)
+            if hands and verdict.step is not None:
+                self._quick = self._find_quick(structure, timesteps)
+            return verdict
         self._pending = expected, readings
+        self._quick = self._find_quick(structure, timesteps)
         return Verdict(expected.steps[0], self._may_reuse)
 
     def settle(self, has_reused: bool) -> Verdict | None:
@@ -125,6 +160,22 @@ class Clock:
             hands = self._hands(expected.timesteps) or self._followed
             self._fail(expected, next(hand for hand in hands if hand.path in values), values)
         return verdict
+
+    def _find_quick(self, structure: Structure, timesteps: tuple[float, ...]) -> _Quick | None:
+        for path, spelling in self._hands(timesteps):
+            position = self._places.position(structure, path)
+            if position is not None:
+                spelled = tuple(map(SPELLINGS[spelling], timesteps))
+                return _Quick(structure, timesteps, path, position, spelled)
+        return None
+
+    def _names(self, timesteps: tuple[float, ...]) -> bool:
+        """Whether a schedule names its timesteps."""
+        known, found = self._named
+        if timesteps is not known:
+            found = timesteps != tuple(range(len(timesteps)))
+            self._named = timesteps, found
+        return found
 
     def _looks(self) -> bool:
         """Whether an argument may still turn out to be the timestep: where steps are stated, at the
@@ -154,14 +205,14 @@ class Clock:
             self._outside = frozenset()
         self._timesteps = expected.timesteps
         if not values:
-            return Verdict(expected.steps[0])
+            return expected.verdict
         hands = self._hands(expected.timesteps)
         here = [hand for hand in hands if hand.path in values]
         readable = [hand for hand in here if values[hand.path].number is not None]
         if not here:
             verdict = self._judge_unknown(expected, values)
         elif not readable:  # tokens or frames of several timesteps: counted
-            verdict = Verdict(expected.steps[0])
+            verdict = expected.verdict
         else:
             verdict = self._judge_known(expected, readable, values)
         self._earlier_step = None if verdict.step is None else verdict.step.index
@@ -183,10 +234,13 @@ class Clock:
             self._fail(expected, hands[0], values)
         if any(step.is_new for step in expected.steps):
             others = [Hand(hand.path, spelling) for hand in hands for spelling in FORWARD]
-            spelled = (h for h in others if values[h.path].number and _is_at(h, timesteps[0], values))
+            spelled = (
+                h for h in others if values[h.path].number and _is_at(h, timesteps[0], values)
+            )
             self._followed = tuple(dict.fromkeys(spelled))
             if self._followed:  # spelled otherwise from here on
                 self._places.set(timesteps, ())
+                self._quick = None
                 self._is_sure, self._earlier = False, dict(values)
                 return Verdict(Step(True, 0))
         found = {i: h for h in hands for i, t in enumerate(timesteps) if _is_at(h, t, values)}
@@ -201,7 +255,7 @@ class Clock:
         earlier, self._earlier = self._earlier, values
         if earlier is None:
             self._followed = tuple(self._find(expected, expected.steps[0], values))
-            return Verdict(expected.steps[0])
+            return expected.verdict
         moved = {path for path, reading in values.items() if earlier.get(path) != reading}
         if self._followed:
             verdict = self._follow(expected, values, moved)
@@ -342,7 +396,3 @@ class Clock:
 def _is_at(hand: Hand, timestep: float, values: Mapping[Path, Reading]) -> bool:
     reading = values.get(hand.path)
     return reading is not None and reading.is_close(SPELLINGS[hand.spelling](timestep))
-
-
-def _are_indices(timesteps: tuple[float, ...]) -> bool:
-    return timesteps == tuple(range(len(timesteps)))

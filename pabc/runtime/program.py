@@ -145,7 +145,10 @@ class Program:
 
     def serves(self, leaves: Sequence[Any]) -> bool:
         """Whether the graphs, captured for any sizes, hold for these arguments."""
-        return self._sizes is not None and self._sizes.bind(passes.pack(leaves, self.promoted)) is not None
+        return (
+            self._sizes is not None
+            and self._sizes.bind(passes.pack(leaves, self.promoted)) is not None
+        )
 
     def source(self, inputs: Sequence[Any]) -> Source:
         """What values that are computed from these inputs follow from."""

@@ -34,7 +34,9 @@ class Strides:
         self._wanted = [() if self._sizes else vals[i].stride() for i in self._tensors]
         self._conditions = frozenset(conditions)
         self._known: dict[tuple[Any, ...], tuple[tuple[int, _Stride], ...]] = {}
-        self._copies: dict[int, tuple[weakref.ref[torch.Tensor], tuple[int, int], torch.Tensor]] = {}
+        self._copies: dict[
+            int, tuple[weakref.ref[torch.Tensor], tuple[int, int], torch.Tensor]
+        ] = {}
 
     def fit(self, inputs: list[Any], only: Collection[int] | None = None) -> list[Any]:
         """The inputs, laid out as captured; `only`: those of them that are needed."""

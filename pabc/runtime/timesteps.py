@@ -44,23 +44,27 @@ FORWARD = range(3)
 
 
 class Reading(NamedTuple):
-    """What an argument holds: its first, last, least and largest element.
+    """What an argument holds.
 
-    `precision`: how far two roundings of one number may lie apart, relative to it; 0: whole numbers.
+    Attributes:
+        elements: all of them, or the first, last, least and largest.
+        precision: how far two roundings of one number may lie apart, relative to it; 0: whole
+            numbers.
+        number: the timestep: what all elements hold, but for those of clean tokens or frames, which
+            hold 0; None: there are several.
     """
 
     elements: tuple[float, ...]
     precision: float
+    number: float | None
 
-    @property
-    def number(self) -> float | None:
-        """The timestep: what all elements hold, but for those of clean tokens or frames, which hold
-        0; None: there are several."""
-        elements = self.elements
-        if len(elements) == 1:
-            return elements[0]
-        distinct = set(elements) - {0.0}
-        return (distinct.pop() if distinct else 0.0) if len(distinct) <= 1 else None
+    @classmethod
+    def of(cls, elements: tuple[float, ...], precision: float) -> Reading:
+        """What these elements come to."""
+        distinct = set(elements)
+        if len(distinct) > 1:
+            distinct.discard(0.0)
+        return cls(elements, precision, distinct.pop() if len(distinct) == 1 else None)
 
     def is_close(self, expected: float) -> bool:
         """Whether `expected`, put into this dtype, gives this timestep."""
@@ -155,6 +159,11 @@ class Places:
         self._hands[timesteps] = hands
         self._last = None, ()
 
+    def position(self, structure: Structure, path: Path) -> int | None:
+        """Which of the leaves is at a path, if calls of this structure have it."""
+        paths = self.paths(structure)
+        return paths.index(path) if path in paths else None
+
     def paths(self, structure: Structure) -> tuple[Path, ...]:
         """Where each leaf of a call of this structure is."""
         paths = self._paths.get(structure)
@@ -199,18 +208,16 @@ def read(leaf: Any) -> Reading | Waiting:
     """What an argument holds, or, where that is not at hand, what waits for it."""
     if not isinstance(leaf, torch.Tensor):
         precision = 0.0 if isinstance(leaf, Integral) else torch.finfo(torch.float32).eps
-        return Reading((float(leaf),), precision)
+        return Reading.of((float(leaf),), precision)
     precision = _precision(leaf.dtype) or 0.0
-    if leaf.numel() == 1:
-        if leaf.is_cpu:
-            return Reading((leaf.item(),), precision)
-        return _fetch(leaf, precision)
+    if leaf.ndim <= 1 and leaf.is_cpu and leaf.numel() <= _FEW:
+        return Reading.of(tuple(leaf.tolist()) if leaf.ndim else (leaf.item(),), precision)
     few = leaf if 0 not in leaf.stride() else _once(leaf)
     if few.numel() > _FEW:
         low, high = torch.aminmax(few)
         ends = few[(0,) * few.ndim], few[(-1,) * few.ndim]
         few = torch.stack([*ends, low, high])
-    return Reading(_summarize(few), precision) if few.is_cpu else _fetch(few, precision)
+    return Reading.of(_summarize(few), precision) if few.is_cpu else _fetch(few, precision)
 
 
 def _once(tensor: torch.Tensor) -> torch.Tensor:
@@ -236,7 +243,7 @@ def _fetch(tensor: torch.Tensor, precision: float) -> Waiting:
     def get() -> Reading:
         if arrived is not None:
             arrived.synchronize()
-        return Reading(_summarize(copy), precision)
+        return Reading.of(_summarize(copy), precision)
 
     return get
 

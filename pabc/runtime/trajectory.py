@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from functools import cache
 from types import TracebackType
 from typing import Any
 
@@ -171,7 +172,8 @@ class Trajectory:
         `arguments`: as the user gave them, and flattened. Raises GuardError for a call that
         contradicts what came before it.
         """
-        self._settle()
+        if self._last is not None:
+            self._settle()
         default = self.schedule or default
         where = _innermost(_NAMES, self._owner)
         assert where is None or isinstance(where, Where)
@@ -201,7 +203,9 @@ class Trajectory:
         self._move(branch, step)
         if branch.clock is None:
             branch.clock = Clock(self._places, remembers=False)
-        expected = Expected(schedule.timesteps, (Step(step == 0, step),), is_stated=True)
+        here = Step(step == 0, step)
+        expected = Expected(schedule.timesteps, (here,), Verdict(here), is_stated=True)
+        branch.clock.settle(has_reused=False)
         branch.clock.ask(expected, structure, leaves, said)
         return branch
 
@@ -213,45 +217,32 @@ class Trajectory:
         leaves: Sequence[Any],
         said: Mapping[str, Any],
     ) -> Branch:
-        steps = self._next_steps(branch)
-        following = self._following
-        is_over = following is None or self._step + 1 == following.num_steps
-        may_be_outside = is_over or branch.last < 0
-        schedule = following if following is not None and not steps[-1].is_new else default
-        if following is not None and is_over and len(steps) > 1 and following != default:
+        at, following = self._step, self._following
+        num_steps = 0 if following is None else len(following.timesteps)
+        is_over = at + 1 == num_steps or at < 0
+        steps, counted = _next_steps(at, num_steps, branch.last)
+        schedule = default if following is None or steps[-1].is_new else following
+        if following is not None and len(steps) > 1:
             schedule = following
-        verdict = self._clock.ask(
-            Expected(schedule.timesteps, steps, may_be_outside), structure, leaves, said
-        )
-        self._last = branch, steps[0]
+        expected = Expected(schedule.timesteps, steps, counted, is_over or branch.last < 0)
+        verdict = self._clock.ask(expected, structure, leaves, said)
+        if verdict.step is None and is_over and schedule is not default:
+            alone = Expected(default.timesteps, (_FIRST,), Verdict(_FIRST), True)
+            verdict = self._clock.ask(alone, structure, leaves, said)
+        if self._clock.is_waiting:
+            self._last = branch, steps[0]
         if verdict.step is None:
-            self._last = None
             return self._run_outside(schedule)
         if verdict.step.is_new:
             self._begin(branch)
             self._following = default
-        self._last = branch, verdict.step
         self._move(branch, verdict.step.index)
         branch.may_reuse = verdict.may_reuse
         return branch
 
-    def _next_steps(self, branch: Branch) -> tuple[Step, ...]:
-        """Which steps a call of this branch may be, the one that follows by counting first."""
-        at, following = self._step, self._following
-        if at < 0 or following is None:
-            return (Step(True, 0),)
-        here = Step(False, at)
-        after = Step(False, at + 1) if at + 1 < following.num_steps else Step(True, 0)
-        if branch.last == at:
-            return (after,)
-        if branch.last < 0 and after.is_new:
-            return after, here  # a loop of its own, after that of other names
-        return here, after
-
     def _settle(self) -> None:
         """Puts right which step the last call was, if its timestep was on its way from a device."""
-        if self._last is None:
-            return
+        assert self._last is not None
         (branch, taken), self._last = self._last, None
         verdict = self._clock.settle(branch.has_reused)
         if verdict is None or verdict.step == taken:
@@ -304,6 +295,27 @@ class Trajectory:
             branch = Branch(self._recorder, self._check_finite)
             self._branches[name, order] = branch
         return branch
+
+
+_FIRST = Step(True, 0)
+"""That of a generation that begins."""
+
+
+@cache
+def _next_steps(at: int, num_steps: int, last: int) -> tuple[tuple[Step, ...], Verdict]:
+    """Which steps a call may be, the one that follows by counting first, and alone.
+
+    `at`: that of the call before, of so many; `last`: that of the one of the same name.
+    """
+    if at < 0 or num_steps == 0:
+        return (_FIRST,), Verdict(_FIRST)
+    here = Step(False, at)
+    after = Step(False, at + 1) if at + 1 < num_steps else _FIRST
+    if last == at:
+        return (after,), Verdict(after)
+    if last < 0 and after.is_new:  # a loop of its own, after that of other names
+        return (after, here), Verdict(after)
+    return (here, after), Verdict(here)
 
 
 _NOTHING: Mapping[str, Any] = {}

@@ -59,7 +59,6 @@ class Sizes:
         )
         return binding if fits else None
 
-
     def strides(self, inputs: Sequence[Any]) -> list[tuple[int, ...]]:
         """The strides that the graph takes for granted of the tensors among these inputs, which it
         serves."""
