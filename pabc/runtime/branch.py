@@ -160,6 +160,7 @@ class Branch:
         last: the last step of this generation that was run, or begun; -1: none.
         schedule: what the generation follows.
         clock: what checks the steps that are stated, where they are.
+        num_reused: what was reused in this generation: regions, one per slot and call.
         may_reuse: whether it is sure enough which step the call is.
         may_repeat: whether a step may be run again, and finds then what it found before.
     """
@@ -175,7 +176,7 @@ class Branch:
         self.may_repeat = False
         self._binding: Binding | None = None
         self._reuses = False
-        self._num_wanted = self._num_reused = self._num_stored = 0
+        self._num_wanted = self.num_reused = self._num_stored = 0
         self._is_counted = False
         self._held: dict[int, _Held] = {}
         self._recorder = recorder
@@ -287,7 +288,7 @@ class Branch:
         assert self._binding is not None and self.schedule is not None
         plan, at = self._binding.plan, self._binding.steps[self.step]
         num_reused = len(at.reused) if self._reuses else 0
-        self._num_reused += num_reused
+        self.num_reused += num_reused
         self._recorder.add_call(num_reused, len(plan.slots) - num_reused, self._num_stored)
         self._num_stored = 0
         held = self._held
@@ -304,7 +305,7 @@ class Branch:
             return
         self._is_counted = True
         self._recorder.add(generations=1)
-        if self._num_wanted and not self._num_reused:
+        if self._num_wanted and not self.num_reused:
             warnings.warn(
                 "pabc: nothing was reused in a whole generation, though the schedule asks for it; "
                 "see stats.fallbacks and explain()",
@@ -325,7 +326,7 @@ class Branch:
     def reset(self) -> None:
         """Starts a new generation: step 0, all slots empty, nothing hoisted."""
         self.step, self.last = 0, -1
-        self._num_wanted = self._num_reused = self._num_stored = 0
+        self._num_wanted = self.num_reused = self._num_stored = 0
         self.may_reuse, self.may_repeat, self._is_counted, self._reuses = True, False, False, False
         self.schedule = self.clock = self._binding = None
         self.release()

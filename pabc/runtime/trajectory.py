@@ -234,6 +234,7 @@ class Trajectory:
         if verdict.step is None:
             return self._run_outside(schedule)
         if verdict.step.is_new:
+            self._check_restart(verdict.step, steps)
             self._begin(branch)
             self._following = default
         self._move(branch, verdict.step.index)
@@ -254,12 +255,23 @@ class Trajectory:
                 branch.relabel(-1)
             return
         if verdict.step.is_new:
+            self._check_restart(verdict.step, (taken,))
             following = self._following
             self._begin(branch)
             self._following = following
         self._step = verdict.step.index
         branch.schedule = self._following
         branch.relabel(verdict.step.index)
+
+    def _check_restart(self, found: Step, expected: Sequence[Step]) -> None:
+        """Raises GuardError where calls that turn out to be before the loop reused something."""
+        if found not in expected and any(b.num_reused for b in self._branches.values()):
+            raise GuardError(
+                f"expected step {expected[0].index}, found the timestep of step {found.index}: the "
+                "calls before were none of the loop's, and reused values as if they were; end each "
+                "of them by fast.reset(), or make them in trajectories of their own: "
+                "`with fast.trajectory(): ...`"
+            )
 
     def _begin(self, branch: Branch | None = None) -> None:
         """Begins a generation for all branches: those of the one before, and this one."""
