@@ -64,7 +64,8 @@ class CompiledModel(nn.Module):
         )
         self._recorder = self._programs.recorder
         self._last: tuple[Program, Binding] | None = None
-        self._warned: set[tuple[int, Schedule]] = set()
+        self._warned: set[tuple[Schedule | None, str]] = set()
+        self._has_seen_grad = False
         self._lock = threading.RLock()
         self._default = self.trajectory()
         for _, program in self._programs.items():
@@ -95,6 +96,8 @@ class CompiledModel(nn.Module):
                     args, kwargs, leaves, structure, schedule, at_start=branch.last < 0
                 )
             inputs = program.pack(leaves)
+            if not self._has_seen_grad and torch.is_grad_enabled():
+                self._check_grad()
             with without_grad(), without_autocast(inputs):
                 with self._lock:
                     reused, executable = self._begin(program, branch, schedule, inputs)
@@ -262,6 +265,22 @@ class CompiledModel(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("_orig_mod"), name)
 
+    def warn_once(self, schedule: Schedule | None, text: str) -> None:
+        """Warns of something, once for this schedule, or, for None, at all."""
+        if (schedule, text) not in self._warned:
+            self._warned.add((schedule, text))
+            warnings.warn(text, stacklevel=6)
+
+    def _check_grad(self) -> None:
+        """Warns where gradients with respect to the weights may be expected of a result."""
+        self._has_seen_grad = True
+        if any(parameter.requires_grad for parameter in self._orig_mod.parameters()):
+            self.warn_once(
+                None,
+                "pabc runs inference: results have no grad_fn, though gradients are enabled and "
+                "weights require them; call within torch.no_grad(), or model.requires_grad_(False)",
+            )
+
     def _captured(self, what: str) -> tuple[Program, Binding]:
         if self._last is None:
             raise RuntimeError(
@@ -310,13 +329,17 @@ class CompiledModel(nn.Module):
         if self._last is None or self._last[1] is not binding:
             self._last = program, binding
             missing = schedule.unmatched(program.slots)
-            if missing and (id(program), schedule) not in self._warned:
-                self._warned.add((id(program), schedule))
+            is_vain = schedule.reuses and not binding.plan.reuse.any()
+            if missing or is_vain:
                 kinds = sorted({slot.kind for slot in program.slots})
-                warnings.warn(
-                    f"pabc: the schedule asks for {', '.join(missing)}, which this model does not "
-                    f"have; it has {kinds}",
-                    stacklevel=5,
+                what = (
+                    f"the schedule asks for {', '.join(missing)}, which this model does not have; "
+                    f"it has {kinds}"
+                    if missing
+                    else "the schedule's overrides take back what its masks ask for"
+                )
+                self.warn_once(
+                    schedule, f"pabc: {what}{'; nothing can be reused' if is_vain else ''}"
                 )
         return binding
 

@@ -72,8 +72,8 @@ class _Quick(NamedTuple):
 class Clock:
     """Tells from the timesteps that calls bring which step of the schedule each one is.
 
-    Which argument is the timestep is not known at first: one counts as the timestep if it is, in
-    one of the usual spellings, that of the step that is expected, and moves on with the schedule.
+    Which argument is the timestep is not known at first: one counts as it if it is, in one of the
+    usual spellings, that of the step that is expected, and moves on with the schedule.
     From the second distinct timestep on it is remembered, by its path in the call, for all
     generations of the model. Until then, calls are counted; where none is found, nothing is checked.
     What lies on another device than the CPU is copied without waiting, and looked at one call
@@ -296,6 +296,10 @@ class Clock:
         is_constant = bool(moved) and not paths & moved and not self._is_sure
         if is_constant or not paths & values.keys():
             return None
+        if not self._is_sure and not expected.is_stated:
+            begun = self._find(expected, Step(True, 0), values, moved)
+            if any(hand.spelling in FORWARD for hand in begun):
+                return None  # what was like a timestep was none: the loop begins here
         if expected.may_be_outside:
             return Verdict(None)
         self._fail(expected, next(h for h in followed if h.path in values), values)

@@ -100,7 +100,7 @@ class Program:
         recorder: Recorder | None = None,
         code: BlockCode | None = None,
     ) -> Program:
-        """The program for a call with these arguments, and such that only lie otherwise in memory."""
+        """The program for a call with these arguments, wherever in memory their elements lie."""
         args, kwargs = without_overlaps(args, kwargs)
         prepared = _prepare_inductor(args, kwargs) if backend == "inductor" else None
         with compiling():
@@ -140,7 +140,7 @@ class Program:
         return tuple(self.phases.specialize(slots, binding.stored[slots]) for slots in reused)
 
     def pack(self, leaves: Sequence[Any]) -> list[Any]:
-        """The graphs' inputs from the model's flattened arguments, laid out as they were captured."""
+        """The graphs' inputs from the model's flattened arguments, laid out as when captured."""
         return self._strides.fit(passes.pack(leaves, self.promoted))
 
     def serves(self, leaves: Sequence[Any]) -> bool:

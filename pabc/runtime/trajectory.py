@@ -1,12 +1,13 @@
 """The state of generations: which step each call is, and what the slots hold.
 
-A :class:`Trajectory` is one generation at a time, and counts its steps; the calls of one name in it
-form a :class:`Branch`. There is one branch, or, where guidance makes two calls a step, one for each.
+A :class:`Trajectory` is one generation at a time, and counts its steps; the calls of one name in
+it form a :class:`Branch`. There is one, or, where guidance makes two calls a step, one for each.
 """
 
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -83,6 +84,7 @@ class Trajectory:
         self._on_error = on_error
         self._branches: dict[BranchKey, Branch] = {}
         self._outside: Outside | None = None
+        self._num_outside = 0
         self._following: Schedule | None = None
         self._step = -1
         """The step of the last call; -1: the generation has not begun."""
@@ -233,12 +235,13 @@ class Trajectory:
             self._last = branch, steps[0]
         if verdict.step is None:
             return self._run_outside(schedule)
+        self._num_outside = 0
         if verdict.step.is_new:
             self._check_restart(verdict.step, steps)
             self._begin(branch)
             self._following = default
         self._move(branch, verdict.step.index)
-        branch.may_reuse = verdict.may_reuse
+        branch.may_reuse, branch.may_repeat = verdict.may_reuse, False
         return branch
 
     def _settle(self) -> None:
@@ -299,6 +302,14 @@ class Trajectory:
         if self._outside is None:
             self._outside = Outside(self._recorder, self._check_finite)
         self._outside.schedule = schedule
+        self._num_outside += 1
+        if self._num_outside == schedule.num_steps:
+            warnings.warn(
+                f"pabc: the last {schedule.num_steps} calls, as many as the schedule has steps, "
+                "brought timesteps that are none of its steps, or not the first, so that nothing "
+                f"could be reused; {MAKE_SCHEDULE}",
+                stacklevel=7,
+            )
         return self._outside
 
     def _branch(self, name: str | None, order: int = 0) -> Branch:
