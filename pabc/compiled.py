@@ -137,6 +137,7 @@ class CompiledModel(nn.Module):
             places=self._programs.timesteps,
             schedule=schedule,
             check_finite=self._check_finite,
+            on_error=None if self._peers is None else self._peers.tell,
         )
 
     @property

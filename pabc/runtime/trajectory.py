@@ -134,6 +134,8 @@ class Trajectory:
     def reset(self) -> None:
         """Starts a new generation: the next call is step 0 and finds nothing kept."""
         with self._lock:
+            for branch in self._branches.values():
+                branch.release()  # even if an exception's traceback holds the branch
             self._branches.clear()
             self._outside = self._following = self._last = None
             self._step = -1
