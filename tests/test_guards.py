@@ -1,6 +1,7 @@
 """Guards: calls, timesteps and values that contradict the plan, and what is warned of."""
 
 import functools
+import re
 import warnings
 
 import pytest
@@ -161,6 +162,33 @@ def test_a_generation_without_reuse_warns(model):
 )
 def test_no_warning_where_reuse_works_or_is_not_asked_for(model, schedule):
     fast = compile_eager(model, schedule)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        generate(fast, 0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        (pabc.Schedule.pyramid(TIMESTEPS, temporal=2), "'temporal', which .*nothing can be reused"),
+        (SCHEDULE.override(kind="full", every=1).override(kind="mlp", every=1), "take back what"),
+    ],
+)
+def test_a_schedule_that_can_reuse_nothing_is_warned_of_once(model, schedule, message):
+    fast = compile_eager(model, schedule)
+    with warnings.catch_warnings(record=True) as warned, torch.no_grad():
+        warnings.simplefilter("always")
+        for tokens in (6, 6, 4):
+            generate(fast, 0, tokens)
+    assert len(warned) == 1 and re.search(message, str(warned[0].message))
+
+
+def test_gradients_that_only_weights_want_are_warned_of_once(model):
+    fast = compile_eager(model)
+    with pytest.warns(UserWarning, match="no grad_fn") as warned:
+        assert all(x.grad_fn is None for x in generate(fast, 0))
+    assert len(warned) == 1
+    fast = compile_eager(Tiny().eval().requires_grad_(False))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         generate(fast, 0)
