@@ -3,8 +3,8 @@
     RANK=0 WORLD_SIZE=4 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 python tests/failing_ranks.py OUT
 
 Cases: another plan, version, call, weights, latents, an argument that only one rank refuses, an
-error between calls (rank 1, or all) or in mid-step (rank 1), a process that is killed in mid-step (rank 2; the last case, as nobody
-restarts it).
+error between calls (rank 1, or all) or in mid-step (rank 1), a process that is killed in mid-step
+(rank 2; the last case, as nobody restarts it).
 """
 
 from __future__ import annotations

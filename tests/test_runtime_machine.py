@@ -292,7 +292,7 @@ class Runtime(RuleBasedStateMachine):
 
     @rule(run=RUNS, name=NAMES)
     def bring_another_timestep(self, run, name):
-        schedule, step, x, t, text = self.make_call(run, name, 6, torch.float32)
+        _, _, x, t, text = self.make_call(run, name, 6, torch.float32)
         state = self.reference.state(run)
         takes_part = state.branches.get(name, Branch()).last >= 0
         if takes_part and 0 < state.step < state.schedule.num_steps - 1:

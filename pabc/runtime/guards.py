@@ -31,7 +31,7 @@ class Step(NamedTuple):
     """A step that a call may be: of the generation under way, or of one that it begins."""
 
     is_new: bool
-    index: int
+    at: int
 
 
 class Verdict(NamedTuple):
@@ -75,7 +75,7 @@ class Clock:
     Which argument is the timestep is not known at first: one counts as it if it is, in one of the
     usual spellings, that of the step that is expected, and moves on with the schedule.
     From the second distinct timestep on it is remembered, by its path in the call, for all
-    generations of the model. Until then, calls are counted; where none is found, nothing is checked.
+    generations of the model. Until then, calls are counted; where none is found, none is checked.
     What lies on another device than the CPU is copied without waiting, and looked at one call
     later. A schedule for `range(n)` names no timesteps.
     """
@@ -127,7 +127,7 @@ class Clock:
             if not isinstance(reading, Reading):
                 self._pending = expected, {quick.path: reading}
                 return Verdict(expected.steps[0], self._may_reuse)
-            if reading.is_close(quick.spelled[expected.steps[0].index]):
+            if reading.is_close(quick.spelled[expected.steps[0].at]):
                 self._outside, self._may_reuse = frozenset(), True
                 return expected.verdict
         if not self._names(timesteps):
@@ -215,7 +215,7 @@ class Clock:
             verdict = expected.verdict
         else:
             verdict = self._judge_known(expected, readable, values)
-        self._earlier_step = None if verdict.step is None else verdict.step.index
+        self._earlier_step = None if verdict.step is None else verdict.step.at
         self._may_reuse = verdict.may_reuse
         return verdict
 
@@ -224,7 +224,7 @@ class Clock:
     ) -> Verdict:
         timesteps = expected.timesteps
         for step in expected.steps:
-            left = tuple(h for h in hands if _is_at(h, timesteps[step.index], values))
+            left = tuple(h for h in hands if _is_at(h, timesteps[step.at], values))
             if left:
                 self._outside = frozenset()
                 if len(left) < len(hands):
@@ -273,7 +273,7 @@ class Clock:
                 return Verdict(step)
         step = expected.steps[0]
         is_of_another = any(True for _ in self._elsewhere(expected, values, moved))
-        is_same_step = self._earlier_step == step.index
+        is_same_step = self._earlier_step == step.at
         may_reuse = is_same_step or (bool(moved) and not is_of_another)
         return Verdict(step, may_reuse or expected.is_stated)
 
@@ -283,11 +283,11 @@ class Clock:
         """The step, if what was like a timestep so far is one now, or must have been; None: not."""
         timesteps, followed = expected.timesteps, self._followed
         for step in expected.steps:
-            left = tuple(h for h in followed if _is_at(h, timesteps[step.index], values))
+            left = tuple(h for h in followed if _is_at(h, timesteps[step.at], values))
             if left:
                 self._followed = left
                 at = self._earlier_step
-                if at is not None and timesteps[at] != timesteps[step.index]:
+                if at is not None and timesteps[at] != timesteps[step.at]:
                     sure = tuple(hand for hand in left if hand.path in moved)
                     if sure:
                         self._remember(timesteps, sure)
@@ -321,7 +321,7 @@ class Clock:
             self._followed = tuple(self._find(expected, first, values, moved))
             if self._followed:
                 return Verdict(first)
-        expected_indices = {step.index for step in expected.steps}
+        expected_indices = {step.at for step in expected.steps}
         for i, hand in self._elsewhere(expected, values, moved):
             before = earlier.get(hand.path)
             if i == 0 or before is None or timesteps[i] == timesteps[i - 1]:
@@ -346,7 +346,7 @@ class Clock:
     ) -> Iterator[Hand]:
         """The arguments that are the timestep of that step, and their spelling; of those that
         `moved`, if given. Zeros say nothing where a loop may begin."""
-        timestep = expected.timesteps[step.index]
+        timestep = expected.timesteps[step.at]
         for path, reading in values.items():
             if moved is not None and path not in moved:
                 continue
@@ -372,7 +372,7 @@ class Clock:
 
     def _fail(self, expected: Expected, hand: Hand, values: Mapping[Path, Reading]) -> NoReturn:
         spell, timesteps = SPELLINGS[hand.spelling], expected.timesteps
-        step = expected.steps[0].index
+        step = expected.steps[0].at
         same = [i for i, t in enumerate(timesteps) if _is_at(hand, t, values)]
         if expected.is_stated and same:
             remedy = f"that of step {same[0]}: state the step that runs, or {MAKE_SCHEDULE}"

@@ -242,7 +242,7 @@ class Trajectory:
             self._check_restart(verdict.step, steps)
             self._begin(branch)
             self._following = default
-        self._move(branch, verdict.step.index)
+        self._move(branch, verdict.step.at)
         branch.may_reuse, branch.may_repeat = verdict.may_reuse, False
         return branch
 
@@ -264,15 +264,15 @@ class Trajectory:
             following = self._following
             self._begin(branch)
             self._following = following
-        self._step = verdict.step.index
+        self._step = verdict.step.at
         branch.schedule = self._following
-        branch.relabel(verdict.step.index)
+        branch.relabel(verdict.step.at)
 
     def _check_restart(self, found: Step, expected: Sequence[Step]) -> None:
         """Raises GuardError where calls that turn out to be before the loop reused something."""
         if found not in expected and any(b.num_reused for b in self._branches.values()):
             raise GuardError(
-                f"expected step {expected[0].index}, found the timestep of step {found.index}: the "
+                f"expected step {expected[0].at}, found the timestep of step {found.at}: the "
                 "calls before were none of the loop's, and reused values as if they were; end each "
                 "of them by fast.reset(), or make them in trajectories of their own: "
                 "`with fast.trajectory(): ...`"
