@@ -113,10 +113,10 @@ def test_an_expert_that_can_reuse_nothing_is_warned_of_once(loop, reused, steps)
     mask = [step in reused for step in range(6)]
     schedule = lambda ts: pabc.Schedule.from_masks(ts, {"full": mask})  # noqa: E731
     model_of = lambda step: "transformer" if step < 3 else "transformer_2"  # noqa: E731
-    with compile_eager(loop, schedule) as fast:
-        with pytest.warns(UserWarning, match=f"ran the steps from {steps} of 6 could") as warned:
-            for _ in range(2):
-                fast(6, *call, model_of=model_of)
+    message = f"ran the steps from {steps} of 6 could"
+    with compile_eager(loop, schedule) as fast, pytest.warns(UserWarning, match=message) as warned:
+        for _ in range(2):
+            fast(6, *call, model_of=model_of)
     assert len(warned) == 1
 
 
