@@ -19,18 +19,20 @@ from torch.fx import GraphModule
 from pabc import inplace, passes
 from pabc.explanation import Explanation, describe
 from pabc.passes.tracing.around import inner_forward
+from pabc.passes.tracing.structure import Structure
 from pabc.pipeline import Config
 from pabc.plan import Plan
 from pabc.runtime.arguments import Arguments
 from pabc.runtime.around import call_around
 from pabc.runtime.autocast import without_autocast, without_grad
-from pabc.runtime.branch import Binding, Branch
+from pabc.runtime.branch import Binding, Branch, Outside
 from pabc.runtime.peers import Peers, Step
 from pabc.runtime.phases import Backend, Executable
 from pabc.runtime.program import Program
 from pabc.runtime.programs import Programs
 from pabc.runtime.stats import Recorder, Stats
 from pabc.runtime.trajectory import Trajectory, current_trajectory, named_branch
+from pabc.runtime.where import Where
 from pabc.schedule import Schedule
 from pabc.wrapper import Wrapper
 
@@ -68,7 +70,8 @@ class CompiledModel(Wrapper):
         )
         self._recorder = self._programs.recorder
         self._last: tuple[Program, Binding] | None = None
-        self._warned: set[tuple[int, Schedule]] = set()
+        self._warned: set[tuple[Schedule | None, str]] = set()
+        self._has_seen_grad = False
         self._lock = threading.RLock()
         self._default = self.trajectory()
         for _, program in self._programs.items():
@@ -103,26 +106,35 @@ class CompiledModel(Wrapper):
     def _run(self, args: Any, kwargs: Any, step: Step | None = None) -> Any:
         """A step, which other ranks that share the model are told of."""
         trajectory = self.current
-        with trajectory.running((*args, *kwargs.values())) as branch:
-            schedule = branch.schedule or trajectory.schedule or self._schedule
+        with trajectory.running():
+            leaves, structure = self._flatten(args, kwargs)
+            given = (*args, *kwargs.values())
+            branch = trajectory.place(self._schedule, given, structure, leaves)
+            schedule = branch.schedule or self._schedule
             with self._lock:
-                program, leaves = self._select(args, kwargs, schedule, at_start=branch.step == 0)
+                program = self._select(
+                    args, kwargs, leaves, structure, schedule, at_start=branch.last < 0
+                )
             inputs = program.pack(leaves)
+            if not self._has_seen_grad and torch.is_grad_enabled():
+                self._check_grad()
             with without_grad(), without_autocast(inputs), program.with_plain_weights():
                 with self._lock:
-                    reused, executable = self._begin(program, branch, schedule, leaves, inputs)
+                    reused, executable = self._begin(program, branch, schedule, inputs)
                 if step is not None:
                     step.agree(self._facts(program, branch, reused, inputs))
                 with self._lock if program.calls_modules else nullcontext():
                     result = program.run(branch, reused, executable, inputs)
-            if program.deleted:
-                passes.delete_arguments(program.deleted, *self._arguments.bind(args, kwargs))
+            if program.writes_to_arguments:
+                bound = self._arguments.bind(args, kwargs)
+                program.write_to_arguments(bound, leaves, inputs)
             return result
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Captures this call's signature and compiles all of its phases, without running a step."""
         with self._lock:
-            program, leaves = self._select(args, kwargs, self._schedule, at_start=True)
+            leaves, structure = self._flatten(args, kwargs)
+            program = self._select(args, kwargs, leaves, structure, self._schedule, at_start=True)
             inputs = program.pack(leaves)
             with torch.no_grad(), without_autocast(inputs), program.with_plain_weights():
                 program.prepare(self._bind(program, self._schedule, inputs), inputs)
@@ -141,7 +153,12 @@ class CompiledModel(Wrapper):
                     noise_b = fast(latents_b, t, text_b)
         """
         return Trajectory(
-            self._recorder, self._recorder, schedule=schedule, check_finite=self._check_finite
+            self._recorder,
+            self._recorder,
+            places=self._programs.timesteps,
+            schedule=schedule,
+            check_finite=self._check_finite,
+            on_error=None if self._peers is None else self._peers.tell,
         )
 
     @property
@@ -157,10 +174,14 @@ class CompiledModel(Wrapper):
     def cache_context(self, name: str, **where: Any) -> AbstractContextManager[Any]:
         """Names the calls within, where one step makes several: `with fast.cache_context("cond")`.
 
-        Calls of different names share nothing. The protocol is that of diffusers' models, some of
-        which also say where the loop is; the trajectory knows.
+        Calls of different names share nothing but the step: a name may be left out at some steps.
+        The protocol is that of diffusers' models, some of which also say where the loop is:
+        `step_index` is the step that the calls are, whichever came before; `num_inference_steps`,
+        `sigma` and `timestep` are checked against the schedule. Other keywords are not looked at.
         """
-        return _within(named_branch(self._recorder, name), self._own_context(name, where))
+        return _within(
+            named_branch(self._recorder, Where.of(name, **where)), self._own_context(name, where)
+        )
 
     def _own_context(self, name: str, where: dict[str, Any]) -> AbstractContextManager[Any]:
         """The model's own `cache_context`, where it has one."""
@@ -282,6 +303,22 @@ class CompiledModel(Wrapper):
                 check_finite=self._check_finite,
             )
 
+    def warn_once(self, schedule: Schedule | None, text: str) -> None:
+        """Warns of something, once for this schedule, or, for None, at all."""
+        if (schedule, text) not in self._warned:
+            self._warned.add((schedule, text))
+            warnings.warn(text, stacklevel=6)
+
+    def _check_grad(self) -> None:
+        """Warns where gradients with respect to the weights may be expected of a result."""
+        self._has_seen_grad = True
+        if any(parameter.requires_grad for parameter in self._orig_mod.parameters()):
+            self.warn_once(
+                None,
+                "pabc runs inference: results have no grad_fn, though gradients are enabled and "
+                "weights require them; call within torch.no_grad(), or model.requires_grad_(False)",
+            )
+
     def _captured(self, what: str) -> tuple[Program, Binding]:
         if self._last is None:
             raise RuntimeError(
@@ -289,10 +326,8 @@ class CompiledModel(Wrapper):
             )
         return self._last
 
-    def _select(
-        self, args: Any, kwargs: Any, schedule: Schedule, *, at_start: bool
-    ) -> tuple[Program, list[Any]]:
-        """The program for these arguments, captured if need be, and the arguments, flattened."""
+    def _flatten(self, args: Any, kwargs: Any) -> tuple[list[Any], Structure]:
+        """The arguments, flattened. Raises RuntimeError for what inference does not have."""
         if self._modules["_orig_mod"].training:  # type: ignore[union-attr]
             raise RuntimeError(
                 "pabc runs inference: expected a model in eval mode, found training mode; "
@@ -306,15 +341,29 @@ class CompiledModel(Wrapper):
                     "pabc runs inference: expected inputs without gradients, found one of shape "
                     f"{tuple(leaf.shape)} that requires grad; detach it"
                 )
+        return leaves, structure
+
+    def _select(
+        self,
+        args: Any,
+        kwargs: Any,
+        leaves: list[Any],
+        structure: Structure,
+        schedule: Schedule,
+        *,
+        at_start: bool,
+    ) -> Program:
+        """The program for these arguments, given as they are and flattened; captured if need be."""
         program = self._programs.find(structure, leaves, at_start=at_start)
         if program is None:
+            arguments = self._known_arguments()
             bound = arguments.bind(args, kwargs)
             try:
                 program = self._programs.capture(*bound, leaves, structure, schedule)
             except ValueError:
                 arguments.check(args, kwargs)
                 raise
-        return program, leaves
+        return program
 
     def _known_arguments(self) -> Arguments:
         """How the model's forward, as it is now, takes its arguments."""
@@ -334,13 +383,17 @@ class CompiledModel(Wrapper):
         if self._last is None or self._last[1] is not binding:
             self._last = program, binding
             missing = schedule.unmatched(program.slots)
-            if missing and (id(program), schedule) not in self._warned:
-                self._warned.add((id(program), schedule))
+            is_vain = schedule.reuses and not binding.plan.reuse.any()
+            if missing or is_vain:
                 kinds = sorted({slot.kind for slot in program.slots})
-                warnings.warn(
-                    f"pabc: the schedule asks for {', '.join(missing)}, which this model does not "
-                    f"have; it has {kinds}",
-                    stacklevel=5,
+                what = (
+                    f"the schedule asks for {', '.join(missing)}, which this model does not have; "
+                    f"it has {kinds}"
+                    if missing
+                    else "the schedule's overrides take back what its masks ask for"
+                )
+                self.warn_once(
+                    schedule, f"pabc: {what}{'; nothing can be reused' if is_vain else ''}"
                 )
         return binding
 
@@ -350,9 +403,10 @@ class CompiledModel(Wrapper):
         """What must be the same on all ranks that share the model; values, where a generation
         starts."""
         tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
-        values = program.sample_values(inputs) if branch.step == 0 else {}
+        is_outside = isinstance(branch, Outside)
+        values = program.sample_values(inputs) if branch.step == 0 and not is_outside else {}
         return {
-            "step": str(branch.step),
+            "step": "none of the schedule" if is_outside else str(branch.step),
             "inputs": ", ".join(f"{list(x.shape)} {x.dtype}" for x in tensors),
             "model": program.guarded.meta["digest"][:12],
             "plan": branch.plan.digest()[:12],
@@ -361,17 +415,11 @@ class CompiledModel(Wrapper):
         }
 
     def _begin(
-        self,
-        program: Program,
-        branch: Branch,
-        schedule: Schedule,
-        leaves: list[Any],
-        inputs: list[Any],
+        self, program: Program, branch: Branch, schedule: Schedule, inputs: list[Any]
     ) -> tuple[tuple[int, ...], Executable]:
         """Begins a step: the slots that it reuses, and what runs it."""
         binding = self._bind(program, schedule, inputs)
-        branch.bind(schedule, binding)
-        branch.check_time(leaves, program.numbers(leaves))
+        branch.bind(binding)
         source, earlier = program.source(inputs), branch.source
         change = None
         if earlier is not None and source is not earlier and source != earlier:

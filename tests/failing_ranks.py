@@ -3,8 +3,8 @@
     RANK=0 WORLD_SIZE=4 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 python tests/failing_ranks.py OUT
 
 Cases: another plan, version, call, weights, latents, an argument that only one rank refuses, an
-error in mid-step (rank 1), a process that is killed in mid-step (rank 2; the last case, as nobody
-restarts it).
+error between calls (rank 1, or all) or in mid-step (rank 1), a process that is killed in mid-step
+(rank 2; the last case, as nobody restarts it).
 """
 
 from __future__ import annotations
@@ -131,6 +131,35 @@ def error_in_mid_step(rank: int) -> None:
         fast(**call)
 
 
+def error_between_calls(rank: int) -> None:
+    """Rank 1 fails between two calls, and is late with its next generation; then all go on."""
+    fast, call = compile_case()
+    try:
+        with fast.trajectory():
+            fast(**call)
+            if rank == 1:
+                raise ValueError("no such prompt")
+            fast(**call)
+    finally:
+        time.sleep(2 if rank == 1 else 0)
+        for _ in range(2):
+            with fast.trajectory():
+                for _ in STEPS:
+                    fast(**call)
+
+
+def error_on_all_between_calls(rank: int) -> None:
+    """All ranks fail between two calls, and go on: nobody is in the others' way."""
+    fast, call = compile_case()
+    try:
+        with fast.trajectory():
+            fast(**call)
+            raise ValueError("no such prompt")
+    except ValueError:
+        for _ in STEPS:
+            fast(**call)
+
+
 def killed(rank: int) -> None:
     """Rank 2 is killed at the first collective of step 2."""
     fast, call = compile_case()
@@ -149,6 +178,8 @@ CASES = (
     another_checkpoint,
     another_noise,
     refused,
+    error_between_calls,
+    error_on_all_between_calls,
     error_in_mid_step,
     killed,
 )

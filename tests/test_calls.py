@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import capture_call
+from generations import compile_eager, make_call, run_alone
+from models import Tiny
 from test_capture import CASE, SCHEDULE, Small, Table
 from torch import nn
 
@@ -240,3 +242,42 @@ def test_other_strides_in_a_later_call():
     compiled(x)
     turned = x.transpose(0, 1).contiguous().transpose(0, 1)
     assert torch.equal(compiled(turned), model(turned))
+
+
+def test_other_strides_are_no_other_program(tiny_generation):
+    """Latents and timesteps that only lie otherwise in memory: copied, and nothing is lost."""
+    fast, expected = tiny_generation
+    for step in range(5):
+        x, t = make_call(0, step)
+        turned = x.transpose(0, 1).contiguous().transpose(0, 1) if step % 2 else x
+        padded = torch.stack([x, x], -1)[..., 0] if step == 4 else turned
+        found = fast(padded, t[:1].expand(2) if step in (0, 3) else t)
+        assert torch.allclose(found, expected[step], atol=1e-6, rtol=1e-6)
+    assert fast.stats.captures == 1 and fast.stats.reused > 0 and not fast.stats.fallbacks
+
+
+@pytest.fixture
+def tiny_generation():
+    model = Tiny().eval()
+    return compile_eager(model), run_alone(model, 0)
+
+
+class Texts(Tiny):
+    def forward(self, x, t, texts):
+        return super().forward(x + sum(text.mean() for text in texts), t)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda texts: texts[:1], "arguments"),
+        (lambda texts: [None, *texts][1:] + [texts[0]], "arguments"),
+        (lambda texts: [text[:1] for text in texts], "shape"),
+        (lambda texts: [text.double() for text in texts], "dtype"),
+    ],
+)
+def test_fallbacks_have_their_true_reason(change, reason):
+    fast, texts = compile_eager(Texts().eval()), [torch.ones(2), torch.ones(2)]
+    fast(*make_call(0, 0), texts)
+    fast(*make_call(0, 1), change(texts))
+    assert fast.stats.fallbacks == {reason: 1}

@@ -1,6 +1,7 @@
 """Guards: calls, timesteps and values that contradict the plan, and what is warned of."""
 
 import functools
+import re
 import warnings
 
 import pytest
@@ -17,7 +18,7 @@ from generations import (
 from models import Tiny
 
 import pabc
-from pabc.runtime import guards
+from pabc.runtime import timesteps
 
 pytestmark = pytest.mark.runtime
 
@@ -99,8 +100,8 @@ def test_other_numbers_are_not_taken_for_timesteps(model, values):
 
 def test_a_timestep_on_its_way_from_the_device_is_looked_at_one_call_later(model, monkeypatch):
     """As on a GPU; here, what is copied is at hand, and said not to be."""
-    read = guards._read
-    monkeypatch.setattr(guards, "_read", lambda leaf: functools.partial(read, leaf))
+    read = timesteps.read
+    monkeypatch.setattr(timesteps, "read", lambda leaf: functools.partial(read, leaf))
     fast = compile_eager(model)
     assert_equal(generate(fast, 0), run_alone(model, 0))
     for step in (0, 1, 3):
@@ -123,9 +124,11 @@ def test_a_constant_that_is_like_the_first_timestep(model):
     guidance = torch.ones(2)
     for level in levels:
         fast(x, guidance, torch.full((2,), level))
+    assert fast.stats.generations == 1
+    fast = compile_eager(Guided().eval(), pabc.Schedule.pyramid(levels, full=2))
     for level in levels:  # the timestep is spelled in no known way
         fast(x, guidance, torch.full((2,), level**2 + 2))
-    assert fast.stats.generations == 2
+    assert fast.stats.generations == 1
 
 
 def test_more_calls_than_steps_start_a_new_generation_unless_stated(model):
@@ -159,6 +162,33 @@ def test_a_generation_without_reuse_warns(model):
 )
 def test_no_warning_where_reuse_works_or_is_not_asked_for(model, schedule):
     fast = compile_eager(model, schedule)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        generate(fast, 0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        (pabc.Schedule.pyramid(TIMESTEPS, temporal=2), "'temporal', which .*nothing can be reused"),
+        (SCHEDULE.override(kind="full", every=1).override(kind="mlp", every=1), "take back what"),
+    ],
+)
+def test_a_schedule_that_can_reuse_nothing_is_warned_of_once(model, schedule, message):
+    fast = compile_eager(model, schedule)
+    with warnings.catch_warnings(record=True) as warned, torch.no_grad():
+        warnings.simplefilter("always")
+        for tokens in (6, 6, 4):
+            generate(fast, 0, tokens)
+    assert len(warned) == 1 and re.search(message, str(warned[0].message))
+
+
+def test_gradients_that_only_weights_want_are_warned_of_once(model):
+    fast = compile_eager(model)
+    with pytest.warns(UserWarning, match="no grad_fn") as warned:
+        assert all(x.grad_fn is None for x in generate(fast, 0))
+    assert len(warned) == 1
+    fast = compile_eager(Tiny().eval().requires_grad_(False))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         generate(fast, 0)

@@ -25,7 +25,7 @@ EVERY = {"spatial": 2, "temporal": 3, "cross": 5, "full": 2, "joint": 3, "mlp": 
 
 def pyramid(kinds, steps=STEPS):
     masks = {kind: [i % EVERY[kind] != 0 for i in range(steps)] for kind in kinds}
-    return pabc.Schedule.from_masks(range(steps, 0, -1), masks)
+    return pabc.Schedule.from_masks(range(steps), masks)  # the calls bring one timestep
 
 
 def generate(fast, call, steps=STEPS):

@@ -90,6 +90,18 @@ def test_a_call_that_one_rank_refuses_is_an_error_on_all_and_the_next_generation
     assert "requires grad" in found["refused", 1]["text"]
 
 
+def test_an_error_between_calls_is_told_at_once_and_the_next_generation_runs(found):
+    errors = errors_of(found, "error_between_calls")
+    assert errors == {0: "RankError", 1: "ValueError", 2: "RankError", 3: "RankError"}
+    for rank in (0, 2, 3):
+        text = found["error_between_calls", rank]["text"]
+        assert text == "rank 1 failed between two calls: ValueError: no such prompt"
+
+
+def test_an_error_between_calls_of_all_ranks_stops_none(found):
+    assert set(errors_of(found, "error_on_all_between_calls").values()) == {""}
+
+
 def test_an_error_in_mid_step_reaches_the_others_within_the_timeout(found):
     assert set(errors_of(found, "error_in_mid_step").values()) == {"RankError"}
     for rank in range(NUM_RANKS):

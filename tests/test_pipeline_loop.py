@@ -107,6 +107,19 @@ def test_each_expert_begins_at_its_own_first_step(loop):
     assert [b > 0 for _, b in held] == [False, False, False, True, True, False]
 
 
+@pytest.mark.parametrize(("reused", "steps"), [((4, 5), "0 to 2"), ((1, 2), "3 to 5")])
+def test_an_expert_that_can_reuse_nothing_is_warned_of_once(loop, reused, steps):
+    loop.transformer_2, call = make_denoiser(1), loop_call()
+    mask = [step in reused for step in range(6)]
+    schedule = lambda ts: pabc.Schedule.from_masks(ts, {"full": mask})  # noqa: E731
+    model_of = lambda step: "transformer" if step < 3 else "transformer_2"  # noqa: E731
+    message = f"ran the steps from {steps} of 6 could"
+    with compile_eager(loop, schedule) as fast, pytest.warns(UserWarning, match=message) as warned:
+        fast(6, *call, model_of=model_of)
+        fast(6, *call, model_of=model_of)
+    assert len(warned) == 1
+
+
 @pytest.mark.parametrize("through", ["fast", "pipe"])
 def test_an_exception_in_the_middle_leaks_nothing(loop, through):
     call = loop_call()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -50,47 +50,87 @@ class Captioned(Tiny):
 
 
 @dataclass
-class State:
-    """What a sequence of calls has come to."""
+class Branch:
+    """What the calls of one name have come to."""
 
-    schedule: pabc.Schedule
-    step: int = 0
+    last: int = -1
     source: object = None
     kept: dict = field(default_factory=dict)
 
 
+@dataclass
+class State:
+    """A generation."""
+
+    schedule: pabc.Schedule
+    step: int = -1
+    branches: dict = field(default_factory=dict)
+
+
 class Reference:
-    """The same by hand: per trajectory and branch a step, and a dictionary of what is kept."""
+    """The same by hand: per trajectory a step, and per branch a dictionary of what is kept."""
 
     def __init__(self, model):
         self.model, self.states, self.schedule = model, {}, SCHEDULES[0]
         self.num_replaced = 0
 
-    def state(self, key):
-        """Where the next call stands; the schedule is chosen as a generation begins."""
-        return replace(self.states.get(key, State(self.schedule)))
+    def state(self, run):
+        """The generation; its schedule is chosen as it begins."""
+        return self.states.get(run) or State(self.schedule)
 
-    def call(self, key, x, t, text):
-        state = self.states[key] = self.state(key)
+    def next_step(self, run, name, late=False):
+        """Which step the next call of this name may be, in which schedule; `late`: not the first
+        that it may be."""
+        state = self.state(run)
+        begin = self.schedule, 0
+        if state.step < 0:
+            return begin
+        num_steps = state.schedule.num_steps
+        after = (state.schedule, state.step + 1) if state.step + 1 < num_steps else begin
+        is_called = state.branches.get(name, Branch()).last == state.step
+        return after if is_called or late else (state.schedule, state.step)
+
+    def call(self, run, name, schedule, step, x, t, text, may_repeat=False):
+        state = self.state(run)
+        if step == 0 and (state.step != 0 or state.branches.get(name, Branch()).last == 0):
+            state = State(schedule)
+        self.states[run] = state
+        if step != state.step:
+            state.step = step
+            for other, branch in state.branches.items():
+                kept = branch.kept.items()
+                branch.kept = {at: (v, until) for at, (v, until) in kept if until >= step}
+                if step + 1 == schedule.num_steps and branch.last + 1 < step and other != name:
+                    branch.kept = {}
+        branch = state.branches.setdefault(name, Branch())
         source = (x.shape, t.dtype, self.num_replaced)
-        if source != state.source:
-            state.source, state.kept = source, {}
-        planned = [at for at in self.slots() if self.reuses(state, at, state.step)]
-        reuse = all(at in state.kept for at in planned)
+        if source != branch.source:
+            branch.source, branch.kept = source, {}
+        branch.last = step
+        planned = [at for at in self.slots() if self.reuses(state, at, step)]
+        reuse = all(at in branch.kept for at in planned)
         values, m = {}, self.model
         h, shift = m.proj(x) + m.text(text), t[:, None, None] / 1000
         for layer, block in enumerate(m.blocks):
-            for kind, branch in (("full", self.attend), ("mlp", lambda b, h, s: b.mlp(h))):
+            for kind, compute in (("full", self.attend), ("mlp", lambda b, h, s: b.mlp(h))):
                 at = kind, layer
                 use = reuse and at in planned
-                values[at] = state.kept[at] if use else branch(block, h, shift)
+                values[at] = branch.kept[at][0] if use else compute(block, h, shift)
                 h = h + (shift * values[at] if kind == "full" else values[at])
-        state.step += 1
-        read_next = [at for at in values if self.reuses(state, at, state.step)]
-        state.kept = {at: values[at] for at in read_next}
-        if state.step == state.schedule.num_steps:
-            del self.states[key]
+        fresh = {
+            at: (value, self.until(state, at, step))
+            for at, value in values.items()
+            if self.until(state, at, step) > step
+        }
+        stays = may_repeat and step + 1 < state.schedule.num_steps
+        branch.kept = (branch.kept if stays else {}) | fresh
         return m.head(h)
+
+    def until(self, state, at, step):
+        """The last step that may read what this one computes: reuse follows without a gap."""
+        while self.reuses(state, at, step + 1):
+            step += 1
+        return step
 
     def attend(self, block, h, shift):
         q, k, v = block.qkv(block.norm(h) + shift).unflatten(-1, (3, 2, -1)).unbind(-3)
@@ -106,10 +146,11 @@ class Reference:
         return step < state.schedule.num_steps and mask[step]
 
     def nbytes(self):
-        return sum(4 * v.numel() for state in self.states.values() for v in state.kept.values())
+        branches = [b for state in self.states.values() for b in state.branches.values()]
+        return sum(4 * v.numel() for branch in branches for v, _ in branch.kept.values())
 
     def reset(self, run):
-        self.states = {key: state for key, state in self.states.items() if key[0] != run}
+        self.states.pop(run, None)
 
 
 def build():
@@ -144,21 +185,55 @@ class Runtime(RuleBasedStateMachine):
     def enter(self, run):
         return self.runs[run] if run else nullcontext()
 
-    def make_call(self, run, name, tokens, dtype):
-        state = self.reference.state((run, name))
-        t = torch.full((2,), state.schedule.timesteps[state.step], dtype=dtype)
-        return torch.randn(2, tokens, 4), t, self.texts[run]
+    def make_call(self, run, name, tokens, dtype, late=False):
+        """The schedule and the step, and what the model is given."""
+        schedule, step = self.reference.next_step(run, name, late)
+        t = torch.full((2,), schedule.timesteps[step], dtype=dtype)
+        return schedule, step, torch.randn(2, tokens, 4), t, self.texts[run]
 
     def call(self, run, name, call):
         with self.enter(run), self.fast.cache_context(name) if name else nullcontext():
             return self.fast(*call)
 
-    @rule(run=RUNS, name=NAMES, tokens=TOKENS, dtype=DTYPES, count=st.integers(1, 6))
-    def step(self, run, name, tokens, dtype, count):
+    @rule(
+        run=RUNS,
+        name=NAMES,
+        tokens=TOKENS,
+        dtype=DTYPES,
+        count=st.integers(1, 6),
+        late=st.booleans(),
+    )
+    def step(self, run, name, tokens, dtype, count, late):
+        """Calls of one name, of which others may have made some in the step that is under way;
+        `late`: it skips that step, and begins the next one."""
         for _ in range(count):
-            call = self.make_call(run, name, tokens, dtype)
-            found = self.call(run, name, call)
-            assert torch.equal(found, self.reference.call((run, name), *call))
+            call = self.make_call(run, name, tokens, dtype, late)
+            found = self.call(run, name, call[2:])
+            assert torch.equal(found, self.reference.call(run, name, *call))
+
+    @rule(
+        run=RUNS,
+        name=st.sampled_from(["cond", "uncond"]),
+        count=st.integers(1, 4),
+        skip=st.integers(0, 2),
+    )
+    def steps_that_are_stated(self, run, name, count, skip):
+        """As newer pipelines do; steps may be skipped."""
+        for _ in range(count):
+            schedule, step, x, t, text = self.make_call(run, name, 6, torch.float32)
+            if 0 < step < schedule.num_steps - skip:
+                step += skip
+                t = torch.full((2,), schedule.timesteps[step])
+            with (
+                self.enter(run),
+                self.fast.cache_context(
+                    name, step_index=step, num_inference_steps=schedule.num_steps
+                ),
+            ):
+                found = self.fast(x, t, text)
+            assert torch.equal(
+                found, self.reference.call(run, name, schedule, step, x, t, text, may_repeat=True)
+            )
 
     @rule(runs=st.sets(RUNS, min_size=2), name=NAMES, count=st.integers(1, 3))
     def steps_in_threads(self, runs, name, count):
@@ -169,8 +244,9 @@ class Runtime(RuleBasedStateMachine):
         expected = {run: [] for run in runs}
         for run in runs:
             for _ in range(count):
-                calls[run].append(self.make_call(run, name, 6, torch.float32))
-                expected[run].append(self.reference.call((run, name), *calls[run][-1]))
+                call = self.make_call(run, name, 6, torch.float32)
+                calls[run].append(call[2:])
+                expected[run].append(self.reference.call(run, name, *call))
         with ThreadPoolExecutor(len(runs)) as pool:
             futures = {run: pool.submit(work, run, calls[run]) for run in runs}
         for run in runs:
@@ -202,11 +278,11 @@ class Runtime(RuleBasedStateMachine):
 
     @rule(run=RUNS, name=NAMES)
     def raise_while_storing(self, run, name):
-        x, *others = self.make_call(run, name, 6, torch.float32)
-        state = self.reference.state((run, name))
+        schedule, step, x, *others = self.make_call(run, name, 6, torch.float32)
+        state = State(schedule)
         stores = [
-            self.reference.reuses(state, at, state.step + 1)
-            and not self.reference.reuses(state, at, state.step)
+            self.reference.reuses(state, at, step + 1)
+            and not self.reference.reuses(state, at, step)
             for at in self.reference.slots()
         ]
         if any(stores):
@@ -216,8 +292,10 @@ class Runtime(RuleBasedStateMachine):
 
     @rule(run=RUNS, name=NAMES)
     def bring_another_timestep(self, run, name):
-        x, t, text = self.make_call(run, name, 6, torch.float32)
-        if self.reference.state((run, name)).step > 1:
+        _, _, x, t, text = self.make_call(run, name, 6, torch.float32)
+        state = self.reference.state(run)
+        takes_part = state.branches.get(name, Branch()).last >= 0
+        if takes_part and 0 < state.step < state.schedule.num_steps - 1:
             with pytest.raises(pabc.GuardError, match="expected timestep"):
                 self.call(run, name, (x, t + 7, text))
             self.reference.reset(run)

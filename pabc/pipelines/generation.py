@@ -53,7 +53,8 @@ class Generation:
         self._bind = bind
         self._scheduler = scheduler
         self._announce = announce
-        self._begun: list[CompiledModel] = []
+        self._begun: dict[CompiledModel, int] = {}
+        """The models that take part -> the first step of each."""
         self._clear()
 
     def timesteps_set(self) -> None:
@@ -76,7 +77,10 @@ class Generation:
         self.step = self.step + 1 if found is None else max(found + 1 - self._start, 0)
         self._num_steps += 1
         is_last = self.step >= self.schedule.num_steps
-        self._free(lambda model: is_last or bool(self._calls and not self._calls[model]))
+        done = [m for m in self._begun if is_last or (self._calls and not self._calls[m])]
+        for model in done:
+            self._check_part(model, self.step if self._calls[model] else self.step - 1)
+        self._free(done.__contains__)
         self._calls.clear()
 
     def copy_stepped(self) -> None:
@@ -90,7 +94,7 @@ class Generation:
         if model not in self._begun:
             model.current.reset()
             model.current.schedule = computing_until(self._schedule_begun(), self.step)
-            self._begun.append(model)
+            self._begun[model] = self.step
         if not self._calls[model]:
             model.current.at_step(self.step)
             self._copy_stepped = self._copy_stepped and bool(self._calls)
@@ -125,9 +129,24 @@ class Generation:
 
     def _free(self, is_done: Callable[[CompiledModel], bool] = lambda _: True) -> None:
         """Ends the part of the models that are done."""
-        for model in filter(is_done, self._begun):
+        for model in filter(is_done, tuple(self._begun)):
+            del self._begun[model]
             model.current.reset()
-        self._begun = [model for model in self._begun if not is_done(model)]
+
+    def _check_part(self, model: CompiledModel, end: int) -> None:
+        """Warns where the schedule lets a model reuse nothing in its steps, which end before `end`,
+        though it asks for reuse in others."""
+        schedule, first = self.schedule, self._begun[model]
+        if schedule is None or not schedule.reuses or end - first in (0, schedule.num_steps):
+            return
+        masks = [*schedule.masks.values(), *(override.mask for override in schedule.overrides)]
+        if not any(any(mask[first + 1 : end]) for mask in masks):
+            model.warn_once(
+                schedule,
+                f"pabc: the {type(model._orig_mod).__name__} that ran the steps from {first} to "
+                f"{end - 1} of {schedule.num_steps} could reuse nothing: the schedule reuses "
+                "nothing in these; give one whose windows reach each model's steps",
+            )
 
     def _begin(self) -> None:
         """Binds the schedule to the timesteps that will run: those from the first one on."""

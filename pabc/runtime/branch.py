@@ -150,30 +150,43 @@ class Source:
 
 
 class Branch:
-    """A step counter and one place per slot; what to do with a slot is the plan's to say.
+    """The calls of one name within a trajectory: one place per slot; what to do with a slot is the
+    plan's to say, and which step a call is, the trajectory's.
 
     A slot holds the cuts of one region between the step that stored them and their last read.
+
+    Attributes:
+        step: the step of the call that is made, or that comes next.
+        last: the last step of this generation that was run, or begun; -1: none.
+        schedule: what the generation follows.
+        clock: what checks the steps that are stated, where they are.
+        num_reused: what was reused in this generation: regions, one per slot and call.
+        may_reuse: whether it is sure enough which step the call is.
+        may_repeat: whether a step may be run again, and finds then what it found before.
     """
 
     def __init__(self, recorder: Recorder, check_finite: bool = False) -> None:
         self.step = 0
+        self.last = -1
+        self.schedule: Schedule | None = None
         self.hoisted: Hoisted | None = None
         self.source: Source | None = None
-        self._schedule: Schedule | None = None
+        self.clock: Clock | None = None
+        self.may_reuse = True
+        self.may_repeat = False
         self._binding: Binding | None = None
-        self._clock: Clock | None = None
         self._reuses = False
-        self._num_reused = 0
-        self._num_stored = 0
+        self._num_wanted = self.num_reused = self._num_stored = 0
+        self._is_counted = False
         self._held: dict[int, _Held] = {}
         self._recorder = recorder
         self._account = recorder.account(self)
         self._check_finite = check_finite
 
     @property
-    def schedule(self) -> Schedule | None:
-        """What the generation under way follows; None: it has not begun."""
-        return self._schedule
+    def has_reused(self) -> bool:
+        """Whether the last call reused something."""
+        return self._reuses
 
     @property
     def plan(self) -> Plan:
@@ -186,14 +199,9 @@ class Branch:
         """Bytes that the slots keep alive."""
         return self._account.nbytes
 
-    def bind(self, schedule: Schedule, binding: Binding) -> None:
-        """States what the step that begins follows. Raises GuardError if there is no such step."""
-        if self.step >= binding.plan.num_steps:
-            raise GuardError(
-                f"expected a step below {binding.plan.num_steps}, as many as the schedule has, "
-                f"found {self.step}"
-            )
-        self._schedule, self._binding = schedule, binding
+    def bind(self, binding: Binding) -> None:
+        """States what the step that begins follows."""
+        self._binding = binding
 
     def begin(self, source: Source, change: str | None) -> tuple[int, ...]:
         """Begins a step; returns the slots it reuses: all that the plan says, or none.
@@ -205,22 +213,23 @@ class Branch:
             self._drop()
             self.source, self.hoisted = source, None
         reused = self._binding.steps[self.step].reused
-        self._reuses = all(map(self._held.__contains__, reused))
-        if not self._reuses:
-            self._recorder.fall_back(change or "missing", self.step)
+        is_late = self.last != self.step - 1  # what it has not stored was not to be expected
+        self.last = self.step
+        self._reuses = False
+        if not reused:
             return ()
-        return reused
+        self._num_wanted += not is_late
+        if not self.may_reuse:
+            self._recorder.fall_back("timestep", self.step)
+        elif not all(map(self._held.__contains__, reused)):
+            self._recorder.fall_back(change or "missing", self.step)
+        else:
+            self._reuses = True
+        return reused if self._reuses else ()
 
     def reused_cuts(self, reused: Sequence[int]) -> list[torch.Tensor]:
         """The cuts of the slots that :meth:`begin` returned."""
         return [cut for slot in reused for cut in self._held[slot].cuts]
-
-    def check_time(self, leaves: Sequence[object], positions: Sequence[int]) -> None:
-        """Raises GuardError where the timestep is not that of the step that begins."""
-        if self._clock is None:
-            assert self._binding is not None
-            self._clock = Clock(self._binding.plan.timesteps)
-        self._clock.check(self.step, leaves, positions)
 
     def read(self, slot: int) -> Cuts | None:
         """The stored cuts where this step reuses the slot; None: compute."""
@@ -274,49 +283,62 @@ class Branch:
         self._num_stored += before is None or before.step != self.step
         return nbytes - (0 if before is None else before.nbytes)
 
-    def advance(self) -> bool:
-        """Frees what no later step reads. True: that was the last step, and a new generation is
-        next."""
-        assert self._binding is not None and self._schedule is not None
+    def advance(self) -> None:
+        """Counts the step that was run, and frees what no later step reads."""
+        assert self._binding is not None and self.schedule is not None
         plan, at = self._binding.plan, self._binding.steps[self.step]
         num_reused = len(at.reused) if self._reuses else 0
-        self._num_reused += num_reused
+        self.num_reused += num_reused
         self._recorder.add_call(num_reused, len(plan.slots) - num_reused, self._num_stored)
         self._num_stored = 0
         held = self._held
-        self._remove([j for j in at.ends if j in held and held[j].until == self.step])
+        if self.step + 1 == plan.num_steps:
+            self._end()
+        elif not self.may_repeat:
+            self._remove([j for j in at.ends if j in held and held[j].until == self.step])
         self.step += 1
-        if self.step < plan.num_steps:
-            return False
-        if self._schedule.reuses and not self._num_reused:
+
+    def _end(self) -> None:
+        """Counts a generation, and frees all."""
+        self.release()
+        if self._is_counted:
+            return
+        self._is_counted = True
+        self._recorder.add(generations=1)
+        if self._num_wanted and not self.num_reused:
             warnings.warn(
                 "pabc: nothing was reused in a whole generation, though the schedule asks for it; "
                 "see stats.fallbacks and explain()",
-                stacklevel=4,
+                stacklevel=5,
             )
-        self._recorder.add(generations=1)
-        self.reset()
-        return True
 
     def seek(self, step: int) -> None:
-        """The next call is this step; step 0 begins a new generation."""
-        if step == self.step:
-            return
-        if step == 0:
-            self.reset()
-        self.step = step
-        self._free()
+        """The next call is this step."""
+        if step != self.step or self.may_repeat:
+            self.step = step
+            self.free(step)
+
+    def relabel(self, step: int) -> None:
+        """The last call was this step, or, for -1, none of the generation: what it kept goes."""
+        self.release()
+        self.last, self.step = step, step + 1
 
     def reset(self) -> None:
         """Starts a new generation: step 0, all slots empty, nothing hoisted."""
-        self.step = self._num_reused = self._num_stored = 0
-        self.hoisted = self._schedule = self._binding = self._clock = None
-        self._reuses = False
+        self.step, self.last = 0, -1
+        self._num_wanted = self.num_reused = self._num_stored = 0
+        self.may_reuse, self.may_repeat, self._is_counted, self._reuses = True, False, False, False
+        self.schedule = self.clock = self._binding = None
+        self.release()
+
+    def release(self) -> None:
+        """Frees all slots, and what is hoisted."""
+        self.hoisted = None
         self._drop()
 
-    def _free(self) -> None:
+    def free(self, step: int) -> None:
         """Frees what no step from this one on reads, or was computed at one that is to come."""
-        step, held = self.step, self._held.items()
+        held = self._held.items()
         self._remove([j for j, h in held if h.until < step or h.step >= step])
 
     def _remove(self, slots: Sequence[int]) -> None:
@@ -327,6 +349,33 @@ class Branch:
     def _drop(self) -> None:
         self._held.clear()
         self._account.set(0)
+
+
+class Outside(Branch):
+    """Calls that are no step of the schedule: they reuse nothing and keep nothing."""
+
+    def bind(self, binding: Binding) -> None:
+        """At the last step, for which nothing is stored."""
+        self._binding = binding
+        self.step = binding.plan.num_steps - 1
+
+    def begin(self, source: Source, change: str | None) -> tuple[int, ...]:
+        """Reuses nothing."""
+        self.source = source
+        return ()
+
+    def keep(
+        self,
+        slots: Sequence[int],
+        cuts: Sequence[torch.Tensor],
+        widths: Mapping[int, int] | Sequence[int],
+    ) -> None:
+        """Drops the cuts."""
+
+    def advance(self) -> None:
+        """Counts the call."""
+        self._recorder.add(outside=1)
+        self.release()
 
 
 def without_spare_memory(tensor: torch.Tensor) -> torch.Tensor:

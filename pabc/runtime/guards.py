@@ -2,130 +2,381 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from numbers import Integral
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
-import torch
+from pabc.passes.tracing.structure import Structure
+from pabc.runtime.timesteps import (
+    FORWARD,
+    SPELLINGS,
+    Hand,
+    Path,
+    Places,
+    Reader,
+    Reading,
+    Waiting,
+    read,
+)
 
-from pabc.passes.tracing.numbers import is_number
+MAKE_SCHEDULE = "make the schedule from the timesteps that run"
+_MAX_WAITS = 2
+"""Calls of a model that wait for a timestep on a device: the first ones, which compile anyway."""
 
 
 class GuardError(RuntimeError):
     """A call contradicts the plan, or the state it would use: says what was expected and found."""
 
 
-class _Value(NamedTuple):
-    """The first element of an input: a number, and how exactly its dtype holds one."""
+class Step(NamedTuple):
+    """A step that a call may be: of the generation under way, or of one that it begins."""
 
-    number: float
-    precision: float
-    is_whole: bool
-
-    def is_close(self, expected: float) -> bool:
-        """Whether `expected`, put into this dtype, gives this value."""
-        difference = abs(expected - self.number)
-        if self.is_whole:
-            return difference < 1
-        return difference <= self.precision * max(abs(expected), abs(self.number))
+    is_new: bool
+    at: int
 
 
-_SPELLINGS: tuple[Callable[[float], float], ...] = (
-    lambda t: t,
-    lambda t: t / 1000,
-    lambda t: t * 1000,
-    lambda t: 1000 - t,
-    lambda t: 1 - t,
-    lambda t: 1 - t / 1000,
-)
-"""How models want a scheduler's timestep t: as it is, as a noise level, counted from the data."""
-_FORWARD = range(3)
-"""Those of them that count as the scheduler does."""
-_Spelled = tuple[int, int]
-"""A position among the inputs, and the spelling it follows."""
+class Verdict(NamedTuple):
+    """Which step a call is, None: of no generation; and whether that is sure enough for reuse."""
+
+    step: Step | None
+    may_reuse: bool = True
+
+
+class Expected(NamedTuple):
+    """What is known of a call before its timestep is looked at.
+
+    Attributes:
+        timesteps: those of the schedule.
+        steps: which it may be, the one that follows by counting first.
+        verdict: that it is the first of them.
+        may_be_outside: whether it may be none, but one before, between or beside generations.
+        is_stated: whether the caller said which one it is.
+    """
+
+    timesteps: tuple[float, ...]
+    steps: tuple[Step, ...]
+    verdict: Verdict
+    may_be_outside: bool = False
+    is_stated: bool = False
+
+
+class _Quick(NamedTuple):
+    """Where the timestep was in the call before, and what it is at each step, so spelled."""
+
+    structure: Structure
+    timesteps: tuple[float, ...]
+    path: Path
+    position: int
+    spelled: tuple[float, ...]
 
 
 class Clock:
-    """Compares the timesteps that one sequence of calls brings with those of its plan.
+    """Tells from the timesteps that calls bring which step of the schedule each one is.
 
-    Which input is the timestep is not known: an input counts as one if, at the first call, it is
-    that step's timestep in one of the usual spellings, and is followed as long as it goes on being
-    so. Where none is found, nothing is checked. What lies on another device than the CPU is copied
-    without waiting, and looked at one call later. A schedule for `range(n)` names no timesteps.
+    Which argument is the timestep is not known at first: one counts as it if it is, in one of the
+    usual spellings, that of the step that is expected, and moves on with the schedule.
+    From the second distinct timestep on it is remembered, by its path in the call, for all
+    generations of the model. Until then, calls are counted; where none is found, none is checked.
+    What lies on another device than the CPU is copied without waiting, and looked at one call
+    later. A schedule for `range(n)` names no timesteps.
     """
 
-    def __init__(self, timesteps: tuple[float, ...]) -> None:
-        self._timesteps = timesteps
-        self._are_indices = timesteps == tuple(range(len(timesteps)))
-        self._followed: list[_Spelled] = []
-        self._earlier: dict[int, _Value] = {}
+    def __init__(self, places: Places, *, remembers: bool = True) -> None:
+        self._places = places
+        self._remembers = remembers
+        self._reader = Reader(places)
+        self._quick: _Quick | None = None
+        self._named: tuple[tuple[float, ...], bool] = (), False
+        self.restart()
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the timestep of the last call is on its way from a device."""
+        return self._pending is not None
+
+    def restart(self) -> None:
+        """Forgets the calls so far, but not where the model's timesteps are."""
+        self._followed: tuple[Hand, ...] = ()
+        self._is_sure = False
         self._num_judged = 0
-        self._pending: Callable[[], None] | None = None
+        self._earlier: dict[Path, Reading] | None = None
+        self._earlier_step: int | None = None
+        self._timesteps: tuple[float, ...] = ()
+        self._outside: frozenset[int] = frozenset()
+        self._may_reuse = True
+        self._pending: tuple[Expected, dict[Path, Reading | Waiting]] | None = None
 
-    def check(self, step: int, leaves: Sequence[Any], positions: Sequence[int]) -> None:
-        """Notes the call made at `step`. Raises GuardError where a call was another step's.
+    def ask(
+        self,
+        expected: Expected,
+        structure: Structure,
+        leaves: Sequence[Any],
+        where: Mapping[str, Any],
+    ) -> Verdict:
+        """Which step a call is; where its timestep is not at hand, the one that is expected.
 
-        `positions`: which leaves may be timesteps; see :func:`find_numbers`.
+        Raises GuardError for a timestep that contradicts it.
         """
-        if self._pending is not None:
-            judge, self._pending = self._pending, None
-            judge()
-        if self._num_judged > 1:
-            positions = tuple(dict.fromkeys(i for i, _ in self._followed))
-        if self._are_indices or not positions:
-            return
-        readings = {i: _read(leaves[i]) for i in positions}
-        values = {i: r for i, r in readings.items() if isinstance(r, _Value)}
+        timesteps, quick = expected.timesteps, self._quick
+        if (
+            quick is not None
+            and quick.structure is structure
+            and quick.timesteps is timesteps
+            and not where
+        ):
+            reading = read(leaves[quick.position])
+            if not isinstance(reading, Reading):
+                self._pending = expected, {quick.path: reading}
+                return Verdict(expected.steps[0], self._may_reuse)
+            if reading.is_close(quick.spelled[expected.steps[0].at]):
+                self._outside, self._may_reuse = frozenset(), True
+                return expected.verdict
+        if not self._names(timesteps):
+            return expected.verdict
+        hands = self._hands(timesteps)
+        readings = self._reader.read_at(structure, leaves, where, hands) if hands else {}
+        if not readings and self._looks():
+            readings = self._reader.read(structure, leaves, where)
+        values = self._at_hand(readings)
+        if values is not None:
+            verdict = self._judge(expected, values)
+            if hands and verdict.step is not None:
+                self._quick = self._find_quick(structure, timesteps)
+            return verdict
+        self._pending = expected, readings
+        self._quick = self._find_quick(structure, timesteps)
+        return Verdict(expected.steps[0], self._may_reuse)
+
+    def settle(self, has_reused: bool) -> Verdict | None:
+        """Which step the call before was, if its timestep was not at hand then.
+
+        Raises GuardError where that was another one than expected, and it reused something.
+        """
+        if self._pending is None:
+            return None
+        (expected, readings), self._pending = self._pending, None
+        values = {p: r if isinstance(r, Reading) else r() for p, r in readings.items()}
+        verdict = self._judge(expected, values)
+        if has_reused and verdict.step != expected.steps[0]:
+            hands = self._hands(expected.timesteps) or self._followed
+            self._fail(expected, next(hand for hand in hands if hand.path in values), values)
+        return verdict
+
+    def _find_quick(self, structure: Structure, timesteps: tuple[float, ...]) -> _Quick | None:
+        for path, spelling in self._hands(timesteps):
+            position = self._places.position(structure, path)
+            if position is not None:
+                spelled = tuple(map(SPELLINGS[spelling], timesteps))
+                return _Quick(structure, timesteps, path, position, spelled)
+        return None
+
+    def _names(self, timesteps: tuple[float, ...]) -> bool:
+        """Whether a schedule names its timesteps."""
+        known, found = self._named
+        if timesteps is not known:
+            found = timesteps != tuple(range(len(timesteps)))
+            self._named = timesteps, found
+        return found
+
+    def _looks(self) -> bool:
+        """Whether an argument may still turn out to be the timestep: where steps are stated, at the
+        first two calls alone."""
+        if self._remembers:
+            return True
+        return not self._is_sure and (self._num_judged < 2 or bool(self._followed))
+
+    def _hands(self, timesteps: tuple[float, ...]) -> tuple[Hand, ...]:
+        if self._remembers:
+            return self._places.get(timesteps)
+        return self._followed if self._is_sure else ()
+
+    def _at_hand(self, readings: Mapping[Path, Reading | Waiting]) -> dict[Path, Reading] | None:
+        values = {path: r for path, r in readings.items() if isinstance(r, Reading)}
         if len(values) == len(readings):
-            self._judge(step, values)
-        else:
-            self._pending = lambda: self._judge(
-                step, {i: r if isinstance(r, _Value) else r() for i, r in readings.items()}
-            )
+            return values
+        if not self._remembers or self._places.num_waits >= _MAX_WAITS:
+            return None
+        self._places.num_waits += 1
+        return {path: r if isinstance(r, Reading) else r() for path, r in readings.items()}
 
-    def _judge(self, step: int, values: dict[int, _Value]) -> None:
-        earlier, self._earlier = self._earlier, values
+    def _judge(self, expected: Expected, values: dict[Path, Reading]) -> Verdict:
         self._num_judged += 1
-        if self._num_judged == 1:
-            candidates = [(i, kind) for i in values for kind in range(len(_SPELLINGS))]
-            self._followed = [at for at in candidates if self._is_step(step, at, values)]
-            return
-        left = [at for at in self._followed if self._is_step(step, at, values)]
-        if self._num_judged == 2 and not self._followed:
-            self._check_start(step, earlier, values)
-        elif not left and not (self._num_judged == 2 and self._is_constant(earlier, values)):
-            self._fail(step, self._followed[0], values)
-        self._followed = left
+        if expected.timesteps is not self._timesteps and expected.timesteps != self._timesteps:
+            self._followed, self._earlier_step = (), None
+            self._outside = frozenset()
+        self._timesteps = expected.timesteps
+        if not values:
+            return expected.verdict
+        hands = self._hands(expected.timesteps)
+        here = [hand for hand in hands if hand.path in values]
+        readable = [hand for hand in here if values[hand.path].number is not None]
+        if not here:
+            verdict = self._judge_unknown(expected, values)
+        elif not readable:  # tokens or frames of several timesteps: counted
+            verdict = expected.verdict
+        else:
+            verdict = self._judge_known(expected, readable, values)
+        self._earlier_step = None if verdict.step is None else verdict.step.at
+        self._may_reuse = verdict.may_reuse
+        return verdict
 
-    def _is_constant(self, earlier: Mapping[int, _Value], values: Mapping[int, _Value]) -> bool:
-        """At the second call: whether what was like a timestep stays, while another input moves."""
-        return all(values[i] == earlier[i] for i, _ in self._followed) and values != earlier
+    def _judge_known(
+        self, expected: Expected, hands: Sequence[Hand], values: Mapping[Path, Reading]
+    ) -> Verdict:
+        timesteps = expected.timesteps
+        for step in expected.steps:
+            left = tuple(h for h in hands if _is_at(h, timesteps[step.at], values))
+            if left:
+                self._outside = frozenset()
+                if len(left) < len(hands):
+                    self._remember(timesteps, left)
+                return Verdict(step)
+        if not expected.may_be_outside:
+            self._fail(expected, hands[0], values)
+        if any(step.is_new for step in expected.steps):
+            others = [Hand(hand.path, spelling) for hand in hands for spelling in FORWARD]
+            spelled = (
+                h for h in others if values[h.path].number and _is_at(h, timesteps[0], values)
+            )
+            self._followed = tuple(dict.fromkeys(spelled))
+            if self._followed:  # spelled otherwise from here on
+                self._places.set(timesteps, ())
+                self._quick = None
+                self._is_sure, self._earlier = False, dict(values)
+                return Verdict(Step(True, 0))
+        found = {i: h for h in hands for i, t in enumerate(timesteps) if _is_at(h, t, values)}
+        for i, hand in found.items():
+            if i - 1 in self._outside and timesteps[i] != timesteps[i - 1]:
+                self._fail(expected, hand, values)
+        self._outside = frozenset(found)
+        return Verdict(None)
 
-    def _is_step(self, step: int, at: _Spelled, values: Mapping[int, _Value]) -> bool:
-        """Whether an input is the timestep of that step, so spelled; zeros say nothing."""
-        position, kind = at
-        value, expected = values[position], _SPELLINGS[kind](self._timesteps[step])
-        return value.is_close(expected) and (value.number != 0 or self._num_judged > 1)
+    def _judge_unknown(self, expected: Expected, values: dict[Path, Reading]) -> Verdict:
+        """The step of a call while it is not known which argument is the timestep."""
+        earlier, self._earlier = self._earlier, values
+        if earlier is None:
+            self._followed = tuple(self._find(expected, expected.steps[0], values))
+            return expected.verdict
+        moved = {path for path, reading in values.items() if earlier.get(path) != reading}
+        if self._followed:
+            verdict = self._follow(expected, values, moved)
+            if verdict is not None:
+                if verdict.step is None:
+                    self._earlier = earlier
+                return verdict
+            self._followed = ()
+        verdict = self._find_start(expected, earlier, values, moved)
+        if verdict is not None:
+            return verdict
+        for step in expected.steps:
+            self._followed = tuple(self._find(expected, step, values, moved, zeros=True))
+            if self._followed:
+                return Verdict(step)
+        step = expected.steps[0]
+        is_of_another = any(True for _ in self._elsewhere(expected, values, moved))
+        is_same_step = self._earlier_step == step.at
+        may_reuse = is_same_step or (bool(moved) and not is_of_another)
+        return Verdict(step, may_reuse or expected.is_stated)
 
-    def _check_start(
-        self, step: int, earlier: Mapping[int, _Value], values: Mapping[int, _Value]
-    ) -> None:
-        """At the second call: whether the two were neighbors elsewhere in the plan."""
-        for start, (t, after) in enumerate(zip(self._timesteps, self._timesteps[1:], strict=False)):
-            for at in ((i, kind) for i in values for kind in _FORWARD):
-                if (
-                    t != after
-                    and earlier[at[0]].number != 0
-                    and self._is_step(start, at, earlier)
-                    and self._is_step(start + 1, at, values)
-                ):
-                    self._fail(step, at, values)
+    def _follow(
+        self, expected: Expected, values: Mapping[Path, Reading], moved: set[Path]
+    ) -> Verdict | None:
+        """The step, if what was like a timestep so far is one now, or must have been; None: not."""
+        timesteps, followed = expected.timesteps, self._followed
+        for step in expected.steps:
+            left = tuple(h for h in followed if _is_at(h, timesteps[step.at], values))
+            if left:
+                self._followed = left
+                at = self._earlier_step
+                if at is not None and timesteps[at] != timesteps[step.at]:
+                    sure = tuple(hand for hand in left if hand.path in moved)
+                    if sure:
+                        self._remember(timesteps, sure)
+                return Verdict(step)
+        paths = {hand.path for hand in followed}
+        is_constant = bool(moved) and not paths & moved and not self._is_sure
+        if is_constant or not paths & values.keys():
+            return None
+        if not self._is_sure and not expected.is_stated:
+            begun = self._find(expected, Step(True, 0), values, moved)
+            if any(hand.spelling in FORWARD for hand in begun):
+                return None  # what was like a timestep was none: the loop begins here
+        if expected.may_be_outside:
+            return Verdict(None)
+        self._fail(expected, next(h for h in followed if h.path in values), values)
 
-    def _fail(self, step: int, at: _Spelled, values: Mapping[int, _Value]) -> None:
-        spell, steps = _SPELLINGS[at[1]], range(len(self._timesteps))
-        same = [s for s in steps if self._is_step(s, at, values)]
-        if step - 1 in same:
+    def _find_start(
+        self,
+        expected: Expected,
+        earlier: Mapping[Path, Reading],
+        values: Mapping[Path, Reading],
+        moved: set[Path],
+    ) -> Verdict | None:
+        """Step 0, where the calls so far were before the loop.
+
+        Raises GuardError where this call and the one before are neighbors elsewhere in the plan.
+        """
+        timesteps, first = expected.timesteps, Step(True, 0)
+        may_begin = not expected.is_stated and first not in expected.steps
+        if may_begin:
+            self._followed = tuple(self._find(expected, first, values, moved))
+            if self._followed:
+                return Verdict(first)
+        expected_indices = {step.at for step in expected.steps}
+        for i, hand in self._elsewhere(expected, values, moved):
+            before = earlier.get(hand.path)
+            if i == 0 or before is None or timesteps[i] == timesteps[i - 1]:
+                continue
+            if not _is_at(hand, timesteps[i - 1], earlier) or i in expected_indices:
+                continue
+            if before.number:
+                self._fail(expected, hand, values)
+            if i == 1 and not expected.is_stated:  # a schedule that begins at 0, which says nothing
+                self._followed = (hand,)
+                return Verdict(Step(True, 1))
+        return None
+
+    def _find(
+        self,
+        expected: Expected,
+        step: Step,
+        values: Mapping[Path, Reading],
+        moved: set[Path] | None = None,
+        *,
+        zeros: bool = False,
+    ) -> Iterator[Hand]:
+        """The arguments that are the timestep of that step, and their spelling; of those that
+        `moved`, if given. Zeros say nothing where a loop may begin."""
+        timestep = expected.timesteps[step.at]
+        for path, reading in values.items():
+            if moved is not None and path not in moved:
+                continue
+            for spelling in range(len(SPELLINGS)):
+                hand = Hand(path, spelling)
+                if _is_at(hand, timestep, values) and (reading.number or zeros):
+                    yield hand
+
+    def _elsewhere(
+        self, expected: Expected, values: Mapping[Path, Reading], moved: set[Path]
+    ) -> Iterator[tuple[int, Hand]]:
+        """The steps of which arguments that have changed are the timestep, counted forward."""
+        for path in moved:
+            for hand in (Hand(path, spelling) for spelling in FORWARD):
+                for i, timestep in enumerate(expected.timesteps):
+                    if values[path].number and _is_at(hand, timestep, values):
+                        yield i, hand
+
+    def _remember(self, timesteps: tuple[float, ...], hands: tuple[Hand, ...]) -> None:
+        self._is_sure, self._followed = True, hands
+        if self._remembers:
+            self._places.set(timesteps, hands)
+
+    def _fail(self, expected: Expected, hand: Hand, values: Mapping[Path, Reading]) -> NoReturn:
+        spell, timesteps = SPELLINGS[hand.spelling], expected.timesteps
+        step = expected.steps[0].at
+        same = [i for i, t in enumerate(timesteps) if _is_at(hand, t, values)]
+        if expected.is_stated and same:
+            remedy = f"that of step {same[0]}: state the step that runs, or {MAKE_SCHEDULE}"
+        elif step - 1 in same:
             remedy = (
                 f"that of step {step - 1} again: where a step makes several calls (guidance), name "
                 "them: `with fast.cache_context('cond'): ...`"
@@ -133,51 +384,19 @@ class Clock:
         elif 0 in same:
             remedy = "that of step 0: fast.reset() ends a generation that is not complete"
         elif same:
-            remedy = f"that of step {same[0]}: make the schedule from the timesteps that run"
+            remedy = (
+                f"that of step {same[0]}: {MAKE_SCHEDULE}, or say which step runs: "
+                "`with fast.cache_context('cond', step_index=i): ...`"
+            )
         else:
-            remedy = "no step's: make the schedule from the timesteps that run"
+            remedy = f"no step's: {MAKE_SCHEDULE}"
+        number = values[hand.path].number
+        found = "several" if number is None else f"{number:g}"
         raise GuardError(
-            f"expected timestep {spell(self._timesteps[step]):g} at step {step}, found "
-            f"{values[at[0]].number:g}, {remedy}"
+            f"expected timestep {spell(timesteps[step]):g} at step {step}, found {found}, {remedy}"
         )
 
 
-def find_numbers(leaves: Sequence[Any]) -> tuple[int, ...]:
-    """The positions of what may be a timestep: numbers, and tensors of up to one dimension."""
-    return tuple(i for i, leaf in enumerate(leaves) if is_number(leaf) or _is_scalar(leaf))
-
-
-def _is_scalar(leaf: Any) -> bool:
-    if not isinstance(leaf, torch.Tensor) or leaf.is_meta:
-        return False
-    is_real = leaf.dtype is not torch.bool and not leaf.is_complex()
-    return leaf.ndim <= 1 and leaf.numel() > 0 and is_real
-
-
-def _read(leaf: Any) -> _Value | Callable[[], _Value]:
-    """The first element, or, where it is not at hand, what waits for it."""
-    if not isinstance(leaf, torch.Tensor):
-        return _Value(float(leaf), torch.finfo(torch.float32).eps, isinstance(leaf, Integral))
-    precision = _precision(leaf.dtype)
-    is_whole = precision == 0
-    first = leaf if leaf.ndim == 0 else leaf[0]
-    if first.is_cpu:
-        return _Value(first.item(), precision, is_whole)
-    copy = torch.empty((), dtype=first.dtype, pin_memory=first.is_cuda)
-    copy.copy_(first, non_blocking=True)
-    arrived = torch.cuda.Event() if first.is_cuda else None
-    if arrived is not None:
-        arrived.record()
-
-    def get() -> _Value:
-        if arrived is not None:  # it was recorded a step ago
-            arrived.synchronize()
-        return _Value(copy.item(), precision, is_whole)
-
-    return get
-
-
-@cache
-def _precision(dtype: torch.dtype) -> float:
-    """How far two roundings of one number may lie apart, relative to it; 0: whole numbers."""
-    return 2 * torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+def _is_at(hand: Hand, timestep: float, values: Mapping[Path, Reading]) -> bool:
+    reading = values.get(hand.path)
+    return reading is not None and reading.is_close(SPELLINGS[hand.spelling](timestep))

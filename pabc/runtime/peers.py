@@ -3,7 +3,8 @@
 Before a step's computation the ranks compare what each is about to do, in one small collective on
 the CPU: whoever is at another step, follows another plan, or has raised an error, stops all of them
 before any waits for what will not come. A rank that fails later, within its step, leaves a note in
-the store of torch.distributed; one that is killed stops counting there.
+the store of torch.distributed; one that is killed stops counting there. So does one that fails
+between two steps: it misses the next comparison, and those that wait for it there look for notes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import importlib
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -27,6 +28,7 @@ BEAT = 0.5
 """Seconds between two signs of life."""
 PATIENCE = 5.0
 """Seconds without a sign of life after which a rank is taken for dead."""
+_AGREES, _FAILED, _MISSED = range(3)
 LOST = ("gloo", "nccl", "connection", "timed out", "socket")
 
 
@@ -46,6 +48,11 @@ class Peers:
         self._names = [f"rank {member}" for member in members]
         self._lock = threading.RLock()
         self._lost: str | None = None
+        self._num_met = 0
+        """Comparisons that this rank took part in, or missed."""
+        self._num_missed = 0
+        """Those that it still has to pass through, so that later ones stay in order."""
+        self._under_way: list[tuple[dist.Work, Any]] = []
         versions = {"pabc": importlib.import_module("pabc").__version__}
         self.versions = {**versions, "torch": str(torch.__version__)}
         self._store.set(f"beat/{self._rank}", "0")
@@ -66,10 +73,12 @@ class Peers:
             step = Step(self)
             try:
                 yield step
-            except RankError:
+            except RankError as error:
+                _mark_told(error)
                 raise
             except BaseException as error:
                 if not step.agreed:
+                    _mark_told(error)
                     self.exchange({}, failure=_name(error))
                     raise
                 found = self._diagnose(error)
@@ -77,18 +86,42 @@ class Peers:
                     raise
                 raise found from error
 
+    def tell(self, error: BaseException) -> None:
+        """Tells the others of an error between two steps of this rank, when they next compare.
+
+        This rank takes no part in that comparison. What they know of already is passed over.
+        """
+        with self._lock:
+            if self._lost is not None or _is_told(error):
+                return
+            _mark_told(error)
+            self._num_met += 1
+            self._num_missed += 1
+            text = f"{self._names[self._rank]} failed between two calls: {_name(error)}"
+            self._note(f"missed/{self._num_met}/{self._rank}", text)
+
     def exchange(self, facts: Mapping[str, str], failure: str = "") -> None:
         """Compares facts, or tells the others of a failure. Raises RankError on the others, and on
         all where facts differ."""
         digest = hashlib.sha256(repr(sorted(facts.items())).encode()).digest()
-        mine = torch.frombuffer(bytearray(digest + bytes([bool(failure)])), dtype=torch.uint8)
-        everyone = torch.empty(self._size, len(mine), dtype=torch.uint8)
         try:
-            dist.all_gather(list(everyone), mine, group=self._group)
-            if bool((everyone == mine).all()) and not failure:
+            while self._num_missed:
+                self._num_missed -= 1
+                self._gather(bytes(len(digest)), _MISSED)
+            self._num_met += 1
+            work, everyone = self._gather(digest, _FAILED if failure else _AGREES)
+            missed = self._wait(work)
+            flags = everyone[:, -1].tolist()
+            if missed or _MISSED in flags:
+                if failure:
+                    return
+                raise RankError("; ".join(missed or self._read_missed()))
+            if bool((everyone == everyone[0]).all()) and not failure:
                 return
             said: list[Any] = [None] * self._size
             dist.all_gather_object(said, (dict(facts), failure), group=self._group)
+        except RankError:
+            raise
         except Exception as error:
             found = self._diagnose(error)
             if found is None:
@@ -104,6 +137,36 @@ class Peers:
         if failures:
             raise RankError("; ".join(failures))
         raise RankError(self._describe([found for found, _ in said]))
+
+    def _gather(self, digest: bytes, flag: int) -> tuple[dist.Work, torch.Tensor]:
+        """Begins to gather what each rank says."""
+        mine = torch.frombuffer(bytearray(digest + bytes([flag])), dtype=torch.uint8)
+        everyone = torch.empty(self._size, len(mine), dtype=torch.uint8)
+        work = dist.all_gather(list(everyone), mine, group=self._group, async_op=True)
+        self._under_way = [pair for pair in self._under_way if not pair[0].is_completed()]
+        self._under_way.append((work, (mine, everyone)))  # which it reads and writes until then
+        return work, everyone
+
+    def _wait(self, work: dist.Work) -> list[str]:
+        """Waits for all ranks; or returns what those say that will not come."""
+        pause, look = 0.0, time.monotonic() + BEAT
+        while not work.is_completed():
+            time.sleep(pause)
+            pause = min(pause + 1e-5, 1e-3)
+            if time.monotonic() > look:
+                missed = self._read_missed()
+                if missed:
+                    return missed
+                look = time.monotonic() + BEAT
+        work.wait()
+        return []
+
+    def _read_missed(self) -> list[str]:
+        """What the ranks say that miss the comparison under way."""
+        return self._read([f"missed/{self._num_met}/{i}" for i in range(self._size)])
+
+    def _read(self, keys: Sequence[str]) -> list[str]:
+        return [self._store.get(key).decode() for key in keys if self._store.check([key])]
 
     def _describe(self, facts: list[dict[str, str]]) -> str:
         lines = []
@@ -138,7 +201,7 @@ class Peers:
         deadline = time.monotonic() + PATIENCE
         while True:
             notes = [*[f"failed/{i}" for i in range(self._size)], "lost"]
-            told = [self._store.get(key).decode() for key in notes if self._store.check([key])]
+            told = self._read_missed() + self._read(notes)
             if told:
                 return "; ".join(dict.fromkeys(told))
             if time.monotonic() > deadline:
@@ -211,3 +274,17 @@ def _is_of_communication(error: RuntimeError) -> bool:
 
 def _name(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
+
+
+def _mark_told(error: BaseException) -> None:
+    """Notes on an error that the other ranks know of it."""
+    error.__dict__["_pabc_told"] = True
+
+
+def _is_told(error: BaseException | None) -> bool:
+    """Whether the other ranks know of an error, or of one that it follows from."""
+    while error is not None:
+        if "_pabc_told" in error.__dict__:
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from pabc import passes
 from pabc.passes.cache import Cuts
-from pabc.passes.ir import output_node
+from pabc.passes.ir import output_node, user_inputs
 from pabc.passes.tracing.modules import Watch
 from pabc.passes.tracing.parameters import has_functions_of_its_own
 from pabc.pipeline import Config, Record, analyze
@@ -23,10 +23,10 @@ from pabc.runtime.bindings import Bindings
 from pabc.runtime.branch import Binding, Branch, Hoisted, Source
 from pabc.runtime.chain import BlockCode
 from pabc.runtime.cudagraphs import Recordable, Workspaces, find_device
-from pabc.runtime.guards import find_numbers
 from pabc.runtime.phases import Backend, Executable, Phases, check_fp8, compiling
 from pabc.runtime.samples import hash_values
 from pabc.runtime.stats import Recorder
+from pabc.runtime.strides import Strides, without_overlaps
 from pabc.runtime.weights import Weights
 from pabc.schedule import Schedule
 
@@ -43,7 +43,6 @@ class Program:
         records: what the pipeline did, stage by stage.
         bindings: the plans that schedules come to for these regions.
         phases: what runs the steps of a plan.
-        deleted: what the model's forward takes out of dictionaries that it is passed.
     """
 
     def __init__(
@@ -66,13 +65,16 @@ class Program:
         self._read: Hoisted | None = None
         self.signature: passes.Signature = self.guarded.meta["signature"]
         self._writes: tuple[int, ...] = self.guarded.meta["writes"]
-        self.deleted: tuple[tuple[Any, ...], ...] = self.guarded.meta["deleted"]
+        self._deleted: tuple[tuple[Any, ...], ...] = self.guarded.meta["deleted"]
         self.backend = backend
         self._prologue: GraphModule = self.guarded.meta["prologue"]
         outputs = output_node(self._prologue.graph).args[0]
         self._whole = passes.Part(self._prologue, tuple(range(len(outputs))))
         self._parts: dict[tuple[int, tuple[int, ...]], passes.Part] = {}
         self._steady: tuple[int, ...] = self.guarded.meta["steady"]
+        self._strides = Strides(
+            guarded, len(self.signature.inputs), (*self._steady, *self.reads.used)
+        )
         self._weights = Weights((self.guarded, self._prologue, self.reads.graph))
         self._weights_state = 0
         self._hoisted_weights = self._weights.live(
@@ -81,7 +83,6 @@ class Program:
         self._read_weights = self._weights.live(self.reads.weights)
         self._widths = [len(region.kept) for region in self.regions]
         self._source = Source(self, (), 0)
-        self._numbers: tuple[int, ...] | None = None
         recorder, code = recorder or Recorder(), BlockCode() if code is None else code
         self.phases = Phases(guarded, self._weights, backend, config, recorder, code)
         self._has_plain_weights = not any(map(has_functions_of_its_own, self._weights.all()))
@@ -101,7 +102,8 @@ class Program:
         recorder: Recorder | None = None,
         code: BlockCode | None = None,
     ) -> Program:
-        """The program for a call with these arguments."""
+        """The program for a call with these arguments, wherever in memory their elements lie."""
+        args, kwargs = without_overlaps(args, kwargs)
         prepared = _prepare_inductor(args, kwargs) if backend == "inductor" else None
         with compiling():
             guarded, records = analyze(model, args, kwargs, config, promoted)
@@ -140,18 +142,15 @@ class Program:
         return tuple(self.phases.specialize(slots, binding.stored[slots]) for slots in reused)
 
     def pack(self, leaves: Sequence[Any]) -> list[Any]:
-        """The graphs' inputs from the model's flattened arguments."""
-        return passes.pack(leaves, self.promoted)
+        """The graphs' inputs from the model's flattened arguments, laid out as when captured."""
+        return self._strides.fit(passes.pack(leaves, self.promoted))
 
     def serves(self, leaves: Sequence[Any]) -> bool:
         """Whether the graphs, captured for any sizes, hold for these arguments."""
-        return self._sizes is not None and self._sizes.bind(self.pack(leaves)) is not None
-
-    def numbers(self, leaves: Sequence[Any]) -> tuple[int, ...]:
-        """Which leaves may be timesteps."""
-        if self._numbers is None:
-            self._numbers = find_numbers(leaves)
-        return self._numbers
+        return (
+            self._sizes is not None
+            and self._sizes.bind(passes.pack(leaves, self.promoted)) is not None
+        )
 
     def source(self, inputs: Sequence[Any]) -> Source:
         """What values that are computed from these inputs follow from."""
@@ -167,21 +166,23 @@ class Program:
         if other is self:
             return "shape" if source.layout != self.phases.layout(inputs) else "weights"
         theirs, own = other._described(), self._described()
-        for name, mine, yours in zip(("dtype", "device", "shape"), own, theirs, strict=True):
-            if mine != yours:
-                return name
+        if theirs.keys() != own.keys():
+            return "arguments"  # of another structure, or no tensors where there were
+        pairs = [(own[name], theirs[name]) for name in own]
+        for i, reason in enumerate(("dtype", "device", "shape")):
+            if any(mine[i] != yours[i] for mine, yours in pairs):
+                return reason
         return "arguments"
 
-    def _described(self) -> tuple[list[Any], list[Any], list[Any]]:
-        """Of the tensors among the inputs: dtypes, devices, and shapes as captured."""
-        nodes = [n for n in self.guarded.graph.nodes if n.op == "placeholder"]
-        values = [n.meta.get("val") for n in nodes[1 : 1 + len(self.signature.inputs)]]
-        tensors = [x for x in values if isinstance(x, torch.Tensor)]
-        return (
-            [x.dtype for x in tensors],
-            [x.device for x in tensors],
-            [tuple(map(str, x.shape)) for x in tensors],
-        )
+    def _described(self) -> dict[str, tuple[Any, ...]]:
+        """Of the tensors among the inputs, by name: dtype, device, and shape as captured."""
+        nodes = user_inputs(self.guarded.graph)[1 : 1 + len(self.signature.inputs)]
+        pairs = zip(self.signature.inputs, [n.meta.get("val") for n in nodes], strict=True)
+        return {
+            name: (x.dtype, x.device, tuple(map(str, x.shape)))
+            for name, x in pairs
+            if isinstance(x, torch.Tensor)
+        }
 
     def sample_values(self, inputs: Sequence[Any]) -> dict[str, str]:
         """A hash of some values of the weights, and of each tensor among the inputs."""
@@ -219,6 +220,23 @@ class Program:
         if self._writes:
             _write_back(inputs, self._writes, outputs[self.signature.out_spec.num_outputs :])
         return self.signature.out_spec.unflatten(outputs)
+
+    @property
+    def writes_to_arguments(self) -> bool:
+        """Whether the model's forward writes to what it is passed."""
+        return bool(self._writes or self._deleted)
+
+    def write_to_arguments(
+        self,
+        bound: tuple[Sequence[Any], Mapping[str, Any]],
+        leaves: Sequence[Any],
+        inputs: Sequence[Any],
+    ) -> None:
+        """Does to the user's arguments, as they are bound and flattened, what the forward does."""
+        for position in self._writes:
+            if inputs[position] is not leaves[position]:  # it lay otherwise, and was copied
+                leaves[position].copy_(inputs[position])
+        passes.delete_arguments(self._deleted, *bound)
 
     def _replay(
         self, branch: Branch, reused: tuple[int, ...], phase: Recordable, inputs: Sequence[Any]
@@ -267,7 +285,7 @@ class Program:
         """
         if not self.reads:
             return None
-        inputs = self.pack(leaves)
+        inputs = self._strides.fit(passes.pack(leaves, self.promoted), only=self.reads.used)
         sources = [*[inputs[i] for i in self.reads.used], *self._read_weights]
         if self._read is not None and self._read.holds_for(sources):
             return None

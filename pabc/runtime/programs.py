@@ -25,6 +25,7 @@ from pabc.runtime.promotion import (
     without_sizes,
 )
 from pabc.runtime.stats import Recorder
+from pabc.runtime.timesteps import Places
 from pabc.schedule import Schedule
 
 MAX_STATES = 8
@@ -44,6 +45,7 @@ class Programs:
         self._programs: dict[Any, list[Program]] = {}
         self._of_any_size: dict[Any, list[Program]] = {}
         self.promotions = Promotions()
+        self.timesteps = Places()
         self.code = BlockCode()
         self._last: tuple[Key, Program] | None = None
         self._watch: Watch | None = None

@@ -27,8 +27,18 @@ Key = tuple[Any, ...]
 
 
 def call_key(structure: Structure, leaves: Sequence[Any], promoted: Collection[int]) -> Key:
-    """What calls share that one captured graph serves: form, layouts, constants."""
-    keys = [type(x) if i in promoted else leaf_key(x) for i, x in enumerate(leaves)]
+    """What calls share that one captured graph serves: form, shapes, dtypes, devices, constants.
+
+    Not strides: inputs that lie otherwise in memory are copied.
+    """
+    keys = [
+        (x.shape, x.dtype, x.device)
+        if isinstance(x, torch.Tensor)
+        else type(x)
+        if i in promoted
+        else leaf_key(x)
+        for i, x in enumerate(leaves)
+    ]
     return ((structure, active_autocast(leaves)), *keys)
 
 
@@ -36,7 +46,7 @@ def without_sizes(key: Key) -> Key:
     """What calls share that one graph, captured for any sizes, may serve."""
     shapes = (isinstance(k, tuple) and isinstance(k[0], torch.Size) for k in key)
     return tuple(
-        (len(k[0]), *k[2:]) if is_tensor else k for k, is_tensor in zip(key, shapes, strict=True)
+        (len(k[0]), *k[1:]) if is_tensor else k for k, is_tensor in zip(key, shapes, strict=True)
     )
 
 

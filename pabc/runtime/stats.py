@@ -19,11 +19,16 @@ class Stats:
 
     Attributes:
         calls: steps that ran to their end.
+        outside: calls that were no step of a generation, such as a prefill: their timestep is that
+            of none, or not of the first one where one may begin. They compute all, keep nothing.
         generations: sequences of calls that reached the last step of their plan.
         computed, reused, stored: regions, one per slot and call.
         fallbacks: reason -> calls that computed what was to be reused: `shape`, `dtype`, `device`,
-            `arguments`: the call differs so from the one before it; `weights`: a tensor of the
-            model was replaced; `missing`: the step that stores the value was not run.
+            `arguments` (others, or other values of constants): the call differs so from the one
+            before it; `weights`: a tensor of the
+            model was replaced; `missing`: the step that stores the value was not run;
+            `timestep`: it is not sure which step the call is, since its timestep is that of the
+            call before, or another step's.
         nbytes: bytes that slots hold now.
         peak_nbytes: bytes that slots held at the fullest moment.
         captures: graphs captured from the model.
@@ -33,6 +38,7 @@ class Stats:
     """
 
     calls: int
+    outside: int
     generations: int
     computed: int
     reused: int

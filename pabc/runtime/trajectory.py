@@ -1,23 +1,29 @@
-"""The state of generations: which step comes next, and what the slots hold.
+"""The state of generations: which step each call is, and what the slots hold.
 
-A :class:`Trajectory` is one generation at a time; the calls that follow one another in it form a
-:class:`Branch`. There is one branch, or, where guidance makes two calls a step, one for each.
+A :class:`Trajectory` is one generation at a time, and counts its steps; the calls of one name in
+it form a :class:`Branch`. There is one, or, where guidance makes two calls a step, one for each.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from functools import cache
 from types import TracebackType
+from typing import Any
 
 import torch
 
-from pabc.runtime.branch import Branch
+from pabc.passes.tracing.structure import Structure
+from pabc.runtime.branch import Branch, Outside
 from pabc.runtime.conditions import Calls
-from pabc.runtime.guards import GuardError
+from pabc.runtime.guards import MAKE_SCHEDULE, Clock, Expected, GuardError, Step, Verdict
 from pabc.runtime.stats import Recorder
+from pabc.runtime.timesteps import Places
+from pabc.runtime.where import Where
 from pabc.schedule import Schedule
 
 BranchKey = tuple[str | None, int]
@@ -53,6 +59,11 @@ class Trajectory:
     `with trajectory: fast(...)` runs a step in it, in any thread; one step at a time. It may be
     left and entered again between steps, so that many can be under way. Leaving it by an exception
     abandons the generation: its slots are freed.
+
+    The trajectory counts the steps, not its branches. A call under a name that was already called
+    in this step begins the next one; under another name it belongs to this one, unless its timestep
+    says otherwise. So a branch may begin late, pause or end early: it computes what it has not
+    stored. Where a generation begins, it does for all branches.
     """
 
     def __init__(
@@ -60,16 +71,28 @@ class Trajectory:
         owner: object,
         recorder: Recorder,
         *,
+        places: Places,
         schedule: Schedule | None = None,
         check_finite: bool = False,
+        on_error: Callable[[BaseException], None] | None = None,
     ) -> None:
         self.schedule = schedule
         self._owner = owner
         self._recorder = recorder
+        self._places = places
         self._check_finite = check_finite
+        self._on_error = on_error
         self._branches: dict[BranchKey, Branch] = {}
+        self._outside: Outside | None = None
+        self._num_outside = 0
+        self._following: Schedule | None = None
+        self._step = -1
+        """The step of the last call; -1: the generation has not begun."""
+        self._last: tuple[Branch, Step] | None = None
+        """The branch of the last call, and which step it was taken for, where that was counted."""
         self._stated_step: int | None = None
         self._calls: dict[str | None, Calls] = {}
+        self._clock = Clock(places)
         self._lock = threading.RLock()
 
     def __enter__(self) -> Trajectory:
@@ -83,14 +106,17 @@ class Trajectory:
         traceback: TracebackType | None,
     ) -> None:
         _TRAJECTORIES.set(_TRAJECTORIES.get()[:-1])
-        if kind is not None:
+        if error is not None:
             self.reset()
+            if self._on_error is not None:
+                self._on_error(error)
 
     def at_step(self, step: int) -> None:
         """States that the calls that follow are this step of the plan, until told otherwise.
 
         Several calls under one name in one step are branches of their own, told apart by the
-        tensors that a branch is given at every step, or, where there are none, by order.
+        tensors that a branch is given at every step, or, where there are none, by order. What
+        :meth:`CompiledModel.cache_context` is told of the step is not looked at.
         Raises ValueError for a step below 0.
         """
         if step < 0:
@@ -99,6 +125,7 @@ class Trajectory:
             self._stated_step = step
             if step == 0:
                 self._calls.clear()
+                self._begin()
             for calls in self._calls.values():
                 calls.begin_step()
             for branch in self._branches.values():
@@ -107,66 +134,232 @@ class Trajectory:
     def reset(self) -> None:
         """Starts a new generation: the next call is step 0 and finds nothing kept."""
         with self._lock:
+            for branch in self._branches.values():
+                branch.release()  # even if an exception's traceback holds the branch
             self._branches.clear()
+            self._outside = self._following = self._last = None
+            self._step = -1
             self._stated_step, self._calls = None, {}
+            self._clock.restart()
 
     @property
     def step(self) -> int:
-        """The step that the next call is; with several branches, of the one that is furthest."""
+        """The step that comes next, for branches that the last one had."""
         if self._stated_step is not None:
             return self._stated_step
-        return max((branch.step for branch in list(self._branches.values())), default=0)
+        following = self._following
+        is_over = following is None or self._step + 1 == following.num_steps
+        return 0 if is_over else self._step + 1
 
     @property
     def nbytes(self) -> int:
         """Bytes that the slots keep alive."""
         return sum(branch.nbytes for branch in list(self._branches.values()))
 
-    def running(self, arguments: Sequence[object] = ()) -> _Running:
-        """Within it, the branch of the call that is made now, with these arguments; it abandons the
-        generation if it raises.
+    def running(self) -> _Running:
+        """Within it, one call is made; if it raises, the generation is abandoned.
 
         Entering raises GuardError if a step is under way in another thread.
         """
-        return _Running(self, arguments)
+        return _Running(self)
 
-    def _branch(self, arguments: Sequence[object]) -> Branch:
-        name = _innermost(_NAMES, self._owner)
-        assert name is None or isinstance(name, str)
-        order = 0
+    def place(
+        self,
+        default: Schedule,
+        arguments: Sequence[object],
+        structure: Structure,
+        leaves: Sequence[Any],
+    ) -> Branch:
+        """The branch of the call that is made now, at its step.
+
+        `default`: the schedule of a generation that begins, if the trajectory has none of its own;
+        `arguments`: as the user gave them, and flattened. Raises GuardError for a call that
+        contradicts what came before it.
+        """
+        if self._last is not None:
+            self._settle()
+        default = self.schedule or default
+        where = _innermost(_NAMES, self._owner)
+        assert where is None or isinstance(where, Where)
+        name = None if where is None else where.name
+        said = _NOTHING if where is None else where.said
         if self._stated_step is not None:
             tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
             order = self._calls.setdefault(name, Calls()).index_of(tensors)
+            branch, step = self._branch(name, order), self._stated_step
+            said = _NOTHING
+        elif where is not None and where.step is not None:
+            branch, step = self._branch(name), where.step
+            if step < self._step or step == branch.last == 0:  # it may be of another loop
+                self._begin(branch)
+            where.check(self._following or default)
+            branch.may_repeat = True
+        else:
+            branch = self._branch(name)
+            return self._place_counted(branch, default, structure, leaves, said)
+        schedule = self._following = self._following or default
+        if step >= schedule.num_steps:
+            raise GuardError(
+                f"expected a step below {schedule.num_steps}, as many as the schedule has, found "
+                f"{step}; {MAKE_SCHEDULE}"
+            )
+        self._last = None
+        self._move(branch, step)
+        if branch.clock is None:
+            branch.clock = Clock(self._places, remembers=False)
+        here = Step(step == 0, step)
+        expected = Expected(schedule.timesteps, (here,), Verdict(here), is_stated=True)
+        branch.clock.settle(has_reused=False)
+        branch.clock.ask(expected, structure, leaves, said)
+        return branch
+
+    def _place_counted(
+        self,
+        branch: Branch,
+        default: Schedule,
+        structure: Structure,
+        leaves: Sequence[Any],
+        said: Mapping[str, Any],
+    ) -> Branch:
+        at, following = self._step, self._following
+        num_steps = 0 if following is None else len(following.timesteps)
+        is_over = at + 1 == num_steps or at < 0
+        steps, counted = _next_steps(at, num_steps, branch.last)
+        schedule = default if following is None or steps[-1].is_new else following
+        if following is not None and len(steps) > 1:
+            schedule = following
+        expected = Expected(schedule.timesteps, steps, counted, is_over or branch.last < 0)
+        verdict = self._clock.ask(expected, structure, leaves, said)
+        if verdict.step is None and is_over and schedule is not default:
+            alone = Expected(default.timesteps, (_FIRST,), Verdict(_FIRST), True)
+            verdict = self._clock.ask(alone, structure, leaves, said)
+        if self._clock.is_waiting:
+            self._last = branch, steps[0]
+        if verdict.step is None:
+            return self._run_outside(schedule)
+        self._num_outside = 0
+        if verdict.step.is_new:
+            self._check_restart(verdict.step, steps)
+            self._begin(branch)
+            self._following = default
+        self._move(branch, verdict.step.at)
+        branch.may_reuse, branch.may_repeat = verdict.may_reuse, False
+        return branch
+
+    def _settle(self) -> None:
+        """Puts right which step the last call was, if its timestep was on its way from a device."""
+        assert self._last is not None
+        (branch, taken), self._last = self._last, None
+        verdict = self._clock.settle(branch.has_reused)
+        if verdict is None or verdict.step == taken:
+            return
+        if verdict.step is None:
+            if taken.is_new:
+                self._begin()
+            else:
+                branch.relabel(-1)
+            return
+        if verdict.step.is_new:
+            self._check_restart(verdict.step, (taken,))
+            following = self._following
+            self._begin(branch)
+            self._following = following
+        self._step = verdict.step.at
+        branch.schedule = self._following
+        branch.relabel(verdict.step.at)
+
+    def _check_restart(self, found: Step, expected: Sequence[Step]) -> None:
+        """Raises GuardError where calls that turn out to be before the loop reused something."""
+        if found not in expected and any(b.num_reused for b in self._branches.values()):
+            raise GuardError(
+                f"expected step {expected[0].at}, found the timestep of step {found.at}: the "
+                "calls before were none of the loop's, and reused values as if they were; end each "
+                "of them by fast.reset(), or make them in trajectories of their own: "
+                "`with fast.trajectory(): ...`"
+            )
+
+    def _begin(self, branch: Branch | None = None) -> None:
+        """Begins a generation for all branches: those of the one before, and this one."""
+        known = self._branches.items()
+        self._branches = {key: b for key, b in known if b.last >= 0 or b is branch}
+        for each in self._branches.values():
+            each.reset()
+        self._step, self._following = -1, None
+
+    def _move(self, branch: Branch, step: int) -> None:
+        """Puts the trajectory, and the branch of the call, at a step."""
+        following = self._following
+        assert following is not None
+        if step != self._step and len(self._branches) > 1:
+            is_last = step + 1 == following.num_steps
+            for other in self._branches.values():
+                if other is not branch:
+                    # A branch that rested before the last step is not expected to come back.
+                    other.free(step) if not is_last or other.last + 1 >= step else other.release()
+        self._step = step
+        branch.schedule = following
+        branch.seek(step)
+
+    def _run_outside(self, schedule: Schedule) -> Outside:
+        if self._outside is None:
+            self._outside = Outside(self._recorder, self._check_finite)
+        self._outside.schedule = schedule
+        self._num_outside += 1
+        if self._num_outside == schedule.num_steps:
+            warnings.warn(
+                f"pabc: the last {schedule.num_steps} calls, as many as the schedule has steps, "
+                "brought timesteps that are none of its steps, or not the first, so that nothing "
+                f"could be reused; {MAKE_SCHEDULE}",
+                stacklevel=7,
+            )
+        return self._outside
+
+    def _branch(self, name: str | None, order: int = 0) -> Branch:
         branch = self._branches.get((name, order))
         if branch is None:
             branch = Branch(self._recorder, self._check_finite)
             self._branches[name, order] = branch
-        if self._stated_step is not None:
-            branch.seek(self._stated_step)
         return branch
+
+
+_FIRST = Step(True, 0)
+"""That of a generation that begins."""
+
+
+@cache
+def _next_steps(at: int, num_steps: int, last: int) -> tuple[tuple[Step, ...], Verdict]:
+    """Which steps a call may be, the one that follows by counting first, and alone.
+
+    `at`: that of the call before, of so many; `last`: that of the one of the same name.
+    """
+    if at < 0 or num_steps == 0:
+        return (_FIRST,), Verdict(_FIRST)
+    here = Step(False, at)
+    after = Step(False, at + 1) if at + 1 < num_steps else _FIRST
+    if last == at:
+        return (after,), Verdict(after)
+    if last < 0 and after.is_new:  # a loop of its own, after that of other names
+        return (after, here), Verdict(after)
+    return (here, after), Verdict(here)
+
+
+_NOTHING: Mapping[str, Any] = {}
 
 
 class _Running:
     """One call in a trajectory; see :meth:`Trajectory.running`."""
 
-    __slots__ = ("_arguments", "_trajectory")
+    __slots__ = ("_trajectory",)
 
-    def __init__(self, trajectory: Trajectory, arguments: Sequence[object]) -> None:
-        self._trajectory, self._arguments = trajectory, arguments
+    def __init__(self, trajectory: Trajectory) -> None:
+        self._trajectory = trajectory
 
-    def __enter__(self) -> Branch:
-        trajectory = self._trajectory
-        if not trajectory._lock.acquire(blocking=False):
+    def __enter__(self) -> None:
+        if not self._trajectory._lock.acquire(blocking=False):
             raise GuardError(
                 "expected one step of a trajectory at a time, found another one under way; "
                 "`with fast.trajectory():` gives each thread its own"
             )
-        try:
-            return trajectory._branch(self._arguments)
-        except BaseException:
-            trajectory.reset()
-            trajectory._lock.release()
-            raise
 
     def __exit__(
         self,
@@ -188,6 +381,6 @@ def current_trajectory(owner: object, default: Trajectory) -> Trajectory:
     return found if isinstance(found, Trajectory) else default
 
 
-def named_branch(owner: object, name: str) -> AbstractContextManager[None]:
-    """Within it, calls of `owner` belong to the branch of this name."""
-    return _entered(_NAMES, owner, name)
+def named_branch(owner: object, where: Where) -> AbstractContextManager[None]:
+    """Within it, calls of `owner` belong to the branch of this name, at the step that it says."""
+    return _entered(_NAMES, owner, where)

@@ -31,7 +31,8 @@ class Sizes:
     """Which calls a graph serves.
 
     Attributes:
-        inputs: per graph input its shape and strides, in symbols, or None if it is no tensor.
+        inputs: per graph input its shape and strides, in symbols, or None if it is no tensor; a
+            graph serves inputs of other strides once they are copied to these.
         ranges: symbol -> the least and the largest value it may have.
         guards: what else was taken for granted while tracing.
         hints: the sizes of the captured call.
@@ -44,19 +45,27 @@ class Sizes:
 
     def bind(self, inputs: Sequence[Any]) -> dict[sympy.Symbol, int] | None:
         """The sizes of these inputs, or None if the graph does not serve them."""
-        pairs = [
-            pair
-            for sizes, leaf in zip(self.inputs, inputs, strict=True)
-            if sizes is not None
-            for pair in zip(sizes, (*leaf.shape, *leaf.stride()), strict=True)
-        ]
+        known = [(s, x) for s, x in zip(self.inputs, inputs, strict=True) if s is not None]
+        pairs = [pair for s, x in known for pair in zip(s, x.shape, strict=False)]
         binding = {size: found for size, found in pairs if isinstance(size, sympy.Symbol)}
+        strides = [pair for s, x in known for pair in zip(s[x.ndim :], x.stride(), strict=True)]
+        for stride, found in strides:
+            if isinstance(stride, sympy.Symbol):  # follows from no size: as it is
+                binding.setdefault(stride, found)
         fits = (
             all(_evaluate(size, binding) == found for size, found in pairs)
             and all(low <= binding.get(s, low) <= high for s, (low, high) in self.ranges.items())
             and all(_evaluate(guard, binding) is True for guard in self.guards)
         )
         return binding if fits else None
+
+    def strides(self, inputs: Sequence[Any]) -> list[tuple[int, ...]]:
+        """The strides that the graph takes for granted of the tensors among these inputs, which it
+        serves."""
+        binding = self.bind(inputs)
+        assert binding is not None
+        known = [(s, x) for s, x in zip(self.inputs, inputs, strict=True) if s is not None]
+        return [tuple(_evaluate(size, binding) for size in s[x.ndim :]) for s, x in known]
 
 
 def read_sizes(graph: Graph, inputs: Sequence[Any], ranges: Mapping[Any, Any]) -> Sizes:

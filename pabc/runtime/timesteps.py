@@ -1,0 +1,258 @@
+"""Timesteps among a call's arguments: where they may be, and the numbers that they hold."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from numbers import Integral
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils import _pytree as pytree
+
+from pabc.passes.tracing.numbers import is_number
+from pabc.passes.tracing.structure import Structure
+
+Path = str
+"""Where an argument is in a call: the same in calls of other structures."""
+
+_FEW = 4096
+"""Elements up to which a tensor is copied whole."""
+_SHARE = 2
+"""A tensor of more than one dimension has at most one element for so many of the largest's."""
+
+
+class Hand(NamedTuple):
+    """An argument that is a timestep, and the spelling that it follows."""
+
+    path: Path
+    spelling: int
+
+
+SPELLINGS: tuple[Callable[[float], float], ...] = (
+    lambda t: t,
+    lambda t: t / 1000,
+    lambda t: t * 1000,
+    lambda t: 1000 - t,
+    lambda t: 1 - t,
+    lambda t: 1 - t / 1000,
+)
+"""How models want a scheduler's timestep t: as it is, as a noise level, counted from the data."""
+FORWARD = range(3)
+"""Those of them that count as the scheduler does."""
+
+
+class Reading(NamedTuple):
+    """What an argument holds.
+
+    Attributes:
+        elements: all of them, or the first, last, least and largest.
+        precision: how far two roundings of one number may lie apart, relative to it; 0: whole
+            numbers.
+        number: the timestep: what all elements hold, but for those of clean tokens or frames, which
+            hold 0; None: there are several.
+    """
+
+    elements: tuple[float, ...]
+    precision: float
+    number: float | None
+
+    @classmethod
+    def of(cls, elements: tuple[float, ...], precision: float) -> Reading:
+        """What these elements come to."""
+        distinct = set(elements)
+        if len(distinct) > 1:
+            distinct.discard(0.0)
+        return cls(elements, precision, distinct.pop() if len(distinct) == 1 else None)
+
+    def is_close(self, expected: float) -> bool:
+        """Whether `expected`, put into this dtype, gives this timestep."""
+        number = self.number
+        if number is None:
+            return False
+        difference = abs(expected - number)
+        if self.precision == 0:
+            return difference < 1 and (difference == 0 or abs(expected) >= 1)
+        return difference <= self.precision * max(abs(expected), abs(number))
+
+
+Waiting = Callable[[], Reading]
+"""What waits for a reading that is not at hand."""
+
+
+class Reader:
+    """Reads what may be timesteps in the calls of one model.
+
+    Not to be used by two threads at once. A tensor that is the one it was at the call before, with
+    the same values, is not read again.
+    """
+
+    def __init__(self, places: Places) -> None:
+        self._places = places
+        self._known: dict[Path, tuple[weakref.ref[torch.Tensor], int, Reading]] = {}
+
+    def read(
+        self, structure: Structure, leaves: Sequence[Any], where: Mapping[str, Any]
+    ) -> dict[Path, Reading | Waiting]:
+        """What may be a timestep, by its path; `where`: what the caller says beside the call."""
+        paths = self._places.paths(structure)
+        found = {paths[i]: self._read(paths[i], leaves[i]) for i in find_candidates(leaves)}
+        return found | self._read_context(where)
+
+    def read_at(
+        self,
+        structure: Structure,
+        leaves: Sequence[Any],
+        where: Mapping[str, Any],
+        hands: tuple[Hand, ...],
+    ) -> dict[Path, Reading | Waiting]:
+        """What is found at these places; without those that the call does not have."""
+        positions = self._places.positions(structure, hands)
+        found = {p: read(leaves[i]) for p, i in positions.items() if may_be_timestep(leaves[i])}
+        return found | self._read_context(where) if where else found
+
+    def _read_context(self, where: Mapping[str, Any]) -> dict[Path, Reading | Waiting]:
+        return {
+            f"cache_context {name}": read(value)
+            for name, value in where.items()
+            if may_be_timestep(value)
+        }
+
+    def _read(self, path: Path, leaf: Any) -> Reading | Waiting:
+        if not isinstance(leaf, torch.Tensor) or leaf.is_inference():
+            return read(leaf)
+        known = self._known.get(path)
+        if known is not None and known[0]() is leaf and known[1] == leaf._version:
+            return known[2]
+        reading = read(leaf)
+        if isinstance(reading, Reading):
+            self._known[path] = weakref.ref(leaf), leaf._version, reading
+        return reading
+
+
+class Places:
+    """Where timesteps were found in the calls of one model, by the timesteps of the schedule; all
+    its generations share them.
+
+    Attributes:
+        num_waits: calls that waited for a device so far.
+    """
+
+    def __init__(self) -> None:
+        self.num_waits = 0
+        self._hands: dict[tuple[float, ...], tuple[Hand, ...]] = {}
+        self._last: tuple[tuple[float, ...] | None, tuple[Hand, ...]] = None, ()
+        self._paths: dict[Structure, tuple[Path, ...]] = {}
+        self._positions: dict[tuple[Structure, tuple[Hand, ...]], dict[Path, int]] = {}
+
+    def get(self, timesteps: tuple[float, ...]) -> tuple[Hand, ...]:
+        """Those that are known; they followed the schedule over two distinct timesteps or more."""
+        last, hands = self._last
+        if timesteps is not last:  # whose hash would take longer
+            hands = self._hands.get(timesteps, ())
+            self._last = timesteps, hands
+        return hands
+
+    def set(self, timesteps: tuple[float, ...], hands: tuple[Hand, ...]) -> None:
+        """Remembers them."""
+        self._hands[timesteps] = hands
+        self._last = None, ()
+
+    def position(self, structure: Structure, path: Path) -> int | None:
+        """Which of the leaves is at a path, if calls of this structure have it."""
+        paths = self.paths(structure)
+        return paths.index(path) if path in paths else None
+
+    def paths(self, structure: Structure) -> tuple[Path, ...]:
+        """Where each leaf of a call of this structure is."""
+        paths = self._paths.get(structure)
+        if paths is None:
+            numbers = structure.unflatten_plain(range(structure.num_leaves))
+            found = pytree.tree_flatten_with_path(numbers)[0]
+            by_leaf = {leaf: pytree.keystr(path) for path, leaf in found}
+            paths = tuple(by_leaf[i] for i in range(structure.num_leaves))
+            self._paths[structure] = paths
+        return paths
+
+    def positions(self, structure: Structure, hands: tuple[Hand, ...]) -> dict[Path, int]:
+        """Path -> which of the leaves is there, as far as calls of this structure have it."""
+        known = self._positions.get((structure, hands))
+        if known is None:
+            wanted = {hand.path for hand in hands}
+            paths = enumerate(self.paths(structure))
+            known = {path: i for i, path in paths if path in wanted}
+            self._positions[structure, hands] = known
+        return known
+
+
+def find_candidates(leaves: Sequence[Any]) -> list[int]:
+    """Which leaves may be timesteps: numbers, and tensors that are small beside the latents."""
+    most = max((x.numel() for x in leaves if isinstance(x, torch.Tensor)), default=0) // _SHARE
+    return [
+        i
+        for i, leaf in enumerate(leaves)
+        if may_be_timestep(leaf)
+        and (not isinstance(leaf, torch.Tensor) or leaf.ndim <= 1 or leaf.numel() <= most)
+    ]
+
+
+def may_be_timestep(leaf: Any) -> bool:
+    """Whether a number can be read from it."""
+    if not isinstance(leaf, torch.Tensor):
+        return is_number(leaf)
+    return not leaf.is_meta and leaf.numel() > 0 and _precision(leaf.dtype) is not None
+
+
+def read(leaf: Any) -> Reading | Waiting:
+    """What an argument holds, or, where that is not at hand, what waits for it."""
+    if not isinstance(leaf, torch.Tensor):
+        precision = 0.0 if isinstance(leaf, Integral) else torch.finfo(torch.float32).eps
+        return Reading.of((float(leaf),), precision)
+    precision = _precision(leaf.dtype) or 0.0
+    if leaf.ndim <= 1 and leaf.is_cpu and leaf.numel() <= _FEW:
+        return Reading.of(tuple(leaf.tolist()) if leaf.ndim else (leaf.item(),), precision)
+    few = leaf if 0 not in leaf.stride() else _once(leaf)
+    if few.numel() > _FEW:
+        low, high = torch.aminmax(few)
+        ends = few[(0,) * few.ndim], few[(-1,) * few.ndim]
+        few = torch.stack([*ends, low, high])
+    return Reading.of(_summarize(few), precision) if few.is_cpu else _fetch(few, precision)
+
+
+def _once(tensor: torch.Tensor) -> torch.Tensor:
+    """An expanded tensor without its repetitions."""
+    return tensor[tuple(0 if stride == 0 else slice(None) for stride in tensor.stride())]
+
+
+def _summarize(tensor: torch.Tensor) -> tuple[float, ...]:
+    if tensor.numel() == 1:
+        return (tensor.item(),)
+    values = tensor.flatten().tolist()
+    return (values[0], values[-1], min(values), max(values))
+
+
+def _fetch(tensor: torch.Tensor, precision: float) -> Waiting:
+    """Copies without waiting for the device."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    copy.copy_(tensor, non_blocking=True)
+    arrived = torch.cuda.Event() if tensor.is_cuda else None
+    if arrived is not None:
+        arrived.record()
+
+    def get() -> Reading:
+        if arrived is not None:
+            arrived.synchronize()
+        return Reading.of(_summarize(copy), precision)
+
+    return get
+
+
+@cache
+def _precision(dtype: torch.dtype) -> float | None:
+    """How far two roundings of one number may lie apart, relative to it; 0: whole numbers; None:
+    no timesteps."""
+    if dtype.is_floating_point:
+        return 2 * torch.finfo(dtype).eps if dtype.itemsize > 1 else None
+    whole = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    return 0.0 if dtype in whole else None
