@@ -114,9 +114,10 @@ def test_an_expert_that_can_reuse_nothing_is_warned_of_once(loop, reused, steps)
     schedule = lambda ts: pabc.Schedule.from_masks(ts, {"full": mask})  # noqa: E731
     model_of = lambda step: "transformer" if step < 3 else "transformer_2"  # noqa: E731
     message = f"ran the steps from {steps} of 6 could"
-    with compile_eager(loop, schedule) as fast, pytest.warns(UserWarning, match=message) as warned:
-        fast(6, *call, model_of=model_of)
-        fast(6, *call, model_of=model_of)
+    with compile_eager(loop, schedule) as fast:
+        run_twice = lambda: [fast(6, *call, model_of=model_of) for _ in range(2)]  # noqa: E731
+        with pytest.warns(UserWarning, match=message) as warned:
+            run_twice()
     assert len(warned) == 1
 
 

@@ -191,6 +191,7 @@ def test_an_added_adapter_no_longer_fits(tracked):
     ids=["number", "flag", "list", "hook", "training", "module", "parametrization", "forward"],
 )
 def test_a_changed_value_of_a_module_no_longer_fits(scaled, caplog, change):
+    caplog.set_level("INFO")
     model, gm, weights = scaled
     copy.deepcopy(model)
     model(torch.ones(2, 4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -28,6 +29,7 @@ from pabc.runtime.stats import Recorder
 from pabc.runtime.timesteps import Places
 from pabc.schedule import Schedule
 
+logger = logging.getLogger(__name__)
 MAX_STATES = 8
 """States of the model's hooks, switches and values for which programs of one call are kept."""
 
@@ -92,6 +94,7 @@ class Programs:
         """
         self._last = None
         differences = self._find(structure, leaves, at_start=False)[1]
+        self._log_what_changed(call_key(structure, leaves, self.promotions.of(structure)))
         config = self.config
         if config.sharding is not None:
             config = replace(config, sharding=replace(config.sharding, schedule=schedule))
@@ -129,6 +132,13 @@ class Programs:
         stale = [p for p in fitting if not p.keeps_up(self._model, at_start)]
         programs[:] = [p for p in programs if p not in stale]
         return [p for p in fitting if p not in stale]
+
+    def _log_what_changed(self, key: Key) -> None:
+        """Says in what the model is not as it was for an earlier call of this kind."""
+        known = self._programs.get(key, [])
+        reason = known[-1].state_difference(self._model) if known else None
+        if reason is not None:
+            logger.warning("captured anew: %s", reason)
 
     def _keep(self, key: Key, program: Program) -> None:
         """Adds a program; of those for other states of the model, drops the first ones where they

@@ -103,7 +103,7 @@ class Weights:
             elif new is not old:
                 replaced[name] = new
         if reason is not None:
-            logger.warning("the model is not as it was captured: %s", reason)
+            logger.info("the model is not as it was captured: %s", reason)
             return None
         for name, tensor in replaced.items():
             self._tensors[name] = tensor

@@ -20,8 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from .calls import Call
+from .frozen import Same
 from .outside import patched
-from .python_state import MISSING, Change, Holder, Kind, Same, SavedWrites, Snapshot
+from .python_state import MISSING, Change, Holder, Kind, Snapshot
+from .untouched import SavedWrites
 
 _CLOSE = 1e-3
 """How far two floating-point results of the same computation may lie apart, relative to the

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -18,7 +17,8 @@ from torch._C._dynamo.guards import dict_version
 from torch.utils.hooks import RemovableHandle
 
 from .around import state_within
-from .python_state import Holder, Kind, Same, class_dict, find_holders, freeze, is_library
+from .frozen import Same, freeze, is_library
+from .python_state import Holder, Kind, class_dict, find_holders, hook_path
 
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
 _CONTAINERS = (dict, list, set)
@@ -190,8 +190,11 @@ def _describe_tensors(holder: Holder, paths: Paths) -> Description:
 
 
 def _describe_hooks(holder: Holder, paths: Paths) -> Description | None:
-    hooks = tuple(freeze(hook) for hook in holder.value.values())
-    return {"hooks": hooks} if hooks else None
+    """Of each hook, how a user finds it, what it is, and which object."""
+    path = holder.path.rpartition("_forward")[0].rstrip(".")
+    hooks = holder.value.values()
+    frozen = tuple((hook_path(path, hook), freeze(hook), Same(hook)) for hook in hooks)
+    return {"hooks": frozen} if frozen else None
 
 
 def _describe_container(holder: Holder, paths: Paths) -> Description | None:
@@ -208,9 +211,7 @@ def _value(value: Any, paths: Paths) -> Hashable:
         return "a tensor"
     if type(value) in _CONTAINERS:
         return f"a {type(value).__name__}", paths.get(id(value))
-    if isinstance(value, (FunctionType, MethodType)):
-        return freeze(value)
-    return freeze(value, 1)
+    return freeze(value)
 
 
 _DESCRIBE: dict[Kind, Callable[[Holder, Paths], Description | None]] = {
@@ -292,7 +293,7 @@ class Modules:
 
     def _differ(self, place: Place, old: Description | None, new: Description | None) -> str | None:
         where = place[0] or "the model"
-        if old == new:
+        if old == new or (place[1] == "hooks" and self._are_alike(old, new)):
             return None
         if old is None and place[1] in _REACHED:
             return None
@@ -305,6 +306,15 @@ class Modules:
                 continue
             return f"{name} of {where} changed"
         return None
+
+    def _are_alike(self, old: Description | None, new: Description | None) -> bool:
+        """Whether hooks do the same; those that the graph calls must be the same objects."""
+        before: Any = (old or {}).get("hooks", ())
+        after: Any = (new or {}).get("hooks", ())
+        return len(before) == len(after) and all(
+            a[2] == b[2] if a[0] in self._outside else a[1] == b[1]
+            for a, b in zip(before, after, strict=True)
+        )
 
     def _is_excluded(self, place: Place) -> bool:
         path = place[0]

@@ -14,10 +14,9 @@ import dis
 import functools
 import gc
 import random
-import sys
 import weakref
 from collections import UserDict, UserList, deque
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, Literal
@@ -25,18 +24,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .around import AROUND
+from .frozen import is_library, slots_of
 
-LIBRARIES = frozenset({"torch", "torchgen", "triton", "numpy", "sympy", "mpmath", "einops"}) | (
-    sys.stdlib_module_names - {"__main__"}
-)
-"""Packages whose objects and functions are not looked into: their state is their own affair."""
-_OWN = tuple(
-    f"{__name__.partition('.')[0]}.{part}"
-    for part in ("passes", "kernels", "runtime", "pipelines", "artifact", "compiled", "inplace")
-)
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _PLAIN_OBJECTS = (
     SimpleNamespace,
@@ -180,44 +171,6 @@ class Change:
     def name(self) -> str:
         """How a user finds it."""
         return self.holder.name_of(self.key)
-
-
-class SavedWrites(TorchDispatchMode):
-    """While active, keeps the values of given tensors when they are first written to."""
-
-    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
-        super().__init__()
-        self._memory = {s.data_ptr(): s for s in map(_storage, tensors) if s is not None}
-        self._saved: dict[int, torch.UntypedStorage] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func._schema.is_mutable:
-            for i, argument in enumerate(func._schema.arguments):
-                given = args[i] if i < len(args) else kwargs.get(argument.name)
-                if argument.is_write and isinstance(given, torch.Tensor):
-                    self._save(_storage(given))
-        return func(*args, **kwargs)
-
-    def _save(self, storage: torch.UntypedStorage | None) -> None:
-        address = None if storage is None else storage.data_ptr()
-        if address in self._memory and address not in self._saved:
-            self._saved[address] = self._memory[address].clone()
-
-    def restore(self) -> None:
-        """Gives the tensors the values that they had."""
-        for address, values in self._saved.items():
-            self._memory[address].copy_(values)
-
-
-def _storage(tensor: torch.Tensor) -> torch.UntypedStorage | None:
-    """Returns the memory of a tensor; None: it has none of its own, being made of others."""
-    try:
-        return tensor.untyped_storage() if tensor.device.type != "meta" else None
-    except (NotImplementedError, RuntimeError):
-        return None
 
 
 Values = Literal["none", "unregistered", "all"]
@@ -430,7 +383,7 @@ class _Walk:
         elif hasattr(type(value), "__next__") or isinstance(value, _GENERATORS):
             self.iterators.append(path)
         cls: Any = type(value)
-        slots = _slots_of(cls)
+        slots = slots_of(cls)
         if slots and not is_library(type(value).__module__):
             self._add_class(type(value))
             self._add(Holder(path, module, value, "slots", type(value), slots))
@@ -484,27 +437,11 @@ def hook_path(path: str, hook: Any) -> str:
     return _join(path, f"hook {name}")
 
 
-@functools.cache
-def _slots_of(cls: Hashable) -> frozenset[str]:
-    """Returns the names of the attributes that instances have in slots."""
-    found: set[str] = set()
-    assert isinstance(cls, type)
-    for base in cls.__mro__:
-        own = vars(base).get("__slots__", ())
-        found.update((own,) if isinstance(own, str) else own)
-    return frozenset(found - {"__dict__", "__weakref__"})
-
-
 _CODE = (FunctionType, staticmethod, classmethod, property)
 
 
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
-
-
-def is_library(name: Any) -> bool:
-    """Whether a module of that name is of a package whose state is its own affair."""
-    return str(name).partition(".")[0] in LIBRARIES or str(name).startswith(_OWN)
 
 
 def _is_of_library(function: FunctionType) -> bool:
@@ -584,62 +521,3 @@ def _globals_in(code: CodeType) -> frozenset[str]:
 def class_dict(cls: type) -> dict[str, Any]:
     """Returns the dictionary that a class's attributes are in, to read its version."""
     return next(d for d in gc.get_referents(cls.__dict__) if type(d) is dict)
-
-
-# ---- values, compared ----
-
-_VALUES = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
-_DEPTH = 4
-
-
-class Same:
-    """An object that equals itself alone; it stays alive, so that no other takes its address."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Same) and self.value is other.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-    def __repr__(self) -> str:
-        return f"this {type(self.value).__name__}"
-
-
-def freeze(value: Any, depth: int = 0) -> Hashable:
-    """Returns something that equals what this function gives for the same value later on.
-
-    Functions made anew by the same code, closing over the same values, are the same.
-    """
-    if isinstance(value, _VALUES):
-        return type(value), value
-    if isinstance(value, FunctionType):
-        return _freeze_function(value)
-    if isinstance(value, MethodType):
-        return MethodType, freeze(value.__func__), Same(value.__self__)
-    if type(value) is functools.partial:
-        parts = (value.args, tuple(value.keywords.items()))
-        return functools.partial, freeze(value.func), freeze(parts, _DEPTH - 2)
-    if type(value) not in (dict, list, tuple, set, frozenset) or depth == _DEPTH:
-        return Same(value)
-    if isinstance(value, dict):
-        items = ((freeze(k, _DEPTH), freeze(v, depth + 1)) for k, v in value.items())
-        return type(value), tuple(items)
-    inner = (freeze(v, depth + 1) for v in value)
-    return type(value), frozenset(inner) if isinstance(value, (set, frozenset)) else tuple(inner)
-
-
-def _freeze_function(function: FunctionType) -> Hashable:
-    cells = []
-    for cell in function.__closure__ or ():
-        try:
-            content = cell.cell_contents
-        except ValueError:
-            content = MISSING
-        is_shallow = isinstance(content, (*_VALUES, FunctionType)) and content is not function
-        cells.append(freeze(content) if is_shallow else Same(content))
-    return FunctionType, function.__code__, tuple(cells), freeze(function.__defaults__, _DEPTH - 1)

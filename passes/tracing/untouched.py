@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from .python_state import SavedWrites, Snapshot, is_library
+from .frozen import is_library
+from .python_state import Snapshot
 
 _FunctionCache = type(functools.lru_cache(lambda: None))
 
@@ -43,3 +46,41 @@ def _function_caches() -> list[Any]:
     """
     caches = [c for c in gc.get_referrers(_FunctionCache) if type(c) is _FunctionCache]
     return [c for c in caches if not is_library(c.__module__)]
+
+
+class SavedWrites(TorchDispatchMode):
+    """While active, keeps the values of given tensors when they are first written to."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self._memory = {s.data_ptr(): s for s in map(_storage, tensors) if s is not None}
+        self._saved: dict[int, torch.UntypedStorage] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            for i, argument in enumerate(func._schema.arguments):
+                given = args[i] if i < len(args) else kwargs.get(argument.name)
+                if argument.is_write and isinstance(given, torch.Tensor):
+                    self._save(_storage(given))
+        return func(*args, **kwargs)
+
+    def _save(self, storage: torch.UntypedStorage | None) -> None:
+        address = None if storage is None else storage.data_ptr()
+        if address in self._memory and address not in self._saved:
+            self._saved[address] = self._memory[address].clone()
+
+    def restore(self) -> None:
+        """Gives the tensors the values that they had."""
+        for address, values in self._saved.items():
+            self._memory[address].copy_(values)
+
+
+def _storage(tensor: torch.Tensor) -> torch.UntypedStorage | None:
+    """Returns the memory of a tensor; None: it has none of its own, being made of others."""
+    try:
+        return tensor.untyped_storage() if tensor.device.type != "meta" else None
+    except (NotImplementedError, RuntimeError):
+        return None
