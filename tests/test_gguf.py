@@ -107,3 +107,24 @@ def test_attributes_and_classes_of_parameters_are_seen_while_traced():
     assert torch.equal(run(fast), run(model)) and not fast.explain().outside
     assert type(model.query.weight) is Scaled and vars(model.query.weight) == {"scale": 0.01}
     assert "_make_subclass" not in vars(torch.Tensor)
+
+
+class Raised(nn.Parameter):
+    """Has each of PyTorch's functions give one more than it gives."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return result + 1 if isinstance(result, torch.Tensor) else result
+
+
+def make_raised(inner, outer):
+    made = nn.Linear(inner, outer)
+    made.weight = Raised(made.weight.detach(), requires_grad=False)
+    return made
+
+
+def test_functions_of_a_class_are_traced_and_not_called_again_by_the_graph():
+    model = Model(make_raised).eval()
+    fast = pabc.compile(model, pabc.Schedule.none(STEPS), backend="eager")
+    assert torch.equal(run(fast), run(model)) and not fast.explain().outside
