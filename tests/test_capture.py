@@ -100,14 +100,6 @@ class LazySubmodule(Small):
         return self.scale(x)
 
 
-class Counting(Small):
-    count = 0
-
-    def extra(self, x):
-        self.count += 1
-        return 1.0
-
-
 def snapshot(module):
     return {
         name: dict(vars(m)[name]) if name != "other" else None
@@ -125,7 +117,6 @@ def snapshot(module):
         LazyDictionary,
         LazyHelper,
         LazySubmodule,
-        Counting,
     ],
 )
 def test_the_model_is_as_it_was(make):

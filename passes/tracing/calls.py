@@ -109,9 +109,9 @@ class Call:
             self.tokens.clear()
             self.hooks = HookTracer(model, self.tokens)
             with (
-                self._noting_changes(model, args, kwargs),
                 parameters.as_written(),
                 _registering_unseen(model),
+                self._noting_changes(model, args, kwargs),
                 self.hooks.active(),
                 mode,
             ):
