@@ -159,6 +159,7 @@ def _finish(
     """The graph with weights as attribute reads, and the facts about it."""
     graph = program.graph
     writes = _split_off_writes(program)
+    _take_names(graph)
     # What is read already are graphs that ops take as arguments, such as flex_attention's.
     root: dict[str, Any] = {
         str(n.target): getattr(program.graph_module, str(n.target))
@@ -194,6 +195,12 @@ def _finish(
     if has_free_sizes(graph):
         gm.meta["sizes"] = read_sizes(graph, call.inputs, program.range_constraints)
     return gm
+
+
+def _take_names(graph: torch.fx.Graph) -> None:
+    """Keeps the names of nodes from those to come: torch.export renames inputs without telling the
+    graph, so that a weight may be called like one."""
+    graph._graph_namespace._used_names.update(node.name for node in graph.nodes)
 
 
 def _split_off_tensors(

@@ -62,11 +62,22 @@ def pack(leaves: Sequence[Any], promoted: Collection[int] = ()) -> list[Any]:
     ]
 
 
+def _alias(leaf: Any) -> Any:
+    """Another tensor object of the same memory.
+
+    A tracer tells tensors by identity: one tensor passed as two arguments would be one input of the
+    graph, a weight passed as an argument no input at all. It also marks the tensors that it is
+    given, with the dimensions to leave free, say, and these marks outlive the trace.
+    """
+    return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
+
+
 class Call:
     """One call of a model, in a form that a tracer can record.
 
     Attributes:
-        inputs: one per flattened argument: what the graph is to take.
+        inputs: one per flattened argument: what the graph is to take; tensors are aliases of the
+            user's own.
         args, kwargs: what the tracer is to call the model with: the inputs in their containers.
         structure: of the user's own arguments.
         result: how the model's own result is built; known once the model was traced.
@@ -82,7 +93,7 @@ class Call:
     ) -> None:
         self._leaves, self.structure = flatten((args, kwargs))
         self._promoted = frozenset(promoted)
-        self.inputs = pack(self._leaves, promoted)
+        self.inputs = [_alias(leaf) for leaf in pack(self._leaves, promoted)]
         self.args, self.kwargs = self.structure.unflatten_plain(self.inputs)
         self.result: Result | None = None
         self.left: list[Change] = []
