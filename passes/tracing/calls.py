@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from . import numbers
 from .around import calling_forward_alone, inner_forward
+from .extremes import exact_extremes
 from .hooks import HookTracer
 from .outside import patched
 from .parameters import Parameters
@@ -124,6 +125,7 @@ class Call:
                 parameters.as_written(),
                 _registering_unseen(model),
                 self.hooks.active(),
+                exact_extremes(),
                 mode,
             ):
                 results = self._take_apart(forward(*args, **kwargs))

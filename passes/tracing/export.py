@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from ..ir import is_tensor, module_path
 from .calls import Call
 from .composites import decompose_unknown_composites
+from .indexing import check_copies_are_not_written_to
 from .known_sizes import tell_sizes, with_static_sizes
 from .lean import lean_tracing, quiet_tracing
 from .numbers import RecordNumbers
@@ -87,6 +88,7 @@ def _export(
         for mode in modes:
             stack.enter_context(mode)
         program = torch.export.export(model, args, kwargs, dynamic_shapes=sizes, strict=False)
+        check_copies_are_not_written_to(program.graph)
         return decompose_unknown_composites(program)
 
 
@@ -103,12 +105,12 @@ def _trace_recorded(
     watch = True
     args, kwargs = call.args, call.kwargs
     while True:
-        reads, calls = _record(model, call, outside, reason)
+        reads, calls = _record(model, call, outside, reason, watch=watch)
         replayer = ReadReplayer(model, reads, watch=watch)
         forward: Any = partial(_with_tensors, model.forward, replayer)
         forward.__signature__ = inspect.signature(model.forward)
         replayed = replayed_outside(model, calls, call.tokens)
-        modes = (replayed, patched(model, forward), replayer, RecordNumbers())
+        modes = (replayed, patched(model, forward))
         try:
             program = _export(model, args, kwargs, *modes)
         except Exception as error:
@@ -142,6 +144,8 @@ def _record(
     call: Call,
     outside: dict[str, str],
     reason: Exception | None,
+    *,
+    watch: bool,
 ) -> tuple[list[Read], list[OutsideCall]]:
     """Runs the model once: the values that it reads from data, the calls of modules outside."""
     args, kwargs = call.args, call.kwargs
@@ -169,8 +173,12 @@ def _record(
 def _with_tensors(
     forward: Callable[..., Any], replayer: ReadReplayer, *args: Any, **kwargs: Any
 ) -> tuple[Any, list[torch.Tensor]]:
-    """The model's result, and the tensors from which values were read."""
-    result = forward(*args, **kwargs)
+    """The model's result, and the tensors from which values were read.
+
+    The modes come after torch.export's own, which reads the numbers in an index.
+    """
+    with replayer, RecordNumbers():
+        result = forward(*args, **kwargs)
     return result, [t for checked in replayer.checked for t in checked.tensors]
 
 
