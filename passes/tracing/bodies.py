@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
@@ -33,7 +35,9 @@ def trace_body(node: Node) -> GraphModule:
         args, kwargs = map_arg((node.args, node.kwargs), given.__getitem__)
         return node.target(*args, **kwargs)
 
-    return make_fx(call)(*[_own(n.meta["val"]) for n in sources])
+    inputs = [_own(n.meta["val"]) for n in sources]
+    with detect_fake_mode((node.meta["val"], inputs)) or nullcontext():  # for what has no inputs
+        return make_fx(call)(*inputs)
 
 
 def _own(val: Any) -> Any:
