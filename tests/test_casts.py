@@ -69,7 +69,8 @@ OPS: dict[str, Op] = {
     "interpolate": lambda m, x: F.interpolate((x @ m.w).mT, scale_factor=2.0, mode="linear"),
     "pixel_shuffle": lambda m, x: F.pixel_shuffle((x @ m.w).mT[..., None], 2),
     "rope by complex numbers": lambda m, x: torch.view_as_real(
-        torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * torch.polar(m.w[:1, :4], m.w[1:2, :4])
+        torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        * torch.polar(m.w[:1, :4], m.w[1:2, :4])
     ),
 }  # fmt: skip
 

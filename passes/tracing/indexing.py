@@ -1,6 +1,7 @@
 """indexing: what Python reads of tensors within an index, in a form that a graph can hold.
 
-`x[mask]` has a size that follows from data; `x[i]`, with a tensor without dimensions, reads a number.
+`x[mask]` has a size that follows from data; `x[i]` reads a number, if `i` is a tensor without
+dimensions.
 """
 
 from __future__ import annotations
@@ -82,9 +83,7 @@ def _dimension(items: Sequence[Any], spans: Sequence[int], place: int, ndim: int
     return sum(spans[:place])
 
 
-def mask_positions(
-    index: Any, counts: Sequence[int]
-) -> Any:
+def mask_positions(index: Any, counts: Sequence[int]) -> Any:
     """An index with positions in the place of masks; None where that cannot be.
 
     `counts`: how many elements of each mask are set.
@@ -111,7 +110,9 @@ def call_with_known_sizes(
     `shapes`: of the results; `value`: what they follow from.
     """
     if func is torch.Tensor.__getitem__:
-        masks = [item for item in (args[1] if isinstance(args[1], tuple) else args[1:2]) if is_mask(item)]
+        masks = [
+            item for item in (args[1] if isinstance(args[1], tuple) else args[1:2]) if is_mask(item)
+        ]
         index = mask_positions(args[1], value[len(value) - len(masks) :]) if masks else None
         return None if index is None else args[0][index]
     if func is torch.where:
@@ -128,7 +129,9 @@ def call_with_known_sizes(
 def check_copies_are_not_written_to(graph: Graph) -> None:
     """Raises `ValueError` where a write to a part picked by a tensor would not reach the whole."""
     copies = {
-        node for node in graph.nodes if is_call(node, _INDEX) and any(map(_is_position_node, node.args[1]))
+        node
+        for node in graph.nodes
+        if is_call(node, _INDEX) and any(map(_is_position_node, node.args[1]))
     }
     for node in graph.nodes:
         for source in _written(node):

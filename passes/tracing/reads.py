@@ -311,6 +311,7 @@ class ReadReplayer(TorchFunctionMode):
         self._places: dict[int, torch.Tensor] = {}
         """Tensors of positions that were searched for, and what is computed from them."""
         self._coming = deque(reads)
+        self._num_reads = len(self._coming)
         self._functions = {read.function for read in self._coming}
         self._frames = _Frames(model)
 
@@ -337,7 +338,9 @@ class ReadReplayer(TorchFunctionMode):
                     return args[0]
             with self:
                 args = (args[0], with_numbers(args[1], torch.Tensor.item), *args[2:])
-        read = self._next(func) if func in self._functions and _may_read(func, args, kwargs) else None
+        read = (
+            self._next(func) if func in self._functions and _may_read(func, args, kwargs) else None
+        )
         if read is None:
             return func(*args, **kwargs)
         if read.shapes is not None:
@@ -360,6 +363,12 @@ class ReadReplayer(TorchFunctionMode):
         dtype = torch.double if type(read.value) is float else torch.int64
         tensor = tensors[0].reshape(()).to(dtype, copy=True)  # it may be written to later
         return TracedNumber(read.value, tensor, _Record(read, self.checked))
+
+    def skip(self, num_reads: int, num_checked: int) -> None:
+        """Goes to where so many values had been read when recorded, and so many are checked."""
+        while len(self._coming) > self._num_reads - num_reads:
+            self._coming.popleft()
+        del self.checked[num_checked:]
 
     def _can_watch(self, value: Any, source: torch.Tensor) -> bool:
         """Whether a number can be a value of the graph: one that is computed with, or a position;
