@@ -182,6 +182,7 @@ def _finish(
     gm = make_module(root, graph)
     checked = _split_off_tensors(graph, call, [] if replayer is None else replayer.checked)
     gm.meta["reads"] = Reads.of(gm, checked)
+    gm.meta["compiled"] = tuple(dict.fromkeys(call.compiled))
     gm.meta["calls"] = (*calls, *call.hooks.calls)
     names = tuple(n for n in inputs if n in writes)
     if names:

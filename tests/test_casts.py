@@ -25,9 +25,7 @@ class Weights(nn.Module):
         self.w = nn.Parameter(torch.randn(WIDTH, WIDTH) / 3)
         self.k = nn.Parameter(torch.randn(WIDTH, WIDTH, 3) / 3)
         self.gru_cell, self.lstm_cell = nn.GRUCell(WIDTH, WIDTH), nn.LSTMCell(WIDTH, WIDTH)
-        self.gru, self.lstm = (
-            kind(WIDTH, WIDTH, batch_first=True, bidirectional=True) for kind in (nn.GRU, nn.LSTM)
-        )
+        self.gru, self.lstm = (kind(WIDTH, WIDTH, batch_first=True) for kind in (nn.GRU, nn.LSTM))
         self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
         self.transformer = nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=True)
 
@@ -45,8 +43,8 @@ OPS: dict[str, Op] = {
     "kron": lambda m, x: torch.kron(m.w, x[0]),
     "a GRU's cell": lambda m, x: m.gru_cell(x[0]),
     "an LSTM's cell": lambda m, x: m.lstm_cell(x[0])[0],
-    "a GRU": lambda m, x: m.gru(x)[0],
-    "an LSTM": lambda m, x: m.lstm(x)[0],
+    "a GRU": lambda m, x: m.gru(x[:, :2])[0],
+    "an LSTM": lambda m, x: m.lstm(x[:, :2])[0],
     "linear": lambda m, x: F.linear(x, m.w, m.w[0]),
     "matmul": lambda m, x: torch.matmul(x, m.w),
     "baddbmm": lambda m, x: torch.baddbmm(x, x @ x.mT, x),
@@ -103,7 +101,6 @@ class Runs(nn.Module):
 
 MODES = {
     "around the model": (torch.bfloat16, None, None),
-    "in the model": (None, True, None),
     "off within": (torch.bfloat16, None, False),
     "off, and on within": (torch.bfloat16, False, True),
     "in the model, off within": (None, True, False),

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from . import numbers
 from .around import calling_forward_alone, inner_forward
+from .compiled import noting_compiled
 from .extremes import exact_extremes
 from .hooks import HookTracer
 from .outside import patched
@@ -87,6 +88,7 @@ class Call:
         keeping: paths of modules that leave something behind, so that each call of them counts.
         tokens: what calls of these, and of hooks, gave in the last trace; they follow the results.
         hooks: the hooks that it met.
+        compiled: what it met that the model compiles itself.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class Call:
         self.keeping: set[str] = set()
         self.tokens: list[torch.Tensor] = []
         self.hooks = HookTracer(nn.Module(), self.tokens)
+        self.compiled: list[str] = []
         self._given: Any = None
         self._forward: Any = None
 
@@ -126,6 +129,7 @@ class Call:
                 _registering_unseen(model),
                 self.hooks.active(),
                 exact_extremes(),
+                noting_compiled(model) as self.compiled,
                 mode,
             ):
                 results = self._take_apart(forward(*args, **kwargs))

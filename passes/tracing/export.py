@@ -6,7 +6,7 @@ A module that stops the trace is left outside of the graph, and the trace is tri
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
@@ -117,6 +117,11 @@ def _trace_recorded(
     watch = True
     while True:
         reads, calls, noted = _record(model, call, outside, reason, watch=watch)
+        if arrays := {r.path: str(r) for r in reads if r.is_float_array and r.path}:
+            if not arrays.keys().isdisjoint(outside):
+                raise ValueError(f"pabc could not capture {type(model).__name__}: {arrays}")
+            _join(outside, model, arrays)
+            continue
         replayer = ReadReplayer(model, reads, watch=watch)
         finder = FailureFinder(model, noted, replayer, outside)
         forward: Any = partial(_with_tensors, model.forward, replayer)
@@ -131,15 +136,13 @@ def _trace_recorded(
                 found = {find_failing_module(model, error): stopped_with(error)}
         else:
             unknown = with_static_sizes(program.graph)
-            arrays = [c.read for c in replayer.checked if c.read.is_float_array and c.read.path]
-            if not arrays and not unknown:
+            if not unknown:
                 tell_sizes(program.graph)
                 return program, replayer, calls
             found = {}
-            if not unknown or not replayer.watches:
-                sizes = {module_path(n): f"the size of {n.name} follows from data" for n in unknown}
-                found = {**sizes, **{read.path: str(read) for read in arrays}}
-                reason = ValueError(next(reversed(found.values())))
+            if not replayer.watches:
+                found = {module_path(n): f"the size of {n.name} follows from data" for n in unknown}
+                reason = ValueError(next(iter(found.values())))
         if not found:
             watch = False  # a number was used as none of a graph can be
             continue
@@ -148,9 +151,14 @@ def _trace_recorded(
                 f"pabc could not capture {type(model).__name__}: torch.export stopped in its own "
                 f"forward with {one_line(reason)}"
             ) from reason
-        for path, why in found.items():
-            outside.update(dict.fromkeys(find_alike(model, path) - outside.keys(), why))
+        _join(outside, model, found)
         watch = True
+
+
+def _join(outside: dict[str, str], model: nn.Module, found: Mapping[str, str]) -> None:
+    """Adds modules, each with those that run the same code, and why."""
+    for path, why in found.items():
+        outside.update(dict.fromkeys(find_alike(model, path) - outside.keys(), why))
 
 
 def _record(
@@ -176,6 +184,7 @@ def _record(
             torch.random.fork_rng(devices),
             noted.active(),
             calls.active(),
+            torch.compiler.set_stance("force_eager"),  # modes would be compiled with it
             reads,
         ):
             model.forward(*args, **kwargs)
