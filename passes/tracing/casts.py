@@ -122,8 +122,10 @@ def _has_casts_within(node: Node) -> bool:
 
 def _is_listed(op: torch._ops.OpOverload, device: str) -> bool:
     """Whether autocast has casts of its own for an op: then it is off within."""
-    key = torch._C._parse_dispatch_key(f"Autocast{device.upper()}")
-    return op.has_kernel_for_dispatch_key(key or torch._C.DispatchKey.AutocastPrivateUse1)
+    parse = torch._C._parse_dispatch_key
+    return op.has_kernel_for_dispatch_key(
+        parse(f"Autocast{device.upper()}") or parse("AutocastPrivateUse1")  # type: ignore[arg-type]
+    )
 
 
 class _Dtypes(TorchDispatchMode):

@@ -11,11 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo import eval_frame
+from torch._higher_order_ops import utils
 
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__))
-_WRAPPER = "compile_wrapper"
-"""What torch.compile puts in a function's place."""
 
 
 @contextmanager
@@ -25,31 +23,44 @@ def noting_compiled(model: nn.Module) -> Iterator[list[str]]:
     A tracer calls the function beneath: nothing else tells that it was compiled.
     """
     noted: list[str] = []
-    own = eval_frame.set_eval_frame
+    paths = {id(module): name for name, module in model.named_modules()}
+    # What the function that torch.compile gives asks right before it calls the one beneath.
+    own = utils._in_hop_compile
 
-    def note(callback: Any) -> Any:
-        frame = sys._getframe(1)
-        if frame.f_code.co_name == _WRAPPER:
-            noted.append(_describe(model, frame))
-        return own(callback)
+    def note() -> bool:
+        of_pytorch = own()
+        if not of_pytorch:
+            found = _describe(paths, sys._getframe(1))
+            noted.extend(() if found is None else (found,))
+        return of_pytorch
 
-    eval_frame.set_eval_frame = note
+    utils._in_hop_compile = note
     try:
         yield noted
     finally:
-        eval_frame.set_eval_frame = own
+        utils._in_hop_compile = own
 
 
-def _describe(model: nn.Module, frame: FrameType) -> str:
-    """The module that is compiled, or the function and the module that calls it."""
-    paths = {id(module): name for name, module in model.named_modules()}
+def _describe(paths: dict[int, str], frame: FrameType) -> str | None:
+    """The module that is compiled, or the function and the module that calls it; None for functions
+    of PyTorch's own, which compiles the branches of a conditional."""
     function = frame.f_locals.get("fn")
-    caller: FrameType | None = frame
-    while caller is not None and id(caller.f_locals.get("self")) not in paths:
-        caller = caller.f_back
-    path = "" if caller is None else paths[id(caller.f_locals["self"])]
-    where = path or "the model"
-    file = getattr(getattr(function, "__code__", None), "co_filename", None)
-    if file is None or file.startswith(_TORCH):
-        return where
-    return f"{function.__qualname__} in {where}"  # type: ignore[union-attr]
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
+    if id(owner) in paths:
+        return paths[id(owner)]
+    file = getattr(getattr(function, "__code__", None), "co_filename", _TORCH)
+    if file.startswith(_TORCH):
+        return None
+    return f"{getattr(function, '__qualname__', function)} in {_caller(paths, frame)}"
+
+
+def _caller(paths: dict[int, str], frame: FrameType | None) -> str:
+    """The module whose code makes a call."""
+    while frame is not None:
+        path = paths.get(id(frame.f_locals.get("self")))
+        if path is not None:
+            return path or "the model"
+        frame = frame.f_back
+    return "the model"

@@ -6,7 +6,7 @@ dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -102,7 +102,7 @@ def mask_positions(index: Any, counts: Sequence[int]) -> Any:
 
 
 def call_with_known_sizes(
-    func: Any, args: Sequence[Any], kwargs: dict[str, Any], shapes: Sequence[Any], value: Any
+    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], shapes: Sequence[Any], value: Any
 ) -> Any:
     """What a function gives whose result has a size that follows from data, but is known; None for
     functions of which that is left to :mod:`pabc.passes.tracing.known_sizes`.

@@ -189,6 +189,8 @@ class OutsideRecorder:
 
 
 class _AttentionCounter(TorchDispatchMode):
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self.count = 0

@@ -207,6 +207,8 @@ class _Frames:
 class _Watch(TorchDispatchMode):
     """Notices ops whose result, or its size, is read from data."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self.seen = False
@@ -217,7 +219,7 @@ class _Watch(TorchDispatchMode):
         if func in _MASKING:  # tagged, but most indices are positions
             indices = [i for i in args[1] if i is not None]
             self.seen = self.seen or any(i.dtype in MASKS for i in indices)
-        elif _FROM_DATA & set(func.tags):
+        elif _FROM_DATA & set(getattr(func, "tags", ())):
             self.seen = True
         return func(*args, **(kwargs or {}))
 
