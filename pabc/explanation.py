@@ -50,6 +50,8 @@ class Explanation:
             they are, each with the reason.
         assumed: what the graph takes for granted of data, read by the model's own Python code:
             other values get a capture of their own.
+        compiled: what the model compiles itself: it is traced as written, so that its numerics are
+            those of the backend here.
         inputs: the names of the graph's inputs; `latents` names the one that is denoised.
         plan: the plan, where there is a schedule.
         fit: how the plan came to keep within a memory budget, where there is one.
@@ -66,6 +68,7 @@ class Explanation:
     inputs: tuple[str, ...]
     latents: str
     assumed: tuple[str, ...] = ()
+    compiled: tuple[str, ...] = ()
     plan: Plan | None = None
     fit: Fit | None = None
     offloaded: bool = False
@@ -111,6 +114,7 @@ class Explanation:
             *others,
             *(f"  outside: {line}" for line in self.outside),
             *(f"  assumed: {line}" for line in self.assumed),
+            *(f"  compiled by the model, traced as written: {line}" for line in self.compiled),
         ]
 
     def _kind_of(self, region: RegionFacts) -> str:
@@ -170,6 +174,7 @@ def describe(guarded: GraphModule, **facts: Any) -> Explanation:
         flops=per_kind,
         outside=guarded.meta["outside"] + _modules_outside(guarded),
         assumed=tuple(map(str, guarded.meta["reads"].entries)),
+        compiled=guarded.meta.get("compiled", ()),
         inputs=signature.inputs,
         latents=guarded.meta["latents"],
         communication=Communication.of(guarded),

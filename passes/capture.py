@@ -159,6 +159,7 @@ def _finish(
     """The graph with weights as attribute reads, and the facts about it."""
     graph = program.graph
     writes = _split_off_writes(program)
+    _take_names(graph)
     # What is read already are graphs that ops take as arguments, such as flex_attention's.
     root: dict[str, Any] = {
         str(n.target): getattr(program.graph_module, str(n.target))
@@ -181,6 +182,7 @@ def _finish(
     gm = make_module(root, graph)
     checked = _split_off_tensors(graph, call, [] if replayer is None else replayer.checked)
     gm.meta["reads"] = Reads.of(gm, checked)
+    gm.meta["compiled"] = tuple(dict.fromkeys(call.compiled))
     gm.meta["calls"] = (*calls, *call.hooks.calls)
     names = tuple(n for n in inputs if n in writes)
     if names:
@@ -194,6 +196,12 @@ def _finish(
     if has_free_sizes(graph):
         gm.meta["sizes"] = read_sizes(graph, call.inputs, program.range_constraints)
     return gm
+
+
+def _take_names(graph: torch.fx.Graph) -> None:
+    """Keeps the names of nodes from those to come: torch.export renames inputs without telling the
+    graph, so that a weight may be called like one."""
+    graph._graph_namespace._used_names.update(node.name for node in graph.nodes)
 
 
 def _split_off_tensors(

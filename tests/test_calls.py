@@ -3,6 +3,7 @@
 import inspect
 import warnings
 from collections import OrderedDict
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple
@@ -10,14 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import capture_call
+from conftest import capture_call, run_graph
 from generations import compile_eager, make_call, run_alone
 from models import Tiny
 from test_capture import CASE, SCHEDULE, Small, Table
 from torch import nn
 
 import pabc
-from pabc.passes import bind_arguments
+from pabc.passes import bind_arguments, capture
 
 
 def options(x, scale=2.0, *, shift=None, flags=(1, 2)):
@@ -281,3 +282,83 @@ def test_fallbacks_have_their_true_reason(change, reason):
     fast(*make_call(0, 0), texts)
     fast(*make_call(0, 1), change(texts))
     assert fast.stats.fallbacks == {reason: 1}
+
+
+class Pairs(Small):
+    """Takes tensors that may be one, in an argument each, in containers, or the model's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("a", torch.randn(3, 4))
+
+    def forward(self, x, a, b, more=None):
+        y = super().forward(x) + a - 2 * b + 3 * self.a
+        return y if more is None else y + 5 * more["c"][0] + 7 * more["d"]
+
+
+def _one():
+    return torch.randn(3, 4)
+
+
+def _nested(a, b, c, d):
+    return {"a": a, "b": b, "more": {"c": [c], "d": d}}
+
+
+def _same_twice(model):
+    one = _one()
+    return _nested(one, one, one, one)
+
+
+def _overlapping(model):
+    row = torch.randn(9, 4)
+    return _nested(row[:3], row[2:5], row[1:4], row[6:])
+
+
+def _expanded(model):
+    one = torch.randn(1, 4)
+    return _nested(*(one.expand(3, 4) for _ in range(4)))
+
+
+def _weights(model):
+    return _nested(model.weight[:3].detach(), model.a, model.a, _one())
+
+
+@pytest.mark.parametrize("first", [_same_twice, _overlapping, _expanded, _weights])
+def test_one_tensor_in_several_arguments_is_several_arguments(first):
+    model = Pairs().eval()
+    gm = capture(model, (), {"x": torch.randn(3, 4), **first(model)})
+    x, *others = (_one() for _ in range(5))
+    (found,) = gm(x, *others)
+    assert torch.equal(found, model(x, **_nested(*others)))
+
+
+def test_a_parameter_may_be_called_like_an_input():
+    class Named(Small):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.randn(4))
+
+        def forward(self, x, scale):
+            return super().forward(x) * scale + self.scale
+
+    model, call = Named().eval(), {"x": torch.randn(3, 4), "scale": torch.randn(4)}
+    gm = capture(model, (), call)
+    gm.graph.lint()
+    assert torch.equal(run_graph(gm, call), model(**call))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_tensors_of_the_user_have_no_marks_after_a_trace(fails):
+    class Plain(Small):
+        def forward(self, x):
+            if fails and isinstance(x.shape[0], torch.SymInt):
+                raise RuntimeError("sizes must be known")
+            return super().forward(x)
+
+    model, x = Plain().eval(), torch.randn(3, 4)
+    before = dict(vars(x))
+    with pytest.raises(ValueError, match="must be known") if fails else nullcontext():
+        capture(model, (), {"x": x}, dynamic=True)
+    assert vars(x) == before
+    capture(model, (), {"x": x})
+    assert vars(x) == before

@@ -21,6 +21,7 @@ _FACTS = (
     "latents",
     "outside",
     "aliases",
+    "compiled",
     "written",
     "writes",
     "deleted",

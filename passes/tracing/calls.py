@@ -21,6 +21,8 @@ from torch.utils import _pytree as pytree
 
 from . import numbers
 from .around import calling_forward_alone, inner_forward
+from .compiled import noting_compiled
+from .extremes import exact_extremes
 from .hooks import HookTracer
 from .outside import patched
 from .parameters import Parameters
@@ -62,11 +64,22 @@ def pack(leaves: Sequence[Any], promoted: Collection[int] = ()) -> list[Any]:
     ]
 
 
+def _alias(leaf: Any) -> Any:
+    """Another tensor object of the same memory.
+
+    A tracer tells tensors by identity: one tensor passed as two arguments would be one input of the
+    graph, a weight passed as an argument no input at all. It also marks the tensors that it is
+    given, with the dimensions to leave free, say, and these marks outlive the trace.
+    """
+    return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
+
+
 class Call:
     """One call of a model, in a form that a tracer can record.
 
     Attributes:
-        inputs: one per flattened argument: what the graph is to take.
+        inputs: one per flattened argument: what the graph is to take; tensors are aliases of the
+            user's own.
         args, kwargs: what the tracer is to call the model with: the inputs in their containers.
         structure: of the user's own arguments.
         result: how the model's own result is built; known once the model was traced.
@@ -75,6 +88,7 @@ class Call:
         keeping: paths of modules that leave something behind, so that each call of them counts.
         tokens: what calls of these, and of hooks, gave in the last trace; they follow the results.
         hooks: the hooks that it met.
+        compiled: what it met that the model compiles itself.
     """
 
     def __init__(
@@ -82,7 +96,7 @@ class Call:
     ) -> None:
         self._leaves, self.structure = flatten((args, kwargs))
         self._promoted = frozenset(promoted)
-        self.inputs = pack(self._leaves, promoted)
+        self.inputs = [_alias(leaf) for leaf in pack(self._leaves, promoted)]
         self.args, self.kwargs = self.structure.unflatten_plain(self.inputs)
         self.result: Result | None = None
         self.left: list[Change] = []
@@ -90,6 +104,7 @@ class Call:
         self.keeping: set[str] = set()
         self.tokens: list[torch.Tensor] = []
         self.hooks = HookTracer(nn.Module(), self.tokens)
+        self.compiled: list[str] = []
         self._given: Any = None
         self._forward: Any = None
 
@@ -113,6 +128,8 @@ class Call:
                 _registering_unseen(model),
                 self._noting_changes(model, args, kwargs),
                 self.hooks.active(),
+                exact_extremes(),
+                noting_compiled(model) as self.compiled,
                 mode,
             ):
                 results = self._take_apart(forward(*args, **kwargs))

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from ..attention_ops import is_attention_op
-from ..ir import GETITEM, SOFTMAXES, aten, freeze, is_tensor, layout_key, output_node
+from ..ir import GETITEM, SOFTMAXES, aten, is_tensor, layout_key
 from ..provenance.axis_rules import RULES
+from .bodies import COMPOSITE, call_key, splice_body, trace_body
+from .casts import without_autocast, write_out_casts_within
 from .sizes import has_free_sizes
 
-_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 _KEPT = frozenset({*RULES, *SOFTMAXES, aten.dropout.default})
 """Composites that the passes know as they are: a projection, a fused attention, a norm."""
 
@@ -34,15 +35,19 @@ def decompose_unknown_composites(program: ExportedProgram) -> ExportedProgram:
     if not _needs_whole_trace(program) and _expand(program.graph):
         program.graph_module.recompile()
         return program
+    write_out_casts_within(program.graph_module)
     table: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
     fresh = find_unknown_composites(program.graph)
-    while True:
-        table.update((op, partial(op._op_dk, _COMPOSITE)) for op in fresh)
-        # Not the default table: it would break fused attention into its parts.
-        program = program.run_decompositions(dict(table))
-        fresh = find_unknown_composites(program.graph) - table.keys()
-        if not fresh:
-            return program
+    with ExitStack() as stack:
+        while True:
+            table.update((op, partial(op._op_dk, COMPOSITE)) for op in fresh)
+            # Not the default table: it would break fused attention into its parts.
+            program = program.run_decompositions(dict(table))
+            fresh = find_unknown_composites(program.graph) - table.keys()
+            if not fresh:
+                return program
+            # By now casts are written out, and it is forgotten where autocast had been off.
+            stack.enter_context(without_autocast())
 
 
 def _needs_whole_trace(program: ExportedProgram) -> bool:
@@ -102,7 +107,7 @@ def _takes_memory(op: Any) -> bool:
     if not isinstance(op, torch._ops.OpOverload):
         return False
     may_alias = any(result.alias_info is not None for result in op._schema.returns)
-    return not may_alias and (op in _KEPT or not op.has_kernel_for_dispatch_key(_COMPOSITE))
+    return not may_alias and (op in _KEPT or not op.has_kernel_for_dispatch_key(COMPOSITE))
 
 
 def _expand(graph: Graph) -> bool:
@@ -114,26 +119,18 @@ def _expand(graph: Graph) -> bool:
     if not _has_plain_ops(graph):
         return False
     forms = {node: _functional_form(node) for node in graph.nodes if _is_write(node)}
-    keys = {n: _call_key(n) for n in graph.nodes if n.op == "call_function" and _is_taken_apart(n)}
+    keys = {n: call_key(n) for n in graph.nodes if n.op == "call_function" and _is_taken_apart(n)}
     bodies: dict[Hashable, GraphModule] = {}
     for node, key in keys.items():
         if key not in bodies:
-            bodies[key] = _trace(node)
+            bodies[key] = trace_body(node)
     if any(_is_write(node) for body in bodies.values() for node in body.graph.nodes):
         return False
     for node, form in forms.items():
         node.target = form
     for node, key in keys.items():
-        _splice(graph, node, bodies[key])
+        splice_body(node, bodies[key])
     return True
-
-
-def _call_key(node: Node) -> Hashable:
-    """What the ops that a call comes to follow from."""
-    sources = node.all_input_nodes
-    index = {source: i for i, source in enumerate(sources)}
-    layouts = tuple(layout_key(source.meta["val"]) for source in sources)
-    return node.target, freeze((node.args, node.kwargs), index), layouts
 
 
 def _is_taken_apart(node: Node) -> bool:
@@ -141,51 +138,12 @@ def _is_taken_apart(node: Node) -> bool:
     if not isinstance(op, torch._ops.OpOverload) or is_attention_op(node):
         return False
     may_alias = any(result.alias_info is not None for result in op._schema.returns)
-    composite = op.has_kernel_for_dispatch_key(_COMPOSITE)
+    composite = op.has_kernel_for_dispatch_key(COMPOSITE)
     return composite and (_is_unknown(op) or may_alias)
-
-
-def _trace(node: Node) -> GraphModule:
-    """The ops that a call of a composite comes to; its inputs are the node's, in order."""
-    sources = node.all_input_nodes
-
-    def call(*values: torch.Tensor) -> Any:
-        given = dict(zip(sources, values, strict=True))
-        args, kwargs = map_arg((node.args, node.kwargs), given.__getitem__)
-        return node.target(*args, **kwargs)
-
-    # Tensors of their own: several nodes may have one fake tensor, and traces tell by identity.
-    vals = [source.meta["val"] for source in sources]
-    inputs = [val.new_empty_strided(val.shape, val.stride()) for val in vals]
-    return make_fx(call)(*inputs)
 
 
 def _is_write(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
-def _splice(graph: Graph, node: Node, body: GraphModule) -> None:
-    """Replaces a call by a graph of its inputs."""
-    facts = {name: fact for name, fact in node.meta.items() if name != "val"}
-    placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
-    inner: dict[Node, Node] = dict(zip(placeholders, node.all_input_nodes, strict=True))
-    ops = [n for n in body.graph.nodes if n.op == "call_function"]
-    with graph.inserting_before(node):
-        for op in ops:
-            inner[op] = graph.node_copy(op, inner.__getitem__)
-            inner[op].meta = {**facts, "val": op.meta["val"]}
-    results = output_node(body.graph).args[0]
-    if isinstance(results, Node):
-        node.replace_all_uses_with(inner[results])
-    else:
-        for user in list(node.users):
-            assert user.target is GETITEM, f"{user.name} takes the list that {node.name} returns"
-            user.replace_all_uses_with(inner[results[user.args[1]]])
-            graph.erase_node(user)
-    graph.erase_node(node)
-    for op in reversed(ops):
-        if not inner[op].users:
-            graph.erase_node(inner[op])
 
 
 def find_unknown_composites(graph: Graph) -> set[torch._ops.OpOverload]:
@@ -199,5 +157,5 @@ def _is_unknown(op: torch._ops.OpOverload) -> bool:
     return (
         op not in _KEPT
         and torch.Tag.pointwise not in op.tags
-        and op.has_kernel_for_dispatch_key(_COMPOSITE)
+        and op.has_kernel_for_dispatch_key(COMPOSITE)
     )

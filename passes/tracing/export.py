@@ -6,7 +6,7 @@ A module that stops the trace is left outside of the graph, and the trace is tri
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
@@ -18,11 +18,20 @@ from torch.utils import _pytree as pytree
 from ..ir import is_tensor, module_path
 from .calls import Call
 from .composites import decompose_unknown_composites
+from .failures import (
+    CallRecorder,
+    FailureFinder,
+    find_alike,
+    find_failing_module,
+    one_line,
+    stopped_with,
+)
+from .indexing import check_copies_are_not_written_to
 from .known_sizes import tell_sizes, with_static_sizes
 from .lean import lean_tracing, quiet_tracing
 from .numbers import RecordNumbers
 from .outside import OutsideCall, OutsideRecorder, patched, replayed_outside
-from .reads import OWN_FOLDERS, Read, ReadRecorder, ReadReplayer
+from .reads import Read, ReadRecorder, ReadReplayer
 from .untouched import untouched
 
 
@@ -65,7 +74,7 @@ def export_any_sizes(model: nn.Module, call: Call) -> torch.export.ExportedProgr
             model, call.args, call.kwargs, sizes=pytree.tree_map(free, dict(bound.arguments))
         )
     except Exception as error:
-        raise ValueError(f"torch.export stopped with {_one_line(error)}") from error
+        raise ValueError(f"torch.export stopped with {one_line(error)}") from error
     if unknown := with_static_sizes(program.graph):
         raise ValueError(f"the size of {unknown[0].name} follows from data")
     return program
@@ -77,8 +86,10 @@ def _export(
     kwargs: dict[str, Any],
     *modes: AbstractContextManager,
     sizes: dict[str, Any] | None = None,
+    check: Callable[[], None] | None = None,
 ) -> torch.export.ExportedProgram:
-    """`sizes`: which dimensions are free, as torch.export wants it; None: they are constants."""
+    """`sizes`: which dimensions are free, as torch.export wants it; None: they are constants.
+    `check`: called once the model is traced."""
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(untouched(model))
@@ -87,6 +98,9 @@ def _export(
         for mode in modes:
             stack.enter_context(mode)
         program = torch.export.export(model, args, kwargs, dynamic_shapes=sizes, strict=False)
+        if check is not None:
+            check()
+        check_copies_are_not_written_to(program.graph)
         return decompose_unknown_composites(program)
 
 
@@ -101,40 +115,50 @@ def _trace_recorded(
     `reason`: why the model cannot be traced without.
     """
     watch = True
-    args, kwargs = call.args, call.kwargs
     while True:
-        reads, calls = _record(model, call, outside, reason)
+        reads, calls, noted = _record(model, call, outside, reason, watch=watch)
+        if arrays := {r.path: str(r) for r in reads if r.is_float_array and r.path}:
+            if not arrays.keys().isdisjoint(outside):
+                raise ValueError(f"pabc could not capture {type(model).__name__}: {arrays}")
+            _join(outside, model, arrays)
+            continue
         replayer = ReadReplayer(model, reads, watch=watch)
+        finder = FailureFinder(model, noted, replayer, outside)
         forward: Any = partial(_with_tensors, model.forward, replayer)
         forward.__signature__ = inspect.signature(model.forward)
         replayed = replayed_outside(model, calls, call.tokens)
-        modes = (replayed, patched(model, forward), replayer, RecordNumbers())
+        modes = (finder.active(), replayed, patched(model, forward))
         try:
-            program = _export(model, args, kwargs, *modes)
+            program = _export(model, call.args, call.kwargs, *modes, check=finder.stop_if_found)
         except Exception as error:
-            if replayer.watches:
-                watch = False  # a number was used as none of a graph can be
-                continue
-            failing, reason = _failing_module(model, error), error
-            why = f"torch.export stopped in it with {_one_line(error)}"
+            found, reason = finder.found, finder.reason or error
+            if not found and not replayer.watches:
+                found = {find_failing_module(model, error): stopped_with(error)}
         else:
-            arrays = [c.read for c in replayer.checked if c.read.is_float_array and c.read.path]
             unknown = with_static_sizes(program.graph)
-            if unknown and replayer.watches:
-                watch = False
-                continue
-            if not arrays and not unknown:
+            if not unknown:
                 tell_sizes(program.graph)
                 return program, replayer, calls
-            failing = arrays[0].path if arrays else module_path(unknown[0])
-            why = str(arrays[0]) if arrays else f"the size of {unknown[0].name} follows from data"
-            reason = ValueError(why)
-        if not failing or failing in outside:
+            found = {}
+            if not replayer.watches:
+                found = {module_path(n): f"the size of {n.name} follows from data" for n in unknown}
+                reason = ValueError(next(iter(found.values())))
+        if not found:
+            watch = False  # a number was used as none of a graph can be
+            continue
+        if "" in found or not found.keys().isdisjoint(outside):
             raise ValueError(
                 f"pabc could not capture {type(model).__name__}: torch.export stopped in its own "
-                f"forward with {_one_line(reason)}"
+                f"forward with {one_line(reason)}"
             ) from reason
-        outside.update(dict.fromkeys(_alike(model, failing), why))
+        _join(outside, model, found)
+        watch = True
+
+
+def _join(outside: dict[str, str], model: nn.Module, found: Mapping[str, str]) -> None:
+    """Adds modules, each with those that run the same code, and why."""
+    for path, why in found.items():
+        outside.update(dict.fromkeys(find_alike(model, path) - outside.keys(), why))
 
 
 def _record(
@@ -142,10 +166,15 @@ def _record(
     call: Call,
     outside: dict[str, str],
     reason: Exception | None,
-) -> tuple[list[Read], list[OutsideCall]]:
-    """Runs the model once: the values that it reads from data, the calls of modules outside."""
+    *,
+    watch: bool,
+) -> tuple[list[Read], list[OutsideCall], Sequence[Any]]:
+    """Runs the model once: the values that it reads from data, the calls of modules outside, and
+    all calls of modules."""
     args, kwargs = call.args, call.kwargs
-    reads, calls = ReadRecorder(model), OutsideRecorder(model, outside, call.keeping)
+    reads = ReadRecorder(model, watch=watch)
+    calls = OutsideRecorder(model, outside, call.keeping)
+    noted = CallRecorder(model, reads.reads, outside)
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     devices = {t.device for t in tensors if t.is_cuda}
     try:
@@ -153,54 +182,28 @@ def _record(
             torch.no_grad(),
             untouched(model, runs=True),
             torch.random.fork_rng(devices),
+            noted.active(),
             calls.active(),
+            torch.compiler.set_stance("force_eager"),  # modes would be compiled with it
             reads,
         ):
             model.forward(*args, **kwargs)
     except Exception as error:
         raise ValueError(
             f"pabc could not capture {type(model).__name__}: torch.export stopped with "
-            f"{_one_line(reason)}; running the model to see which values it reads from data "
-            f"stopped with {_one_line(error)}"
+            f"{one_line(reason)}; running the model to see which values it reads from data "
+            f"stopped with {one_line(error)}"
         ) from reason
-    return reads.reads, calls.calls
+    return reads.reads, calls.calls, noted.calls
 
 
 def _with_tensors(
     forward: Callable[..., Any], replayer: ReadReplayer, *args: Any, **kwargs: Any
 ) -> tuple[Any, list[torch.Tensor]]:
-    """The model's result, and the tensors from which values were read."""
-    result = forward(*args, **kwargs)
+    """The model's result, and the tensors from which values were read.
+
+    The modes come after torch.export's own, which reads the numbers in an index.
+    """
+    with replayer, RecordNumbers():
+        result = forward(*args, **kwargs)
     return result, [t for checked in replayer.checked for t in checked.tensors]
-
-
-def _one_line(error: BaseException | None) -> str:
-    first = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {first}"
-
-
-def _alike(model: nn.Module, path: str) -> set[str]:
-    """The modules that run the same code as one: where it cannot be traced, nor can they."""
-    kind = type(model.get_submodule(path))
-    return {name for name, module in model.named_modules() if name and type(module) is kind}
-
-
-def _failing_module(model: nn.Module, error: BaseException) -> str:
-    """The qualified name of the innermost module whose own code raised; empty: the model itself."""
-    paths = {id(module): name for name, module in model.named_modules()}
-    chain: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and current not in chain:
-        chain.append(current)
-        current = current.__cause__ or current.__context__
-    for raised in reversed(chain):
-        found = None
-        trace = raised.__traceback__
-        while trace is not None:
-            frame = trace.tb_frame
-            if not frame.f_code.co_filename.startswith(OWN_FOLDERS):
-                found = paths.get(id(frame.f_locals.get("self")), found)
-            trace = trace.tb_next
-        if found is not None:
-            return found
-    return ""

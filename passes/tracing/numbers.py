@@ -25,6 +25,7 @@ from torch.fx import Graph, Node
 from torch.overrides import TorchFunctionMode
 
 from ..ir import aten, is_call
+from .indexing import can_select, select_positions
 
 
 class NumberIsReadError(ValueError):
@@ -194,12 +195,23 @@ class RecordNumbers(TorchFunctionMode):
             (number,) = [x for x in (*args, *kwargs.values()) if x is numbers[0]]  # not a size
             constant = func(*_replace(args, plain), **_replace(kwargs, plain))
             return constant.fill_(number.tensor)
+        if func is torch.Tensor.__getitem__:
+            index = _with_tensors(args[1])
+            if can_select(args[0], index):
+                source, rest = select_positions(args[0], index)
+                return source[rest] if rest else source
         if all(number.policy.records for number in numbers):
             if not _is_elementwise(func, args, kwargs):
                 return func(*_replace(args, _value), **_replace(kwargs, _value))
         elif func is torch.Tensor.__getitem__:
             raise NumberIsReadError("an index needs the value of a number")
         return _call(func, args, kwargs)
+
+
+def _with_tensors(index: Any) -> Any:
+    """An index with the tensors of numbers in their place."""
+    items = index if isinstance(index, tuple) else (index,)
+    return tuple(item.tensor if isinstance(item, TracedNumber) else item for item in items)
 
 
 def _is_elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

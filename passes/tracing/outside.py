@@ -66,6 +66,15 @@ class ResultLayout:
     dtype: torch.dtype
     device: torch.device
 
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> ResultLayout:
+        """The layout of a tensor."""
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+
+    def empty(self) -> torch.Tensor:
+        """A tensor of this layout, with any values."""
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
+
 
 @dataclass(slots=True)
 class OutsideCall:
@@ -101,7 +110,7 @@ class OutsideCall:
         with torch._C._EnableTorchFunction():
             result = self.call.run(self.model.get_submodule(self.path).forward, tensors)
         results, found = TensorCall.of((result,), {})
-        layouts = tuple(map(_layout, found))
+        layouts = tuple(map(ResultLayout.of, found))
         if layouts != self.layouts or results != self.results:
             raise RuntimeError(
                 f"{self.path} runs outside of the graph: expected results like those captured, "
@@ -115,13 +124,7 @@ class OutsideCall:
 
     def fake(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """Empty results of the right layout."""
-        return [
-            *(
-                torch.empty_strided(x.shape, x.strides, dtype=x.dtype, device=x.device)
-                for x in self.layouts
-            ),
-            *self._token(),
-        ]
+        return [*(layout.empty() for layout in self.layouts), *self._token()]
 
     def register(self) -> None:
         """Makes this call an op; it lives as long as `library`."""
@@ -131,10 +134,6 @@ class OutsideCall:
         self.library.impl(name, self.run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{OUTSIDE}::{name}", self.fake, lib=self.library)
         self.op = getattr(getattr(torch.ops, OUTSIDE), name).default
-
-
-def _layout(tensor: torch.Tensor) -> ResultLayout:
-    return ResultLayout(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
 
 
 class OutsideRecorder:
@@ -147,6 +146,7 @@ class OutsideRecorder:
         of those that leave something behind."""
         self.calls: list[OutsideCall] = []
         self._model, self._reasons, self._keeping = model, reasons, keeping
+        self._is_within = False
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -158,17 +158,21 @@ class OutsideRecorder:
             yield
 
     def _run(self, path: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._is_within:
+            return forward(*args, **kwargs)  # by another module that runs as it is
         call, inputs = TensorCall.of(args, kwargs)
         versions = [tensor._version for tensor in inputs]
+        self._is_within = True
         with torch._C.DisableTorchFunction(), _AttentionCounter() as counter:
             result = forward(*args, **kwargs)  # what it reads is its own affair
+        self._is_within = False
         if versions != [tensor._version for tensor in inputs]:
             raise ValueError(
                 f"{path} cannot be traced ({self._reasons[path]}), nor run outside of a graph: it "
                 "writes to its arguments"
             )
         results, tensors = TensorCall.of((result,), {})
-        layouts = tuple(map(_layout, tensors))
+        layouts = tuple(map(ResultLayout.of, tensors))
         self.calls.append(
             OutsideCall(
                 self._model,
@@ -185,6 +189,8 @@ class OutsideRecorder:
 
 
 class _AttentionCounter(TorchDispatchMode):
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self.count = 0

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import ir
 from ..ir import MASKS, aten
+from .indexing import call_with_known_sizes, can_select, select_positions, with_numbers
 from .numbers import Policy, TracedNumber, plain
 from .outside import TensorCall
 
@@ -38,6 +39,14 @@ _UNSEEN = (torch.Tensor.numpy, torch.Tensor.__array__)
 _INDEXING = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
 _REPEATS = (torch.repeat_interleave, torch.Tensor.repeat_interleave)
 _MASKING = (aten.index.Tensor, aten._unsafe_index.Tensor)
+_SEARCHES = frozenset(
+    getattr(room, name)
+    for room in (torch, torch.Tensor)
+    for name in ("argmax", "argmin", "nonzero", "where", "searchsorted", "bucketize")
+    if hasattr(room, name)
+)
+"""Functions whose results, if they are integers, are positions."""
+_POSITIONS = (torch.int64, torch.int32)
 _FROM_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 Measure = Callable[[Sequence[torch.Tensor]], Any]
 """Takes a value from tensors, or what the size of a result follows from."""
@@ -198,6 +207,8 @@ class _Frames:
 class _Watch(TorchDispatchMode):
     """Notices ops whose result, or its size, is read from data."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self.seen = False
@@ -208,7 +219,7 @@ class _Watch(TorchDispatchMode):
         if func in _MASKING:  # tagged, but most indices are positions
             indices = [i for i in args[1] if i is not None]
             self.seen = self.seen or any(i.dtype in MASKS for i in indices)
-        elif _FROM_DATA & set(func.tags):
+        elif _FROM_DATA & set(getattr(func, "tags", ())):
             self.seen = True
         return func(*args, **(kwargs or {}))
 
@@ -216,9 +227,11 @@ class _Watch(TorchDispatchMode):
 class ReadRecorder(TorchFunctionMode):
     """While active, notes each value that is read from data, in order, in `reads`."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, watch: bool) -> None:
+        """`watch`: of a tensor that is looked up by one, the trace is to find the place itself."""
         super().__init__()
         self.reads: list[Read] = []
+        self._watch = watch
         self._frames = _Frames(model)
 
     def __torch_function__(
@@ -229,8 +242,12 @@ class ReadRecorder(TorchFunctionMode):
             with self:
                 return _to_list(args[0])
         if func in _INDEXING:
+            if self._watch and func is torch.Tensor.__getitem__ and can_select(*args):
+                args = select_positions(args[0], args[1])
+                if not args[1]:
+                    return args[0]
             with self:
-                args = (args[0], _with_numbers(args[1]), *args[2:])
+                args = (args[0], with_numbers(args[1], torch.Tensor.item), *args[2:])
         with _Watch() as watch:
             result = func(*args, **kwargs)
         if result is not None and (watch.seen or func in _UNSEEN):
@@ -261,15 +278,19 @@ def _size_source(
     return tensors, ShapesOf(func, call)
 
 
-def _with_numbers(index: Any) -> Any:
-    """An index whose tensors without dimensions are read one by one: indexing itself would."""
-    if isinstance(index, tuple):
-        return tuple(map(_with_numbers, index))
-    if isinstance(index, slice):
-        return slice(*map(_with_numbers, (index.start, index.stop, index.step)))
-    if isinstance(index, torch.Tensor) and index.ndim == 0 and index.dtype not in MASKS:
-        return index.item()
-    return index
+def _may_read(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of a function that may read from data does: other calls of it, on the same
+    line, say, do not."""
+    if func is torch.Tensor.__getitem__:
+        plain = (int, slice, type(None), type(Ellipsis))
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        return not all(
+            item.dtype not in MASKS if isinstance(item, torch.Tensor) else isinstance(item, plain)
+            for item in index
+        )
+    if func is torch.where:
+        return len(args) + len(kwargs) == 1
+    return func not in _REPEATS or not isinstance(kwargs.get("repeats", args[-1]), int)
 
 
 def _to_list(tensor: torch.Tensor) -> Any:
@@ -283,40 +304,79 @@ class ReadReplayer(TorchFunctionMode):
     """While active, gives the recorded values in place of reading; `checked` gains the tensors."""
 
     def __init__(self, model: nn.Module, reads: Iterable[Read], *, watch: bool) -> None:
-        """`watch`: a float of :meth:`torch.Tensor.item` is a value of the graph where it can be."""
+        """`watch`: a float of :meth:`torch.Tensor.item`, or a position that was searched for, is a
+        value of the graph where it can be."""
         super().__init__()
         self.checked: list[Checked] = []
         self.watches = False
         self._watch = watch
+        self._places: dict[int, torch.Tensor] = {}
+        """Tensors of positions that were searched for, and what is computed from them."""
         self._coming = deque(reads)
+        self._num_reads = len(self._coming)
         self._functions = {read.function for read in self._coming}
         self._frames = _Frames(model)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        result = self._call(func, args, kwargs or {})
+        if self._watch and (func in _SEARCHES or self._places):
+            self._note_places(func, (args, kwargs), result)
+        return result
+
+    def _note_places(self, func: Any, arguments: Any, result: Any) -> None:
+        if func in _SEARCHES or any(id(t) in self._places for t in _tensors(arguments)):
+            for tensor in _tensors(result):
+                if tensor.dtype in _POSITIONS:
+                    self._places[id(tensor)] = tensor
+
+    def _call(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         if func in _INDEXING:
+            if self._watch and func is torch.Tensor.__getitem__ and can_select(*args):
+                self.watches = True
+                args = select_positions(args[0], args[1])
+                if not args[1]:
+                    return args[0]
             with self:
-                args = (args[0], _with_numbers(args[1]), *args[2:])
-        read = self._next(func) if func in self._functions else None
+                args = (args[0], with_numbers(args[1], torch.Tensor.item), *args[2:])
+        read = (
+            self._next(func) if func in self._functions and _may_read(func, args, kwargs) else None
+        )
         if read is None:
             return func(*args, **kwargs)
         if read.shapes is not None:
+            givers, measure = _size_source(func, args, kwargs)
+            result = call_with_known_sizes(func, args, kwargs, read.shapes, read.value)
+            if result is not None:
+                self.checked.append(Checked(read, measure, givers))
+                return result
             result = func(*args, **kwargs)
             if not any(free_unbacked_symbols(tensor.shape) for tensor in _tensors(result)):
                 return result
-            givers, measure = _size_source(func, args, kwargs)
             self.checked.append(Checked(read, measure, givers))
             return _fix_sizes(result, read.shapes)
         call, tensors = TensorCall.of(args, kwargs)
         again = Again(read.function, call)
-        if not self._watch or func is not torch.Tensor.item or type(read.value) is not float:
+        if func is not torch.Tensor.item or not self._can_watch(read.value, tensors[0]):
             self.checked.append(Checked(read, again, tensors))
             return read.value
         self.watches = True
-        tensor = tensors[0].reshape(()).to(torch.double, copy=True)  # it may be written to later
+        dtype = torch.double if type(read.value) is float else torch.int64
+        tensor = tensors[0].reshape(()).to(dtype, copy=True)  # it may be written to later
         return TracedNumber(read.value, tensor, _Record(read, self.checked))
+
+    def skip(self, num_reads: int, num_checked: int) -> None:
+        """Goes to where so many values had been read when recorded, and so many are checked."""
+        while len(self._coming) > self._num_reads - num_reads:
+            self._coming.popleft()
+        del self.checked[num_checked:]
+
+    def _can_watch(self, value: Any, source: torch.Tensor) -> bool:
+        """Whether a number can be a value of the graph: one that is computed with, or a position;
+        other integers are sizes, as a rule."""
+        is_place = type(value) is int and id(source) in self._places
+        return self._watch and (type(value) is float or is_place)
 
     def _next(self, func: Any) -> Read | None:
         """The record of this call; those before it were made by code that did not run again."""

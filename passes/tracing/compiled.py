@@ -1,0 +1,65 @@
+"""compiled: what the model compiles itself, which a trace enters as it is written."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+from torch import nn
+from torch._higher_order_ops import utils
+
+_TORCH = os.path.dirname(os.path.abspath(torch.__file__))
+
+
+@contextmanager
+def noting_compiled(model: nn.Module) -> Iterator[list[str]]:
+    """Gives a list that gains a line for each call of something under torch.compile.
+
+    A tracer calls the function beneath: nothing else tells that it was compiled.
+    """
+    noted: list[str] = []
+    paths = {id(module): name for name, module in model.named_modules()}
+    # What the function that torch.compile gives asks right before it calls the one beneath.
+    own = utils._in_hop_compile
+
+    def note() -> bool:
+        of_pytorch = own()
+        if not of_pytorch:
+            found = _describe(paths, sys._getframe(1))
+            noted.extend(() if found is None else (found,))
+        return of_pytorch
+
+    utils._in_hop_compile = note
+    try:
+        yield noted
+    finally:
+        utils._in_hop_compile = own
+
+
+def _describe(paths: dict[int, str], frame: FrameType) -> str | None:
+    """The module that is compiled, or the function and the module that calls it; None for functions
+    of PyTorch's own, which compiles the branches of a conditional."""
+    function = frame.f_locals.get("fn")
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
+    if id(owner) in paths:
+        return paths[id(owner)]
+    file = getattr(getattr(function, "__code__", None), "co_filename", _TORCH)
+    if file.startswith(_TORCH):
+        return None
+    return f"{getattr(function, '__qualname__', function)} in {_caller(paths, frame)}"
+
+
+def _caller(paths: dict[int, str], frame: FrameType | None) -> str:
+    """The module whose code makes a call."""
+    while frame is not None:
+        path = paths.get(id(frame.f_locals.get("self")))
+        if path is not None:
+            return path or "the model"
+        frame = frame.f_back
+    return "the model"
