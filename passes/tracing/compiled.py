@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,7 +44,7 @@ def noting_compiled(model: nn.Module) -> Iterator[list[str]]:
 def _describe(paths: dict[int, str], frame: FrameType) -> str | None:
     """The module that is compiled, or the function and the module that calls it; None for functions
     of PyTorch's own, which compiles the branches of a conditional."""
-    function = frame.f_locals.get("fn")
+    function: Any = frame.f_locals.get("fn")
     while hasattr(function, "__wrapped__"):
         function = function.__wrapped__
     owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
