@@ -152,6 +152,17 @@ def test_a_flag_that_is_set_for_one_call_of_a_step():
     assert fast.stats.captures == 2
 
 
+def test_a_hook_within_a_branch_has_what_was_kept_computed_anew():
+    model, calls = make_model(), make_calls()
+    fast = pabc.compile(model, FULL, backend="eager")
+    with torch.no_grad():
+        fast(**calls[0])
+        handle = model.blocks[0].attn.register_forward_hook(lambda module, args, y: y * 2)
+        assert torch.equal(fast(**calls[1]), model(**calls[1]))
+    handle.remove()
+    assert fast.stats.fallbacks == {"model": 1}
+
+
 def doubled(forward):
     return lambda self, *args, **kwargs: forward(self, *args, **kwargs) * 2
 

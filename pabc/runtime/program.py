@@ -165,6 +165,8 @@ class Program:
         assert isinstance(other, Program)
         if other is self:
             return "shape" if source.layout != self.phases.layout(inputs) else "weights"
+        if not other._weights.are_of_this_state:
+            return "model"
         theirs, own = other._described(), self._described()
         if theirs.keys() != own.keys():
             return "arguments"  # of another structure, or no tensors where there were

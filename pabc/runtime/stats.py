@@ -25,8 +25,8 @@ class Stats:
         computed, reused, stored: regions, one per slot and call.
         fallbacks: reason -> calls that computed what was to be reused: `shape`, `dtype`, `device`,
             `arguments` (others, or other values of constants): the call differs so from the one
-            before it; `weights`: a tensor of the
-            model was replaced; `missing`: the step that stores the value was not run;
+            before it; `weights`: a tensor of the model was replaced; `model`: a hook, a method or a
+            Python value of it changed; `missing`: the step that stores the value was not run;
             `timestep`: it is not sure which step the call is, since its timestep is that of the
             call before, or another step's.
         nbytes: bytes that slots hold now.

@@ -64,6 +64,11 @@ class Weights:
         in words; None: nothing."""
         return self._modules.difference(self._watching(model))
 
+    @property
+    def are_of_this_state(self) -> bool:
+        """Whether the model's Python state, as last looked at, is the one that was captured."""
+        return self._watch is None or self._modules.hold(self._watch)
+
     def are_there(self, model: nn.Module) -> bool:
         """Whether the model still has these very tensors."""
         own = ((n, t) for n, t in self._tensors.items() if not n.startswith(CONSTANTS))
