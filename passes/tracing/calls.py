@@ -23,10 +23,11 @@ from . import numbers
 from .around import calling_forward_alone, inner_forward
 from .compiled import noting_compiled
 from .extremes import exact_extremes
+from .holders import Change
 from .hooks import HookTracer
 from .outside import patched
 from .parameters import Parameters
-from .python_state import Change, Snapshot
+from .python_state import Snapshot
 from .structure import Structure, flatten, holds_tensors
 
 _TRACED = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)

@@ -21,8 +21,9 @@ from torch.utils import _pytree as pytree
 
 from .calls import Call
 from .frozen import Same
+from .holders import MISSING, Change, Holder, Kind
 from .outside import patched
-from .python_state import MISSING, Change, Holder, Kind, Snapshot
+from .python_state import Snapshot
 from .untouched import SavedWrites
 
 _CLOSE = 1e-3

@@ -1,7 +1,7 @@
 """frozen: Python values in a form that can be compared with what they are later on.
 
 What can change in place (a container, an array) is compared by identity here: the walk over a
-model's state (:mod:`pabc.passes.tracing.python_state`) looks at what it holds. So are tensors and
+model's state (:mod:`pabc.passes.tracing.walk`) looks at what it holds. So are tensors and
 modules. Functions and objects that are made anew alike are the same: libraries that set a hook for
 one call make all of it anew each time.
 """

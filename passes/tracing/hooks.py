@@ -18,7 +18,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .outside import OutsideCall, TensorCall
-from .python_state import HOOKS, Snapshot, hook_path
+from .python_state import Snapshot
+from .walk import HOOKS, hook_path
 
 
 @dataclass(slots=True, kw_only=True)

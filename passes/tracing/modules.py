@@ -18,7 +18,8 @@ from torch.utils.hooks import RemovableHandle
 
 from .around import state_within
 from .frozen import Same, freeze, is_library
-from .python_state import Holder, Kind, class_dict, find_holders, hook_path
+from .holders import Holder, Kind
+from .walk import find_holders, hook_path
 
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
 _CONTAINERS = (dict, list, set)
@@ -84,7 +85,7 @@ class _Look:
         contained = [h.value for h in rest["container"] if _is_looked_at(h)]
         self._versioned = [
             *versions,
-            *(class_dict(h.value) for h in rest["class"]),
+            *(_class_dict(h.value) for h in rest["class"]),
             *(value for value in contained if isinstance(value, dict)),
         ]
         self._counted = list(lengths)
@@ -136,6 +137,11 @@ _OF_MODULES: tuple[Kind, ...] = ("module", "children", "tensors", "hooks", "obje
 def _is_looked_at(holder: Holder) -> bool:
     """Whether a container is more than a module's own bookkeeping."""
     return holder.path.rpartition(".")[2] not in _BOOKKEEPING
+
+
+def _class_dict(cls: type) -> dict[str, Any]:
+    """Returns the dictionary that a class's attributes are in, to read its version."""
+    return next(d for d in gc.get_referents(cls.__dict__) if type(d) is dict)
 
 
 def _by_kind(holders: Iterable[Holder]) -> dict[Kind, list[Holder]]:
