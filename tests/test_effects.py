@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import itertools
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -237,6 +238,26 @@ def test_a_region_with_a_module_that_keeps_state_is_computed_at_every_step():
     generate(fast, make_calls())
     assert model.blocks[0].attn.count == NUM_STEPS
     assert [region.path for region in fast.explain().regions] == ["blocks.1.mlp", "blocks.2.attn"]
+
+
+def test_a_module_that_no_trace_can_enter_and_that_keeps_state_is_never_left_out():
+    class Untraceable(nn.Module):
+        count = 0
+
+        def forward(self, x):
+            self.count += 1
+            return torch.from_numpy(x.numpy() * self.count)
+
+    torch.manual_seed(0)
+    model = make(Plain, Branch(), Mlp(), Branch())
+    model.blocks[1].mlp.append(Untraceable())
+    schedule = pabc.Schedule.pyramid(range(NUM_STEPS, 0, -1), mlp=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there is no region left that the schedule asks for
+        found = generate(pabc.compile(model, schedule, backend="eager"), make_calls())
+    assert model.blocks[1].mlp[-1].count == NUM_STEPS
+    model.blocks[1].mlp[-1].count = 0
+    assert all(map(torch.equal, found, generate(model, make_calls())))
 
 
 def builds_a_table(self, own, x):

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..attention_ops import is_attention
 from ..ir import EFFECT, OUTSIDE, SOFTMAXES
+from .python_state import Snapshot
 from .structure import Structure, flatten
 
 _numbers = count()
@@ -162,10 +163,14 @@ class OutsideRecorder:
             return forward(*args, **kwargs)  # by another module that runs as it is
         call, inputs = TensorCall.of(args, kwargs)
         versions = [tensor._version for tensor in inputs]
+        module = self._model.get_submodule(path)
+        before = Snapshot([(path, path, module)], values="all")
         self._is_within = True
-        with torch._C.DisableTorchFunction(), _AttentionCounter() as counter:
-            result = forward(*args, **kwargs)  # what it reads is its own affair
-        self._is_within = False
+        try:
+            with torch._C.DisableTorchFunction(), _AttentionCounter() as counter:
+                result = forward(*args, **kwargs)  # what it reads is its own affair
+        finally:
+            self._is_within = False
         if versions != [tensor._version for tensor in inputs]:
             raise ValueError(
                 f"{path} cannot be traced ({self._reasons[path]}), nor run outside of a graph: it "
@@ -182,7 +187,7 @@ class OutsideRecorder:
                 call,
                 layouts,
                 results,
-                path in self._keeping,
+                path in self._keeping or bool(before.changes()),
             )
         )
         return result

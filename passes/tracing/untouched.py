@@ -51,6 +51,8 @@ def _function_caches() -> list[Any]:
 class SavedWrites(TorchDispatchMode):
     """While active, keeps the values of given tensors when they are first written to."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         super().__init__()
         self._memory = {s.data_ptr(): s for s in map(_storage, tensors) if s is not None}
