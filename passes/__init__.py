@@ -30,7 +30,7 @@ from .tracing.effects import delete_arguments
 from .tracing.fakes import share_fake_mode
 from .tracing.hooks import HookCall
 from .tracing.outside import OutsideCall
-from .tracing.reads import Read
+from .tracing.records import Read
 from .tracing.sizes import Sizes, concrete, fold_sizes, hinted
 
 __all__ = [

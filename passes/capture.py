@@ -26,7 +26,8 @@ from .tracing.foreign import refuse_hooks
 from .tracing.modules import Modules
 from .tracing.numbers import check_numbers_stay_tensors
 from .tracing.outside import OutsideCall
-from .tracing.reads import Checked, ReadReplayer
+from .tracing.reads import ReadReplayer
+from .tracing.records import Checked
 from .tracing.sizes import has_free_sizes, read_sizes
 from .tracing.structure import Structure
 

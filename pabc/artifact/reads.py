@@ -13,7 +13,7 @@ from pabc.artifact.graphs import GraphReader, GraphWriter
 from pabc.artifact.values import Json, decode, encode
 from pabc.passes.tracing.assumptions import Reads
 from pabc.passes.tracing.numbers import Comparison
-from pabc.passes.tracing.reads import (
+from pabc.passes.tracing.records import (
     Again,
     Asked,
     Checked,

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from ..ir import copy_into, make_module, user_inputs
-from .reads import Checked, Read
+from .records import Checked, Read
 
 
 class Reads:

@@ -31,7 +31,8 @@ from .known_sizes import tell_sizes, with_static_sizes
 from .lean import lean_tracing, quiet_tracing
 from .numbers import RecordNumbers
 from .outside import OutsideCall, OutsideRecorder, patched, replayed_outside
-from .reads import Read, ReadRecorder, ReadReplayer
+from .reads import ReadRecorder, ReadReplayer
+from .records import Read
 from .untouched import untouched
 
 

@@ -18,7 +18,8 @@ from torch import fx, nn
 
 from ..ir import module_path
 from .outside import ResultLayout, TensorCall, patched
-from .reads import OWN_FOLDERS, Read, ReadReplayer
+from .reads import OWN_FOLDERS, ReadReplayer
+from .records import Read
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), dict, list, tuple, set, frozenset)
 

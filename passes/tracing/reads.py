@@ -13,7 +13,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -29,6 +29,7 @@ from ..ir import MASKS, aten
 from .indexing import call_with_known_sizes, can_select, select_positions, with_numbers
 from .numbers import Policy, TracedNumber, plain
 from .outside import TensorCall
+from .records import Again, Asked, Checked, Count, Measure, Read, ShapesOf, Total, tensors_in
 
 OWN_FOLDERS = tuple(
     os.path.dirname(os.path.abspath(file)) for file in (torch.__file__, ir.__file__)
@@ -48,110 +49,6 @@ _SEARCHES = frozenset(
 """Functions whose results, if they are integers, are positions."""
 _POSITIONS = (torch.int64, torch.int32)
 _FROM_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-Measure = Callable[[Sequence[torch.Tensor]], Any]
-"""Takes a value from tensors, or what the size of a result follows from."""
-
-
-@dataclass(frozen=True, slots=True)
-class Again:
-    """Calls what the model called."""
-
-    function: Callable[..., Any]
-    call: TensorCall
-
-    def __call__(self, given: Sequence[torch.Tensor]) -> Any:
-        """The value that is read."""
-        return self.call.run(self.function, given)
-
-
-@dataclass(frozen=True, slots=True)
-class ShapesOf:
-    """Calls what the model called, for the shapes of its results."""
-
-    function: Callable[..., Any]
-    call: TensorCall
-
-    def __call__(self, given: Sequence[torch.Tensor]) -> Any:
-        """One shape per tensor."""
-        return tuple(tuple(t.shape) for t in _tensors(self.call.run(self.function, given)))
-
-
-@dataclass(frozen=True, slots=True)
-class Count:
-    """How many elements of each mask are set."""
-
-    def __call__(self, given: Sequence[torch.Tensor]) -> Any:
-        """One number per mask."""
-        return tuple(int(t.count_nonzero()) for t in given)
-
-
-@dataclass(frozen=True, slots=True)
-class Total:
-    """How many repeats there are."""
-
-    def __call__(self, given: Sequence[torch.Tensor]) -> Any:
-        """The sum."""
-        return int(given[0].sum())
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What is asked of a number: how it compares, the answer in a tuple; None: its value."""
-
-    ask: Callable[[Any], bool] | None
-
-    def __call__(self, given: Sequence[torch.Tensor]) -> Any:
-        """The answer for the number that a tensor holds."""
-        return self.answer(given[0].item())
-
-    def answer(self, number: Any) -> Any:
-        """The answer for a number."""
-        if self.ask is None:
-            return number
-        return (bool(self.ask(number)),)
-
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """One value taken from data.
-
-    Attributes:
-        function: what was called, e.g. `torch.Tensor.item`.
-        site: file and line of the model's code that called it.
-        path: the qualified name of the module whose code that is; empty for the model itself.
-        value: what came out: a number, an array.
-        shapes: of a result whose size follows from data; then `value` is what the size follows
-            from: how many elements of a mask are set, how many repeats there are.
-        compared: whether `value` is how a number compares, in the order of comparisons.
-    """
-
-    function: Callable[..., Any]
-    site: str
-    path: str
-    value: Any
-    shapes: tuple[tuple[int, ...], ...] | None = None
-    compared: bool = False
-
-    @property
-    def is_float_array(self) -> bool:
-        """Whether it is an array of floating-point values: never the same twice."""
-        return getattr(self.value, "ndim", 0) > 0 and self.value.dtype.kind == "f"
-
-    def __str__(self) -> str:
-        name = getattr(self.function, "__name__", str(self.function))
-        size = getattr(self.value, "shape", None)
-        found = str(self.value) if size is None else f"an array of shape {tuple(size)}"
-        verb = "takes" if self.shapes is not None else "compares as" if self.compared else "gives"
-        return f"{name} {verb} {found} in {self.path or 'the model'} ({self.site})"
-
-
-@dataclass(frozen=True, slots=True)
-class Checked:
-    """A read with the tensors it was taken from, as they occur in a trace or its graph."""
-
-    read: Read
-    again: Measure
-    tensors: tuple[Any, ...]
 
 
 class _Record(Policy):
@@ -251,7 +148,7 @@ class ReadRecorder(TorchFunctionMode):
         with _Watch() as watch:
             result = func(*args, **kwargs)
         if result is not None and (watch.seen or func in _UNSEEN):
-            shapes = tuple(tuple(tensor.shape) for tensor in _tensors(result))
+            shapes = tuple(tuple(tensor.shape) for tensor in tensors_in(result))
             site, path = self._frames.site(), self._frames.path()
             if shapes:
                 givers, measure = _size_source(func, args, kwargs)
@@ -259,10 +156,6 @@ class ReadRecorder(TorchFunctionMode):
             else:
                 self.reads.append(Read(func, site, path, result))
         return result
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def _size_source(
@@ -326,8 +219,8 @@ class ReadReplayer(TorchFunctionMode):
         return result
 
     def _note_places(self, func: Any, arguments: Any, result: Any) -> None:
-        if func in _SEARCHES or any(id(t) in self._places for t in _tensors(arguments)):
-            for tensor in _tensors(result):
+        if func in _SEARCHES or any(id(t) in self._places for t in tensors_in(arguments)):
+            for tensor in tensors_in(result):
                 if tensor.dtype in _POSITIONS:
                     self._places[id(tensor)] = tensor
 
@@ -352,7 +245,7 @@ class ReadReplayer(TorchFunctionMode):
                 self.checked.append(Checked(read, measure, givers))
                 return result
             result = func(*args, **kwargs)
-            if not any(free_unbacked_symbols(tensor.shape) for tensor in _tensors(result)):
+            if not any(free_unbacked_symbols(tensor.shape) for tensor in tensors_in(result)):
                 return result
             self.checked.append(Checked(read, measure, givers))
             return _fix_sizes(result, read.shapes)
