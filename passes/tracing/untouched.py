@@ -62,7 +62,7 @@ class SavedWrites(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func._schema.is_mutable:
+        if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
             for i, argument in enumerate(func._schema.arguments):
                 given = args[i] if i < len(args) else kwargs.get(argument.name)
                 if argument.is_write and isinstance(given, torch.Tensor):
