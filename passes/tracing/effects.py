@@ -247,7 +247,8 @@ class _Runs:
         """The leaves of the result, and of what is left under each name."""
         given = [_copy(leaf) for leaf in leaves]
         memory = {t.untyped_storage().data_ptr() for t in given if isinstance(t, torch.Tensor)}
-        with torch.random.fork_rng(_devices(self._call.tensors)):
+        stance = torch.compiler.set_stance("force_eager")  # modes would be compiled with it
+        with stance, torch.random.fork_rng(_devices(self._call.tensors)):
             result = self._call.run(given)
         left = {_key(c): _value(c) for c in self._snapshot.changes()}
         for name, values in left.items():

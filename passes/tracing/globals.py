@@ -10,7 +10,7 @@ from typing import Any
 
 from .frozen import is_library
 
-_ENTRIES = ("forward", "__call__")
+ENTRIES = ("forward", "__call__")
 """Methods that a call of a model, or of an object in it, begins with."""
 
 
@@ -24,7 +24,7 @@ class CodeScan:
     def __init__(self, functions: dict[FunctionType, None]) -> None:
         """`functions`: those that objects hold: replaced methods, hooks."""
         self._held = functions
-        self._called: set[str] = set(_ENTRIES)
+        self._called: set[str] = set(ENTRIES)
         self._waiting: dict[str, list[FunctionType]] = {}
         self._scanned: set[FunctionType] = set()
 

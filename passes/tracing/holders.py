@@ -49,7 +49,8 @@ class Holder:
             its parameters or buffers, its hooks; a container; a variable; a class; globals;
             attributes in slots; the values of a NumPy array.
         owner: whose attributes they are: its class; None: no object's.
-        names: of globals, those that the code names; of slots, all; None: all are looked at.
+        names: of globals, those that the code names; of slots, all; of a library's class, those
+            that a call begins with; None: all are looked at.
     """
 
     path: str
@@ -67,6 +68,7 @@ class Holder:
         if self.kind == "array":
             return {"": value.tobytes()}
         if self.names is not None:
+            value = vars(value) if isinstance(value, type) else value
             return {name: value[name] for name in self.names if name in value}
         if isinstance(value, type):
             return dict(vars(value))

@@ -17,7 +17,7 @@ from torch import nn
 
 from .around import AROUND
 from .frozen import is_library, slots_of
-from .globals import CodeScan, is_of_library
+from .globals import ENTRIES, CodeScan, is_of_library
 from .holders import Holder, Kind
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
@@ -85,8 +85,11 @@ class Walk:
             fresh = [cls for cls in self._classes if cls not in done]
             for cls in fresh:
                 done.add(cls)
-                holder = Holder(f"class {cls.__qualname__}", None, cls, "class")
+                own = frozenset(ENTRIES) if is_library(cls.__module__) else None
+                holder = Holder(f"class {cls.__qualname__}", None, cls, "class", None, own)
                 self.holders.append(holder)
+                if own is not None:  # PyTorch sets attributes of its own classes
+                    continue
                 for name, value in vars(cls).items():
                     if not name.startswith("__") and not isinstance(value, _CODE):
                         self.visit(holder.name_of(name), None, value)
