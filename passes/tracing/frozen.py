@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Hashable
+from dataclasses import dataclass
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -53,6 +54,14 @@ class Same:
         return f"this {type(self.value).__name__}"
 
 
+@dataclass(frozen=True, slots=True)
+class FrozenObject:
+    """An object that is what its attributes hold."""
+
+    kind: type
+    held: Hashable
+
+
 def freeze(value: Any, within: tuple[int, ...] = ()) -> Hashable:
     """Returns something that equals what this function gives for the same value later on.
 
@@ -79,7 +88,7 @@ def freeze(value: Any, within: tuple[int, ...] = ()) -> Hashable:
         kind: Any = type(value)
         names = (*getattr(value, "__dict__", ()), *sorted(slots_of(kind)))
         held = ((name, freeze(getattr(value, name, None), inner)) for name in names)
-        return kind, tuple(held)
+        return FrozenObject(kind, tuple(held))
     return Same(value)
 
 

@@ -17,7 +17,7 @@ from torch._C._dynamo.guards import dict_version
 from torch.utils.hooks import RemovableHandle
 
 from .around import state_within
-from .frozen import Same, freeze, is_library
+from .frozen import FrozenObject, Same, freeze, is_library
 from .holders import Holder, Kind
 from .walk import find_holders, hook_path
 
@@ -332,4 +332,5 @@ def _is_unread(name: Hashable, state: Description) -> bool:
     hides nothing of the class. Libraries note things of their own on modules in this way."""
     owner = state["the class"]
     assert isinstance(owner, Same)
-    return isinstance(state[name], Same) and not hasattr(owner.value, str(name))
+    is_object = isinstance(state[name], (Same, FrozenObject))
+    return is_object and not hasattr(owner.value, str(name))
