@@ -187,6 +187,21 @@ def test_a_forward_that_is_replaced_after_compiling(path, on_class, monkeypatch)
     assert fast.stats.captures == 2
 
 
+def test_a_method_of_an_object_that_a_module_holds_is_replaced_on_its_class(monkeypatch):
+    class Processor:
+        def __call__(self, y):
+            return y + 1
+
+    model, calls = make_model(), make_calls()
+    attn = model.blocks[0].attn
+    attn.processor, own = Processor(), attn.forward
+    attn.forward = lambda x: attn.processor(own(x))
+    fast = pabc.compile(model, NONE, backend="eager")
+    assert all(map(torch.equal, generate(fast, calls), generate(model, calls)))
+    monkeypatch.setattr(Processor, "__call__", lambda self, y: y * 2)
+    assert all(map(torch.equal, generate(fast, calls), generate(model, calls)))
+
+
 def test_a_function_of_the_models_file_that_is_replaced(monkeypatch):
     from models import attention
 

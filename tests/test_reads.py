@@ -264,3 +264,15 @@ def test_a_mask_that_leaves_nothing_out():
         (call,) = make_calls(1, **text_and_mask(*lengths))
         with torch.no_grad():
             assert torch.equal(compiled(**call), model(**call))
+
+
+def test_lengths_are_read_where_sizes_were_to_stay_open():
+    """As `dynamic=True` falls back to; no mark of the first trace is left on the user's tensors."""
+    model = make(TextLengths, Branch())
+    compiled = pabc.compile(model, pabc.Schedule.none([1]), backend="eager", dynamic=True)
+    for lengths in ((3, 5), (2, 4)):
+        (call,) = make_calls(1, **text_and_mask(*lengths))
+        with pytest.warns(UserWarning, match="sizes of this call alone"), torch.no_grad():
+            assert torch.equal(compiled(**call), model(**call))
+        marked = [name for x in call.values() for name in vars(x) if name.startswith("_dynamo")]
+        assert not marked
