@@ -98,7 +98,11 @@ def _make_recorded(name: str) -> Subject:
 
 
 def _redraw(made: Call, latents: str) -> Callable[[int, int], Call]:
-    return lambda step, branch: {**made, latents: _draw(step, *made[latents].shape)}
+    def call(step: int, branch: int) -> Call:
+        when = torch.full_like(made["timestep"], 900 - 100 * step)
+        return {**made, latents: _draw(step, *made[latents].shape), "timestep": when}
+
+    return call
 
 
 ENTRIES = ("HunyuanVideo", "LTX")
