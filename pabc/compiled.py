@@ -27,7 +27,7 @@ from pabc.runtime.around import call_around
 from pabc.runtime.autocast import without_autocast, without_grad
 from pabc.runtime.branch import Binding, Branch, Outside
 from pabc.runtime.peers import Peers, Step
-from pabc.runtime.phases import Backend, Executable
+from pabc.runtime.phases import Backend, Executable, compiling
 from pabc.runtime.program import Program
 from pabc.runtime.programs import Programs
 from pabc.runtime.stats import Recorder, Stats
@@ -367,13 +367,19 @@ class CompiledModel(Wrapper):
 
     def _known_arguments(self) -> Arguments:
         """How the model's forward, as it is now, takes its arguments."""
+        if self._find_forwards() != self._forwards:
+            with compiling():  # in another thread, a capture may have one of its own there
+                forwards = self._find_forwards()
+                if forwards != self._forwards:
+                    self._arguments = Arguments.of(inner_forward(self._orig_mod))
+                    self._forwards = forwards
+        return self._arguments
+
+    def _find_forwards(self) -> tuple[Any, ...]:
+        """What the model's forward may be: its class's, and what stands in its place."""
         model: Any = self._modules["_orig_mod"]
         state = vars(model)
-        forwards = type(model).forward, state.get("forward"), state.get("_old_forward")
-        if forwards != self._forwards:
-            self._arguments = Arguments.of(inner_forward(model))
-            self._forwards = forwards
-        return self._arguments
+        return type(model).forward, state.get("forward"), state.get("_old_forward")
 
     def _bind(
         self, program: Program, schedule: Schedule, inputs: list[Any] | None = None
