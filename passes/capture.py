@@ -61,9 +61,16 @@ def bind_call(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments with which a forward is to be traced: in their one spelling, or, where the
     forward can tell how they are spelled, as they are written."""
+    signature = inspect.signature(forward)
     if sees_spelling(forward):
-        return tuple(args), dict(kwargs)
-    return bind_arguments(inspect.signature(forward), args, kwargs)
+        return tuple(args), in_order(signature, kwargs)
+    return bind_arguments(signature, args, kwargs)
+
+
+def in_order(signature: inspect.Signature, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords in the signature's order, in which torch.export takes them; others follow."""
+    own = {name: kwargs[name] for name in signature.parameters if name in kwargs}
+    return own | dict(kwargs)
 
 
 def leaf_key(leaf: Any) -> Any:
@@ -139,6 +146,8 @@ def _capture_results(
             outside.update(writers)
             call.keeping.update(writers)
             continue
+        if call.hooks.refused:
+            raise ValueError(call.hooks.refused[0])
         effects = judge_effects(model, call, outside)
         written += effects.written
         modules = {**_written_buffers(exported[0]), **effects.modules}

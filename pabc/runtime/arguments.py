@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pabc.passes.capture import bind_arguments
+from pabc.passes.capture import bind_arguments, in_order
 from pabc.passes.tracing.around import sees_spelling
 from pabc.passes.tracing.structure import Structure, check_constants, flatten
 
@@ -52,7 +52,7 @@ class Arguments:
         """The call in its one spelling, or as it is written. Raises TypeError as the model itself
         would, but for calls that are taken as written: a decorator may take other arguments."""
         if self._as_written:
-            return tuple(args), dict(kwargs)
+            return tuple(args), in_order(self._signature, kwargs)
         return bind_arguments(self._signature, args, kwargs)
 
     def flatten(

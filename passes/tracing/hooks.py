@@ -52,11 +52,13 @@ class HookTracer:
 
     Attributes:
         calls: the calls of hooks that the graph is to make, in order.
+        refused: what cannot be captured, and why.
     """
 
     def __init__(self, model: nn.Module, tokens: list[torch.Tensor]) -> None:
         """`tokens`: gains the results of these calls, for the trace to return."""
         self.calls: list[HookCall] = []
+        self.refused: list[str] = []
         self._model, self._tokens = model, tokens
 
     @contextmanager
@@ -87,10 +89,11 @@ class HookTracer:
         if result is not None or watch.seen or sets_attributes:
             changes = [c for c in snapshot.changes() if c.holder.path.startswith(name)]
             if changes:
-                raise ValueError(
+                self.refused.append(
                     f"{name}: expected a hook that changes values or one that keeps something, "
                     f"found one that does both, and changes {changes[0].name}; make two of it"
                 )
+                snapshot.restore()
             return result
         snapshot.restore()
         if torch.compiler.is_exporting():
