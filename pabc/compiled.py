@@ -93,7 +93,7 @@ class CompiledModel(Wrapper):
             return call_around(model, inner, args, kwargs, self.reset)
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model's forward is replaced by."""
+        """Runs one step within what the model has around its forward."""
         for observe in self._observers:
             observe(self)
         return self._run(args, kwargs)
@@ -168,7 +168,7 @@ class CompiledModel(Wrapper):
 
     @property
     def has_entered_trajectory(self) -> bool:
-        """Whether a call made here and now is within `with fast.trajectory():`."""
+        """Tells whether a call made here and now is within `with fast.trajectory():`."""
         return self.current is not self._default
 
     def cache_context(self, name: str, **where: Any) -> AbstractContextManager[Any]:
@@ -201,7 +201,7 @@ class CompiledModel(Wrapper):
         self._take_back = inplace.install(self, module)
 
     def observe(self, observer: Callable[[CompiledModel], None]) -> None:
-        """Has `observer` called before each step, within the model's hooks."""
+        """Calls `observer` before each step from now on, within the model's hooks."""
         self._observers.append(observer)
 
     def unobserve(self, observer: Callable[[CompiledModel], None]) -> None:
@@ -210,7 +210,7 @@ class CompiledModel(Wrapper):
 
     @property
     def is_observed(self) -> bool:
-        """Whether a pipeline says at which step the model is."""
+        """Tells whether a pipeline says at which step the model is."""
         return bool(self._observers)
 
     def reset(self) -> None:
@@ -366,7 +366,7 @@ class CompiledModel(Wrapper):
         return program
 
     def _known_arguments(self) -> Arguments:
-        """How the model's forward, as it is now, takes its arguments."""
+        """Returns how the model's forward, as it is now, takes its arguments."""
         if self._find_forwards() != self._forwards:
             with compiling():  # in another thread, a capture may have one of its own there
                 forwards = self._find_forwards()
