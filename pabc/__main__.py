@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 import pabc
+from pabc.base.kinds import KINDS
 from pabc.passes import Cut
-from pabc.plan import KINDS
 
 EXTRA = ("diffusers", "safetensors", "sklearn", "PIL", "tqdm")
 """What `pip install 'pabc[demo]'` adds, by import name."""

@@ -14,7 +14,8 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
-from pabc.plan import Action, Plan, format_bytes, format_numbers
+from pabc.base.format import format_bytes, format_numbers
+from pabc.plan import Action, Plan
 
 MAX_CHOICES = 2000
 """How many partial choices are looked at; with fewer in all, what is found is the best there is."""

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from torch.fx import GraphModule
 
+from pabc.base.format import format_bytes
 from pabc.passes import Collective, Region, Sharded, find_collectives
-from pabc.plan import Plan, format_bytes
+from pabc.plan import Plan
 
 
 @dataclass(frozen=True)

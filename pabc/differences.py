@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from pabc.base.structure import check_constants, flatten
 from pabc.passes import Cut, Region, bind_call
 from pabc.passes.cache import Cuts
 from pabc.passes.capture import leaf_key
 from pabc.passes.tracing.around import inner_forward
-from pabc.passes.tracing.structure import check_constants, flatten
 from pabc.pipeline import Config, analyze
 
 

@@ -6,21 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
-from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
+from torch.fx import GraphModule
 
+from pabc.base.format import format_bytes
 from pabc.budget import Fit
 from pabc.communication import Communication
-from pabc.passes import Attention, Region, hinted
-from pabc.passes.attention_ops import attention_call, is_attention_op
+from pabc.passes import Attention, FlopCounter, Region
 from pabc.passes.cache import fetch_cached
-from pabc.plan import Plan, format_bytes
+from pabc.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -96,7 +89,7 @@ class Explanation:
     def _region_lines(self) -> list[str]:
         rows = [
             (r.name, self._kind_of(r), r.path, " ".join(map(_format_shape, r.cuts)))
-            + (_bytes(r.nbytes),)
+            + (format_bytes(r.nbytes),)
             + (f"{r.flops / 1e6:.1f}",)
             for r in self.regions
         ]
@@ -129,7 +122,7 @@ class Explanation:
         return [
             f"{total / 1e9:.3f} GFLOP a call: {', '.join(parts)};"
             f" {self.flops['prologue'] / 1e9:.3f} GFLOP once a generation",
-            f"slots {_bytes(self.nbytes)}",
+            f"slots {format_bytes(self.nbytes)}",
             *(f"  kernels: {line}" for line in self.lowered),
         ]
 
@@ -198,52 +191,8 @@ def find_attentions(guarded: GraphModule) -> list[Attention]:
     ]
 
 
-class FlopCounter:
-    """FLOPs of graphs, by PyTorch's own formulas; calls of one op on equal shapes count alike."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[object, str], int] = {}
-
-    def __call__(self, gm: nn.Module) -> int:
-        """The FLOPs of one run of a graph module, without its submodules."""
-        assert isinstance(gm, GraphModule)
-        with hinted(gm):
-            return sum(map(self._count, gm.graph.nodes))
-
-    def _count(self, node: Node) -> int:
-        if is_attention_op(node):  # not all have a formula
-            return attention_call(node).flops
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-            return 0
-        operands = [n.meta.get("val") for n in node.all_input_nodes]
-        if sum(isinstance(val, torch.Tensor) for val in operands) < 2:
-            return 0  # only products of two tensors count
-        call = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta.get("val"))
-        key = (node.target, repr(pytree.tree_map(lambda arg: getattr(arg, "shape", arg), call)))
-        if key not in self._known:
-            self._known[key] = _run_counted(node.target, *call)
-        return self._known[key]
-
-
-def _run_counted(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """The FLOPs of an op, run on fake tensors."""
-    with unset_fake_temporarily():
-        mode = detect_fake_mode((args, kwargs))
-    assert mode is not None
-    with mode, FlopCounterMode(display=False) as counter:
-        op(*args, **kwargs)
-    return counter.get_total_flops()
-
-
 def _format_shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
-
-
-def _bytes(count: int) -> str:
-    size, units = float(count), ["B", "KiB", "MiB", "GiB"]
-    while size >= 1024 and len(units) > 1:
-        size, _ = size / 1024, units.pop(0)
-    return f"{size:.1f} {units[0]}" if units[0] != "B" else f"{count} B"
 
 
 def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:

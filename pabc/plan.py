@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pabc.base.format import format_bytes, format_numbers
+from pabc.base.kinds import KINDS, check_kind
 from pabc.validate import JSON_VERSION, as_timesteps, check_fields, parse_document
-
-KINDS = ("spatial", "temporal", "full", "joint", "cross", "mlp", "other")
-"""Region kinds: attention on the latent stream, `mlp`, and `other` (attention elsewhere)."""
 
 
 class Action(enum.IntEnum):
@@ -254,12 +253,6 @@ class Plan:
         )
 
 
-def check_kind(kind: object, name: str) -> None:
-    """Raise `ValueError` unless `kind` is one of `KINDS`."""
-    if kind not in KINDS:
-        raise ValueError(f"{name}: got kind {kind!r}, allowed: {', '.join(KINDS)}")
-
-
 def _check_table(
     timesteps: tuple[float, ...], slots: tuple[SlotSpec, ...], table: npt.NDArray[Any]
 ) -> None:
@@ -332,19 +325,3 @@ def _table_rows(plan: Plan) -> list[tuple[str, str]]:
 def _digit(phase: int) -> str:
     digits = "0123456789abcdefghijklmnopqrstuvwxyz"
     return digits[phase] if phase < len(digits) else "*"
-
-
-def format_numbers(numbers: set[int]) -> str:
-    """`{0, 1, 2, 5}` as `0-2,5`."""
-    starts = sorted(n for n in numbers if n - 1 not in numbers)
-    ends = sorted(n for n in numbers if n + 1 not in numbers)
-    runs = zip(starts, ends, strict=True)
-    return ",".join(f"{low}" if low == high else f"{low}-{high}" for low, high in runs)
-
-
-def format_bytes(count: int) -> str:
-    """`2097152` as `2.0 MiB`."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"

@@ -16,7 +16,8 @@ from types import MappingProxyType
 
 import numpy as np
 
-from pabc.plan import KINDS, Plan, SlotSpec, check_kind
+from pabc.base.kinds import KINDS, check_kind
+from pabc.plan import Plan, SlotSpec
 from pabc.validate import (
     JSON_VERSION,
     as_layers,

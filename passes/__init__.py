@@ -9,6 +9,7 @@ from .emit import Code, compile_blocks, example_inputs, prepare_inductor, run_bl
 from .encode import CacheDtype, encode_cuts_pass
 from .enlarge import enlarge_call
 from .flatten import Place, inline_regions_pass, lift_weights_pass
+from .flops import FlopCounter
 from .hoist import Part, hoist_invariants_pass, part_of_prologue, verify_hoist
 from .ir import Attention, Axis, Factor, Region
 from .lower import Kernels, Lowering, lower_pass, summarize
@@ -41,6 +42,7 @@ __all__ = [
     "Collective",
     "Cut",
     "Factor",
+    "FlopCounter",
     "HookCall",
     "Kernels",
     "Lowering",

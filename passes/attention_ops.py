@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from pabc.base.flops import count_attention_flops
+
 from .ir import GETITEM, Dims, Factor, is_tensor, value
 from .provenance.factors import combine, length
 
@@ -83,10 +85,12 @@ class AttentionCall:
     @property
     def flops(self) -> int:
         """Floating-point operations of both products; of packed sequences, an upper bound."""
-        q, keys = value(self.query), value(self.key).shape[self.layout.sequence]
-        features = value(self.value).shape[self.layout.features]
-        return 2 * q.numel() * keys + 2 * q.numel() // q.shape[self.layout.features] * (
-            keys * features
+        query, values = value(self.query), value(self.value)
+        return count_attention_flops(
+            query,
+            keys=value(self.key).shape[self.layout.sequence],
+            features=query.shape[self.layout.features],
+            width=values.shape[self.layout.features],
         )
 
 

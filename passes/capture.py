@@ -16,6 +16,8 @@ from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from pabc.base.structure import Structure
+
 from .ir import make_module, output_node
 from .tracing.around import sees_spelling
 from .tracing.assumptions import Reads
@@ -29,7 +31,6 @@ from .tracing.outside import OutsideCall
 from .tracing.reads import ReadReplayer
 from .tracing.records import Checked
 from .tracing.sizes import has_free_sizes, read_sizes
-from .tracing.structure import Structure
 
 CONSTANTS = "constants."
 """Prefix of the graph's own tensors, which are not the model's to replace."""

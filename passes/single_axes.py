@@ -14,7 +14,7 @@ from itertools import product
 import torch
 from torch.fx import GraphModule
 
-from pabc.plan import KINDS
+from pabc.base.kinds import KINDS
 
 from .ir import Axis, Factor, user_inputs, value
 from .kinds import Found, TokenAxes, find_streams, find_token_axes, name_kind, undecided

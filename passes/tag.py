@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch.fx import GraphModule, Node
 
-from pabc.plan import KINDS
+from pabc.base.kinds import KINDS
 
 from .attention_chains import Chain, find_chains, find_unclaimed_softmaxes
 from .attention_ops import attention_call, is_attention_op

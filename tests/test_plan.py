@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pabc.plan import KINDS, Action, Phase, Plan, SlotSpec
+from pabc.base.kinds import KINDS
+from pabc.plan import Action, Phase, Plan, SlotSpec
 from pabc.schedule import Schedule
 
 

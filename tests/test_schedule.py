@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pabc.base.kinds import KINDS
 from pabc.plan import SlotSpec
-from pabc.schedule import KINDS, Override, Schedule
+from pabc.schedule import Override, Schedule
 
 RANGES = st.one_of(st.none(), st.integers(1, 9))
 STEPS = st.lists(st.floats(-50, 1100, allow_nan=False), min_size=1, max_size=40)

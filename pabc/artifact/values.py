@@ -19,18 +19,18 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
 from pabc.artifact.errors import ArtifactError
+from pabc.base.structure import DataclassForm, Structure
 from pabc.passes.capture import Signature
 from pabc.passes.ir import Attention, Axis, Factor, Region
 from pabc.passes.tracing.calls import Result
 from pabc.passes.tracing.outside import ResultLayout, TensorCall
-from pabc.passes.tracing.structure import Record, Structure
 
 Json = Any
 """What `json.loads` gives."""
 _CONTAINERS = {c.__name__: c for c in (list, tuple, dict, OrderedDict, defaultdict, deque)}
 _FACTS = {
     c.__name__: c
-    for c in (Attention, Axis, Factor, Record, Region, Result, ResultLayout, Signature)
+    for c in (Attention, Axis, DataclassForm, Factor, Region, Result, ResultLayout, Signature)
     + (Structure, TensorCall)
 }
 """The compiler's own records, written field by field."""

@@ -9,7 +9,8 @@ from html import escape
 import numpy as np
 import numpy.typing as npt
 
-from pabc.plan import KINDS, Action, Plan
+from pabc.base.kinds import KINDS
+from pabc.plan import Action, Plan
 
 COLORS = {
     "spatial": "#0072b2",

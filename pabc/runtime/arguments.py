@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from pabc.base.structure import Structure, check_constants, flatten
 from pabc.passes.capture import bind_arguments, in_order
 from pabc.passes.tracing.around import sees_spelling
-from pabc.passes.tracing.structure import Structure, check_constants, flatten
 
 _PLAIN = frozenset((torch.Tensor, int, float, bool, str, type(None)))
 """Types of arguments that hold no others."""

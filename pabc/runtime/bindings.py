@@ -11,7 +11,6 @@ from torch.fx import GraphModule
 
 from pabc import passes
 from pabc.budget import fit_plan
-from pabc.explanation import FlopCounter
 from pabc.passes.cache import cache_read
 from pabc.plan import Plan, SlotSpec
 from pabc.runtime.branch import Binding, Layout
@@ -83,7 +82,7 @@ class Bindings:
     @cached_property
     def _flops(self) -> list[int]:
         """What one run of each region costs."""
-        count = FlopCounter()
+        count = passes.FlopCounter()
         return [
             count(self._guarded.get_submodule(region.name))
             for region in self._guarded.meta["regions"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from pabc.passes.tracing.structure import Structure
+from pabc.base.structure import Structure
 from pabc.runtime.timesteps import (
     FORWARD,
     SPELLINGS,

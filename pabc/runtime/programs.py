@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from pabc import passes
+from pabc.base.structure import Structure
 from pabc.passes.tracing.modules import Watch
-from pabc.passes.tracing.structure import Structure
 from pabc.pipeline import Config
 from pabc.runtime.chain import BlockCode
 from pabc.runtime.phases import Backend

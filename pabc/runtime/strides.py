@@ -10,8 +10,8 @@ import torch
 from torch.fx import GraphModule
 
 from pabc import passes
+from pabc.base.structure import flatten
 from pabc.passes.ir import user_inputs
-from pabc.passes.tracing.structure import flatten
 
 _Stride = tuple[int, ...]
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import _pytree as pytree
 
-from pabc.passes.tracing.numbers import is_number
-from pabc.passes.tracing.structure import Structure
+from pabc.base.numbers import is_number
+from pabc.base.structure import Structure
 
 Path = str
 """Where an argument is in a call: the same in calls of other structures."""

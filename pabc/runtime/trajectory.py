@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from pabc.passes.tracing.structure import Structure
+from pabc.base.structure import Structure
 from pabc.runtime.branch import Branch, Outside
 from pabc.runtime.conditions import Calls
 from pabc.runtime.guards import MAKE_SCHEDULE, Clock, Expected, GuardError, Step, Verdict

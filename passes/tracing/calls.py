@@ -19,6 +19,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from pabc.base.structure import Structure, flatten, holds_tensors
+
 from . import numbers
 from .around import calling_forward_alone, inner_forward
 from .compiled import noting_compiled
@@ -28,7 +30,6 @@ from .hooks import HookTracer
 from .outside import patched
 from .parameters import Parameters
 from .python_state import Snapshot
-from .structure import Structure, flatten, holds_tensors
 
 _TRACED = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
 

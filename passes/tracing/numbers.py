@@ -24,6 +24,8 @@ import torch
 from torch.fx import Graph, Node
 from torch.overrides import TorchFunctionMode
 
+from pabc.base.numbers import is_number
+
 from ..ir import aten, is_call
 from .indexing import can_select, select_positions
 
@@ -69,11 +71,6 @@ class Policy:
     def compare(self, number: TracedNumber, ask: Callable[[Any], bool]) -> bool:
         """What `ask` says of the number."""
         return ask(self.value(number))
-
-
-def is_number(leaf: Any) -> bool:
-    """Whether an argument is a Python (or NumPy) number; flags are not."""
-    return isinstance(leaf, Real) and not isinstance(leaf, bool)
 
 
 def as_tensor(number: Any) -> torch.Tensor:

@@ -18,10 +18,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pabc.base.structure import Structure, flatten
+
 from ..attention_ops import is_attention
 from ..ir import EFFECT, OUTSIDE, SOFTMAXES
 from .python_state import Snapshot
-from .structure import Structure, flatten
 
 _numbers = count()
 

@@ -27,7 +27,7 @@ class Structure:
     """
 
     spec: pytree.TreeSpec
-    records: tuple[Record | None, ...]
+    records: tuple[DataclassForm | None, ...]
 
     def __hash__(self) -> int:
         return self._hash
@@ -63,7 +63,7 @@ class Structure:
 
 
 @dataclass(frozen=True)
-class Record:
+class DataclassForm:
     """A dataclass instance: `contents` is the structure of a dictionary, of its attributes first
     and, where the class is a dictionary too, of its items, whose keys are `keys`."""
 
@@ -90,7 +90,7 @@ def flatten(tree: Any) -> tuple[list[Any], Structure]:
     """The leaves of nested containers, dataclasses among them, and their structure."""
     tops, spec = pytree.tree_flatten(tree, is_leaf=_is_record)
     leaves: list[Any] = []
-    records: list[Record | None] = []
+    records: list[DataclassForm | None] = []
     for top in tops:
         if not _is_record(top):
             leaves.append(top)
@@ -100,7 +100,7 @@ def flatten(tree: Any) -> tuple[list[Any], Structure]:
         named = {f"item_{i}": value for i, value in enumerate(items.values())}
         inner, contents = flatten({**attributes, **named})
         leaves.extend(inner)
-        records.append(Record(type(top), tuple(attributes), tuple(items), contents))
+        records.append(DataclassForm(type(top), tuple(attributes), tuple(items), contents))
     return leaves, Structure(spec, tuple(records))
 
 

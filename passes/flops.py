@@ -1,0 +1,41 @@
+"""flops: floating-point operations of a graph."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+from pabc.base.flops import count_op_flops
+
+from .attention_ops import attention_call, is_attention_op
+from .tracing.sizes import hinted
+
+
+class FlopCounter:
+    """Counts FLOPs of graphs by PyTorch's own formulas, once for all calls of equal shapes."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, str], int] = {}
+
+    def __call__(self, gm: nn.Module) -> int:
+        """Returns the FLOPs of one run of a graph module, without those of its submodules."""
+        assert isinstance(gm, GraphModule)
+        with hinted(gm):
+            return sum(map(self._count, gm.graph.nodes))
+
+    def _count(self, node: Node) -> int:
+        if is_attention_op(node):  # not all have a formula
+            return attention_call(node).flops
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            return 0
+        operands = [n.meta.get("val") for n in node.all_input_nodes]
+        if sum(isinstance(val, torch.Tensor) for val in operands) < 2:
+            return 0  # only products of two tensors count
+        call = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta.get("val"))
+        key = (node.target, repr(pytree.tree_map(lambda arg: getattr(arg, "shape", arg), call)))
+        if key not in self._known:
+            self._known[key] = count_op_flops(node.target, *call)
+        return self._known[key]
