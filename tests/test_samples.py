@@ -31,6 +31,13 @@ def test_a_hash_is_of_values_whatever_their_strides():
     assert hash_values([x], 48) == hash_values([x.T.contiguous().T], 48)
 
 
+def test_a_value_that_is_expanded_to_one_element_has_a_hash():
+    """A timestep for a batch of one: its stride is 0, and it counts as contiguous."""
+    t = torch.tensor(913)
+    assert t.expand(1).stride() == (0,)
+    assert hash_values([t.expand(1)], 8) == hash_values([t.reshape(1).clone()], 8)
+
+
 def test_samples_are_of_all_channels():
     x = torch.zeros(64, 64)
     x[:, 1] = 1.0
