@@ -14,6 +14,7 @@ line: `<!-- provided: transformer, scheduler -->`; :data:`PROVIDED` says how eac
 from __future__ import annotations
 
 import ast
+import inspect
 import os
 import re
 import shlex
@@ -366,3 +367,9 @@ def test_the_table_of_stages_is_the_pipeline():
     shown = re.findall(r"^\| `(\w+)`", "".join(tables), re.MULTILINE)
     rows = iter(shown)
     assert all(stage.name in rows for stage in pipeline.ANALYSIS), shown
+
+
+def test_every_option_is_in_the_overview():
+    (document,) = (d for d in DOCUMENTS if d.name == "README.md")
+    options = list(inspect.signature(pabc.api.compile).parameters)[2:]
+    assert {name for name in options if not re.search(rf"`{name}[`=]", document.source)} == set()
