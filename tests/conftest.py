@@ -1,9 +1,9 @@
-"""What the tests of the passes share: one capture per case, and graphs that are copies of it."""
+"""Fixtures: one capture per case, a process group, CUDA graphs on a CPU; and tables of results."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +15,27 @@ if not torch.cuda.is_available():
     # Before anything imports Triton: its own functions are made for the interpreter or for a GPU.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from models import Case, run_by_hand
+from models import Case
+from stages import capture_call, copy_graph
 from tapes import Tape
 from torch import nn
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 
 import pabc
 from pabc import passes
-from pabc.passes.ir import copy_into, derived
-from pabc.pipeline import ANALYSIS, Config, run_stages
 from pabc.runtime import cudagraphs
-from pabc.runtime.chain import Chain
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # processes that share the cores would wait for one another
 
 Captured = Callable[[Case], tuple[nn.Module, GraphModule]]
+
+
+def pytest_configure() -> None:
+    """Lets assertions in modules that tests share say what they compared."""
+    pytest.register_assert_rewrite(
+        "attentions", "generations", "graphs", "lowered_norms", "phases", "recordings", "reuse"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -46,67 +51,6 @@ def process_group() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-
-
-def copy_graph(gm: GraphModule) -> GraphModule:
-    graph = Graph()
-    copy_into(graph, gm.graph.nodes, {})
-    return derived(gm, graph)
-
-
-def run_to(gm: GraphModule, last: str, **config: Any) -> GraphModule:
-    """Runs the pipeline on a captured graph up to and including the stage named `last`."""
-    names = [stage.name for stage in ANALYSIS]
-    return run_stages(ANALYSIS[: names.index(last) + 1], gm, Config(**config))[0]
-
-
-def capture_call(model: nn.Module, call: Mapping[str, Any]) -> GraphModule:
-    return passes.capture(model.eval(), (), dict(call))
-
-
-def run_graph(gm: GraphModule, call: Mapping[str, Any], *state: Any) -> torch.Tensor:
-    """The first output of a graph that takes `state`, the call's arguments and what is hoisted."""
-    with torch.no_grad():
-        outputs = gm(*state, *with_hoisted(gm, call))
-    return outputs[0]
-
-
-def with_hoisted(gm: GraphModule, call: Mapping[str, Any]) -> list[Any]:
-    """The call's arguments, and what the graph's prologue makes of them, where it has one."""
-    with torch.no_grad():
-        hoisted = gm.meta["prologue"](*call.values()) if "prologue" in gm.meta else ()
-    return [*call.values(), *hoisted]
-
-
-def compile_flat(flat: GraphModule) -> Callable[..., list[torch.Tensor]]:
-    """A flat graph, block by block, with Inductor."""
-    chain, blocks = Chain.of(passes.split_blocks_pass(flat))
-    run = chain.link(passes.compile_blocks(blocks))
-    return lambda *inputs: run([*inputs])
-
-
-def compare_with_hand(
-    model: nn.Module, case: Case, kinds: Mapping[str, str] | None = None
-) -> pabc.Explanation:
-    """Nothing reused: the model's bits. A pyramid: what the cache written by hand gives.
-
-    Returns what was found in the model.
-    """
-    calls = [case.call(step) for step in range(5)]
-    found = pabc.explain(model, kinds=kinds, **calls[0])
-    reused = sorted(set(found.attention.values()) - {"other"})
-    none = pabc.compile(model, pabc.Schedule.none(range(5)), backend="eager", kinds=kinds)
-    mask = [False, True, True, False, True]
-    schedule = pabc.Schedule.from_masks(range(5), dict.fromkeys(reused, mask))
-    fast = pabc.compile(model, schedule, backend="eager", kinds=kinds)
-    masks = {(kind, layer): mask for kind in reused for layer in range(9)}
-    expected = run_by_hand(model, calls, masks, "attention")
-    with torch.no_grad():
-        for call, reference in zip(calls, expected, strict=True):
-            assert torch.equal(none(**call), model(**call))
-            assert torch.equal(fast(**call), reference)
-    assert not torch.equal(expected[1], none(**calls[1])), "nothing was reused"
-    return found
 
 
 @pytest.fixture(scope="session")

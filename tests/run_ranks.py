@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from stages import copy_graph
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils import _pytree as pytree
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
-from conftest import copy_graph
 from sharded.cases import CASES, RankCase
 from sharded.counting import CountSent
 from sharded.subjects import Subject, find_subject

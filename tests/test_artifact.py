@@ -10,11 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from models import CASES, WIDTH, Branch, Image, Mlp
-from reading import Plain, generate, make, make_calls, text_and_mask
-from test_outside import Experts
-from test_read_numbers import OnTheHour
-from test_reads import TextLengths
+from artifacts import BY_NAME, NUM_STEPS, SCHEDULE, STEPS, saved
+from models import WIDTH, Branch, Experts, Image, Mlp
+from reading import OnTheHour, Plain, TextLengths, generate, make, make_calls, text_and_mask
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -24,22 +22,11 @@ from pabc.artifact import facts
 from pabc.artifact.container import read_container, write_container
 
 pytestmark = pytest.mark.runtime
-BY_NAME = {case.name: case for case in CASES}
-NUM_STEPS = 4
-STEPS = range(NUM_STEPS, 0, -1)
-SCHEDULE = pabc.Schedule.pyramid(STEPS, full=2, spatial=2, temporal=4, cross=2, joint=2)
 OTHER = pabc.Schedule.pyramid(STEPS, full=4, spatial=4, temporal=2, cross=2, joint=4)
 
 
 def never(*_: Any, **__: Any) -> Any:
     raise AssertionError("captured anew")
-
-
-def saved(model: nn.Module, calls: list[Any], path: Path, **options: Any) -> pabc.CompiledModel:
-    fast = pabc.compile(model, SCHEDULE, **{"backend": "eager", **options})
-    generate(fast, calls)
-    fast.save(path)
-    return fast
 
 
 @pytest.mark.parametrize("name", ["Factorized", "JointImage", "Refined", "ClassImage"])

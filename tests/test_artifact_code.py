@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from models import CASES
+from artifacts import NUM_STEPS, SCHEDULE
+from models import CASES, Experts
 from reading import Plain, generate, make, make_calls
-from test_artifact import NUM_STEPS, SCHEDULE
-from test_outside import Experts
 from torch import nn
 
 import pabc
@@ -26,13 +25,14 @@ import sys
 sys.path.insert(0, "tests")
 import pickle, subprocess, torch
 import pabc
-from test_artifact_code import CASE, NUM_STEPS, generate
+from artifacts import BY_NAME, NUM_STEPS
+from reading import generate
 
 def refuse(*_, **__):
     raise AssertionError("compiled, or unpickled, in the second process")
 
-model = CASE.model()
-calls = [CASE.call(step) for step in range(NUM_STEPS)]
+model = BY_NAME["Packed"].model()
+calls = [BY_NAME["Packed"].call(step) for step in range(NUM_STEPS)]
 expected = torch.load(sys.argv[2])
 torch.set_num_threads(2)
 pickle.load = pickle.loads = torch.load = subprocess.Popen = refuse

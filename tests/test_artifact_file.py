@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from test_artifact import BY_NAME, saved
+from artifacts import BY_NAME, saved
 
 import pabc
 from pabc import ArtifactError

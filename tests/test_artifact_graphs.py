@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run_graph, run_to
-from models import CASES, WIDTH, Branch, Case, Image, Mlp
-from reading import Plain, make, make_calls
+from models import CASES, WIDTH, Branch, Case, Experts, Image, Mlp
+from phases import inline, specialize
+from reading import OnTheHour, Plain, Scaled, TextLengths, make, make_calls
 from reading import text_and_mask as make_text
-from test_outside import Experts
-from test_read_numbers import OnTheHour, Scaled
-from test_reads import TextLengths
+from stages import prologue_of, regions_of, run_graph, run_to
 from torch import nn
 from torch.fx import GraphModule
 
@@ -65,16 +63,14 @@ def test_graphs_and_their_phases_are_the_same_after_a_round_trip(case: Case, cap
     guarded = run_to(gm, "cache")
     again = through_json(guarded, model)
     assert facts(again) == facts(guarded)
-    assert facts(again.meta["prologue"]) == facts(guarded.meta["prologue"])
+    assert facts(prologue_of(again)) == facts(prologue_of(guarded))
     for name in ("regions", "steady", "signature", "latents", "outside", "aliases"):
         assert again.meta[name] == guarded.meta[name], name
     schedule = pabc.Schedule.from_masks(range(3), {k: [False, True, True] for k in case.kinds})
-    plan = schedule.plan(slot_specs(guarded.meta["regions"]))
+    plan = schedule.plan(slot_specs(regions_of(guarded)))
     call = case.call()
     for phase in plan.phases:
-        kept = [
-            torch.randn(s) for slot in phase.reused for s in guarded.meta["regions"][slot].shapes
-        ]
+        kept = [torch.randn(s) for slot in phase.reused for s in regions_of(guarded)[slot].shapes]
         outputs = [run_phase(graphs, phase, call, kept) for graphs in (guarded, again)]
         assert all(map(torch.equal, *outputs))
     outputs = [run_graph(graphs, call, NothingKept()) for graphs in (guarded, again)]
@@ -82,11 +78,11 @@ def test_graphs_and_their_phases_are_the_same_after_a_round_trip(case: Case, cap
 
 
 def run_phase(guarded: GraphModule, phase: Any, call: Any, kept: list[Any]) -> list[torch.Tensor]:
-    gm = passes.specialize_phase_pass(guarded, reused=phase.reused, stored=phase.stored)
-    flat = passes.lift_weights_pass(passes.inline_regions_pass(gm))
+    gm = specialize(guarded, reused=phase.reused, stored=phase.stored)
+    flat = passes.lift_weights_pass(inline(gm))
     weights = Weights((guarded,)).get(flat.meta["weights"])
     with torch.no_grad():
-        hoisted = guarded.meta["prologue"](*call.values())
+        hoisted = prologue_of(guarded)(*call.values())
         return list(flat(*weights, *call.values(), *hoisted, *kept))
 
 
@@ -123,11 +119,11 @@ def test_constants_are_saved_and_weights_are_the_models() -> None:
     other.load_state_dict(model.state_dict())
     again = through_json(guarded, other.eval())
     with torch.no_grad():
-        results = [g(NothingKept(), *call, *g.meta["prologue"](*call)) for g in (guarded, again)]
+        results = [g(NothingKept(), *call, *prologue_of(g)(*call)) for g in (guarded, again)]
         assert torch.equal(results[0][0], results[1][0])
         for parameter in other.parameters():
             parameter.mul_(2)
-        hoisted = again.meta["prologue"](*call)
+        hoisted = prologue_of(again)(*call)
         doubled = again(NothingKept(), *call, *hoisted)[0]
     assert not torch.equal(doubled, results[0][0])
 
@@ -146,7 +142,7 @@ def test_a_plain_tensor_of_a_module_is_the_models_as_a_weight_is() -> None:
     other.offset = torch.randn(3, 1, 1)
     again = through_json(analyzed(model, *call), other.eval())
     with torch.no_grad():
-        found = again(NothingKept(), *call, *again.meta["prologue"](*call))[0]
+        found = again(NothingKept(), *call, *prologue_of(again)(*call))[0]
         assert torch.equal(found, other(*call))
 
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_lower_joint_norm import LATENTS, TEXT, norms
-from test_lower_residual_norm import CUT, ROWS, X, lower, plain
+from lowered_norms import CUT, LATENTS, ROWS, TEXT, X, lower, norms, plain
 
 from pabc.artifact.code import compile_code, used_inputs
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import capture_call, compare_with_hand, run_to
 from models import (
     HEADS,
     WIDTH,
@@ -17,6 +16,8 @@ from models import (
     Sizes,
     split_heads,
 )
+from reuse import compare_with_hand
+from stages import capture_call, run_to
 from torch import nn
 
 import pabc

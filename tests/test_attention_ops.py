@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import capture_call, compare_with_hand, run_to
 from models import (
     HEADS,
     WIDTH,
@@ -16,6 +15,8 @@ from models import (
     Mlp,
     Sizes,
 )
+from reuse import compare_with_hand
+from stages import capture_call, run_to
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import compare_with_hand
 from models import Branch, Case, Image, Mlp
+from reuse import compare_with_hand
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import capture_call, run_to
+from stages import capture_call, run_to
 from torch import nn
 
 from pabc.passes import Axis, Factor, name_axes_pass, verify_axes

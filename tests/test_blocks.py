@@ -6,10 +6,10 @@ import weakref
 
 import pytest
 import torch
-from conftest import run_to, with_hoisted
 from models import MODELS, Case
-from test_end_to_end import make_inputs, make_latte
-from test_specialize import store_all
+from phases import inline, lift, specialize, store_all
+from small_latte import make_inputs, make_latte
+from stages import regions_of, run_to, with_hoisted
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.graph import GraphLowering
 from torch.fx import Graph, GraphModule
@@ -17,13 +17,10 @@ from torch.fx import Graph, GraphModule
 import pabc
 from pabc.passes import (
     compile_blocks,
-    inline_regions_pass,
-    lift_weights_pass,
-    specialize_phase_pass,
     split_blocks_pass,
 )
 from pabc.passes.blocks import block_key
-from pabc.passes.ir import GETITEM, attribute, is_contraction
+from pabc.passes.ir import GETITEM, is_contraction
 from pabc.runtime.chain import Call, Chain
 
 FACTORIZED = next(case for case in MODELS if case.name == "Factorized")
@@ -32,13 +29,11 @@ FACTORIZED = next(case for case in MODELS if case.name == "Factorized")
 def make_flat(case, captured, reused=None):
     """A lifted phase that reuses every third region unless told, and inputs for it."""
     gm = run_to(captured(case)[1], "cache")
-    num_regions = len(gm.meta["regions"])
+    num_regions = len(regions_of(gm))
     reused = range(0, num_regions, 3) if reused is None else reused
     kept = store_all(gm, case.call(step=0))
     stored = [slot for slot in range(num_regions) if slot not in reused]
-    inlined = inline_regions_pass(specialize_phase_pass(gm, reused=reused, stored=stored))
-    flat = lift_weights_pass(inlined)
-    weights = [attribute(inlined, name) for name in flat.meta["weights"]]
+    flat, weights = lift(inline(specialize(gm, reused=reused, stored=stored)))
     cuts = [cut for slot in reused for cut in kept[slot]]
     return flat, [*weights, *with_hoisted(gm, case.call(step=1)), *cuts]
 
@@ -85,7 +80,7 @@ def test_blocks_begin_with_the_first_product_of_a_branch(case: Case, captured):
     """What comes before it in the branch, its norm, is in one block with the sum before that."""
     flat, _ = make_flat(case, captured, ())
     chain, blocks = Chain.of(split_blocks_pass(flat))
-    assert len(chain.calls) == len(flat.meta["regions"]) + 1
+    assert len(chain.calls) == len(regions_of(flat)) + 1
     for call in chain.calls[1:]:
         body = blocks[call.block]
         slot = next(n.meta["slot"] for n in body.graph.nodes if "slot" in n.meta)

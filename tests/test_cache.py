@@ -1,7 +1,8 @@
 import pytest
 import torch
-from conftest import capture_call, run_graph, run_to
 from models import MODELS, Case
+from phases import FakeTrajectory
+from stages import capture_call, regions_of, run_graph, run_to
 from torch import nn
 
 from pabc.passes import cache_read, cache_write, compute_unless, verify_cache
@@ -10,29 +11,13 @@ FACTORIZED = next(case for case in MODELS if case.name == "Factorized")
 JOINT = next(case for case in MODELS if case.name == "JointText")
 
 
-class Recorder:
-    """A trajectory that gives what it was told to, and remembers what it was asked."""
-
-    def __init__(self, values=()):
-        self.values = dict(values)
-        self.reads, self.writes = [], {}
-
-    def read(self, slot):
-        self.reads.append(slot)
-        return self.values.get(slot)
-
-    def write(self, slot, cuts):
-        assert slot not in self.writes
-        self.writes[slot] = cuts
-
-
 def run(gm, trajectory, call):
     return run_graph(gm, call, trajectory)
 
 
 def test_a_region_becomes_a_read_a_guarded_call_and_a_write(captured):
     gm = run_to(captured(FACTORIZED)[1], "cache")
-    regions = gm.meta["regions"]
+    regions = regions_of(gm)
     assert not any(node.op == "call_module" for node in gm.graph.nodes)
     first = next(iter(gm.graph.nodes))
     assert (first.op, first.target) == ("placeholder", "trajectory")
@@ -49,12 +34,12 @@ def test_a_region_becomes_a_read_a_guarded_call_and_a_write(captured):
 def test_a_trajectory_that_never_reuses_gives_the_models_bits(case: Case, captured):
     model, gm = captured(case)
     gm = run_to(gm, "cache")
-    trajectory, call = Recorder(), case.call(step=1)
+    trajectory, call = FakeTrajectory(), case.call(step=1)
     with torch.no_grad():
         assert torch.equal(run(gm, trajectory, call), model(**call))
-    slots = list(range(len(gm.meta["regions"])))
+    slots = list(range(len(regions_of(gm))))
     assert trajectory.reads == slots and list(trajectory.writes) == slots
-    for region, cuts in zip(gm.meta["regions"], trajectory.writes.values(), strict=True):
+    for region, cuts in zip(regions_of(gm), trajectory.writes.values(), strict=True):
         assert tuple(tuple(cut.shape) for cut in cuts) == region.shapes
         assert tuple(cut.dtype for cut in cuts) == region.dtypes
 
@@ -62,10 +47,10 @@ def test_a_trajectory_that_never_reuses_gives_the_models_bits(case: Case, captur
 def test_a_reused_region_is_not_run_nor_written(captured, monkeypatch):
     gm = run_to(captured(FACTORIZED)[1], "cache")
     call = FACTORIZED.call()
-    filled = Recorder()
+    filled = FakeTrajectory()
     full = run(gm, filled, call)
-    body = gm.get_submodule(gm.meta["regions"][1].name)
-    reusing = Recorder({1: tuple(cut + 1 for cut in filled.writes[1])})
+    body = gm.get_submodule(regions_of(gm)[1].name)
+    reusing = FakeTrajectory({1: tuple(cut + 1 for cut in filled.writes[1])})
 
     def refuse(*_):
         raise AssertionError("a reused region was run")

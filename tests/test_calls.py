@@ -11,14 +11,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import capture_call, run_graph
 from generations import compile_eager, make_call, run_alone
-from models import Tiny
-from test_capture import CASE, SCHEDULE, Small, Table
+from models import ONE_BLOCK, Small, Table, Tiny
+from stages import capture_call, run_graph
 from torch import nn
 
 import pabc
 from pabc.passes import bind_arguments, capture
+
+SCHEDULE = pabc.Schedule.pyramid([3, 2, 1], full=2)
 
 
 def options(x, scale=2.0, *, shift=None, flags=(1, 2)):
@@ -49,7 +50,7 @@ def test_a_call_that_does_not_bind_raises_as_the_model_would():
 
 
 def test_spellings_share_a_capture():
-    model, call = CASE.model(), CASE.call()
+    model, call = ONE_BLOCK.model(), ONE_BLOCK.call()
     compiled = pabc.compile(model, SCHEDULE, backend="eager")
     captures = []
     original = pabc.passes.capture

@@ -1,8 +1,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import capture_call, run_graph
 from models import MODELS, Case
+from stages import capture_call, run_graph
 from torch import nn
 
 from pabc.passes import canonicalize_pass

@@ -5,30 +5,14 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import capture_call, run_graph
-from models import MODELS, Branch, Case, Image, Mlp
+from models import MODELS, ONE_BLOCK, Case, Small, Table
+from stages import capture_call, run_graph
 from torch import nn
 
 import pabc
 from pabc.passes import capture
 
-CASE = Case("capture", lambda: Image(Branch(), Mlp()), "BCHW", ("full",))
 SCHEDULE = pabc.Schedule.pyramid([3, 2, 1], full=2)
-
-
-class Small(nn.Module):
-    """x @ weight, plus what a subclass adds."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.eye(4))
-        self.register_buffer("calls", torch.zeros(1))
-
-    def extra(self, x):
-        return 0.0
-
-    def forward(self, x):
-        return x @ self.weight + self.extra(x)
 
 
 class LazyAttribute(Small):
@@ -73,15 +57,6 @@ class LazyDictionary(Small):
         if x.shape not in self.tables:
             self.tables[x.shape] = torch.linspace(0, 1, x.shape[-1]) * 2
         return self.tables[x.shape]
-
-
-class Table:
-    values = None
-
-    def get(self, size):
-        if self.values is None:
-            self.values = torch.linspace(0, 1, size) * 2
-        return self.values
 
 
 class LazyHelper(Small):
@@ -213,7 +188,7 @@ def test_the_graph_gives_the_models_bits(case: Case, captured):
 
 
 def test_parameters_are_shared():
-    model, call = CASE.model(), CASE.call()
+    model, call = ONE_BLOCK.model(), ONE_BLOCK.call()
     gm = capture_call(model, call)
     with torch.no_grad():
         before = run_graph(gm, call)
@@ -226,7 +201,7 @@ def test_parameters_are_shared():
 
 
 def test_a_weight_is_read_right_before_its_first_use():
-    gm = capture_call(CASE.model(), CASE.call())
+    gm = capture_call(ONE_BLOCK.model(), ONE_BLOCK.call())
     nodes = list(gm.graph.nodes)
     for i, node in enumerate(nodes):
         if node.op == "get_attr":
@@ -235,16 +210,16 @@ def test_a_weight_is_read_right_before_its_first_use():
 
 
 def test_a_model_captured_under_autocast_equals_it_there():
-    model, call = CASE.model(), CASE.call()
+    model, call = ONE_BLOCK.model(), ONE_BLOCK.call()
     compiled = pabc.compile(model, SCHEDULE, backend="eager")
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         assert torch.equal(compiled(**call), model(**call))
 
 
 def test_capture_needs_no_gradients():
-    gm = capture(CASE.model(), (), CASE.call())
+    gm = capture(ONE_BLOCK.model(), (), ONE_BLOCK.call())
     with torch.no_grad():
-        assert not run_graph(gm, CASE.call()).requires_grad
+        assert not run_graph(gm, ONE_BLOCK.call()).requires_grad
 
 
 def test_ops_written_in_terms_of_others_are_taken_apart():

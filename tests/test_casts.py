@@ -5,9 +5,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import compare_with_hand
 from models import Branch, Case, Image
 from models.attention import attend_einsum, attend_matmul
+from reuse import compare_with_hand
 from torch import nn
 from torch.nn import functional as F
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from models import ONE_BLOCK
 from torch import nn
-from weights import CASE, Int8Linear, add_adapter, with_int8_tensor
+from weights import Int8Linear, add_adapter, with_int8_tensor
 
 import pabc
 
@@ -13,7 +14,7 @@ STEPS = range(3)
 
 
 def with_quantized_layers(quantized):
-    model = CASE.model()
+    model = ONE_BLOCK.model()
     attn, mlp = model.blocks[0].attn, model.blocks[1].mlp
     for owner in (attn, mlp):
         for name, child in list(owner.named_children()):
@@ -26,7 +27,7 @@ def run_generation(fast, model):
     """One generation with nothing reused: equals the model, step for step."""
     with torch.no_grad():
         for step in STEPS:
-            call = CASE.call(step)
+            call = ONE_BLOCK.call(step)
             torch.testing.assert_close(fast(**call), model(**call), rtol=1e-5, atol=1e-5)
 
 
@@ -44,7 +45,7 @@ def merge(model, sign):
 
 
 def test_no_recompile_where_only_values_change():
-    model = CASE.model()
+    model = ONE_BLOCK.model()
     fast = compiled(model, "inductor")
     run_generation(fast, model)
     seconds = fast.explain().compile_seconds
@@ -67,43 +68,43 @@ def test_no_recompile_where_only_values_change():
 
 
 def test_values_that_change_within_a_generation_are_read_at_the_next_step():
-    model = CASE.model()
+    model = ONE_BLOCK.model()
     fast = compiled(model)
     with torch.no_grad():
         for step in STEPS:
             merge(model, step + 1)
-            call = CASE.call(step)
+            call = ONE_BLOCK.call(step)
             assert torch.equal(fast(**call), model(**call))
     assert fast.stats.captures == 1
 
 
 def test_a_tensor_replaced_within_a_generation_is_read_at_the_next_step():
-    model = CASE.model()
+    model = ONE_BLOCK.model()
     mask = {"full": [False, True, True]}
     fast = pabc.compile(model, pabc.Schedule.from_masks(STEPS, mask), backend="eager")
     with torch.no_grad():
-        assert torch.equal(fast(**CASE.call(0)), model(**CASE.call(0)))
-        assert not torch.equal(fast(**CASE.call(1)), model(**CASE.call(1)))
+        assert torch.equal(fast(**ONE_BLOCK.call(0)), model(**ONE_BLOCK.call(0)))
+        assert not torch.equal(fast(**ONE_BLOCK.call(1)), model(**ONE_BLOCK.call(1)))
         to_v = model.blocks[0].attn.to_v
         to_v.weight = nn.Parameter(to_v.weight * 2)
         # What was kept was computed with other weights: it is computed anew.
-        assert torch.equal(fast(**CASE.call(2)), model(**CASE.call(2)))
+        assert torch.equal(fast(**ONE_BLOCK.call(2)), model(**ONE_BLOCK.call(2)))
     assert fast.stats.fallbacks == {"weights": 1}
     assert fast.stats.captures == 1
 
 
 def test_an_adapter_added_within_a_generation_takes_effect_at_the_next_step():
-    model = CASE.model()
+    model = ONE_BLOCK.model()
     fast = compiled(model)
     with torch.no_grad():
-        fast(**CASE.call(0))
+        fast(**ONE_BLOCK.call(0))
         add_adapter(model)
-        assert torch.equal(fast(**CASE.call(1)), model(**CASE.call(1)))
+        assert torch.equal(fast(**ONE_BLOCK.call(1)), model(**ONE_BLOCK.call(1)))
     assert fast.stats.captures == 2
 
 
 def test_an_adapter_that_adds_modules_is_captured_anew():
-    model = CASE.model()
+    model = ONE_BLOCK.model()
     fast = compiled(model)
     run_generation(fast, model)
     plain = model.blocks[0].attn.to_q
@@ -118,11 +119,11 @@ def test_an_adapter_that_adds_modules_is_captured_anew():
 
 
 def test_another_dtype_of_the_weights_is_captured_anew():
-    model = CASE.model()
+    model = ONE_BLOCK.model()
     fast = compiled(model)
     run_generation(fast, model)
     model.double()
-    call = {k: v.double() if v.is_floating_point() else v for k, v in CASE.call().items()}
+    call = {k: v.double() if v.is_floating_point() else v for k, v in ONE_BLOCK.call().items()}
     with torch.no_grad():
         fast.reset()
         assert torch.equal(fast(**call), model(**call))
@@ -140,9 +141,9 @@ def test_quantized_layers(quantized):
     run_generation(compiled(model), model)
     with torch.no_grad():
         for _ in range(2):
-            assert torch.equal(fast(**CASE.call(0)), model(**CASE.call(0)))
+            assert torch.equal(fast(**ONE_BLOCK.call(0)), model(**ONE_BLOCK.call(0)))
             for step in STEPS[1:]:
-                assert not torch.equal(fast(**CASE.call(step)), model(**CASE.call(step)))
+                assert not torch.equal(fast(**ONE_BLOCK.call(step)), model(**ONE_BLOCK.call(step)))
             to_q = model.blocks[0].attn.to_q  # other values, in place
             (to_q if quantized is Int8Linear else to_q.weight).scale.mul_(1.5)
     assert fast.stats.captures == 1

@@ -8,11 +8,10 @@ import torch
 from generations import SCHEDULE, assert_equal, compile_eager, generate, make_call
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import MODELS, Branch, Tiny
+from models import MODELS, Branch, Experts, Tiny
 from reading import Plain, make, make_calls
 from reading import generate as generate_calls
 from tapes import Tape
-from test_outside import Experts
 
 import pabc
 from pabc.runtime import cudagraphs

@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from pipelines import call_latte
 from pipelines import make_latte as make_pipeline
-from test_end_to_end import make_latte
+from small_latte import make_latte
 
 import pabc
 from pabc import __main__ as command_line

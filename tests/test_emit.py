@@ -2,18 +2,16 @@ import re
 
 import pytest
 import torch
-from conftest import run_to, with_hoisted
 from models import MODELS, Case
-from test_specialize import store_all
+from phases import inline, lift, specialize, store_all
+from stages import regions_of, run_to, with_hoisted
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pabc.passes import (
     Place,
     compile_blocks,
-    inline_regions_pass,
     lift_weights_pass,
-    specialize_phase_pass,
 )
 from pabc.passes.ir import attribute
 
@@ -24,8 +22,8 @@ def make_phase(case, captured):
     """A phase that reuses the first region and stores the others; its inputs."""
     gm = run_to(captured(case)[1], "cache")
     kept = store_all(gm, case.call(step=0))
-    stored = range(1, len(gm.meta["regions"]))
-    phase = specialize_phase_pass(gm, reused=(0,), stored=stored)
+    stored = range(1, len(regions_of(gm)))
+    phase = specialize(gm, reused=(0,), stored=stored)
     return phase, [*with_hoisted(gm, case.call(step=1)), *kept[0]]
 
 
@@ -36,7 +34,7 @@ def same(a, b):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_inlining_keeps_bits_and_leaves_no_call(case: Case, captured):
     phase, inputs = make_phase(case, captured)
-    flat = inline_regions_pass(phase)
+    flat = inline(phase)
     flat.graph.lint()
     assert any(n.op == "call_module" for n in phase.graph.nodes)
     assert not any(n.op == "call_module" for n in flat.graph.nodes)
@@ -48,7 +46,7 @@ def test_inlining_keeps_bits_and_leaves_no_call(case: Case, captured):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_lifting_keeps_bits_and_leaves_no_weight(case: Case, captured):
     phase, inputs = make_phase(case, captured)
-    flat = inline_regions_pass(phase)
+    flat = inline(phase)
     lifted = lift_weights_pass(flat)
     lifted.graph.lint()
     assert not any(n.op == "get_attr" for n in lifted.graph.nodes)
@@ -64,9 +62,8 @@ def test_lifting_keeps_bits_and_leaves_no_weight(case: Case, captured):
 def test_lifted_weights_decide_the_result(captured):
     """Weights are inputs: other values, other results, no other graph."""
     phase, inputs = make_phase(CASES[0], captured)
-    flat = inline_regions_pass(phase)
-    lifted = lift_weights_pass(flat)
-    weights = [attribute(flat, name) for name in lifted.meta["weights"]]
+    flat = inline(phase)
+    lifted, weights = lift(flat)
     with torch.no_grad():
         first = lifted(*weights, *inputs)
         second = lifted(*(w * 1.5 for w in weights), *inputs)
@@ -75,9 +72,9 @@ def test_lifted_weights_decide_the_result(captured):
 
 def test_a_phase_without_regions_is_copied(captured):
     gm = run_to(captured(CASES[0])[1], "cache")
-    every = range(len(gm.meta["regions"]))
-    phase = specialize_phase_pass(gm, reused=every, stored=())
-    flat = inline_regions_pass(phase)
+    every = range(len(regions_of(gm)))
+    phase = specialize(gm, reused=every, stored=())
+    flat = inline(phase)
     assert len(flat.graph.nodes) == len(phase.graph.nodes)
 
 

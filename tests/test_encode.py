@@ -4,24 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import compile_flat, run_graph, run_to, with_hoisted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import MODELS, Case
-from test_cache import Recorder
-from test_specialize import placeholders, store_all
+from phases import FakeTrajectory, inline, lift, placeholders, specialize, store_all
+from stages import compile_flat, regions_of, run_graph, run_to, with_hoisted
 
 from pabc import passes
 from pabc.passes import (
     Region,
     encode_cuts_pass,
-    inline_regions_pass,
-    lift_weights_pass,
-    specialize_phase_pass,
 )
 from pabc.passes.cache import cache_read, decode_cached, encode_unless
 from pabc.passes.encode import FP8, FP8_MAX, TINY, decode, encode, form_of
-from pabc.passes.ir import attribute
 from pabc.runtime.bindings import slot_specs
 
 CASES = [c for c in MODELS if c.name in ("Factorized", "JointText", "Refined")]
@@ -144,12 +139,12 @@ def test_a_read_is_decoded_and_a_write_encoded(captured):
         slot = node.args[1]
         decoded, encoded, _ = node.users
         assert decoded.target is decode_cached and encoded.target is encode_unless
-        region: Region = gm.meta["regions"][slot]
+        region: Region = regions_of(gm)[slot]
         ((values, dtype), (scale, scale_dtype)) = region.kept
         assert (values, dtype) == (region.shapes[0], FP8)
         assert (scale, scale_dtype) == ((*values[:-1], 1), torch.float32)
     named = {n.target for n in gm.graph.nodes if str(n.target).startswith("encode_")}
-    layouts = {region.shapes for region in gm.meta["regions"]}
+    layouts = {region.shapes for region in regions_of(gm)}
     assert len(named) == len(layouts), "cuts that are alike share a codec"
 
 
@@ -158,11 +153,11 @@ def test_a_read_is_decoded_and_a_write_encoded(captured):
 def test_slots_hold_the_bytes_that_regions_name(case: Case, cache_dtype, captured):
     model, _ = captured(case)
     gm = guard(case, captured, cache_dtype)
-    trajectory, call = Recorder(), case.call(step=1)
+    trajectory, call = FakeTrajectory(), case.call(step=1)
     with torch.no_grad():
         assert torch.equal(run_graph(gm, call, trajectory), model(**call)), "computed: exact"
     for spec, region, kept in zip(
-        slot_specs(gm.meta["regions"]), gm.meta["regions"], trajectory.writes.values(), strict=True
+        slot_specs(regions_of(gm)), regions_of(gm), trajectory.writes.values(), strict=True
     ):
         assert [(tuple(t.shape), t.dtype) for t in kept] == list(region.kept)
         assert spec.nbytes == sum(t.untyped_storage().nbytes() for t in kept)
@@ -172,15 +167,15 @@ def test_slots_hold_the_bytes_that_regions_name(case: Case, cache_dtype, capture
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_phases_equal_the_oracle(case: Case, cache_dtype, captured):
     gm = guard(case, captured, cache_dtype)
-    slots = range(len(gm.meta["regions"]))
+    slots = range(len(regions_of(gm)))
     kept, call = store_all(gm, case.call(step=0)), case.call(step=1)
     for reused in ((), (0,), tuple(slots[::2]), tuple(slots)):
         stored = [slot for slot in slots if slot not in reused]
-        oracle = Recorder({slot: kept[slot] for slot in reused})
-        phase = specialize_phase_pass(gm, reused=reused, stored=stored)
+        oracle = FakeTrajectory({slot: kept[slot] for slot in reused})
+        phase = specialize(gm, reused=reused, stored=stored)
         phase.graph.lint()
         held = [tensor for slot in reused for tensor in kept[slot]]
-        for graph in (phase, inline_regions_pass(phase)):
+        for graph in (phase, inline(phase)):
             with torch.no_grad():
                 expected = gm(oracle, *with_hoisted(gm, call))
                 outputs, results = graph(*with_hoisted(phase, call), *held)
@@ -193,7 +188,7 @@ def test_phases_equal_the_oracle(case: Case, cache_dtype, captured):
 
 def test_a_phase_takes_encoded_cuts_and_encodes_only_what_is_stored(captured):
     gm = guard(FACTORIZED, captured, "fp8")
-    phase = specialize_phase_pass(gm, reused=(0,), stored=(1,))
+    phase = specialize(gm, reused=(0,), stored=(1,))
     assert placeholders(phase)[-2:] == ["spatial_0_cut0", "spatial_0_cut1"]
     values, scale = [n.meta["val"] for n in phase.graph.nodes if n.op == "placeholder"][-2:]
     assert (values.dtype, scale.dtype) == (FP8, torch.float32)
@@ -205,14 +200,14 @@ def test_graphs_for_any_sizes_encode_any_sizes():
     model, call = PACKED.model(), PACKED.call()
     gm = passes.capture(model.eval(), (), dict(call), dynamic=True)
     gm = run_to(gm, "encode", cache_dtype="fp8")
-    region = gm.meta["regions"][0]
+    region = regions_of(gm)[0]
     assert region.kept[0] == (region.shapes[0], FP8), "the sizes of the captured call"
     larger = PACKED.call(1, replace(PACKED.sizes, batch=3, height=6))
-    trajectory = Recorder()
+    trajectory = FakeTrajectory()
     with torch.no_grad():
         full = model(**larger)
         assert torch.equal(run_graph(gm, larger, trajectory), full)
-        decoded = run_graph(gm, larger, Recorder(trajectory.writes))
+        decoded = run_graph(gm, larger, FakeTrajectory(trajectory.writes))
     assert 0 < (decoded - full).abs().max() < 0.1 * full.abs().max()
 
 
@@ -237,11 +232,10 @@ def test_inductor_decodes_alike_and_encodes_to_a_neighbor_at_most(cache_dtype, c
     """
     gm = guard(FACTORIZED, captured, cache_dtype)
     kept, call = store_all(gm, FACTORIZED.call(step=0)), FACTORIZED.call(step=1)
-    slots = range(len(gm.meta["regions"]))
+    slots = range(len(regions_of(gm)))
     reused, stored = slots[:3], slots[3:]
-    phase = specialize_phase_pass(gm, reused=reused, stored=stored)
-    flat = lift_weights_pass(inline_regions_pass(phase))
-    weights = [attribute(inline_regions_pass(phase), name) for name in flat.meta["weights"]]
+    phase = specialize(gm, reused=reused, stored=stored)
+    flat, weights = lift(inline(phase))
     inputs = [*with_hoisted(phase, call), *(t for slot in reused for t in kept[slot])]
     with torch.no_grad():
         found = compile_flat(flat)(*weights, *inputs)

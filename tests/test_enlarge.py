@@ -7,8 +7,8 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import capture_call, run_to
 from models import CASES, Case, Factorized, Sizes
+from stages import capture_call, run_to
 from torch import nn
 
 import pabc

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from phases import inline
+from stages import prologue_of
 from torch import nn
 
 import pabc
@@ -51,7 +53,7 @@ def hoisted(model, inputs):
 
 def test_projections_of_the_text_move_to_the_prologue(model, inputs):
     gm = hoisted(model, inputs)
-    prologue = gm.meta["prologue"]
+    prologue = prologue_of(gm)
     linears = [n for n in prologue.graph.nodes if "linear" in str(n.target)]
     assert len(linears) == 3  # text, k, v
     assert [n.name for n in user_inputs(gm.graph)[3:]] == ["hoisted_0", "hoisted_1"]
@@ -145,7 +147,7 @@ def test_it_is_done_in_the_prologue_and_in_no_phase(thing, op, times, compiled):
     program, _ = compiled._captured("test")
     assert ops(program._prologue).count(op) == times
     steps = 5 if op == "linear" else 2 if op.startswith("scaled") else 0  # of the latents
-    counts = [ops(passes.inline_regions_pass(phase)).count(op) for phase in compiled.phases]
+    counts = [ops(inline(phase)).count(op) for phase in compiled.phases]
     assert max(counts) == steps
 
 
@@ -223,7 +225,7 @@ def test_random_numbers_are_drawn_at_every_step():
 def test_nothing_to_hoist():
     model, x = Plain().eval(), torch.randn(2, 3, 4)
     gm = hoisted(model, (x,))
-    assert gm.meta["prologue"](x) == ()
+    assert prologue_of(gm)(x) == ()
     assert [n.name for n in user_inputs(gm.graph)] == ["x"]
     assert torch.equal(gm(x)[0], model(x))
 
@@ -244,7 +246,7 @@ class Quantized(nn.Module):
 def test_unpacked_weights_are_not_kept_for_a_generation():
     model, x, text = Quantized().eval(), torch.randn(2, 3, 8), torch.randn(2, 4, 8)
     gm = hoisted(model, (x, text))
-    (kept,) = gm.meta["prologue"](x, text)  # what is made of the text, and not the weight
+    (kept,) = prologue_of(gm)(x, text)  # what is made of the text, and not the weight
     assert kept.shape == (2, 1, 8)
     assert torch.equal(gm(x, text, kept)[0], model(x, text))
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_residual_norm import DEVICE, define, make
+from norms import DEVICE, define, make
 
 from pabc.kernels import joint_norm as module
 from pabc.kernels.joint_norm import OP, joint_norm, joint_norm_reference

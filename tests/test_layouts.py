@@ -5,10 +5,10 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import capture_call, copy_graph
 from layouts import LAYOUTS, Layout
 from models import run_by_hand
-from test_regions import STEPS, make_masks, make_schedule
+from reuse import STEPS, make_masks, make_schedule
+from stages import capture_call, copy_graph
 
 import pabc
 from pabc import passes

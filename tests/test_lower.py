@@ -4,10 +4,10 @@ from functools import partial
 
 import pytest
 import torch
+from lowering import Attend, export, lower, make_qkv, unmeasured
 from models import MODELS
-from test_end_to_end import make_inputs, make_latte
+from small_latte import make_inputs, make_latte
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
 
 import pabc
 from pabc.kernels.gains import find_gain
@@ -19,39 +19,9 @@ pytestmark = pytest.mark.kernels
 FACTORIZED = next(case for case in MODELS if case.name == "Factorized")
 
 
-def unmeasured(kernel, device, shape):
-    return None
-
-
-class Attend(nn.Module):
-    def __init__(self, **options):
-        super().__init__()
-        self.options = options
-
-    def forward(self, q, k, v, *mask):
-        return scaled_dot_product_attention(q, k, v, *mask, **self.options).transpose(1, 2)
-
-
-def export(model, *inputs):
-    return torch.export.export(model, inputs, strict=False).run_decompositions({}).graph_module
-
-
-def make(N=2, H=3, T=6, S=6, D=8, dtype=torch.float32):
-    q = torch.randn(N, T, H, D, dtype=dtype).transpose(1, 2)
-    k, v = torch.randn(2, N, S, H, D, dtype=dtype).transpose(2, 3)
-    return q, k, v
-
-
-def lower(model, *inputs, kernels="force", gains=unmeasured):
-    gm = export(model, *inputs)
-    lowered = lower_pass(gm, kernels=kernels, gains=gains)
-    lowered.graph.lint()
-    return gm, lowered
-
-
 @pytest.mark.parametrize("shape", [(6, 6), (1, 9), (17, 3)], ids=str)
 def test_attention_becomes_a_call(shape):
-    inputs = make(T=shape[0], S=shape[1])
+    inputs = make_qkv(T=shape[0], S=shape[1])
     gm, lowered = lower(Attend(scale=0.3), *inputs)
     assert lowered.graph.find_nodes(op="call_function", target=OP)
     assert not lowered.graph.find_nodes(
@@ -72,7 +42,7 @@ def test_masks_of_fewer_dimensions(shape, kind):
     mask = torch.rand(shape) < 0.7 if kind == "bool" else torch.randn(shape)
     if kind == "bool":
         mask[..., 0] = True
-    inputs = (*make(), mask)
+    inputs = (*make_qkv(), mask)
     gm, lowered = lower(Attend(), *inputs)
     assert lowered.graph.find_nodes(op="call_function", target=OP)
     torch.testing.assert_close(lowered(*inputs), gm(*inputs), atol=1e-6, rtol=1e-5)
@@ -87,7 +57,7 @@ def test_masks_of_fewer_dimensions(shape, kind):
     ],
 )
 def test_what_no_kernel_computes_is_left_alone(sizes, options, reason):
-    inputs = make(**sizes)
+    inputs = make_qkv(**sizes)
     gm, lowered = lower(Attend(**options), *inputs)
     kernels = {each.kernel: each.reason for each in lowered.meta["lowered"]}
     assert kernels == dict.fromkeys(("short_attention", "text_attention", "attention"), reason)
@@ -96,7 +66,7 @@ def test_what_no_kernel_computes_is_left_alone(sizes, options, reason):
 
 
 def test_automatic_lowering_goes_by_the_table():
-    inputs = [x.to("meta") for x in make()]
+    inputs = [x.to("meta") for x in make_qkv()]
     asked = []
 
     def gains(answer, kernel, device, shape):

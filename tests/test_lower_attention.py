@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_lower import Attend, lower, make
+from lowering import Attend, lower, make_qkv
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from zoo import ENTRIES
@@ -35,7 +35,7 @@ def kernels_of(lowered):
 )
 def test_each_length_has_its_kernel(sizes, kernel):
     torch.manual_seed(0)
-    inputs = make(**sizes)
+    inputs = make_qkv(**sizes)
     gm, lowered = lower(Attend(scale=0.3), *inputs)
     assert kernels_of(lowered) == [kernel]
     (found,), (expected,) = lowered(*inputs), gm(*inputs)
@@ -50,7 +50,7 @@ def test_masks(sizes, kind):
     keys = torch.rand(1, sizes["S"]) < 0.7
     keys[:, 0] = True
     mask = keys if kind == "bool" else torch.randn(1, sizes["S"])
-    inputs = (*make(**sizes), mask)
+    inputs = (*make_qkv(**sizes), mask)
     gm, lowered = lower(Attend(), *inputs)
     assert len(kernels_of(lowered)) == 1
     torch.testing.assert_close(lowered(*inputs), gm(*inputs), atol=1e-5, rtol=1e-5)

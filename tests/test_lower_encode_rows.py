@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from lowering import lower
 from models import MODELS
-from test_lower import lower
 from torch import nn
 
 import pabc

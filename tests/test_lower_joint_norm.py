@@ -2,26 +2,17 @@
 
 import pytest
 import torch
-from test_lower_residual_norm import ROWS, B, C, T, check_same, draw, left, lower, plain
+from lowered_norms import LATENTS, ROWS, TEXT, C, check_same, left, lower, modulate, norms, plain
 
 import pabc
 from pabc.kernels.joint_norm import OP
 from pabc.kernels.residual_norm import OP as ALONE
 
 pytestmark = pytest.mark.kernels
-TEXT, LATENTS = draw(B, 3, C), draw(B, T, C, seed=1)
-
-
-def modulate(x, m):
-    return plain(x) * (1 + m.scale) + m.shift
 
 
 def count(lowered, op=OP):
     return len(lowered.graph.find_nodes(op="call_function", target=op))
-
-
-def norms(text, latents, m):
-    return torch.cat([modulate(text, m), plain(latents) * m.gate], 1)
 
 
 def sums(text, latents, m):

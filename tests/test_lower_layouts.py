@@ -1,7 +1,7 @@
 """Layouts after lowering: a stream whose channels lie apart does not stay so."""
 
 import pytest
-from test_lower_residual_norm import CUT, OTHER, B, C, T, X, calls, check_same, draw, lower, plain
+from lowered_norms import CUT, OTHER, B, C, T, X, calls, check_same, draw, lower, plain
 
 pytestmark = pytest.mark.kernels
 APART = draw(B, C, T).mT

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from test_lower import lower
+from lowering import lower
 from torch import nn
 from torch.distributed._functional_collectives import all_to_all_single, wait_tensor
 

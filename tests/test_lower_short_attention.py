@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_lower import lower
+from lowering import lower
 from torch import nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 

@@ -9,9 +9,9 @@ import generations
 import pytest
 import torch
 import zoo
-from conftest import copy_graph
 from generations import TIMESTEPS
 from models import MODELS, Tiny
+from stages import copy_graph
 
 import pabc
 from pabc import passes

@@ -3,34 +3,16 @@
 A table of all recordings ends the output: largest absolute error, decisions equal.
 """
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
+from recordings import FILES, load_meta, load_model, load_part
 
 import pabc
 from pabc.models import LatteClass, LatteT2V, OpenSora12, OpenSoraPlan11, OpenSoraPlan12
 
-DATA = Path(__file__).parent / "data"
-FILES = {path.stem: path for path in sorted(DATA.glob("**/*.safetensors"))}
 FORWARD_TOLERANCE = 1e-5
 TRAJECTORY_TOLERANCE = 3e-5
 
-CLASSES = {  # start of a recording's name -> class
-    "latte_t2v": LatteT2V,
-    "videosys_latte_t2v": LatteT2V,
-    "latte_class": LatteClass,
-    "latte_uncond": LatteClass,
-    "opensora12": OpenSora12,
-    "videosys_stdit3": OpenSora12,
-    "osp11": OpenSoraPlan11,
-    "videosys_osp110": OpenSoraPlan11,
-    "osp12": OpenSoraPlan12,
-    "videosys_osp120": OpenSoraPlan12,
-}
 ONE_EACH = {  # a recording per class, with every mask and option that there is
     LatteT2V: "latte_t2v_mask",
     LatteClass: "latte_class_cond",
@@ -53,30 +35,6 @@ COLUMNS = {  # kind -> the columns of its layers at one depth, in the recorded d
     OpenSoraPlan11: {"spatial": [0], "cross": [1], "mlp": [2, 4], "temporal": [3]},
     OpenSoraPlan12: {"full": [0], "cross": [1]},
 }
-
-
-def class_of(name):
-    return next(cls for start, cls in CLASSES.items() if name.startswith(start))
-
-
-def load_meta(name):
-    with safe_open(FILES[name], "pt") as file:
-        return json.loads(file.metadata()["golden"])
-
-
-def load_part(name, part):
-    tensors = load_file(FILES[name])
-    return {key.removeprefix(part): t for key, t in tensors.items() if key.startswith(part)}
-
-
-def load_model(name, **changes):
-    """The model of a recording, with its weights, and what the recording says of itself."""
-    meta = load_meta(name)
-    model = class_of(name).from_config(meta["config"], **changes).eval()
-    weights = load_part(name, "sd/") or load_part(Path(meta["weights_from"]).stem, "sd/")
-    model.load_state_dict(weights, strict=True)
-    assert model.state_dict().keys() == weights.keys()
-    return model, meta
 
 
 @pytest.mark.parametrize("name", FORWARDS)

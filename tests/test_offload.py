@@ -5,21 +5,16 @@ import weakref
 
 import pytest
 import torch
-from conftest import compile_flat, run_graph, run_to, with_hoisted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import MODELS, Case
-from test_cache import Recorder
-from test_specialize import store_all
+from phases import FakeTrajectory, inline, lift, specialize, store_all
+from stages import compile_flat, regions_of, run_graph, run_to, with_hoisted
 
 from pabc.passes import (
-    inline_regions_pass,
-    lift_weights_pass,
     offload_cuts_pass,
-    specialize_phase_pass,
 )
 from pabc.passes.cache import cache_read, cache_write, fetch_cached, stash_unless
-from pabc.passes.ir import attribute
 from pabc.passes.offload import FETCH, STASH
 from pabc.passes.transfers import Lane, fetch, stash
 
@@ -58,19 +53,19 @@ def test_a_read_is_fetched_and_a_write_stashed(captured):
 def test_phases_equal_the_oracle_and_the_graph_without_offload(case: Case, cache_dtype, captured):
     gm, call = offload(case, captured, cache_dtype), case.call(step=1)
     plain = run_to(captured(case)[1], "encode", cache_dtype=cache_dtype)
-    slots = range(len(gm.meta["regions"]))
+    slots = range(len(regions_of(gm)))
     kept = store_all(gm, case.call(step=0))
     for reused in ((), (0,), tuple(slots[::2]), tuple(slots)):
         stored = [slot for slot in slots if slot not in reused]
         held = {slot: kept[slot] for slot in reused}
-        oracle, other = Recorder(held), Recorder(held)
-        phase = specialize_phase_pass(gm, reused=reused, stored=stored)
+        oracle, other = FakeTrajectory(held), FakeTrajectory(held)
+        phase = specialize(gm, reused=reused, stored=stored)
         phase.graph.lint()
         expected = run_graph(plain, call, other)
         assert torch.equal(run_graph(gm, call, oracle), expected)
         with torch.no_grad():
             inputs = [*with_hoisted(phase, call), *(t for slot in reused for t in kept[slot])]
-            outputs, results = inline_regions_pass(phase)(*inputs)
+            outputs, results = inline(phase)(*inputs)
         assert torch.equal(outputs[0], expected)
         for writes in (oracle.writes, other.writes):
             wanted = [t for slot in stored for t in writes[slot]]
@@ -80,7 +75,7 @@ def test_phases_equal_the_oracle_and_the_graph_without_offload(case: Case, cache
 
 def test_a_phase_fetches_one_ahead_and_stashes_what_it_stores(captured):
     gm = offload(FACTORIZED, captured, "fp8")
-    phase = specialize_phase_pass(gm, reused=(0, 3), stored=(1,))
+    phase = specialize(gm, reused=(0, 3), stored=(1,))
     nodes = list(phase.graph.nodes)
     held = [n for n in nodes if n.op == "placeholder"][-4:]
     fetches = [n for n in nodes if n.target is FETCH]
@@ -259,10 +254,8 @@ def test_a_prefetch_runs_beside_the_computation():
 def test_inductor_takes_the_ops(captured):
     gm = offload(FACTORIZED, captured, "bf16")
     kept, call = store_all(gm, FACTORIZED.call(step=0)), FACTORIZED.call(step=1)
-    phase = specialize_phase_pass(gm, reused=(0, 1, 2), stored=(3, 4))
-    inlined = inline_regions_pass(phase)
-    flat = lift_weights_pass(inlined)
-    weights = [attribute(inlined, name) for name in flat.meta["weights"]]
+    phase = specialize(gm, reused=(0, 1, 2), stored=(3, 4))
+    flat, weights = lift(inline(phase))
     inputs = [*with_hoisted(phase, call), *(t for slot in range(3) for t in kept[slot])]
     with torch.no_grad():
         found = compile_flat(flat)(*weights, *inputs)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import capture_call, compile_flat
+from stages import capture_call, compile_flat
 from torch import nn
 
 import pabc.passes.onednn as onednn

@@ -8,26 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import Mlp, run_by_hand
-from reading import FULL, NUM_STEPS, Plain, generate, make, make_calls
+from reading import FULL, NUM_STEPS, OnTheHour, Plain, Scaled, generate, make, make_calls
 
 import pabc
-
-
-class OnTheHour(Plain):
-    """A branch on the timestep, outside of all blocks."""
-
-    def forward(self, x_BCHW, t_B):
-        scale = 2.0 if t_B[0].item() > 0.5 else 1.0
-        return super().forward(x_BCHW * scale, t_B)
-
-
-class Scaled(Plain):
-    """A number read from the timestep is a factor, and decides a branch."""
-
-    def forward(self, x_BCHW, t_B, text_BLD=None):
-        t = t_B[0].item()
-        x = x_BCHW * (1 - t / 2)
-        return super().forward(x if 2 * t > 0.7 else x + t, t_B)
 
 
 class ByTheNumber(Plain):

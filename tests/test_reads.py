@@ -8,36 +8,22 @@ import threading
 
 import pytest
 import torch
-from models import WIDTH, Branch, Cross, Image, Mlp, merge_heads, run_by_hand, split_heads
-from reading import FULL, MASKS, NUM_STEPS, Plain, generate, make, make_calls, text_and_mask
-from torch import nn
+from models import WIDTH, Branch, Cross, Image, Mlp, run_by_hand
+from reading import (
+    FULL,
+    MASKS,
+    NUM_STEPS,
+    Plain,
+    TextLengths,
+    generate,
+    make,
+    make_calls,
+    text_and_mask,
+)
 
 import pabc
 from pabc.passes import capture
 from pabc.passes.tracing.untouched import _function_caches
-
-
-class TextLengths(Image):
-    """Cross attention of each sample to its own valid text tokens, packed without padding."""
-
-    def __init__(self, *blocks):
-        super().__init__(*blocks)
-        self.to_q, self.to_kv = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
-
-    def forward(self, x_BCHW, t_B, text_BLD, mask_BL):
-        lengths = mask_BL.sum(dim=1).tolist()
-        packed = text_BLD.masked_select(mask_BL.unsqueeze(-1)).view(-1, WIDTH)
-        k, v = (split_heads(y) for y in self.to_kv(packed).chunk(2, dim=-1))
-        x, emb = self.patch(x_BCHW).flatten(2).transpose(1, 2), self.time(t_B)
-        for block in self.blocks:
-            x = block(x, emb)
-        q, start, parts = split_heads(self.to_q(x)), 0, []
-        for i, length in enumerate(lengths):
-            end = start + length
-            parts.append((q[i] @ k[:, start:end].mT).softmax(-1) @ v[:, start:end])
-            start = end
-        x = x + merge_heads(torch.stack(parts))
-        return self.head(x).view(2, 4, 4, 2, 2, 3).permute(0, 5, 1, 3, 2, 4).reshape(x_BCHW.shape)
 
 
 def test_text_lengths_by_tolist():
@@ -52,7 +38,7 @@ def test_text_lengths_by_tolist():
         "item gives 5",
         "masked_select takes (8,)",
     ]
-    assert "test_reads.py" in found.assumed[0] and "assumed: item gives 3" in str(found)
+    assert "reading.py" in found.assumed[0] and "assumed: item gives 3" in str(found)
     assert sorted(found.attention.values()) == ["cross", "cross", "full", "full"]
 
 

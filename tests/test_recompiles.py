@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from test_end_to_end import INDUCTOR_TOLERANCE, make_inputs, make_latte
+from models import ONE_BLOCK
+from small_latte import INDUCTOR_TOLERANCE, make_inputs, make_latte
 from torch import nn
 from torch._dynamo.utils import counters
-from weights import CASE
 
 import pabc
 
@@ -113,10 +113,10 @@ def test_weights_replaced_within_a_generation_recompile_nothing(warm):
 
 
 def test_the_counters_see_a_compile():
-    fast = pabc.compile(CASE.model(), pabc.Schedule.none(range(2)))
+    fast = pabc.compile(ONE_BLOCK.model(), pabc.Schedule.none(range(2)))
     before = count(fast)
     with torch.no_grad():
-        fast(**CASE.call())
+        fast(**ONE_BLOCK.call())
     captures, compiles, _, inductor = count(fast)
     assert (captures, compiles) == (1, 1) and inductor != before[3]
     assert fast.stats.blocks > 1

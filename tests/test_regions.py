@@ -1,10 +1,8 @@
 import random
-from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import capture_call, run_graph, run_to
 from models import (
     CASES,
     MODELS,
@@ -13,7 +11,6 @@ from models import (
     Case,
     Image,
     Mlp,
-    Point,
     SharedProjection,
     attend_fused,
     merge_heads,
@@ -21,13 +18,12 @@ from models import (
     split_heads,
 )
 from models import Attention as Attend
+from reuse import STEPS, make_masks, make_schedule
+from stages import capture_call, regions_of, run_graph, run_to
 from torch import nn
 
-from pabc import Schedule
 from pabc.passes import Attention, mark_regions_pass, tagged, verify_marks, verify_outline
 from pabc.passes.ir import aten, dead_without, output_node
-
-STEPS = 6
 
 
 def case_params():
@@ -36,29 +32,6 @@ def case_params():
         for case in CASES
         for cut in ("attention", "branch")
     ]
-
-
-def make_masks(model, *, seed):
-    """A mask of its own for each region that the points of a model mark."""
-    rng = random.Random(seed)
-    counts = Counter(
-        (p.kind, p.num_points)
-        for p in model.modules()
-        if isinstance(p, Point) and "branch" in p.cuts
-    )
-    return {
-        (kind, layer): (False, *(rng.random() < 0.5 for _ in range(STEPS - 1)))
-        for (kind, num_points), count in counts.items()
-        for layer in range(count // num_points)
-        if kind != "other"
-    }
-
-
-def make_schedule(masks):
-    schedule = Schedule.none(range(STEPS, 0, -1))
-    for (kind, layer), mask in masks.items():
-        schedule = schedule.override(kind=kind, layers=layer, mask=mask)
-    return schedule
 
 
 @pytest.mark.parametrize(("case", "cut"), case_params())
@@ -99,7 +72,7 @@ def op_name(node):
 def find_cuts(gm):
     """Per region: its kind and the ops of its cut nodes."""
     found = []
-    for region in gm.meta["regions"]:
+    for region in regions_of(gm):
         body = gm.get_submodule(region.name)
         cuts = output_node(body.graph).args[0]
         found.append((region.kind, *map(op_name, cuts)))
@@ -137,7 +110,7 @@ def test_where_the_cut_is(name, cut, expected, captured):
 
 def test_a_joint_region_has_a_cut_per_stream(captured):
     gm = outline("JointText", captured)
-    joint, *others = gm.meta["regions"]
+    joint, *others = regions_of(gm)
     assert [r.kind for r in (joint, *others)] == ["joint", "mlp", "mlp"]
     assert joint.shapes == ((2, 5, 16), (2, 8, 16)) or joint.shapes == ((2, 8, 16), (2, 5, 16))
     assert joint.nbytes == 4 * 2 * 13 * 16
@@ -157,9 +130,9 @@ def test_what_only_the_branch_needs_is_in_the_region(captured):
 def test_regions_are_listed_as_they_run(captured):
     gm = outline("Factorized", captured)
     names = ["spatial_0", "cross_0", "mlp_0", "temporal_0", "mlp_1"]
-    assert [region.name for region in gm.meta["regions"]] == names
+    assert [region.name for region in regions_of(gm)] == names
     assert [n.target for n in gm.graph.nodes if n.op == "call_module"] == names
-    assert gm.meta["regions"][3].path == "temporal.0.0.attn"
+    assert regions_of(gm)[3].path == "temporal.0.0.attn"
     assert gm.meta["outside"] == ()
 
 
@@ -173,7 +146,7 @@ def test_attention_off_the_latents_stays_where_it_is(captured):
 def test_a_model_without_branches_has_no_region():
     model = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 3))
     gm = run_to(capture_call(model, {"input": torch.randn(2, 4, 3)}), "outline")
-    assert gm.meta["regions"] == ()
+    assert regions_of(gm) == ()
     assert not any(n.op == "call_module" for n in gm.graph.nodes)
 
 
@@ -187,7 +160,7 @@ def test_verify_catches_an_attention_left_alive(captured):
     gm = outline("Branch", captured)
     verify_outline(gm)
     node = next(n for n in gm.graph.nodes if n.op == "call_function")
-    node.meta["attention"] = Attention(gm.meta["regions"][0].attentions[0], "full", "", (), ())
+    node.meta["attention"] = Attention(regions_of(gm)[0].attentions[0], "full", "", (), ())
     with pytest.raises(AssertionError, match="alive outside its region"):
         verify_outline(gm)
 
@@ -214,7 +187,7 @@ class SkipOverPlainAttention(nn.Module):
 def test_a_long_skip_is_no_region():
     """Attention without an add of its own is cut at its output, not where the skip ends."""
     gm = run_to(capture_call(Image(SkipOverPlainAttention()), BY_NAME["Branch"].call()), "outline")
-    kinds = [(r.kind, r.attentions) for r in gm.meta["regions"]]
+    kinds = [(r.kind, r.attentions) for r in regions_of(gm)]
     assert kinds == [
         ("full", ("blocks.0.first.attn",)),
         ("full", ("blocks.0.attn",)),
@@ -257,7 +230,7 @@ class SkipOverAll(nn.Module):
 def test_a_projection_under_a_skip_over_all_blocks_is_no_mlp():
     """Were it cut, nothing of the last block would reach the output."""
     gm = run_to(capture_call(Image(SkipOverAll()), BY_NAME["Branch"].call()), "outline")
-    assert [(r.kind, r.path) for r in gm.meta["regions"]] == [
+    assert [(r.kind, r.path) for r in regions_of(gm)] == [
         ("full", "blocks.0.block.attn"),
         ("mlp", "blocks.0.mlp.mlp"),
     ]
@@ -278,7 +251,7 @@ class OneProjectionForAll(SharedProjection):
 
 def test_an_mlp_whose_only_product_is_the_attentions_too_is_no_region():
     gm = run_to(capture_call(Image(OneProjectionForAll()), BY_NAME["Branch"].call()), "outline")
-    assert [r.kind for r in gm.meta["regions"]] == ["full"]
+    assert [r.kind for r in regions_of(gm)] == ["full"]
 
 
 class MlpOfResidualLayers(nn.Module):
@@ -297,4 +270,4 @@ class MlpOfResidualLayers(nn.Module):
 
 def test_an_mlp_with_a_residual_inside_is_one_region():
     gm = run_to(capture_call(Image(MlpOfResidualLayers()), BY_NAME["Branch"].call()), "outline")
-    assert [r.kind for r in gm.meta["regions"]] == ["mlp"]
+    assert [r.kind for r in regions_of(gm)] == ["mlp"]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import capture_call, run_graph, run_to
+from stages import capture_call, prologue_of, run_graph, run_to
 from torch import nn
 
 import pabc
@@ -71,7 +71,7 @@ def make_call():
 def test_keys_and_values_are_kept_once_for_all_frames(repeat):
     model, call = OverFrames(repeat).eval(), make_call()
     gm = run_to(capture_call(model, call), "repeats")
-    kept = gm.meta["prologue"](*call.values())
+    kept = prologue_of(gm)(*call.values())
     assert [tuple(t.shape) for t in kept] == [(B, 1, L, 2, D // 2)] * 2
     assert torch.equal(run_graph(gm, call), model(**call))
 
@@ -107,7 +107,7 @@ def test_what_several_regions_read_stays_whole():
     model, call = Masked().eval(), {**make_call(), "mask_BL": torch.ones(B, L)}
     gm = run_to(capture_call(model, call), "repeats")
     # both layers have the same weights here: keys, values and mask are read in two regions
-    assert not any(n.target is keep_one for n in gm.meta["prologue"].graph.nodes)
+    assert not any(n.target is keep_one for n in prologue_of(gm).graph.nodes)
     assert torch.equal(run_graph(gm, call), model(**call))
 
 
@@ -147,7 +147,7 @@ def test_they_can_be_saved():
     guarded, _ = pabc.pipeline.analyze(model, (), call, pabc.pipeline.Config())
     content, constants = write_analysis(guarded)
     again = read_analysis(json.loads(json.dumps(content)), constants, model)
-    kept = again.meta["prologue"](*call.values())
+    kept = prologue_of(again)(*call.values())
     assert [tuple(t.shape) for t in kept] == [(B, 1, L, 2, D // 2)] * 2
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import capture_call
+from stages import capture_call
 from torch import nn
 
 from pabc.passes import rewrite_formulas_pass

@@ -8,9 +8,9 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import capture_call, run_to
 from models import MODELS, Branch, Factorized, Image, Mlp, Sizes
 from sharded.simulator import GROUP, run_ranks
+from stages import capture_call, run_to
 from torch import nn
 from torch.utils import _pytree as pytree
 

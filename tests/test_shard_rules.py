@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import capture_call, run_to
 from sharded.simulator import GROUP, run_ranks
+from stages import capture_call, run_to
 from torch import nn
 
 from pabc.passes import Axis, Ranks, find_collectives

@@ -2,11 +2,11 @@ import itertools
 
 import pytest
 import torch
-from conftest import run_to, with_hoisted
 from models import MODELS, STYLES, Case
-from test_cache import Recorder
+from phases import FakeTrajectory, placeholders, specialize, store_all
+from stages import prologue_of, regions_of, run_to, with_hoisted
 
-from pabc.passes import specialize_phase_pass, tagged, verify_phase
+from pabc.passes import tagged, verify_phase
 from pabc.passes.ir import Reach, aten, output_node, user_inputs
 
 CASES = [c for c in MODELS if c.name in ("Factorized", "JointText", "Refined", "OneStream")]
@@ -15,18 +15,6 @@ FACTORIZED = CASES[0]
 
 def guard(case, captured):
     return run_to(captured(case)[1], "cache")
-
-
-def store_all(gm, call):
-    """What a full step leaves in each slot."""
-    trajectory = Recorder()
-    with torch.no_grad():
-        gm(trajectory, *with_hoisted(gm, call))
-    return trajectory.writes
-
-
-def placeholders(gm):
-    return [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
 
 
 def attentions(gm):
@@ -38,13 +26,13 @@ def attentions(gm):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_phases_equal_the_oracle(case: Case, captured):
     gm = guard(case, captured)
-    slots = range(len(gm.meta["regions"]))
+    slots = range(len(regions_of(gm)))
     kept, call = store_all(gm, case.call(step=0)), case.call(step=1)
     subsets = [s for n in (0, 1, 2, len(slots)) for s in itertools.combinations(slots, n)]
     for reused in subsets[::2]:
         stored = [slot for slot in slots if slot not in reused][::2]
-        oracle = Recorder({slot: kept[slot] for slot in reused})
-        phase = specialize_phase_pass(gm, reused=reused, stored=stored)
+        oracle = FakeTrajectory({slot: kept[slot] for slot in reused})
+        phase = specialize(gm, reused=reused, stored=stored)
         phase.graph.lint()
         verify_phase(phase, reused=reused)
         cuts = [cut for slot in sorted(reused) for cut in kept[slot]]
@@ -60,9 +48,9 @@ def test_phases_equal_the_oracle(case: Case, captured):
 def test_a_norm_that_two_shares_read_runs_unless_both_are_reused(captured):
     (case,) = (c for c in STYLES if c.name == "SharedProjection")
     gm = guard(case, captured)
-    assert [r.kind for r in gm.meta["regions"]] == ["full", "mlp", "mlp", "full", "mlp"]
+    assert [r.kind for r in regions_of(gm)] == ["full", "mlp", "mlp", "full", "mlp"]
     for reused, norms in (((0,), 2), ((1,), 2), ((0, 1), 1), ((0, 1, 3, 4), 0)):
-        phase = specialize_phase_pass(gm, reused=(*reused, 2), stored=())
+        phase = specialize(gm, reused=(*reused, 2), stored=())
         called = [phase.get_submodule(n.target) for n in phase.graph.nodes if "module" in n.op]
         nodes = [n for graph in (phase, *called) for n in graph.graph.nodes]
         assert sum(n.target is aten.layer_norm.default for n in nodes) == norms
@@ -70,7 +58,7 @@ def test_a_norm_that_two_shares_read_runs_unless_both_are_reused(captured):
 
 def test_reused_cuts_are_inputs_in_slot_order(captured):
     gm = guard(FACTORIZED, captured)
-    phase = specialize_phase_pass(gm, reused=(3, 0), stored=(1,))
+    phase = specialize(gm, reused=(3, 0), stored=(1,))
     names = placeholders(phase)
     assert names[:3] == ["x_bcthw", "t_b", "text_bld"]
     assert names[-2:] == ["spatial_0_cut0", "temporal_0_cut0"]
@@ -81,7 +69,7 @@ def test_reused_cuts_are_inputs_in_slot_order(captured):
 
 def test_a_region_with_two_cuts_has_two_inputs(captured):
     gm = guard(next(c for c in CASES if c.name == "JointText"), captured)
-    phase = specialize_phase_pass(gm, reused=(0,), stored=())
+    phase = specialize(gm, reused=(0,), stored=())
     assert placeholders(phase)[-2:] == ["joint_0_cut0", "joint_0_cut1"]
     assert attentions(phase) == []
 
@@ -89,10 +77,10 @@ def test_a_region_with_two_cuts_has_two_inputs(captured):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_no_attention_of_a_reused_kind_is_left(case: Case, captured):
     gm = guard(case, captured)
-    regions = gm.meta["regions"]
+    regions = regions_of(gm)
     for kind in {region.kind for region in regions} - {"mlp"}:
         reused = [slot for slot, region in enumerate(regions) if region.kind == kind]
-        left = attentions(specialize_phase_pass(gm, reused=reused, stored=()))
+        left = attentions(specialize(gm, reused=reused, stored=()))
         assert kind not in left
         others = [k for k in case.kinds if k not in (kind, "other")]
         assert [k for k in left if k != "other"] == others
@@ -101,13 +89,13 @@ def test_no_attention_of_a_reused_kind_is_left(case: Case, captured):
 def test_what_only_reused_regions_needed_is_gone(captured):
     """With all reused, modulation tables of attention and MLP are gone but for the gates."""
     gm = guard(FACTORIZED, captured)
-    slots = range(len(gm.meta["regions"]))
-    phase = specialize_phase_pass(gm, reused=slots, stored=())
+    slots = range(len(regions_of(gm)))
+    phase = specialize(gm, reused=slots, stored=())
     assert not any(n.op == "call_module" for n in phase.graph.nodes)
     read = {str(n.target) for n in phase.graph.nodes if n.op == "get_attr"}
     assert not any(".to_q." in name or ".mlp." in name for name in read)
     hoisted = [n for n in phase.graph.nodes if str(n.target).startswith("hoisted_")]
-    prologue = gm.meta["prologue"].graph
+    prologue = prologue_of(gm).graph
     reach, condition = Reach(prologue), user_inputs(prologue)[-1]
     follows = [reach.depends(result, condition) for result in output_node(prologue).args[0]]
     assert any(follows)
@@ -117,7 +105,7 @@ def test_what_only_reused_regions_needed_is_gone(captured):
 
 def test_nothing_reused_and_nothing_stored_is_the_model(captured):
     model, _ = captured(FACTORIZED)
-    phase = specialize_phase_pass(guard(FACTORIZED, captured), reused=(), stored=())
+    phase = specialize(guard(FACTORIZED, captured), reused=(), stored=())
     call = FACTORIZED.call(step=2)
     with torch.no_grad():
         outputs, kept = phase(*with_hoisted(phase, call))
@@ -128,17 +116,17 @@ def test_nothing_reused_and_nothing_stored_is_the_model(captured):
 def test_the_guarded_graph_is_left_as_it_was(captured):
     gm = guard(FACTORIZED, captured)
     before = str(gm.graph)
-    specialize_phase_pass(gm, reused=(0, 1), stored=(2,))
+    specialize(gm, reused=(0, 1), stored=(2,))
     assert str(gm.graph) == before
 
 
 def test_slots_both_reused_and_stored_are_refused(captured):
     gm = guard(FACTORIZED, captured)
     with pytest.raises(ValueError, match=r"slots \[1\] are both reused and stored"):
-        specialize_phase_pass(gm, reused=(0, 1), stored=(1, 2))
+        specialize(gm, reused=(0, 1), stored=(1, 2))
 
 
 def test_verify_catches_a_reused_region_that_is_called(captured):
-    phase = specialize_phase_pass(guard(FACTORIZED, captured), reused=(), stored=())
+    phase = specialize(guard(FACTORIZED, captured), reused=(), stored=())
     with pytest.raises(AssertionError, match="spatial_0 is reused and still called"):
         verify_phase(phase, reused=(0,))

@@ -3,7 +3,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import capture_call, run_to
 from models import (
     CASES,
     HEADS,
@@ -21,6 +20,7 @@ from models import (
     attend_in_float,
     attend_matmul,
 )
+from stages import capture_call, run_to
 from torch import nn
 
 from pabc.passes import tag_attention_pass, tagged, verify_tags

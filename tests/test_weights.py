@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
-from conftest import capture_call, copy_graph
+from models import ONE_BLOCK
+from stages import capture_call, copy_graph
 from torch import nn
 from torch.nn.utils import parametrize
-from weights import CASE, Int8Tensor, add_adapter, quantize, with_int8_tensor
+from weights import Int8Tensor, add_adapter, quantize, with_int8_tensor
 
 from pabc.runtime.weights import Weights
 
@@ -38,8 +39,8 @@ def captured_weights(model, **call):
 
 @pytest.fixture
 def tracked():
-    model = CASE.model()
-    return model, *captured_weights(model, **CASE.call())
+    model = ONE_BLOCK.model()
+    return model, *captured_weights(model, **ONE_BLOCK.call())
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_a_replaced_parameter_is_followed_in_every_graph(tracked):
     assert weights.follow(model, [gm, other]) == ["head.weight"]
     assert weights.is_current(model)
     assert weights.get(["head.weight"]) == [model.head.weight]
-    call = CASE.call()
+    call = ONE_BLOCK.call()
     with torch.no_grad():
         expected = model(**call)
         for graph in (gm, other):
@@ -223,7 +224,7 @@ def test_a_parametrized_weight_is_followed():
 
 @pytest.mark.parametrize("name", ["to_q", "to_k"])
 def test_a_parameter_that_is_no_longer_shared_is_noticed(name):
-    model, call = CASE.model(), CASE.call()
+    model, call = ONE_BLOCK.model(), ONE_BLOCK.call()
     attn = model.blocks[0].attn
     attn.to_k.weight = attn.to_q.weight
     gm = capture_call(model, call)

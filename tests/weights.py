@@ -1,10 +1,7 @@
-"""Weights that change: a model to change, a LoRA adapter, and weights quantized in two ways."""
+"""Weights that change: a LoRA adapter, and weights quantized in two ways."""
 
 import torch
-from models import Branch, Case, Image, Mlp
 from torch import nn
-
-CASE = Case("weights", lambda: Image(Branch(), Mlp()), "BCHW", ("full",))
 
 
 class Lora(nn.Module):

@@ -47,10 +47,12 @@ from .branches import (
     TwoKinds,
 )
 from .by_hand import Masks, Point, run_by_hand
-from .cases import CASES, FACTORIZED, MODELS, SPELLED, STYLES, Case, Sizes
+from .cases import CASES, FACTORIZED, MODELS, ONE_BLOCK, SPELLED, STYLES, Case, Sizes
+from .experts import Experts, Routed
 from .image import ClassImage, Image, LongSkip, Packed, Refined, TimeEmbedding, Windowed
 from .joint import JointBlock, JointImage, JointText, OneStream
 from .sizes import CHANNELS, HEADS, PATCH, WIDTH
+from .small import Small, Table
 from .tiny import Tiny
 from .video import Factorized, FramesFirst, Full3d, Rearranged, Video
 
@@ -60,6 +62,7 @@ __all__ = [
     "FACTORIZED",
     "HEADS",
     "MODELS",
+    "ONE_BLOCK",
     "PATCH",
     "SPELLED",
     "SPELLINGS",
@@ -73,6 +76,7 @@ __all__ = [
     "Chained",
     "ClassImage",
     "Cross",
+    "Experts",
     "Factorized",
     "FeedsQuery",
     "FloatResidual",
@@ -98,12 +102,15 @@ __all__ = [
     "Rearranged",
     "Refined",
     "Reversed",
+    "Routed",
     "Sandwich",
     "SharedProjection",
     "Sizes",
+    "Small",
     "Summed",
     "SummedBeforeProjection",
     "SummedPlain",
+    "Table",
     "TimeEmbedding",
     "Tiny",
     "TwoKeys",

@@ -156,4 +156,5 @@ SPELLED: tuple[Case, ...] = tuple(
     )
     for attend in SPELLINGS[1:]
 )
+ONE_BLOCK = Case("OneBlock", lambda: Image(Branch(), Mlp()), "BCHW", ("full",))
 CASES: tuple[Case, ...] = (*MODELS, *SPELLED, *STYLES)

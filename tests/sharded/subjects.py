@@ -90,7 +90,7 @@ def _make_entry(name: str) -> Subject:
 
 
 def _make_recorded(name: str) -> Subject:
-    from test_models import load_model, load_part
+    from recordings import load_model, load_part
 
     made = load_part(name, "in/")
     model = load_model(name)[0].requires_grad_(False)

@@ -1,0 +1,59 @@
+"""Phases of a guarded graph: specialized, inlined, lifted; and the cuts that they reuse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from stages import with_hoisted
+from torch import Tensor
+from torch.fx import GraphModule
+
+from pabc.passes import inline_regions_pass, lift_weights_pass, specialize_phase_pass
+from pabc.passes.ir import attribute
+
+
+def specialize(
+    gm: GraphModule, *, reused: Iterable[int] = (), stored: Iterable[int] = ()
+) -> GraphModule:
+    """Returns the phase of a guarded graph that reuses and stores these slots."""
+    return specialize_phase_pass(gm, reused=reused, stored=stored)
+
+
+def inline(phase: GraphModule) -> GraphModule:
+    """Returns a phase without calls of its regions."""
+    return inline_regions_pass(phase)
+
+
+def lift(gm: GraphModule) -> tuple[GraphModule, list[Tensor]]:
+    """Returns a graph that takes its weights as its first inputs, and these weights."""
+    lifted = lift_weights_pass(gm)
+    return lifted, [attribute(gm, name) for name in lifted.meta["weights"]]
+
+
+class FakeTrajectory:
+    """A trajectory that gives what it was told to, and remembers what it was asked."""
+
+    def __init__(self, values=()):
+        self.values = dict(values)
+        self.reads, self.writes = [], {}
+
+    def read(self, slot):
+        self.reads.append(slot)
+        return self.values.get(slot)
+
+    def write(self, slot, cuts):
+        assert slot not in self.writes
+        self.writes[slot] = cuts
+
+
+def store_all(gm, call):
+    """What a full step leaves in each slot."""
+    trajectory = FakeTrajectory()
+    with torch.no_grad():
+        gm(trajectory, *with_hoisted(gm, call))
+    return trajectory.writes
+
+
+def placeholders(gm):
+    return [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
