@@ -7,8 +7,8 @@ A document is any Markdown file of the repository. Its code blocks are labeled:
 - ```` ```bash ````: commands, of which programs, scripts, options, extras and paths are checked;
 - ```` ```text ````: anything else.
 
-What the blocks of a document take as given, such as a model, it names in a comment on its first
-line: `<!-- provided: transformer, scheduler -->`; :data:`PROVIDED` says how each is made.
+Names that the blocks of a document need, such as a model, stand in a comment on its first line:
+`<!-- provided: transformer, scheduler -->`; :data:`PROVIDED` says how each is made.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ NOT_RUN: dict[str, str] = {}
 
 
 def find_documents() -> list[Path]:
-    """The Markdown files that git knows of, or, outside of a checkout, those of the tree."""
+    """Returns the Markdown files that git knows of; without git, those of the tree."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     paths = [ROOT / line for line in listed.stdout.splitlines()]
@@ -106,7 +106,7 @@ def make_scheduler() -> Any:
 
 
 def make_fast(names: Mapping[str, Any]) -> pabc.CompiledModel:
-    """The compiled model after its first call, where a generation is to begin."""
+    """Returns the compiled model after its first call, at the start of a generation."""
     fast = pabc.compile(names["transformer"], names["schedule"], backend="eager")
     when = torch.full((1,), int(names["scheduler"].timesteps[0]))
     with torch.no_grad():
@@ -133,7 +133,7 @@ PROVIDED: dict[str, Callable[[Mapping[str, Any]], Any]] = {
 
 
 def provide(document: Document) -> dict[str, Any]:
-    """The namespace that a document's code begins with."""
+    """Returns the namespace that a document's code begins with."""
     unknown = set(document.provided) - set(PROVIDED)
     assert not unknown, f"{document.name}: provided: expected names of PROVIDED, found {unknown}"
     names: dict[str, Any] = {}
@@ -151,7 +151,7 @@ def run(document: Document, block: Block, names: dict[str, Any]) -> None:
 
 @pytest.fixture
 def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The environment of a process that torchrun started alone."""
+    """Sets the environment of a process that torchrun started alone."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -242,7 +242,7 @@ MADE = ("pabc-demo/", "metrics.json", "passes/swish.py", "tests/test_swish.py")
 
 
 def is_file(span: str, document: Document) -> bool:
-    """Whether there is such a path in the repository, beside the document, or anywhere by name."""
+    """Returns whether a path is in the repository, beside the document, or anywhere by name."""
     if span in MADE or (ROOT / span).exists() or (document.path.parent / span).exists():
         return True
     return "/" not in span and any(file.name == span for file in repository_files())
@@ -288,7 +288,7 @@ def check_command(words: list[str]) -> None:
 
 
 def check_python(args: list[str]) -> None:
-    """A module or a script, after what the interpreter or the launcher itself takes."""
+    """Checks a module or a script, after options of the interpreter or the launcher."""
     while args and args[0].startswith("-") and args[0] != "-m":
         args = args[1 if "=" in args[0] or args[0] == "--standalone" else 2 :]
     if args[:1] == ["-m"]:
@@ -306,7 +306,7 @@ def check_python(args: list[str]) -> None:
 
 
 def options_of(script: Path) -> set[str]:
-    """The options that a script, or what it imports from beside it, gives a parser."""
+    """Returns the options that a script, or a module beside it that it imports, declares."""
     source = script.read_text()
     imported = re.findall(r"^(?:import|from) (\w+)", source, re.MULTILINE)
     beside = [script.with_name(f"{name}.py") for name in imported]
@@ -320,7 +320,7 @@ def check_pabc(args: list[str]) -> None:
 
 
 def check_pytest(args: list[str]) -> None:
-    """Paths exist, and markers are declared."""
+    """Checks that paths exist and markers are declared."""
     markers = re.findall(r'^  "(\w+): ', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     for before, word in zip(["", *args], args, strict=False):
         if before == "-m":
@@ -330,7 +330,7 @@ def check_pytest(args: list[str]) -> None:
 
 
 def check_pip(args: list[str]) -> None:
-    """The extras of this project are declared."""
+    """Checks that extras of this project are declared."""
     declared = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     extras = {e for word in args for e in re.findall(r"^(?:\.|pabc)\[(.*)\]", word)}
     assert extras <= set(declared), extras
@@ -338,7 +338,7 @@ def check_pip(args: list[str]) -> None:
 
 @cache
 def strings_of_the_source() -> str:
-    """All strings of the package, with `...` in place of what is filled in."""
+    """Returns all strings of the package, with `...` in place of what is formatted in."""
     texts = []
     for folder in ("pabc", "passes", "kernels"):
         for path in (ROOT / folder).rglob("*.py"):
@@ -353,7 +353,7 @@ def strings_of_the_source() -> str:
 
 @every_document
 def test_messages_are_those_of_the_source(document):
-    """The first column of a table whose header is `message`, in spans of code."""
+    """Messages are the code spans in the first column of a table headed `message`."""
     for table in re.findall(r"^\| message \|.*\n\|.*\n((?:\|.*\n)+)", document.prose, re.MULTILINE):
         for row in table.splitlines():
             for span in re.findall(r"`([^`]+)`", row.split(" | ")[0]):
