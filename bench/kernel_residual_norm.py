@@ -22,7 +22,8 @@ from rows import Row
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from pabc.kernels.residual_norm import FP8, residual_norm
+from pabc.kernels.dtypes import FP8
+from pabc.kernels.residual_norm import residual_norm
 
 KERNEL = "residual_norm"
 WIDTHS = {

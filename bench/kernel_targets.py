@@ -1,10 +1,10 @@
-"""What each kernel takes of GPUs that need not be at hand: registers, spills, shared memory.
+"""Resources that kernels use on GPUs that are not at hand: registers, spills, shared memory.
 
     python bench/kernel_targets.py --out bench/results/kernel_targets.json
 
-Every kernel in every configuration that is listed beside it is compiled for sm_80, sm_90, sm_100
-and gfx942. Registers are those of a thread. What spills, or takes more than the target has, is
-marked, and the exit status is 1.
+Every kernel is compiled for sm_80, sm_90, sm_100 and gfx942 in every configuration that
+`pabc.kernels.targets` lists. Registers are those of a thread. A configuration that spills, or that
+exceeds the target's limits, is marked, and the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -12,11 +12,8 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import pkgutil
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +21,13 @@ os.environ.pop("TRITON_INTERPRET", None)  # in which nothing can be compiled
 
 import report
 
-from pabc import kernels
-from pabc.kernels.targets import TARGETS, Specialization, compile_for
-
-
-def find_kernels() -> Iterator[tuple[str, Any]]:
-    """The modules that hold a kernel, by name."""
-    for found in pkgutil.iter_modules(kernels.__path__):
-        module = import_module(f"{kernels.__name__}.{found.name}")
-        if hasattr(module, "specializations"):
-            yield found.name, module
+from pabc.kernels.compilation import compile_for
+from pabc.kernels.gpus import TARGETS
+from pabc.kernels.targets import SPECIALIZATIONS
 
 
 def main() -> None:
-    """Compiles all; prints a table, writes JSON where asked to."""
+    """Compiles all, prints a table, and writes JSON if asked to."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -49,8 +39,8 @@ def main() -> None:
     options = parser.parse_args()
     work = [
         (kernel, index)
-        for kernel, module in find_kernels()
-        for index, what in enumerate(module.specializations())
+        for kernel, find in SPECIALIZATIONS.items()
+        for index, what in enumerate(find())
         if options.kernel in (None, kernel) and options.only in what.label
     ]
     rows, problems = [], 0
@@ -67,8 +57,8 @@ def main() -> None:
 
 
 def compile_for_all(kernel: str, index: int) -> dict[str, Any]:
-    """The row of one configuration of a kernel."""
-    what: Specialization = list(dict(find_kernels())[kernel].specializations())[index]
+    """Returns the row of one configuration of a kernel."""
+    what = list(SPECIALIZATIONS[kernel]())[index]
     row: dict[str, Any] = {"kernel": kernel, "configuration": what.label}
     for target in TARGETS:
         if what.targets and target.name not in what.targets:
@@ -84,7 +74,7 @@ def compile_for_all(kernel: str, index: int) -> dict[str, Any]:
 
 
 def format_row(row: dict[str, Any]) -> str:
-    """A line: registers, spilled and shared bytes for each target."""
+    """Returns a line of registers, spilled bytes and shared bytes for each target."""
     cells = []
     for target in TARGETS:
         if target.name not in row:

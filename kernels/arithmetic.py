@@ -1,4 +1,4 @@
-"""What kernels compute with, on a GPU and in Triton's interpreter alike."""
+"""Products and roundings that give the same on a GPU and in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import triton.language as tl
 
 @triton.jit
 def dot(a, b, EXACT: tl.constexpr):
-    """The product with float32 sums. `EXACT`: of operands made float32, which changes none of its
-    terms: Triton's interpreter knows no product of bfloat16."""
+    """Returns the matrix product with float32 sums.
+
+    `EXACT` widens the operands first, which changes no term: Triton's interpreter has no product of
+    bfloat16.
+    """
     if EXACT:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
@@ -17,8 +20,10 @@ def dot(a, b, EXACT: tl.constexpr):
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr, EXACT: tl.constexpr):
-    """float32 as another dtype, to the nearest. `EXACT`: by hand for bfloat16, of which Triton's
-    interpreter drops the last bits instead."""
+    """Returns float32 values rounded to the nearest of another dtype.
+
+    `EXACT` rounds to bfloat16 by integer arithmetic: Triton's interpreter truncates.
+    """
     if EXACT:  # noqa: SIM102
         if dtype == tl.bfloat16:
             bits = x.to(tl.int32, bitcast=True)
@@ -32,5 +37,5 @@ INTERPRETED = type(dot).__name__ == "InterpretedFunction"
 
 
 def next_power_of_2(count: int) -> int:
-    """The least power of two that is not below `count`."""
+    """Returns the smallest power of two that is at least `count`."""
     return 1 << (count - 1).bit_length()

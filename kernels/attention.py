@@ -3,20 +3,21 @@
     N  rows of the batch; H  heads; T  queries of a sequence; S  its keys; D  channels of a head
 
 One program takes a block of queries of one head and goes through the keys block by block, with a
-running maximum and a running sum of each query's weights (online softmax), so that scores are never
-in memory. Channels are two tiles where their number is not a power of two, say 64 + 16 for 72, so
-that neither memory nor products are padded to 128. Where keys are many, all blocks but the last are
-whole and need no bounds.
+running maximum and a running sum of each query's weights (online softmax, Milakov and Gimelshein
+2018), so that scores are never stored in memory. A number of channels that is not a power of two
+is two tiles, say 64 + 16 for 72, so that neither loads nor products are padded to 128. Only the
+last block of keys needs bounds checks.
 
     scores of a query, two blocks of two keys: [1, 2] then [4, 0]
-        maximum 2, sum e^-1 + 1, values weighted so;  then all of it times e^(2 - 4)
-        maximum 4, sum (e^-1 + 1) e^-2 + 1 + e^-4:    the same as of [1, 2, 4, 0] at once
+        after the first:   maximum 2, sum e^-1 + 1, values weighted by these
+        at the second:     all of it times e^(2 - 4)
+        after the second:  maximum 4, sum (e^-1 + 1) e^-2 + 1 + e^-4, as of [1, 2, 4, 0] at once
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from itertools import product
+from collections.abc import Iterator
+from typing import Annotated, NamedTuple
 
 import triton
 import triton.language as tl
@@ -24,37 +25,54 @@ from torch import Tensor
 
 from .arithmetic import INTERPRETED, dot, narrow, next_power_of_2
 from .attention_parts import (
+    LENGTHS,
     LOG2_E,
     LOWEST,
     add_mask,
     allocate,
     attend,
-    check_attention,
-    check_lengths,
+    constrain_attention,
     load_tile,
     mask_kind,
     split_in_two,
     store_tile,
     strides_of,
-    type_of_mask,
 )
-from .registration import register
-from .targets import Specialization
+from .registration import Constraint, Signature, TensorSpec
 
 
-def attention_reference(
-    q_NHTD: Tensor,
-    k_NHSD: Tensor,
-    v_NHSD: Tensor,
-    mask: Tensor | None = None,
-    lengths_N: Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """The same by PyTorch's ops, in float32."""
-    q, k, v = (x.float() for x in (q_NHTD, k_NHSD, v_NHSD))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    found = attend(q, k, v, mask, lengths_N, scale).to(q_NHTD.dtype)
-    return allocate(found).copy_(found)
+class AttentionArguments(NamedTuple):
+    """The arguments of :func:`attention`.
+
+    Attributes:
+        q, k, v: queries, keys and values at any strides.
+        mask: bools (True takes part) or numbers to add to scores, broadcast to (N, H, T, S).
+        lengths: how many keys of each row of the batch take part, the first ones; by default all.
+        scale: a factor of scores; by default D ** -0.5.
+    """
+
+    q: Annotated[Tensor, TensorSpec("(N, H, T, D)")]
+    k: Annotated[Tensor, TensorSpec("(N, H, S, D)", dtypes="q")]
+    v: Annotated[Tensor, TensorSpec("(N, H, S, D)", dtypes="q")]
+    mask: Annotated[Tensor | None, TensorSpec("(N, H, T, S)", broadcast=True)] = None
+    lengths: Annotated[Tensor | None, LENGTHS] = None
+    scale: float | None = None
+
+    def constraints(self) -> Iterator[Constraint]:
+        """Yields the sizes."""
+        return constrain_attention(self.q, self.k, self.mask)
+
+
+SIGNATURE = Signature("attention", AttentionArguments)
+
+
+@SIGNATURE.checked
+def attention_reference(given: AttentionArguments) -> Tensor:
+    """Computes the same with PyTorch's ops, in float32."""
+    q, k, v = (x.float() for x in (given.q, given.k, given.v))
+    scale = q.shape[-1] ** -0.5 if given.scale is None else given.scale
+    result = attend(q, k, v, given.mask, given.lengths, scale).to(given.q.dtype)
+    return allocate(result).copy_(result)
 
 
 @triton.jit
@@ -64,7 +82,10 @@ def _attend_block(
     D: tl.constexpr, COLUMNS_A: tl.constexpr, COLUMNS_B: tl.constexpr, BLOCK_S: tl.constexpr,
     MASK: tl.constexpr, BOUNDS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """The block of keys from `start` on. Scores are in units of log 2: 2 ** x is what GPUs have."""
+    """Adds the block of keys from `start` on to the running sums.
+
+    Scores are in units of log 2, since GPUs have an instruction for 2 ** x.
+    """
     s = start + tl.arange(0, BLOCK_S)
     valid_s = s < length
     at = s.to(tl.int64)
@@ -101,7 +122,7 @@ def _attend_block(
 
 
 @triton.jit
-def _attention_kernel(
+def attention_kernel(
     q, k, v, out, mask, lengths,
     q_n, q_h, q_t, q_d, k_n, k_h, k_s, k_d, v_n, v_h, v_s, v_d, o_n, o_h, o_t, o_d,
     m_n, m_h, m_t, m_s,
@@ -110,6 +131,7 @@ def _attention_kernel(
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
     MASK: tl.constexpr, LENGTHS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
+    """Computes a block of queries of one head."""
     sequence = tl.program_id(1)
     n, h = (sequence // H).to(tl.int64), (sequence % H).to(tl.int64)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -154,54 +176,39 @@ def _attention_kernel(
         store_tile(out, acc_b / total, at * o_t, columns_b, o_d, valid_t, D, EXACT)
 
 
-def attention(
-    q_NHTD: Tensor,
-    k_NHSD: Tensor,
-    v_NHSD: Tensor,
-    mask: Tensor | None = None,
-    lengths_N: Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """Attention, by the kernel.
-
-    Args:
-        q_NHTD, k_NHSD, v_NHSD: at any strides; D up to
-            :data:`~pabc.kernels.attention_parts.MAX_HEAD_DIM`.
-        mask: of bools (True takes part) or to be added, broadcast to (N, H, T, S).
-        lengths_N: how many keys of each row of the batch take part, the first ones.
-        scale: of the scores; by default D ** -0.5.
+@SIGNATURE.checked
+def attention(given: AttentionArguments) -> Tensor:
+    """Computes attention with the kernel.
 
     Returns:
-        (N, H, T, D), in memory by N, T, H, D. Queries without any key are 0.
+        (N, H, T, D), laid out in memory as (N, T, H, D). Queries without any key give 0.
 
     Raises:
-        ValueError: naming the argument, what was expected and what was found.
+        ValueError: if an argument is not as :class:`AttentionArguments` states.
     """
-    check_attention("attention", q_NHTD, k_NHSD, v_NHSD, mask, num_dims=(4,))
-    check_lengths("attention", q_NHTD, lengths_N)
-    N, H, T, D = q_NHTD.shape
-    S = k_NHSD.shape[2]
-    out = allocate(q_NHTD)
-    taken = configure(T, S, D, q_NHTD.element_size(), mask_kind(mask))
-    strides = [strides_of(x, 4) for x in (q_NHTD, k_NHSD, v_NHSD, out, mask)]
-    place = q_NHTD  # of arguments that are not there
-    _attention_kernel[(triton.cdiv(T, taken["BLOCK_T"]), N * H)](
-        q_NHTD, k_NHSD, v_NHSD, out,
-        place if mask is None else mask,
-        place if lengths_N is None else lengths_N.contiguous(),
+    q, k, v, mask, lengths, scale = given
+    N, H, T, D = q.shape
+    S = k.shape[2]
+    out = allocate(q)
+    config = configure(T, S, D, q.element_size(), mask_kind(mask))
+    strides = [strides_of(x, 4) for x in (q, k, v, out, mask)]
+    attention_kernel[(triton.cdiv(T, config["BLOCK_T"]), N * H)](
+        q, k, v, out,
+        q if mask is None else mask,  # q stands in for what is not given, and is not read
+        q if lengths is None else lengths.contiguous(),
         *(stride for each in strides for stride in each),
         H, T, S, D**-0.5 if scale is None else scale,
-        D=D, MASK=mask_kind(mask), LENGTHS=lengths_N is not None, EXACT=INTERPRETED, **taken,
+        D=D, MASK=mask_kind(mask), LENGTHS=lengths is not None, EXACT=INTERPRETED, **config,
     )  # fmt: skip
     return out
 
 
 def configure(T: int, S: int, D: int, itemsize: int, mask: int) -> dict[str, int]:
-    """Blocks of queries and keys, tiles of channels, warps, stages.
+    """Returns blocks of queries and keys, tiles of channels, warps and stages.
 
-    128 queries and 64 keys, as far as registers and the shared memory of every target do: half the
-    queries where a mask is read beside the scores, half the keys above 96 channels, which are two
-    tiles beside a mask; less of all in float32, whose products have no hardware of their own.
+    Blocks are 128 queries and 64 keys where registers and shared memory of every target suffice.
+    With a mask, which is read beside the scores, half the queries; above 96 channels half the keys,
+    and two tiles of channels with a mask. In float32, which has no tensor cores here, fewer of all.
     """
     first, second = split_in_two(D)
     block_t, block_s = (64 if mask else 128), (32 if D > 96 else 64)
@@ -219,46 +226,6 @@ def configure(T: int, S: int, D: int, itemsize: int, mask: int) -> dict[str, int
     }
 
 
-SCHEMA = (
-    "(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? lengths=None, float? scale=None) "
-    "-> Tensor"
+OP = SIGNATURE.register(
+    launch=attention, reference=attention_reference, allocate=lambda given: allocate(given.q)
 )
-OP = register(
-    "attention", SCHEMA, launch=attention, reference=attention_reference, allocate=allocate
-)
-
-
-def specializations() -> Iterator[Specialization]:
-    """What is compiled for the shapes of video models: by dtype, head dim and options."""
-    for dtype, D in product(("bf16", "fp16"), (64, 72, 80, 96, 128)):
-        yield _specialize(dtype, D, "", {})
-    for D, (name, others) in product((64, 72, 128), OPTIONS.items()):
-        yield _specialize("bf16", D, name, others)
-    yield _specialize("fp32", 64, "", {})
-
-
-OPTIONS: dict[str, dict[str, int]] = {
-    "mask of bools": {"MASK": 1},
-    "mask that is added": {"MASK": 2},
-    "lengths": {"LENGTHS": True},
-}
-
-
-def _specialize(dtype: str, D: int, label: str, constants: Mapping[str, int]) -> Specialization:
-    """As Triton does it itself for one call: a stride of 1 is a constant."""
-    names = _attention_kernel.arg_names
-    strides = {"q_d": 1, "k_d": 1, "v_d": 1, "o_d": 1}
-    values = {"D": D, "MASK": 0, "LENGTHS": False, "EXACT": False, **strides, **constants}
-    taken = configure(1024, 1024, D, 4 if dtype == "fp32" else 2, values["MASK"])
-    num_warps, num_stages = taken.pop("num_warps"), taken.pop("num_stages")
-    values |= taken
-    types = dict.fromkeys(names[:4], f"*{dtype}") | {"lengths": "*i64", "scale": "fp32"}
-    types |= dict.fromkeys(("H", "T", "S"), "i32")
-    types["mask"] = type_of_mask(values["MASK"], dtype)
-    signature = {n: "constexpr" if n in values else types.get(n, "i64") for n in names}
-    unaligned = ("mask", "lengths", "m_n", "m_h", "m_t", "m_s")
-    aligned = [n for n in names[: names.index("H")] if n not in values and n not in unaligned]
-    title = f"{dtype} D={D} {label}".strip()
-    return Specialization(
-        title, _attention_kernel, signature, values, num_warps, num_stages, tuple(aligned)
-    )

@@ -1,4 +1,4 @@
-"""What the attention kernels share: the definition, checks, layouts.
+"""Shared parts of the attention kernels: the definition, constraints, layouts, tiles.
 
 N  rows of the batch; H  heads; T  queries of a sequence; S  its keys; D  channels of a head
 B, P  a batch of two dimensions in place of N: videos, and the positions of a frame
@@ -6,15 +6,19 @@ B, P  a batch of two dimensions in place of N: videos, and the positions of a fr
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .arithmetic import narrow, next_power_of_2
-from .registration import check
+from .registration import Constraint, TensorSpec
 
 MAX_HEAD_DIM = 128
+LENGTHS = TensorSpec("(N,)", dtypes=(torch.int32, torch.int64))
+"""How many keys of each row of the batch take part."""
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -22,9 +26,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lengths_N: Tensor | None, scale: float
 ) -> Tensor:
-    """softmax(q k^T scale + mask) v, as it is defined, in the dtype that comes in.
+    """Returns softmax(q k^T scale + mask) v by its definition, in the dtype of its arguments.
 
-    Keys from `lengths_N[n]` on take no part; rows without any key are 0.
+    Row n of the batch attends to its first `lengths_N[n]` keys; queries without any key give 0.
     """
     scores = q @ k.mT * scale
     if mask is not None:
@@ -39,86 +43,42 @@ def attend(
     return (weights / torch.where(total == 0, 1.0, total)) @ v
 
 
-def allocate(q: Tensor, *_: object, **__: object) -> Tensor:
-    """The result, not computed: (N, H, T, D), in memory as N, T, H, D, as the projection after it
-    reads it; or (B, P, H, T, D), as B, T, P, H, D."""
+def allocate(q: Tensor) -> Tensor:
+    """Returns memory for the result, laid out as the projection after it reads it.
+
+    (N, H, T, D) is laid out as (N, T, H, D), and (B, P, H, T, D) as (B, T, P, H, D).
+    """
     *places, H, T, D = q.shape
     laid_out = q.new_empty((*places[:1], T, *places[1:], H, D))
     return laid_out.movedim(1, -2)
 
 
-def check_attention(
-    op: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    *,
-    num_dims: tuple[int, ...],
-    rows_of_k: int | None = None,
-) -> None:
-    """Raises ValueError, naming the argument, what was expected and what was found.
-
-    `rows_of_k`: of its batch, where they are not as many as those of q.
-    """
-
-    def need(argument: str, expected: str, found: object, is_right: bool) -> None:
-        check(op, argument, expected, found, is_right)
-
-    expected = {4: "4 dimensions (N, H, T, D)", 5: "5 dimensions (B, P, H, T, D)"}
-    is_right = q.dim() in num_dims
-    need("q", " or ".join(expected[n] for n in num_dims), tuple(q.shape), is_right)
-    *lead, T, D = q.shape
-    S = k.shape[-2] if k.dim() == q.dim() else -1
-    lead_of_k = lead if rows_of_k is None else [rows_of_k, *lead[1:]]
-    shape = f"({', '.join(map(str, lead_of_k))}, S, {D})"
-    need("k", shape, tuple(k.shape), k.shape == (*lead_of_k, S, D))
-    need("v", f"the shape of k, {tuple(k.shape)}", tuple(v.shape), v.shape == k.shape)
-    for name, length in (("q", T), ("k", S)):
-        need(name, "at least 1 token", length, length > 0)
-    need("q", f"head dim up to {MAX_HEAD_DIM}", D, 1 <= D <= MAX_HEAD_DIM)
-    for name, x in (("k", k), ("v", v)):
-        is_same = x.dtype == q.dtype and x.device == q.device
-        need(name, f"{q.dtype} on {q.device}", (x.dtype, x.device), is_same)
+def constrain_attention(q: Tensor, k: Tensor, mask: Tensor | None) -> Iterator[Constraint]:
+    """Yields the sizes that all attention kernels need."""
+    *_, T, D = q.shape
+    S = k.shape[-2]
+    yield "q", "at least 1 token", T, T > 0
+    yield "k", "at least 1 token", S, S > 0
+    yield "q", f"a head dim of 1 to {MAX_HEAD_DIM}", D, 1 <= D <= MAX_HEAD_DIM
     if mask is not None:
-        sizes = (*lead, T, S)
-        is_right = mask.dim() == len(sizes) and all(
-            m in (1, n) for m, n in zip(mask.shape, sizes, strict=True)
-        )
-        many = f"{len(sizes)} dimensions, broadcast to {sizes}"
-        need("mask", many, tuple(mask.shape), is_right)
-
-
-def check_lengths(op: str, q: Tensor, lengths_N: Tensor | None) -> None:
-    """Raises ValueError where lengths are not one a row of the batch."""
-    if lengths_N is not None:
-        expected = f"({len(q)},) of int32 or int64 on {q.device}"
-        found = (tuple(lengths_N.shape), lengths_N.dtype, lengths_N.device)
-        is_right = lengths_N.shape == (len(q),) and lengths_N.device == q.device
-        is_right = is_right and lengths_N.dtype in (torch.int32, torch.int64)
-        check(op, "lengths", expected, found, is_right)
+        yield "mask", f"{q.dim()} dimensions", mask.dim(), mask.dim() == q.dim()
 
 
 def strides_of(x: Tensor | None, num_dims: int) -> list[int]:
-    """0 where there is but one element, which is read for all."""
+    """Returns strides, 0 in dimensions of size 1, whose one element is read for all."""
     if x is None:
         return [0] * num_dims
     return [0 if n == 1 else stride for n, stride in zip(x.shape, x.stride(), strict=True)]
 
 
 def mask_kind(mask: Tensor | None) -> int:
-    """None, of bools, to be added: as kernels tell them apart."""
+    """Returns the MASK of a kernel: 0 without a mask, 1 for bools, 2 for numbers to add."""
     return 0 if mask is None else 1 if mask.dtype == torch.bool else 2
-
-
-def type_of_mask(kind: int, dtype: str) -> str:
-    """Of the argument, in a kernel's signature."""
-    return "*i1" if kind == 1 else f"*{dtype}"
 
 
 @triton.jit
 def load_tile(base, rows, columns, stride, valid, D: tl.constexpr, BOUNDS: tl.constexpr):
-    """Rows of a tile of channels; `BOUNDS`: whether rows may be missing. Channels may, too."""
+    """Returns a tile, 0 in channels from D on and, with `BOUNDS`, in invalid rows."""
     at = base + rows[:, None] + (columns * stride)[None, :]
     if BOUNDS:
         return tl.load(at, mask=valid[:, None] & (columns < D)[None, :], other=0.0)
@@ -126,16 +86,16 @@ def load_tile(base, rows, columns, stride, valid, D: tl.constexpr, BOUNDS: tl.co
 
 
 @triton.jit
-def store_tile(base, found, rows, columns, stride, valid, D: tl.constexpr, EXACT: tl.constexpr):
-    """Rows of a tile of channels, in the dtype that is there."""
+def store_tile(base, tile, rows, columns, stride, valid, D: tl.constexpr, EXACT: tl.constexpr):
+    """Stores a float32 tile of rows and channels in the dtype of `base`."""
     at = base + rows[:, None] + (columns * stride)[None, :]
     inside = valid[:, None] & (columns < D)[None, :]
-    tl.store(at, narrow(found, base.dtype.element_ty, EXACT), mask=inside)
+    tl.store(at, narrow(tile, base.dtype.element_ty, EXACT), mask=inside)
 
 
 @triton.jit
 def add_mask(scores, mask, at, valid, MASK: tl.constexpr):
-    """Scores in float32 with -inf where a key takes no part."""
+    """Returns float32 scores with the mask applied: -inf where a key takes no part."""
     if MASK == 1:
         valid = valid & (tl.load(mask + at, mask=valid, other=0) != 0)
     if MASK == 2:
@@ -144,8 +104,10 @@ def add_mask(scores, mask, at, valid, MASK: tl.constexpr):
 
 
 def split_in_two(count: int) -> tuple[int, int]:
-    """Two tiles that hold so many channels or keys, of powers of two, at least 16: 72 is 64 + 16;
-    or one, and 0, where two would not be smaller."""
+    """Returns the widths of two tiles for `count` channels or keys: 72 is 64 + 16.
+
+    Widths are powers of two of at least 16. The second is 0 where one tile is as small.
+    """
     whole = max(next_power_of_2(count), 16)
     first = whole // 2
     second = max(next_power_of_2(count - first), 16) if first < count else 0

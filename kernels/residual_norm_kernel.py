@@ -1,4 +1,4 @@
-"""What `residual_norm` computes, by rows: see there."""
+"""The Triton kernel of :mod:`pabc.kernels.residual_norm`, which explains it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _load_term(
     c_i, c_j, c_k, c_c, s_i, s_j, s_k, g_i, g_j, g_k, g_c,
     FORM: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """factor * gate * cut, in float32. FORM 1: the cut as it is, 2: in fp8."""
+    """Returns factor * gate * cut in float32; FORM is 1 for a float cut, 2 for one in fp8."""
     term = load_rows(cut, i, j, k, c_i, c_j, c_k, c_c, columns, valid)
     if FORM == 2:
         by = tl.load(cut_scale + i * s_i + j * s_j + k * s_k, mask=is_row, other=0.0)
@@ -45,7 +45,7 @@ def residual_norm_kernel(
     SCALE: tl.constexpr, SHIFT: tl.constexpr, WRITE_Y: tl.constexpr, WRITE_N: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of (I, J, K) of them."""
+    """Computes ROWS of the rows (I, J, K)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     is_row, is_column = row < num_rows, columns < C
@@ -72,7 +72,7 @@ def residual_norm_kernel(
             cut2_i, cut2_j, cut2_k, cut2_c, cut_scale2_i, cut_scale2_j, cut_scale2_k,
             gate2_i, gate2_j, gate2_k, gate2_c, FORM2, GATED2,
         )  # fmt: skip
-    # What follows the norm is asked for before it, so that sums over rows need not wait for it.
+    # Operands of what follows the norm are loaded before it, so that these loads overlap its sums.
     if WEIGHT:
         by_weight = tl.load(weight + columns, mask=is_column, other=0.0)
     if BIAS:

@@ -3,29 +3,31 @@
     N  rows of the batch; H  heads; T  queries of a sequence; S  its keys; D  channels of a head
     B, P  a batch of two dimensions in place of N: videos, and the positions of a frame
 
-One program takes as many whole sequences as fit into 64 rows, side by side: a product of all their
-queries with all their keys, of which each sequence keeps its own block. What is thrown away costs
-less than it takes to read the rows, since at these lengths memory is the bound: each element of q,
-k and v is read once, at any strides, and each element of the output written once. So the copies
-that put the frames of a position side by side are not needed: what comes in may be a view of a
-projection's output (B, T, P, 3 * H * D), and what goes out is laid out as (B, T, P, H * D), which
-the next projection reads.
+One program takes as many whole sequences as fit into 64 rows: it multiplies all their queries with
+all their keys, and keeps the blocks on the diagonal, one for each sequence. At these lengths memory
+is the bound, so the discarded products cost less than reading the rows. Each element of q, k and v
+is read once, at any strides, and each element of the output is written once. No copies are needed
+to put the frames of a position next to each other: q, k and v may be views of a projection's output
+(B, T, P, 3 * H * D), and the result is laid out as the next projection reads it, (B, T, P, H * D).
 
-On the way in, queries and keys may be normalized over their channels (RMS) and turned by their
-position (rotary embedding): the two channels of a pair are then two tiles, whose products add up.
+Queries and keys may be normalized over their channels (RMS) and turned by their position (rotary
+embedding) as they are loaded; the two channels of each pair are then loaded as two tiles.
 
     T = S = 2, H = 2:  rows (head, frame) a0 a1 b0 b1     scores  a0 a1 b0 b1
                                                               a0   x  x  .  .
                                                               a1   x  x  .  .
                                                               b0   .  .  x  x
                                                               b1   .  .  x  x
+
+    scores of a0 with a0 and a1: [0, log 3], values [[1], [5]]: weights [1/4, 3/4], result [4]
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from itertools import chain, product
+from collections.abc import Iterator
+from itertools import chain
+from typing import Annotated, NamedTuple
 
 import torch
 import triton
@@ -38,45 +40,81 @@ from .attention_parts import (
     add_mask,
     allocate,
     attend,
-    check_attention,
+    constrain_attention,
     mask_kind,
     strides_of,
-    type_of_mask,
 )
-from .registration import check, register
-from .targets import Specialization
+from .registration import Constraint, Signature, TensorSpec
 
 MAX_LENGTH = 64
-"""Of queries and of keys."""
+"""Queries, and keys, of a sequence at most."""
 ROWS = 64
-"""Rows of queries, and of keys, that one program takes at most."""
+"""Rows of queries, and of keys, of one program at most."""
 PAIRS = ("none", "halves", "neighbors")
-"""Which two channels a rotary embedding turns into one another: channel i and i + D/2, or 2i and
-2i + 1."""
+"""The pairs of channels that a rotary embedding turns: i and i + D/2 (halves), or 2i and 2i + 1."""
 
 
-def short_attention_reference(
-    q_NHTD: Tensor,
-    k_NHSD: Tensor,
-    v_NHSD: Tensor,
-    mask: Tensor | None = None,
-    q_weight_D: Tensor | None = None,
-    k_weight_D: Tensor | None = None,
-    cos_TD: Tensor | None = None,
-    sin_TD: Tensor | None = None,
-    scale: float | None = None,
-    eps: float = 1e-6,
-    pairs: str = "none",
-) -> Tensor:
-    """The same by PyTorch's ops, in float32."""
-    dtype = q_NHTD.dtype
-    q, k, v = (x.float() for x in (q_NHTD, k_NHSD, v_NHSD))
-    q, k = _normalize(q, q_weight_D, eps), _normalize(k, k_weight_D, eps)
-    if cos_TD is not None and sin_TD is not None:
-        q, k = (_turn(x, cos_TD.float(), sin_TD.float(), pairs) for x in (q, k))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    found = attend(q, k, v, mask, None, scale).to(dtype)
-    return allocate(found).copy_(found)
+class ShortAttentionArguments(NamedTuple):
+    """The arguments of :func:`short_attention`.
+
+    Attributes:
+        q, k, v: queries, keys and values at any strides, (N, H, T or S, D) or (B, P, H, T or S, D).
+            T and S are at most :data:`MAX_LENGTH`.
+        mask: bools (True takes part) or numbers to add to scores, broadcast to (N, H, T, S), or to
+            (B, P, H, T, S).
+        q_weight, k_weight: weights of the RMS norms over channels; both or none.
+        cos, sin: tables of a rotary embedding; T and S are then equal.
+        scale: a factor of scores; by default D ** -0.5.
+        eps: of the RMS norms.
+        pairs: one of :data:`PAIRS`.
+    """
+
+    q: Annotated[Tensor, TensorSpec("(..., H, T, D)")]
+    k: Annotated[Tensor, TensorSpec("(..., H, S, D)", dtypes="q")]
+    v: Annotated[Tensor, TensorSpec("(..., H, S, D)", dtypes="q")]
+    mask: Annotated[Tensor | None, TensorSpec("(..., H, T, S)", broadcast=True)] = None
+    q_weight: Annotated[Tensor | None, TensorSpec("(D,)")] = None
+    k_weight: Annotated[Tensor | None, TensorSpec("(D,)")] = None
+    cos: Annotated[Tensor | None, TensorSpec("(T, D)")] = None
+    sin: Annotated[Tensor | None, TensorSpec("(T, D)")] = None
+    scale: float | None = None
+    eps: float = 1e-6
+    pairs: str = "none"
+
+    def constraints(self) -> Iterator[Constraint]:
+        """Yields sizes, and which arguments go together."""
+        q, k = self.q, self.k
+        T, S, D = q.shape[-2], k.shape[-2], q.shape[-1]
+        expected = "4 dimensions (N, H, T, D) or 5 dimensions (B, P, H, T, D)"
+        yield "q", expected, tuple(q.shape), q.dim() in (4, 5)
+        yield from constrain_attention(q, k, self.mask)
+        for name, length in (("q", T), ("k", S)):
+            yield name, f"1 to {MAX_LENGTH} tokens", length, length <= MAX_LENGTH
+        has_k_weight = self.k_weight is not None
+        is_right = has_k_weight == (self.q_weight is not None)
+        yield "k_weight", "given where q_weight is", has_k_weight, is_right
+        yield "pairs", f"one of {PAIRS}", self.pairs, self.pairs in PAIRS
+        turns = self.pairs != "none"
+        for name, is_given in (("cos", self.cos is not None), ("sin", self.sin is not None)):
+            yield name, "given where pairs is, and only there", is_given, turns == is_given
+        if turns:
+            yield "k", f"as many tokens as q, {T}", S, S == T
+            yield "q", "an even head dim, for a rotary embedding", D, D % 2 == 0
+
+
+SIGNATURE = Signature("short_attention", ShortAttentionArguments)
+
+
+@SIGNATURE.checked
+def short_attention_reference(given: ShortAttentionArguments) -> Tensor:
+    """Computes the same with PyTorch's ops, in float32."""
+    q, k, v = (x.float() for x in (given.q, given.k, given.v))
+    q, k = _normalize(q, given.q_weight, given.eps), _normalize(k, given.k_weight, given.eps)
+    if given.cos is not None and given.sin is not None:
+        q, k = (_turn(x, given.cos.float(), given.sin.float(), given.pairs) for x in (q, k))
+    scale = q.shape[-1] ** -0.5 if given.scale is None else given.scale
+    result = attend(q, k, v, given.mask, None, scale).to(given.q.dtype)
+    return allocate(result).copy_(result)
 
 
 def _normalize(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -99,7 +137,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, pairs: str) -> Tensor:
 def _load_pairs(
     base, rows_T, stride_d, valid_T, D: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr
 ):  # fmt: skip
-    """Rows as two tiles in float32: the first channel of each pair, and the second one."""
+    """Returns rows as two float32 tiles: the first channels of the pairs, and the second ones."""
     if PAIRS == 1:
         pair = tl.arange(0, HALF)
         valid = valid_T[:, None] & (pair < D // 2)[None, :]
@@ -121,11 +159,10 @@ def _load_turned(
     D: tl.constexpr, HALF: tl.constexpr, eps, NORM: tl.constexpr, PAIRS: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Rows of q or k after the norm and the rotary embedding, the channels of a pair side by side:
-    scores do not depend on the order of channels.
+    """Returns rows of q or k after the norm and the rotary embedding.
 
-    Padding is 0 as it is; saying so has the arithmetic done where each element is once. Triton
-    would do it after it moved what was loaded to where the product wants it, many times over.
+    The two channels of a pair are next to each other, whatever `PAIRS` is: scores do not depend on
+    the order of channels.
     """
     a, b = _load_pairs(base, rows_T, stride_d, valid_T, D, HALF, PAIRS)
     if NORM:
@@ -138,6 +175,8 @@ def _load_turned(
     dtype = base.dtype.element_ty
     turned = tl.join(a * cos_a - b * sin_a, b * cos_b + a * sin_b)
     turned = tl.reshape(turned, [a.shape[0], 2 * HALF])
+    # Padding is 0 already. Without this, Triton first moves what was loaded into the layout of the
+    # product, in which elements are held several times, and then computes on each copy.
     turned = tl.where((tl.arange(0, 2 * HALF) < D)[None, :], turned, 0.0)
     return narrow(turned, dtype, EXACT)
 
@@ -147,7 +186,7 @@ def _load_normed(
     base, rows_T, columns_D, stride_d, valid_TD, weight,
     D: tl.constexpr, eps, NORM: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Rows of q or k after the norm; as they are without one."""
+    """Returns rows of q or k after the norm, if there is one."""
     x = tl.load(base + rows_T[:, None] + (columns_D * stride_d)[None, :], mask=valid_TD, other=0.0)
     if NORM:
         y = x.to(tl.float32)
@@ -158,7 +197,7 @@ def _load_normed(
 
 
 @triton.jit
-def _short_attention_kernel(
+def short_attention_kernel(
     q, k, v, out, mask, q_weight, k_weight, cos, sin,
     q_b, q_p, q_h, q_t, q_d, k_b, k_p, k_h, k_t, k_d, v_b, v_p, v_h, v_t, v_d,
     o_b, o_p, o_h, o_t, o_d, m_b, m_p, m_h, m_t, m_s,
@@ -168,7 +207,7 @@ def _short_attention_kernel(
     GROUP: tl.constexpr, ROWS_T: tl.constexpr, ROWS_S: tl.constexpr, COLUMNS: tl.constexpr,
     HALF: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """GROUP sequences: heads of one place of the batch lie side by side in memory."""
+    """Computes GROUP sequences: neighboring heads, which are next to each other in memory."""
     first = tl.program_id(0) * GROUP
     row_t, row_s = tl.arange(0, ROWS_T), tl.arange(0, ROWS_S)
     group_t, group_s = row_t // T, row_s // S
@@ -200,7 +239,7 @@ def _short_attention_kernel(
     own = (group_t[:, None] == group_s[None, :]) & valid_t[:, None] & valid_s[None, :]
     rows_m = b_t * m_b + p_t * m_p + h_t * m_h + t * m_t
     scores = add_mask(scores, mask, rows_m[:, None] + (s * m_s)[None, :], own, MASK)
-    top = tl.maximum(tl.max(scores, 1), LOWEST)  # of a row that is masked whole
+    top = tl.maximum(tl.max(scores, 1), LOWEST)  # LOWEST: where all keys are masked
     weights = tl.exp(scores - top[:, None])
     total = tl.sum(weights, 1)
     x_v = tl.load(
@@ -217,62 +256,36 @@ def _short_attention_kernel(
     )
 
 
-def short_attention(
-    q_NHTD: Tensor,
-    k_NHSD: Tensor,
-    v_NHSD: Tensor,
-    mask: Tensor | None = None,
-    q_weight_D: Tensor | None = None,
-    k_weight_D: Tensor | None = None,
-    cos_TD: Tensor | None = None,
-    sin_TD: Tensor | None = None,
-    scale: float | None = None,
-    eps: float = 1e-6,
-    pairs: str = "none",
-) -> Tensor:
-    """Attention of short sequences, by the kernel.
-
-    Args:
-        q_NHTD, k_NHSD, v_NHSD: at any strides; T and S up to :data:`MAX_LENGTH`, D up to
-            :data:`MAX_HEAD_DIM`. Or of five dimensions, (B, P, H, T, D).
-        mask: of bools (True takes part) or to be added, broadcast to (N, H, T, S), or to
-            (B, P, H, T, S).
-        q_weight_D, k_weight_D: of the RMS norms over channels; both or none.
-        cos_TD, sin_TD: of a rotary embedding; T and S are then equal.
-        scale: of the scores; by default D ** -0.5.
-        pairs: one of :data:`PAIRS`.
+@SIGNATURE.checked
+def short_attention(given: ShortAttentionArguments) -> Tensor:
+    """Computes attention over short sequences with the kernel.
 
     Returns:
-        (N, H, T, D), in memory by N, T, H, D; or (B, P, H, T, D), by B, T, P, H, D. Rows that the
-        mask leaves no key are 0.
+        (N, H, T, D), laid out in memory as (N, T, H, D); or (B, P, H, T, D), as (B, T, P, H, D).
+        Queries that the mask leaves no key give 0.
 
     Raises:
-        ValueError: naming the argument, what was expected and what was found.
+        ValueError: if an argument is not as :class:`ShortAttentionArguments` states.
     """
-    _check(q_NHTD, k_NHSD, v_NHSD, mask, q_weight_D, k_weight_D, cos_TD, sin_TD, pairs)
-    *places, H, T, D = q_NHTD.shape
-    S = k_NHSD.shape[-2]
-    out = allocate(q_NHTD)
-    is_apart = any(x.stride(-1) != 1 for x in (q_NHTD, k_NHSD, v_NHSD))
-    norms, turns = q_weight_D is not None, pairs != "none"
-    taken = configure(T, S, D, q_NHTD.element_size(), norms, turns, is_apart=is_apart)
+    q, k, v, mask, q_weight, k_weight, cos, sin, scale, eps, pairs = given
+    *places, H, T, D = q.shape
+    S = k.shape[-2]
+    out = allocate(q)
+    is_apart = any(x.stride(-1) != 1 for x in (q, k, v))
+    norms, turns = q_weight is not None, pairs != "none"
+    config = configure(T, S, D, q.element_size(), norms, turns, is_apart=is_apart)
     num_sequences = math.prod(places) * H
-    strides = [_strides_of_5(x) for x in (q_NHTD, k_NHSD, v_NHSD, out, mask)]
-    place = q_NHTD  # of arguments that are not there
-    _short_attention_kernel[(triton.cdiv(num_sequences, taken["GROUP"]),)](
-        q_NHTD, k_NHSD, v_NHSD, out,
-        place if mask is None else mask,
-        place if q_weight_D is None else q_weight_D.contiguous(),
-        place if k_weight_D is None else k_weight_D.contiguous(),
-        place if cos_TD is None else cos_TD.contiguous(),
-        place if sin_TD is None else sin_TD.contiguous(),
+    strides = [_strides_of_5(x) for x in (q, k, v, out, mask)]
+    short_attention_kernel[(triton.cdiv(num_sequences, config["GROUP"]),)](
+        q, k, v, out,
+        q if mask is None else mask,  # q stands in for what is not given, and is not read
+        *(q if x is None else x.contiguous() for x in (q_weight, k_weight, cos, sin)),
         *chain.from_iterable(strides),
         places[1] if len(places) == 2 else 1,
         num_sequences, D**-0.5 if scale is None else scale, eps,
         H=H, T=T, S=S, D=D,
-        MASK=mask_kind(mask),
-        NORM=q_weight_D is not None, PAIRS=PAIRS.index(pairs),
-        EXACT=INTERPRETED, **taken,
+        MASK=mask_kind(mask), NORM=norms, PAIRS=PAIRS.index(pairs),
+        EXACT=INTERPRETED, **config,
     )  # fmt: skip
     return out
 
@@ -287,11 +300,11 @@ def _strides_of_5(x: Tensor | None) -> list[int]:
 def configure(
     T: int, S: int, D: int, itemsize: int, norms: bool, turns: bool, *, is_apart: bool
 ) -> dict[str, int]:
-    """How much one program takes of sequences of T queries and S keys, and by how many warps.
+    """Returns the sequences, rows, padded channels and warps of one program.
 
-    Half the rows where registers would not do: for float32, for what is both normalized and
-    turned, and for channels that lie apart; twice the warps there, where q and k are turned, and
-    for more than 64 channels.
+    Half the rows where registers would not suffice: in float32, with both norm and rotary
+    embedding, and with channels that are not contiguous. Twice the warps for these, for a rotary
+    embedding alone, and for more than 64 channels.
     """
     is_heavy = itemsize == 4 or is_apart or (norms and turns)
     group = max((ROWS // 2 if is_heavy else ROWS) // max(T, S), 1)
@@ -303,97 +316,8 @@ def configure(
     }
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    pairs: str,
-) -> None:
-    def need(argument: str, expected: str, found: object, is_right: bool) -> None:
-        check("short_attention", argument, expected, found, is_right)
-
-    check_attention("short_attention", q, k, v, mask, num_dims=(4, 5))
-    T, S, D = q.shape[-2], k.shape[-2], q.shape[-1]
-    for name, length in (("q", T), ("k", S)):
-        need(name, f"1 to {MAX_LENGTH} tokens", length, length <= MAX_LENGTH)
-    given = q_weight is not None
-    need(
-        "k_weight", "given where q_weight is", k_weight is not None, given == (k_weight is not None)
-    )
-    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-        if weight is not None:
-            need(name, f"({D},)", tuple(weight.shape), weight.shape == (D,))
-    need("pairs", f"one of {PAIRS}", pairs, pairs in PAIRS)
-    turns = pairs != "none"
-    for name, table in (("cos", cos), ("sin", sin)):
-        is_given = table is not None
-        need(name, "given where pairs is, and only there", is_given, turns == is_given)
-        if table is not None:
-            need(name, f"({T}, {D})", tuple(table.shape), table.shape == (T, D))
-    if turns:
-        need("k", f"as many tokens as q, {T}", S, S == T)
-        need("q", "an even head dim, for a rotary embedding", D, D % 2 == 0)
-
-
-SCHEMA = (
-    "(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? q_weight=None, "
-    "Tensor? k_weight=None, Tensor? cos=None, Tensor? sin=None, float? scale=None, "
-    'float eps=1e-6, str pairs="none") -> Tensor'
-)
-OP = register(
-    "short_attention",
-    SCHEMA,
+OP = SIGNATURE.register(
     launch=short_attention,
     reference=short_attention_reference,
-    allocate=allocate,
+    allocate=lambda given: allocate(given.q),
 )
-
-
-def specializations() -> Iterator[Specialization]:
-    """What is compiled for the shapes of video models: by dtype, frames, head dim and options."""
-    plain = {"MASK": 0, "NORM": False, "PAIRS": 0}
-    for dtype, T, D in product(("bf16", "fp16"), (8, 16, 32, 64), (32, 64, 72, 96, 128)):
-        yield _specialize(dtype, T, D, "", plain)
-    for T, (name, others) in product((16, 30, 64), OPTIONS.items()):
-        yield _specialize("bf16", T, 72, name, {**plain, **others})
-    for T in (16, 32):
-        yield _specialize("fp32", T, 64, "", plain)
-
-
-OPTIONS: dict[str, dict[str, int]] = {
-    "mask of bools": {"MASK": 1},
-    "mask that is added": {"MASK": 2},
-    "RMS norm": {"NORM": True},
-    "rotary, halves": {"PAIRS": 1},
-    "rotary, neighbors": {"PAIRS": 2},
-    "all": {"MASK": 1, "NORM": True, "PAIRS": 1},
-    "channels apart": {"q_d": 2, "k_d": 2, "v_d": 2},
-}
-
-
-def _specialize(
-    dtype: str, T: int, D: int, label: str, constants: Mapping[str, int]
-) -> Specialization:
-    """As Triton does it itself for one call: a stride of 1 is a constant. Channels that lie apart
-    have any stride here."""
-    names = _short_attention_kernel.arg_names
-    itemsize = 4 if dtype == "fp32" else 2
-    strides = {"q_d": 1, "k_d": 1, "v_d": 1, "o_d": 1}
-    values = {"H": 16, "T": T, "S": T, "D": D, "EXACT": False, **strides, **constants}
-    apart = [name for name in strides if values[name] != 1]
-    taken = configure(
-        T, T, D, itemsize, bool(values["NORM"]), values["PAIRS"] != 0, is_apart=bool(apart)
-    )
-    num_warps = taken.pop("num_warps")
-    values = {name: value for name, value in (values | taken).items() if name not in apart}
-    types = dict.fromkeys(names[:9], f"*{dtype}") | {"scale": "fp32", "eps": "fp32"}
-    types |= {"P": "i32", "num_sequences": "i32"}
-    types["mask"] = type_of_mask(values["MASK"], dtype)
-    signature = {n: "constexpr" if n in values else types.get(n, "i64") for n in names}
-    title = f"{dtype} T={T} D={D} {label}".strip()
-    return Specialization(title, _short_attention_kernel, signature, values, num_warps)

@@ -1,12 +1,12 @@
 """Cross attention to short text, whose keys and values stay on chip.
 
-    N  rows of the batch; H  heads; T  queries of a sequence; S  keys, those of the text
-    M  rows of the text, R  how many rows of the batch share one (the frames of a video): N = M * R
+    N  rows of the batch; H  heads; T  queries of a sequence; S  keys of a text
+    M  texts; R  rows of the batch that share a text (the frames of a video): N = M * R
     D  channels of a head
 
-One program loads all keys and values of one text and head once, and goes through many blocks of
-queries with them, over all frames that share the text. All scores of a query are there at once, so
-that its softmax needs no running maximum.
+One program loads all keys and values of one text and head once, and goes through blocks of queries
+of all frames that share the text. It holds all scores of a query, so its softmax needs no running
+maximum.
 
     R = 2, T = 3, blocks of two queries, three blocks a program:
         program 0: frame 0 queries 0 1, frame 0 query 2, frame 1 queries 0 1;  program 1: the rest
@@ -14,8 +14,8 @@ that its softmax needs no running maximum.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from itertools import product
+from collections.abc import Iterator
+from typing import Annotated, NamedTuple
 
 import triton
 import triton.language as tl
@@ -23,42 +23,66 @@ from torch import Tensor
 
 from .arithmetic import INTERPRETED, dot, narrow, next_power_of_2
 from .attention_parts import (
+    LENGTHS,
     LOWEST,
     add_mask,
     allocate,
     attend,
-    check_attention,
-    check_lengths,
+    constrain_attention,
     load_tile,
     mask_kind,
     split_in_two,
     store_tile,
     strides_of,
-    type_of_mask,
 )
-from .registration import check, register
-from .targets import TARGETS, Specialization, Target, target_of
+from .gpus import Target, target_of
+from .registration import Constraint, Signature, TensorSpec
 
 MAX_KEYS = 512
 MOST_QUERIES = 32
-"""Of a block."""
+"""Queries of a block at most."""
 
 
-def text_attention_reference(
-    q_NHTD: Tensor,
-    k_MHSD: Tensor,
-    v_MHSD: Tensor,
-    mask: Tensor | None = None,
-    lengths_N: Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """The same by PyTorch's ops, in float32."""
-    repeats = len(q_NHTD) // len(k_MHSD)
-    q, k, v = (x.float() for x in (q_NHTD, k_MHSD, v_MHSD))
+class TextAttentionArguments(NamedTuple):
+    """The arguments of :func:`text_attention`.
+
+    Attributes:
+        q, k, v: queries, keys and values at any strides; row n of the batch attends to text
+            n // (N / M). S and D are limited by :func:`fits`.
+        mask: bools (True takes part) or numbers to add to scores, broadcast to (N, H, T, S).
+        lengths: how many keys of each row of the batch take part, the first ones; by default all.
+        scale: a factor of scores; by default D ** -0.5.
+    """
+
+    q: Annotated[Tensor, TensorSpec("(N, H, T, D)")]
+    k: Annotated[Tensor, TensorSpec("(M, H, S, D)", dtypes="q")]
+    v: Annotated[Tensor, TensorSpec("(M, H, S, D)", dtypes="q")]
+    mask: Annotated[Tensor | None, TensorSpec("(N, H, T, S)", broadcast=True)] = None
+    lengths: Annotated[Tensor | None, LENGTHS] = None
+    scale: float | None = None
+
+    def constraints(self) -> Iterator[Constraint]:
+        """Yields the sizes, and the bytes that must stay on the chip."""
+        N, (M, _, S, D) = len(self.q), self.k.shape
+        yield "k", f"a number of texts that divides {N}", M, M > 0 and N % M == 0
+        yield from constrain_attention(self.q, self.k, self.mask)
+        expected = f"at most {MAX_KEYS} keys, and as many bytes as stay on the chip"
+        is_right = fits(S, D, self.k.element_size(), target_of(self.q.device))
+        yield "k", expected, f"{S} keys of {D} channels, {self.k.dtype}", is_right
+
+
+SIGNATURE = Signature("text_attention", TextAttentionArguments)
+
+
+@SIGNATURE.checked
+def text_attention_reference(given: TextAttentionArguments) -> Tensor:
+    """Computes the same with PyTorch's ops, in float32."""
+    repeats = len(given.q) // len(given.k)
+    q, k, v = (x.float() for x in (given.q, given.k, given.v))
     k, v = (x.repeat_interleave(repeats, 0) for x in (k, v))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    found = attend(q, k, v, mask, lengths_N, scale).to(q_NHTD.dtype)
-    return allocate(found).copy_(found)
+    scale = q.shape[-1] ** -0.5 if given.scale is None else given.scale
+    result = attend(q, k, v, given.mask, given.lengths, scale).to(given.q.dtype)
+    return allocate(result).copy_(result)
 
 
 @triton.jit
@@ -72,7 +96,7 @@ def _find_scores(
 
 
 @triton.jit
-def _text_attention_kernel(
+def text_attention_kernel(
     q, k, v, out, mask, lengths,
     q_n, q_h, q_t, q_d, k_m, k_h, k_s, k_d, v_m, v_h, v_s, v_d, o_n, o_h, o_t, o_d,
     m_n, m_h, m_t, m_s,
@@ -81,6 +105,7 @@ def _text_attention_kernel(
     BLOCK_T: tl.constexpr, BLOCKS: tl.constexpr,
     MASK: tl.constexpr, LENGTHS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
+    """Computes BLOCKS blocks of queries of one text and head."""
     pair = tl.program_id(1)
     m, h = (pair // H).to(tl.int64), (pair % H).to(tl.int64)
     k += m * k_m + h * k_h
@@ -130,51 +155,39 @@ def _text_attention_kernel(
         store_tile(out, found, rows_o, columns, o_d, valid_t, D, EXACT)
 
 
-def text_attention(
-    q_NHTD: Tensor,
-    k_MHSD: Tensor,
-    v_MHSD: Tensor,
-    mask: Tensor | None = None,
-    lengths_N: Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """Cross attention to short text, by the kernel.
-
-    Args:
-        q_NHTD, k_MHSD, v_MHSD: at any strides; row n of the batch attends to text n // (N / M). S
-            and D as far as :func:`fits` says.
-        mask: of bools (True takes part) or to be added, broadcast to (N, H, T, S).
-        lengths_N: how many keys of each row of the batch take part, the first ones.
-        scale: of the scores; by default D ** -0.5.
+@SIGNATURE.checked
+def text_attention(given: TextAttentionArguments) -> Tensor:
+    """Computes cross attention to short text with the kernel.
 
     Returns:
-        (N, H, T, D), in memory by N, T, H, D. Queries without any key are 0.
+        (N, H, T, D), laid out in memory as (N, T, H, D). Queries without any key give 0.
 
     Raises:
-        ValueError: naming the argument, what was expected and what was found.
+        ValueError: if an argument is not as :class:`TextAttentionArguments` states.
     """
-    N, H, T, D = _check(q_NHTD, k_MHSD, v_MHSD, mask, lengths_N)
-    M, _, S, _ = k_MHSD.shape
-    out = allocate(q_NHTD)
-    target = target_of(q_NHTD.device)
-    taken = configure(T, S, D, q_NHTD.element_size(), target.gpu.backend)
-    strides = [strides_of(x, 4) for x in (q_NHTD, k_MHSD, v_MHSD, out, mask)]
-    place = q_NHTD  # of arguments that are not there
-    num_blocks = N // M * triton.cdiv(T, taken["BLOCK_T"])
-    _text_attention_kernel[(triton.cdiv(num_blocks, taken["BLOCKS"]), M * H)](
-        q_NHTD, k_MHSD, v_MHSD, out,
-        place if mask is None else mask,
-        place if lengths_N is None else lengths_N.contiguous(),
+    q, k, v, mask, lengths, scale = given
+    (N, H, T, D), (M, _, S, _) = q.shape, k.shape
+    out = allocate(q)
+    config = configure(T, S, D, q.element_size(), target_of(q.device).gpu.backend)
+    strides = [strides_of(x, 4) for x in (q, k, v, out, mask)]
+    num_blocks = N // M * triton.cdiv(T, config["BLOCK_T"])
+    text_attention_kernel[(triton.cdiv(num_blocks, config["BLOCKS"]), M * H)](
+        q, k, v, out,
+        q if mask is None else mask,  # q stands in for what is not given, and is not read
+        q if lengths is None else lengths.contiguous(),
         *(stride for each in strides for stride in each),
         H, T, S, N // M, D**-0.5 if scale is None else scale,
-        D=D, MASK=mask_kind(mask), LENGTHS=lengths_N is not None, EXACT=INTERPRETED, **taken,
+        D=D, MASK=mask_kind(mask), LENGTHS=lengths is not None, EXACT=INTERPRETED, **config,
     )  # fmt: skip
     return out
 
 
 def fits(S: int, D: int, itemsize: int, target: Target) -> bool:
-    """Whether a program can hold S keys and values of D channels on a GPU: where Triton keeps them
-    in shared memory, beside a block of queries and their weights; else in registers."""
+    """Returns True if a program can hold S keys and values of D channels on a GPU.
+
+    Triton keeps them in registers on AMD GPUs, and else in shared memory, beside a block of queries
+    and their weights.
+    """
     rows = sum(split_in_two(S))
     columns = max(next_power_of_2(D), 16)
     if S > MAX_KEYS:
@@ -186,7 +199,7 @@ def fits(S: int, D: int, itemsize: int, target: Target) -> bool:
 
 
 def configure(T: int, S: int, D: int, itemsize: int, backend: str) -> dict[str, int]:
-    """Queries of a block, blocks of a program, tiles of keys, channels, warps."""
+    """Returns queries of a block, blocks of a program, tiles of keys and channels, and warps."""
     first, second = split_in_two(S)
     block_t = 16 if itemsize == 4 else MOST_QUERIES
     return {
@@ -200,78 +213,8 @@ def configure(T: int, S: int, D: int, itemsize: int, backend: str) -> dict[str, 
     }
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lengths_N: Tensor | None
-) -> tuple[int, int, int, int]:
-    op = "text_attention"
-    rows = len(k) if k.dim() == 4 else 0
-    is_right = rows > 0 and len(q) % rows == 0
-    check(op, "k", f"4 dimensions, rows that divide {len(q)}", tuple(k.shape), is_right)
-    check_attention(op, q, k, v, mask, num_dims=(4,), rows_of_k=rows)
-    check_lengths(op, q, lengths_N)
-    S, D = k.shape[-2:]
-    is_right = fits(S, D, k.element_size(), target_of(q.device))
-    expected = f"at most {MAX_KEYS} keys, and as many bytes as stay on the chip"
-    check(op, "k", expected, f"{S} keys of {D} channels, {k.dtype}", is_right)
-    N, H, T, _ = q.shape
-    return N, H, T, D
-
-
-SCHEMA = (
-    "(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? lengths=None, float? scale=None) "
-    "-> Tensor"
-)
-OP = register(
-    "text_attention",
-    SCHEMA,
+OP = SIGNATURE.register(
     launch=text_attention,
     reference=text_attention_reference,
-    allocate=allocate,
+    allocate=lambda given: allocate(given.q),
 )
-
-
-def specializations() -> Iterator[Specialization]:
-    """What is compiled for the texts of video models: by dtype, keys, head dim and options."""
-    for dtype, S, D in product(("bf16", "fp16"), (77, 120, 256, 300, 512), (64, 72, 128)):
-        yield from _specialize(dtype, S, D, "", {})
-    for S, (name, others) in product((120, 300), OPTIONS.items()):
-        yield from _specialize("bf16", S, 72, name, others)
-    yield from _specialize("fp32", 120, 64, "", {})
-
-
-OPTIONS: dict[str, dict[str, int]] = {
-    "mask of bools": {"MASK": 1},
-    "mask that is added": {"MASK": 2},
-    "lengths": {"LENGTHS": True},
-}
-
-
-def _specialize(
-    dtype: str, S: int, D: int, label: str, constants: Mapping[str, int]
-) -> Iterator[Specialization]:
-    """One for each kind of GPU. As Triton does it itself for one call: a stride of 1 is a
-    constant."""
-    names = _text_attention_kernel.arg_names
-    itemsize = 4 if dtype == "fp32" else 2
-    strides = {"q_d": 1, "k_d": 1, "v_d": 1, "o_d": 1}
-    values = {"D": D, "MASK": 0, "LENGTHS": False, "EXACT": False, **strides, **constants}
-    types = dict.fromkeys(names[:4], f"*{dtype}") | {"lengths": "*i64", "scale": "fp32"}
-    types |= dict.fromkeys(("H", "T", "S", "repeats"), "i32")
-    types["mask"] = type_of_mask(values["MASK"], dtype)
-    unaligned = ("mask", "lengths", "m_n", "m_h", "m_t", "m_s")
-    title = f"{dtype} S={S} D={D} {label}".strip()
-    fitting = [target for target in TARGETS if fits(S, D, itemsize, target)]
-    for backend in sorted({target.gpu.backend for target in fitting}):
-        taken = configure(1024, S, D, itemsize, backend)
-        warps, stages = taken.pop("num_warps"), taken.pop("num_stages")
-        constant = values | taken
-        yield Specialization(
-            title,
-            _text_attention_kernel,
-            {n: "constexpr" if n in constant else types.get(n, "i64") for n in names},
-            constant,
-            warps,
-            stages,
-            tuple(n for n in names[: names.index("H")] if n not in constant and n not in unaligned),
-            tuple(target.name for target in fitting if target.gpu.backend == backend),
-        )

@@ -15,6 +15,8 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pabc.kernels.dtypes import FP8, FP8_MAX, OVER_FP8_MAX, TINY
+
 from .cache import (
     Cuts,
     cache_read,
@@ -28,12 +30,6 @@ from .ir import Region, attribute, copy_into, make_module, output_node, value
 from .tracing.sizes import Sizes, concrete, hint
 
 CacheDtype = Literal["keep", "bf16", "fp8"]
-FP8 = torch.float8_e4m3fn
-FP8_MAX = torch.finfo(FP8).max
-OVER_FP8_MAX = 1 / FP8_MAX
-"""To multiply by: on a GPU PyTorch divides by a number so, on a CPU it does not."""
-TINY = torch.finfo(torch.float32).tiny
-"""The least scale: what is divided by it stays finite, and zeros stay zero."""
 
 
 def form_of(cut: torch.Tensor, cache_dtype: CacheDtype) -> CacheDtype:

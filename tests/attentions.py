@@ -79,7 +79,7 @@ def check_writes(kernel, module, shape, monkeypatch):
     expected = kernel(*inputs)
     buffers = []
 
-    def allocate(q, *_):
+    def allocate(q):
         N, H, T, D = q.shape
         buffers.append(torch.full((N + 2, T, H, D), float("nan"), device=DEVICE))
         return buffers[-1][1:-1].transpose(1, 2)

@@ -3,7 +3,7 @@
 import torch
 from torch.nn.functional import layer_norm, rms_norm
 
-from pabc.kernels.residual_norm import FP8
+from pabc.kernels.dtypes import FP8
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

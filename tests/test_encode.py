@@ -11,12 +11,13 @@ from phases import FakeTrajectory, inline, lift, placeholders, specialize, store
 from stages import compile_flat, regions_of, run_graph, run_to, with_hoisted
 
 from pabc import passes
+from pabc.kernels.dtypes import FP8, FP8_MAX, TINY
 from pabc.passes import (
     Region,
     encode_cuts_pass,
 )
 from pabc.passes.cache import cache_read, decode_cached, encode_unless
-from pabc.passes.encode import FP8, FP8_MAX, TINY, decode, encode, form_of
+from pabc.passes.encode import decode, encode, form_of
 from pabc.runtime.bindings import slot_specs
 
 CASES = [c for c in MODELS if c.name in ("Factorized", "JointText", "Refined")]

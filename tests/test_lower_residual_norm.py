@@ -6,7 +6,8 @@ from lowered_norms import CUT, OTHER, ROWS, B, C, T, X, calls, check_same, draw,
 from torch.nn.functional import layer_norm, rms_norm
 
 import pabc
-from pabc.kernels.residual_norm import FP8, MAX_CHANNELS
+from pabc.kernels.dtypes import FP8
+from pabc.kernels.rows import MAX_CHANNELS
 
 pytestmark = pytest.mark.kernels
 

@@ -133,10 +133,15 @@ def test_is_an_op():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"q": (4, 8)}, r"q: expected shape \(\.\.\., H, T, D\), found \(4, 8\)"),
+        ({"q": (1, 4, 8), "k": (1, 4, 8), "v": (1, 4, 8)}, "q: expected 4 dimensions .* or 5"),
         ({"q": (1, 1, 65, 8)}, "q: expected 1 to 64 tokens, found 65"),
         ({"q": (1, 1, 4, 130)}, "k: expected"),
-        ({"v": (1, 1, 5, 8)}, r"v: expected the shape of k, \(1, 1, 4, 8\), found \(1, 1, 5, 8\)"),
-        ({"mask": (2, 1, 4, 4)}, "mask: expected 4 dimensions, broadcast"),
+        ({"v": (1, 1, 5, 8)}, r"v: expected shape \(1, 1, 4, 8\), found \(1, 1, 5, 8\)"),
+        (
+            {"mask": (2, 1, 4, 4)},
+            r"mask: expected a shape that broadcasts to \(1, 1, 4, 4\)",
+        ),
         ({"q_weight": (8,)}, "k_weight: expected given where q_weight is"),
         ({"cos": (4, 8)}, "cos: expected given where pairs is"),
     ],
@@ -145,5 +150,5 @@ def test_refusals(change, message):
     shapes = {"q": (1, 1, 4, 8), "k": (1, 1, 4, 8), "v": (1, 1, 4, 8)} | change
     found = {name: torch.ones(shape, device=DEVICE) for name, shape in shapes.items()}
     inputs = [found.pop(name) for name in "qkv"]
-    with pytest.raises(ValueError, match="short_attention: " + message):
+    with pytest.raises(ValueError, match=r"^short_attention\." + message):
         run(short_attention, inputs, found)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..encode import FP8, FP8_MAX, OVER_FP8_MAX, TINY
+from pabc.kernels.dtypes import FLOATS, FP8, FP8_MAX, OVER_FP8_MAX, TINY
+
 from ..ir import GETITEM, aten, is_call, is_tensor, value
 from .match import Match, first_reason, insert, replace
 from .rms import without_casts
@@ -41,8 +42,7 @@ class _Encoding:
 
 
 def _why_not(found: _Encoding) -> str | None:
-    from pabc.kernels.residual_norm import FLOATS, MAX_CHANNELS, MAX_LEADING
-    from pabc.kernels.rows import merge_rows
+    from pabc.kernels.rows import MAX_CHANNELS, MAX_ROW_DIMS, merge_rows
 
     x = value(found.x)
     rows, _ = merge_rows(x.shape, [x, value(found.values)])
@@ -50,7 +50,7 @@ def _why_not(found: _Encoding) -> str | None:
         {
             f"{x.dtype}": x.dtype not in FLOATS,
             f"{x.shape[-1]} channels: at most {MAX_CHANNELS}": x.shape[-1] > MAX_CHANNELS,
-            f"{len(rows)} dimensions of rows: at most {MAX_LEADING}": len(rows) > MAX_LEADING,
+            f"{len(rows)} dimensions of rows: at most {MAX_ROW_DIMS}": len(rows) > MAX_ROW_DIMS,
             "scales that are read before the values": any(
                 user is not found.quotient and user < found.values for user in found.scales.users
             ),

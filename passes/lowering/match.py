@@ -14,8 +14,6 @@ from ..ir import is_call, is_random, value
 
 BEFORE = "laid_out_before"
 """In `meta` of a node: what took its place was laid out like this."""
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-"""The dtypes that kernels compute with."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..encode import FP8
+from pabc.kernels.dtypes import FLOATS, FP8
+
 from ..ir import aten, is_call, is_tensor, value
-from .match import FLOATS, only_user, operands
+from .match import only_user, operands
 from .rms import find_written_out
 
 DEPTH = 8

@@ -52,19 +52,19 @@ def _reaches(node: Node, next_of: Callable[[Node], Iterable[Node]]) -> bool:
 
 def _shape(source: Node) -> tuple[int, ...]:
     """Bytes, and how many of them are read side by side."""
-    from pabc.kernels.permute_copy import plan
+    from pabc.kernels.permute_copy import find_tiling
 
     val = value(source)
-    found = plan(val.shape, val.stride())
+    found = find_tiling(val.shape, val.stride())
     run = 1 if found.is_turned else found.sizes[-1]
     return val.numel() * val.element_size(), run * val.element_size()
 
 
 def _why_not(source: Node) -> str | None:
-    from pabc.kernels.permute_copy import BITS, MAX_DIMS, plan
+    from pabc.kernels.permute_copy import BITS, MAX_DIMS, find_tiling
 
     val = value(source)
-    dims = len(plan(val.shape, val.stride()).sizes)
+    dims = len(find_tiling(val.shape, val.stride()).sizes)
     return first_reason(
         {
             f"{val.dtype}": val.element_size() not in BITS,

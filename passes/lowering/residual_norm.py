@@ -8,9 +8,11 @@ from math import prod
 import torch
 from torch.fx import Node
 
+from pabc.kernels.dtypes import FLOATS, FP8
+
 from ..ir import GETITEM, aten, value
 from .copies import Copy, find_copy
-from .match import FLOATS, Match, first_reason, insert, only_user, operands, steps
+from .match import Match, first_reason, insert, only_user, operands, steps
 from .match import replace as substitute
 from .norms import Norm, exact_source, find_norm
 from .residuals import Sum, Term, find_sum
@@ -159,7 +161,7 @@ def _can_lay_out(found: Found) -> bool:
 
 def _with_copies(found: Found) -> Found:
     """Together with the copies of its results that put rows in another order."""
-    from pabc.kernels.residual_norm import MAX_LEADING
+    from pabc.kernels.rows import MAX_ROW_DIMS
 
     inner = set(found.nodes)
 
@@ -171,7 +173,7 @@ def _with_copies(found: Found) -> Found:
     if y_copy is not None and n_copy is not None and y_copy.split != n_copy.split:
         y_copy = None
     longer = replace(found, y_copy=y_copy, n_copy=n_copy)
-    return longer if _count_dimensions(longer) <= MAX_LEADING else found
+    return longer if _count_dimensions(longer) <= MAX_ROW_DIMS else found
 
 
 def _count_dimensions(found: Found) -> int:
@@ -192,7 +194,7 @@ def _count_dimensions(found: Found) -> int:
 
 def why_not(found: Found) -> str | None:
     """Why the kernel cannot compute it; None: it can."""
-    from pabc.kernels.residual_norm import FP8, MAX_CHANNELS, MAX_LEADING
+    from pabc.kernels.rows import MAX_CHANNELS, MAX_ROW_DIMS
 
     made = [n for n in (found.y, found.n) if n is not None]
     cuts = [term.cut for term in found.terms]
@@ -206,7 +208,7 @@ def why_not(found: Found) -> str | None:
         {
             ", ".join(others): bool(others),
             f"{channels} channels: at most {MAX_CHANNELS}": channels > MAX_CHANNELS,
-            f"{num_rows} dimensions of rows: at most {MAX_LEADING}": num_rows > MAX_LEADING,
+            f"{num_rows} dimensions of rows: at most {MAX_ROW_DIMS}": num_rows > MAX_ROW_DIMS,
             "more than one device": len({val.device for val in vals}) > 1,
             "an epsilon of its dtype": found.norm is not None and found.norm.eps is None,
         }

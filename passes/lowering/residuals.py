@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Node
 
-from ..encode import FP8
+from pabc.kernels.dtypes import FP8
+
 from ..ir import aten, is_tensor, value
 from .match import only_user, operands
 from .norms import cast_source, exact_source, pairs

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from pabc.kernels.dtypes import FLOATS
+
 from ..ir import aten, is_call, value
-from .match import FLOATS, insert
+from .match import insert
 
 _DEFAULTS: dict[str, Any] = {
     "query": None,

@@ -26,7 +26,7 @@ def match_text_attention(node: Node) -> Match | None:
 
 
 def _why_not(found: Attention) -> str | None:
-    from pabc.kernels.targets import target_of
+    from pabc.kernels.gpus import target_of
     from pabc.kernels.text_attention import fits
 
     q, k, _ = found.vals
