@@ -10,10 +10,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from pabc import passes
+from pabc.base.arguments import bind_call
+from pabc.base.forward import inner_forward
 from pabc.compiled import CompiledModel
 from pabc.explanation import Explanation, describe
 from pabc.inplace import check_place
-from pabc.passes.tracing.around import inner_forward
 from pabc.passes.tracing.foreign import refuse_hooks
 from pabc.pipeline import Config, Offload, analyze
 from pabc.runtime.bindings import Bindings
@@ -173,7 +174,7 @@ def explain(
         memory_budget=memory_budget,
         sharding=_imagine(ranks, shard, schedule),
     )
-    bound = passes.bind_call(inner_forward(model), args, kwargs)
+    bound = bind_call(inner_forward(model), args, kwargs)
     with compiling():
         guarded, _ = analyze(model, *bound, config)
     found = describe(guarded)

@@ -17,9 +17,9 @@ from torch import nn
 from torch.fx import GraphModule
 
 from pabc import inplace, passes
+from pabc.base.forward import inner_forward
 from pabc.base.structure import Structure
 from pabc.explanation import Explanation, describe
-from pabc.passes.tracing.around import inner_forward
 from pabc.pipeline import Config
 from pabc.plan import Plan
 from pabc.runtime.arguments import Arguments

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from pabc.base.structure import check_constants, flatten
-from pabc.passes import Cut, Region, bind_call
+from pabc.base.arguments import bind_call, check_constants, leaf_key
+from pabc.base.forward import inner_forward
+from pabc.base.structure import flatten
+from pabc.passes import Cut, Region
 from pabc.passes.cache import Cuts
-from pabc.passes.capture import leaf_key
-from pabc.passes.tracing.around import inner_forward
 from pabc.pipeline import Config, analyze
 
 

@@ -4,20 +4,31 @@ from .axes import name_axes_pass, verify_axes
 from .blocks import split_blocks_pass
 from .cache import cache_read, cache_write, compute_unless, insert_cache_pass, verify_cache
 from .canonicalize import canonicalize_pass
-from .capture import Signature, bind_arguments, bind_call, capture
+from .capture import Signature, capture
 from .emit import Code, compile_blocks, example_inputs, prepare_inductor, run_blocks
 from .encode import CacheDtype, encode_cuts_pass
 from .enlarge import enlarge_call
 from .flatten import Place, inline_regions_pass, lift_weights_pass
 from .flops import FlopCounter
-from .hoist import Part, hoist_invariants_pass, part_of_prologue, verify_hoist
-from .ir import Attention, Axis, Factor, Region
+from .hoist import hoist_invariants_pass, needed_by, verify_hoist
+from .ir import (
+    Attention,
+    Axis,
+    Factor,
+    Reach,
+    Region,
+    copy_into,
+    make_module,
+    output_node,
+    user_inputs,
+    value,
+)
 from .lower import Kernels, Lowering, lower_pass, summarize
 from .offload import offload_cuts_pass
 from .onednn import lowering_onednn, use_onednn_pass
 from .outline import outline_regions_pass, verify_outline
 from .regions import Cut, mark_regions_pass, verify_marks
-from .repeats import first_copies, keep_unrepeated_pass, verify_repeats
+from .repeats import keep_one, keep_unrepeated_pass, verify_repeats
 from .rewrites import rewrite_formulas_pass
 from .shard import Sharded, shard_batch_pass, shard_pass, verify_shard
 from .sharding.moves import Collective, find_collectives
@@ -25,40 +36,55 @@ from .sharding.places import Ranks
 from .sharding.sharder import Output
 from .specialize import specialize_phase_pass, verify_phase
 from .tag import tag_attention_pass, tagged, verify_tags
-from .tracing.assumptions import Reads
-from .tracing.calls import pack
-from .tracing.effects import delete_arguments
 from .tracing.fakes import share_fake_mode
+from .tracing.frozen import FrozenObject, Same, is_library
+from .tracing.guards import Reads
+from .tracing.holders import Holder, HolderKind
 from .tracing.hooks import HookCall
+from .tracing.modules import (
+    Description,
+    HolderKey,
+    Modules,
+    describe,
+    describe_object,
+    is_state,
+)
 from .tracing.outside import OutsideCall
-from .tracing.records import Read
+from .tracing.records import Checked, Read
 from .tracing.sizes import Sizes, concrete, fold_sizes, hinted
+from .tracing.walk import find_holders
 
 __all__ = [
     "Attention",
     "Axis",
     "CacheDtype",
+    "Checked",
     "Code",
     "Collective",
     "Cut",
+    "Description",
     "Factor",
     "FlopCounter",
+    "FrozenObject",
+    "Holder",
+    "HolderKey",
+    "HolderKind",
     "HookCall",
     "Kernels",
     "Lowering",
+    "Modules",
     "Output",
     "OutsideCall",
-    "Part",
     "Place",
     "Ranks",
+    "Reach",
     "Read",
     "Reads",
     "Region",
+    "Same",
     "Sharded",
     "Signature",
     "Sizes",
-    "bind_arguments",
-    "bind_call",
     "cache_read",
     "cache_write",
     "canonicalize_pass",
@@ -66,27 +92,33 @@ __all__ = [
     "compile_blocks",
     "compute_unless",
     "concrete",
-    "delete_arguments",
+    "copy_into",
+    "describe",
+    "describe_object",
     "encode_cuts_pass",
     "enlarge_call",
     "example_inputs",
     "find_collectives",
-    "first_copies",
+    "find_holders",
     "fold_sizes",
     "hinted",
     "hoist_invariants_pass",
     "inline_regions_pass",
     "insert_cache_pass",
+    "is_library",
+    "is_state",
+    "keep_one",
     "keep_unrepeated_pass",
     "lift_weights_pass",
     "lower_pass",
     "lowering_onednn",
+    "make_module",
     "mark_regions_pass",
     "name_axes_pass",
+    "needed_by",
     "offload_cuts_pass",
     "outline_regions_pass",
-    "pack",
-    "part_of_prologue",
+    "output_node",
     "prepare_inductor",
     "rewrite_formulas_pass",
     "run_blocks",
@@ -99,6 +131,8 @@ __all__ = [
     "tag_attention_pass",
     "tagged",
     "use_onednn_pass",
+    "user_inputs",
+    "value",
     "verify_axes",
     "verify_cache",
     "verify_hoist",

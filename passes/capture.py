@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
@@ -19,12 +17,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from pabc.base.structure import Structure
 
 from .ir import make_module, output_node
-from .tracing.around import sees_spelling
-from .tracing.assumptions import Reads
 from .tracing.calls import Call, Result
 from .tracing.effects import Effects, Name, check_writes, find_written_tensors, judge_effects
 from .tracing.export import export, export_any_sizes
 from .tracing.foreign import refuse_hooks
+from .tracing.guards import Reads
 from .tracing.modules import Modules
 from .tracing.numbers import check_numbers_stay_tensors
 from .tracing.outside import OutsideCall
@@ -48,41 +45,6 @@ class Signature:
     inputs: tuple[str, ...]
 
 
-def bind_arguments(
-    signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """One spelling for every way to write the same call: positional, keyword, default left out."""
-    bound = signature.bind(*args, **kwargs)
-    bound.apply_defaults()
-    return bound.args, bound.kwargs
-
-
-def bind_call(
-    forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with which a forward is to be traced: in their one spelling, or, where the
-    forward can tell how they are spelled, as they are written."""
-    signature = inspect.signature(forward)
-    if sees_spelling(forward):
-        return tuple(args), in_order(signature, kwargs)
-    return bind_arguments(signature, args, kwargs)
-
-
-def in_order(signature: inspect.Signature, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Keywords in the signature's order, in which torch.export takes them; others follow."""
-    own = {name: kwargs[name] for name in signature.parameters if name in kwargs}
-    return own | dict(kwargs)
-
-
-def leaf_key(leaf: Any) -> Any:
-    """What a captured graph takes for granted of one flattened argument: layout, or the value."""
-    if isinstance(leaf, torch.Tensor):
-        return (leaf.shape, leaf.stride(), leaf.dtype, leaf.device)
-    if isinstance(leaf, float):
-        return (type(leaf), leaf, math.copysign(1.0, leaf))
-    return (type(leaf), leaf)
-
-
 def capture(
     model: nn.Module,
     args: tuple[Any, ...],
@@ -103,7 +65,8 @@ def capture(
     without dimensions; all other numbers are constants of the graph. `dynamic`: for all sizes of
     the tensors for which the model does the same; `gm.meta["sizes"]` says which.
 
-    Requires: `model` in eval mode; `args` and `kwargs` as :func:`bind_call` gives them.
+    Requires: `model` in eval mode; `args` and `kwargs` as :func:`pabc.base.arguments.bind_call`
+    returns them.
     Ensures: inputs are placeholders, one per flattened argument, in order; parameters and buffers
     are `get_attr` nodes under their qualified names, sharing the model's tensors; every op is
     functional; run on the same arguments it gives the model's bits; `model` is as it was;
@@ -124,7 +87,7 @@ def capture(
     with call.replacing_forward(model):
         gm, effects = _capture_results(model, call, dict(outside or {}), dynamic)
     gm.meta["deleted"], gm.meta["written"] = effects.deleted, effects.written
-    gm.meta["modules"] = Modules(model, {c.path for c in gm.meta["calls"]}, effects.written)
+    gm.meta["modules"] = Modules.of(model, {c.path for c in gm.meta["calls"]}, effects.written)
     if promoted:
         names = [gm.meta["signature"].inputs[i] for i in promoted]
         check_numbers_stay_tensors(gm.graph, names, gm.meta["reads"].inputs)

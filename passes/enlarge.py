@@ -17,11 +17,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx import GraphModule
 
+from pabc.base.forward import inner_forward
 from pabc.base.structure import Structure, flatten
 
 from .single_axes import find_single_axes, hinges_on_single_axes
 from .tag import find_attentions, stated_by
-from .tracing.around import inner_forward
 from .tracing.fakes import fake_like
 from .tracing.untouched import untouched
 

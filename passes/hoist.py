@@ -9,7 +9,7 @@ the pooled text or the class is mixed in. (`bench/time_hoisting.py`, `bench/resu
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch.fx import Graph, GraphModule, Node
 
 from .ir import (
     LAYOUTS,
-    Reach,
     copy_into,
     dead_without,
     derived,
@@ -26,7 +25,6 @@ from .ir import (
     is_random,
     is_tensor,
     make_module,
-    output_node,
     user_inputs,
     value,
 )
@@ -92,32 +90,6 @@ def verify_hoist(gm: GraphModule) -> None:
     assert user_inputs(gm.graph)[len(gm.meta["signature"].inputs) :] == hoisted
 
 
-@dataclass(frozen=True)
-class Part:
-    """What gives some of a prologue's results: those at `places`."""
-
-    graph: GraphModule
-    places: tuple[int, ...]
-
-
-def part_of_prologue(prologue: GraphModule, changed: Collection[int]) -> Part:
-    """What gives the results that follow from inputs at these positions, which changed.
-
-    A timestep of several dimensions must not have the text's keys computed at every step.
-    """
-    inputs = user_inputs(prologue.graph)
-    outputs: Sequence[Node] = output_node(prologue.graph).args[0]
-    reach = Reach(prologue.graph)
-    mask = reach.mask(inputs[i] for i in changed)
-    places = tuple(i for i, node in enumerate(outputs) if reach.touches(node, mask))
-    graph = Graph()
-    mapping: dict[Node, Node] = {}
-    copy_into(graph, inputs, mapping)
-    copy_into(graph, _needed_by([outputs[i] for i in places]), mapping)
-    graph.output(tuple(mapping[outputs[i]] for i in places))
-    return Part(make_module(prologue, graph), places)
-
-
 def _is_read(node: Node) -> bool:
     """Whether the values of an input are read, and not its sizes alone."""
     return any(not is_size(user) for user in node.users)
@@ -162,7 +134,7 @@ def find_invariants(graph: Graph, steady: list[Node]) -> _Invariants:
         for node in graph.nodes
         if node in computed and is_tensor(node) and any(u not in computed for u in node.users)
     ]
-    return _Invariants(_needed_by(frontier), tuple(frontier))
+    return _Invariants(needed_by(frontier), tuple(frontier))
 
 
 def _is_left(node: Node, weights: Collection[Node], computed: Collection[Node]) -> bool:
@@ -186,8 +158,8 @@ def _num_bytes(tensor: torch.Tensor) -> Any:
     return tensor.numel() * tensor.itemsize
 
 
-def _needed_by(frontier: list[Node]) -> tuple[Node, ...]:
-    """The frontier and its ancestors, inputs excluded, in graph order."""
+def needed_by(frontier: list[Node]) -> tuple[Node, ...]:
+    """Returns the frontier and its ancestors, inputs excluded, in graph order."""
     needed: set[Node] = set()
     stack = list(frontier)
     while stack:

@@ -23,10 +23,8 @@ from .cache import (
     stash_unless,
 )
 from .ir import copy_into, derived
-from .transfers import stash
+from .transfers import fetch, stash
 
-FETCH = torch.ops.pabc.fetch.default
-STASH = torch.ops.pabc.stash.default
 Devices = tuple[torch.device | None, ...]
 """Per tensor that a slot holds: the device it comes from and goes to; None: it stays there."""
 
@@ -84,7 +82,7 @@ def insert_fetches(graph: Graph, held: Sequence[Node], devices: Devices) -> tupl
     """Fetches what slots hold, at the end of the graph; what is not moved is left as it is."""
     pairs = zip(held, devices, strict=True)
     return tuple(
-        node if device is None else graph.call_function(FETCH, (node, device))
+        node if device is None else graph.call_function(fetch, (node, device))
         for node, device in pairs
     )
 
@@ -93,13 +91,13 @@ def insert_stashes(graph: Graph, cuts: Sequence[Node], devices: Devices) -> tupl
     """Stashes cuts, at the end of the graph; what is not moved is left as it is."""
     pairs = zip(cuts, devices, strict=True)
     return tuple(
-        node if device is None else graph.call_function(STASH, (node,)) for node, device in pairs
+        node if device is None else graph.call_function(stash, (node,)) for node, device in pairs
     )
 
 
 def link_fetches(graph: Graph) -> None:
     """Tells each fetch what is fetched next: that copy begins while what uses this one runs."""
-    fetches = [node for node in graph.nodes if node.target is FETCH]
+    fetches = [node for node in graph.nodes if node.target is fetch]
     for node, following in pairwise(fetches):
         if node.args[1] == following.args[1]:
             node.args = (*node.args, following.args[0])

@@ -86,22 +86,6 @@ def _reading_region(node: Node) -> int | None:
     return regions.pop() if len(regions) == 1 else None
 
 
-def first_copies(prologue: GraphModule, values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """What a prologue gave, without copies that differ in some bit either.
-
-    For compiled code, which holds for the shapes it was compiled for and may round otherwise.
-    """
-    outputs: Sequence[Node] = output_node(prologue.graph).args[0]
-    return tuple(
-        _narrowed(given, value(output)) if output.target is keep_one else given
-        for given, output in zip(values, outputs, strict=True)
-    )
-
-
-def _narrowed(given: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return given if given.shape == like.shape else given[tuple(map(slice, like.shape))].clone()
-
-
 @dataclass(frozen=True)
 class _Layout:
     """How a value with copies lies in memory.

@@ -17,7 +17,8 @@ from stages import capture_call, run_graph
 from torch import nn
 
 import pabc
-from pabc.passes import bind_arguments, capture
+from pabc.base.arguments import bind_arguments
+from pabc.passes import capture
 
 SCHEDULE = pabc.Schedule.pyramid([3, 2, 1], full=2)
 

@@ -15,8 +15,8 @@ from pabc.passes import (
     offload_cuts_pass,
 )
 from pabc.passes.cache import cache_read, cache_write, fetch_cached, stash_unless
-from pabc.passes.offload import FETCH, STASH
-from pabc.passes.transfers import Lane, fetch, stash
+from pabc.passes.transfers import fetch, stash
+from pabc.runtime.transfers import Lane
 
 CASES = [c for c in MODELS if c.name in ("Factorized", "JointText")]
 FACTORIZED = CASES[0]
@@ -78,11 +78,11 @@ def test_a_phase_fetches_one_ahead_and_stashes_what_it_stores(captured):
     phase = specialize(gm, reused=(0, 3), stored=(1,))
     nodes = list(phase.graph.nodes)
     held = [n for n in nodes if n.op == "placeholder"][-4:]
-    fetches = [n for n in nodes if n.target is FETCH]
+    fetches = [n for n in nodes if n.target is fetch]
     following = [*held[1:], None]
     assert [n.args[0] for n in fetches] == held
     assert [(*n.args[2:], None)[0] for n in fetches] == following
-    assert sum(n.target is STASH for n in nodes) == 2
+    assert sum(n.target is stash for n in nodes) == 2
     called = [n for n in nodes if n.op == "call_module" and n.target == "spatial_0"]
     assert not called
     computed = next(n for n in nodes if n.op == "call_module" and n.target not in ("decode_0",))

@@ -10,10 +10,10 @@ from torch import nn
 import pabc
 from pabc import passes
 from pabc.artifact.analysis import read_analysis, write_analysis
-from pabc.passes import repeats
 from pabc.passes.ir import user_inputs
 from pabc.passes.provenance.copies import find_copies
 from pabc.passes.repeats import keep_one
+from pabc.runtime.prologue import first_copies
 
 B, T, L, D = 2, 3, 5, 8
 STEPS = tuple(range(6, 0, -1))
@@ -121,7 +121,7 @@ def test_copies_that_differ_in_some_bit_are_kept_whole(monkeypatch):
     assert [tuple(t.shape) for t in branch.hoisted.values] == [(B, T, L, 2, D // 2)] * 2
     assert torch.equal(fast(**call), model(**call))
     prologue = fast._captured("test")[0]._prologue
-    first = repeats.first_copies(prologue, branch.hoisted.values)
+    first = first_copies(prologue, branch.hoisted.values)
     assert [tuple(t.shape) for t in first] == [(B, 1, L, 2, D // 2)] * 2
 
 

@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import pabc
-from pabc.passes import Ranks, shard_batch_pass, shard_pass, verify_shard
-from pabc.passes.capture import bind_arguments, capture
+from pabc.base.arguments import bind_arguments
+from pabc.passes import Ranks, capture, shard_batch_pass, shard_pass, verify_shard
 from pabc.passes.ir import aten
 from pabc.passes.shard import find_token_axes
 from pabc.passes.sharding import moves

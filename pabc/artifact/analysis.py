@@ -10,8 +10,8 @@ from pabc.artifact.graphs import GraphReader, GraphWriter
 from pabc.artifact.reads import read_reads, write_reads
 from pabc.artifact.tensors import TensorWriter, read_tensors
 from pabc.artifact.values import Json, decode, encode
+from pabc.passes import Modules
 from pabc.passes.tracing.hooks import HookCall
-from pabc.passes.tracing.modules import Modules
 from pabc.passes.tracing.outside import OutsideCall
 
 _FACTS = (
@@ -70,7 +70,9 @@ def read_analysis(content: Json, constants: bytes, model: nn.Module) -> GraphMod
     prologue.meta["sizes"] = None
     guarded.meta.update({name: decode(part) for name, part in content["facts"].items()})
     guarded.meta["calls"] = calls
-    guarded.meta["modules"] = Modules(model, {call.path for call in calls}, guarded.meta["written"])
+    guarded.meta["modules"] = Modules.of(
+        model, {call.path for call in calls}, guarded.meta["written"]
+    )
     guarded.meta["prologue"] = prologue
     guarded.meta["reads"] = read_reads(content["reads"], reader)
     return guarded

@@ -11,7 +11,7 @@ import torch
 from pabc.artifact.errors import ArtifactError
 from pabc.artifact.graphs import GraphReader, GraphWriter
 from pabc.artifact.values import Json, decode, encode
-from pabc.passes.tracing.assumptions import Reads
+from pabc.passes.tracing.guards import Reads
 from pabc.passes.tracing.numbers import Comparison
 from pabc.passes.tracing.records import (
     Again,
@@ -45,12 +45,12 @@ def read_reads(content: Json, reader: GraphReader) -> Reads:
     """The inverse of :func:`write_reads`."""
     graph = reader.read(content["graph"])
     nodes = {node.name: node for node in graph.graph.nodes}
-    checked = [
+    checked = tuple(
         Checked(_read_read(read), _read_measure(measure), tuple(nodes[name] for name in names))
         for read, measure, names in content["checked"]
-    ]
-    inputs = [frozenset(names) for names in content["inputs"]]
-    return Reads(graph, checked, inputs, content["used"])
+    )
+    inputs = tuple(frozenset(names) for names in content["inputs"])
+    return Reads(graph, checked, inputs, tuple(content["used"]))
 
 
 def _write_checked(checked: Checked) -> Json:

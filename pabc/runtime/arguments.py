@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from pabc.base.structure import Structure, check_constants, flatten
-from pabc.passes.capture import bind_arguments, in_order
-from pabc.passes.tracing.around import sees_spelling
+from pabc.base.arguments import bind_arguments, check_constants, in_order, sees_spelling
+from pabc.base.structure import Structure, flatten
 
 _PLAIN = frozenset((torch.Tensor, int, float, bool, str, type(None)))
 """Types of arguments that hold no others."""
@@ -83,3 +82,18 @@ class Arguments:
         leaves, structure = flatten((args, kwargs))
         check_constants((args, kwargs), leaves, tuple(self._signature.parameters))
         return leaves, structure
+
+
+def delete_arguments(
+    deleted: Sequence[tuple[Any, ...]], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> None:
+    """Deletes from the user's dictionaries the keys that the model's forward deletes.
+
+    Each entry of `deleted` is a path from `(args, kwargs)`: the keys of containers, then the one
+    to delete.
+    """
+    for *path, key in deleted:
+        holder: Any = (args, kwargs)
+        for step in path:
+            holder = holder[step]
+        holder.pop(key, None)

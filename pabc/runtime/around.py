@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from pabc.passes.tracing.around import hook_around
+from pabc.base.forward import hook_around
 from pabc.runtime.guards import GuardError
 
 Step = Callable[..., Any]

@@ -13,18 +13,27 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from pabc import passes
+from pabc.base.arguments import pack
 from pabc.passes.cache import Cuts
-from pabc.passes.ir import output_node, user_inputs
-from pabc.passes.tracing.modules import Watch
+from pabc.passes.ir import user_inputs
 from pabc.passes.tracing.parameters import has_functions_of_its_own
 from pabc.pipeline import Config, Record, analyze
 from pabc.plan import SlotSpec
+from pabc.runtime.arguments import delete_arguments
 from pabc.runtime.bindings import Bindings
 from pabc.runtime.branch import Binding, Branch, Hoisted, Source
 from pabc.runtime.chain import BlockCode
 from pabc.runtime.cudagraphs import Recordable, Workspaces, find_device
 from pabc.runtime.phases import Backend, Executable, Phases, check_fp8, compiling
+from pabc.runtime.prologue import (
+    ProloguePart,
+    first_copies,
+    part_of_prologue,
+    whole_prologue,
+)
+from pabc.runtime.reads import ReadCheck
 from pabc.runtime.samples import hash_values
+from pabc.runtime.state import Watch
 from pabc.runtime.stats import Recorder
 from pabc.runtime.strides import Strides, without_overlaps
 from pabc.runtime.weights import Weights
@@ -62,15 +71,15 @@ class Program:
         self.regions: tuple[passes.Region, ...] = self.guarded.meta["regions"]
         self.bindings = Bindings(guarded, config.memory_budget)
         self.reads: passes.Reads = self.guarded.meta["reads"]
+        self._read_check = ReadCheck(self.reads)
         self._read: Hoisted | None = None
         self.signature: passes.Signature = self.guarded.meta["signature"]
         self._writes: tuple[int, ...] = self.guarded.meta["writes"]
         self._deleted: tuple[tuple[Any, ...], ...] = self.guarded.meta["deleted"]
         self.backend = backend
         self._prologue: GraphModule = self.guarded.meta["prologue"]
-        outputs = output_node(self._prologue.graph).args[0]
-        self._whole = passes.Part(self._prologue, tuple(range(len(outputs))))
-        self._parts: dict[tuple[int, tuple[int, ...]], passes.Part] = {}
+        self._whole = whole_prologue(self._prologue)
+        self._parts: dict[tuple[int, tuple[int, ...]], ProloguePart] = {}
         self._steady: tuple[int, ...] = self.guarded.meta["steady"]
         self._strides = Strides(
             guarded, len(self.signature.inputs), (*self._steady, *self.reads.used)
@@ -143,14 +152,11 @@ class Program:
 
     def pack(self, leaves: Sequence[Any]) -> list[Any]:
         """The graphs' inputs from the model's flattened arguments, laid out as when captured."""
-        return self._strides.fit(passes.pack(leaves, self.promoted))
+        return self._strides.fit(pack(leaves, self.promoted))
 
     def serves(self, leaves: Sequence[Any]) -> bool:
         """Whether the graphs, captured for any sizes, hold for these arguments."""
-        return (
-            self._sizes is not None
-            and self._sizes.bind(passes.pack(leaves, self.promoted)) is not None
-        )
+        return self._sizes is not None and self._sizes.bind(pack(leaves, self.promoted)) is not None
 
     def source(self, inputs: Sequence[Any]) -> Source:
         """What values that are computed from these inputs follow from."""
@@ -238,7 +244,7 @@ class Program:
         for position in self._writes:
             if inputs[position] is not leaves[position]:  # it lay otherwise, and was copied
                 leaves[position].copy_(inputs[position])
-        passes.delete_arguments(self._deleted, *bound)
+        delete_arguments(self._deleted, *bound)
 
     def _replay(
         self, branch: Branch, reused: tuple[int, ...], phase: Recordable, inputs: Sequence[Any]
@@ -262,14 +268,14 @@ class Program:
             part = self._whole if held is None else self._part(held.changed(sources))
             fresh = part.graph(*inputs)
             if self.backend == "inductor":
-                fresh = passes.first_copies(part.graph, fresh)
+                fresh = first_copies(part.graph, fresh)
             values = list(fresh if held is None else held.values)
             for place, tensor in zip(part.places, fresh, strict=True):
                 values[place] = tensor
             held = branch.hoisted = replace(before, values=tuple(values))
         return held.values
 
-    def _part(self, changed: tuple[int, ...]) -> passes.Part:
+    def _part(self, changed: tuple[int, ...]) -> ProloguePart:
         """What to run where these of the sources changed: steady inputs come first."""
         if len(changed) == len(self._steady) or any(i >= len(self._steady) for i in changed):
             return self._whole
@@ -277,7 +283,7 @@ class Program:
         part = self._parts.get(key)
         if part is None:
             positions = [self._steady[i] for i in changed]
-            part = self._parts[key] = passes.part_of_prologue(self._prologue, positions)
+            part = self._parts[key] = part_of_prologue(self._prologue, positions)
         return part
 
     def difference(self, leaves: Sequence[Any]) -> tuple[passes.Read, Any] | None:
@@ -287,12 +293,12 @@ class Program:
         """
         if not self.reads:
             return None
-        inputs = self._strides.fit(passes.pack(leaves, self.promoted), only=self.reads.used)
+        inputs = self._strides.fit(pack(leaves, self.promoted), only=self.reads.used)
         sources = [*[inputs[i] for i in self.reads.used], *self._read_weights]
         if self._read is not None and self._read.holds_for(sources):
             return None
         with self.with_plain_weights():
-            found = self.reads.difference(inputs)
+            found = self._read_check.difference(inputs)
         if found is None:
             self._read = Hoisted.of(sources, ())
         return found

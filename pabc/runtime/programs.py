@@ -12,7 +12,6 @@ from torch import nn
 
 from pabc import passes
 from pabc.base.structure import Structure
-from pabc.passes.tracing.modules import Watch
 from pabc.pipeline import Config
 from pabc.runtime.chain import BlockCode
 from pabc.runtime.phases import Backend
@@ -25,6 +24,7 @@ from pabc.runtime.promotion import (
     superseded,
     without_sizes,
 )
+from pabc.runtime.state import Watch
 from pabc.runtime.stats import Recorder
 from pabc.runtime.timesteps import Places
 from pabc.schedule import Schedule

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from pabc.base.arguments import leaf_key
+from pabc.base.forward import inner_forward
 from pabc.base.numbers import is_number
 from pabc.base.structure import Structure, flatten
-from pabc.passes.capture import leaf_key
-from pabc.passes.tracing.around import inner_forward
 from pabc.passes.tracing.untouched import untouched
 from pabc.runtime.autocast import active_autocast, without_autocast
 from pabc.runtime.program import Program

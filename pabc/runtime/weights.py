@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from pabc.passes.capture import CONSTANTS, find_tensor
 from pabc.passes.ir import attribute
-from pabc.passes.tracing.modules import Modules, Watch
+from pabc.runtime.state import StateCheck, Watch
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Weights:
                 values = ((name, attribute(module, name)) for name in reads)
                 self._tensors.update((n, v) for n, v in values if isinstance(v, torch.Tensor))
         self._aliases: dict[str, tuple[str, ...]] = graphs[0].meta.get("aliases", {})
-        self._modules: Modules = graphs[0].meta["modules"]
+        self._modules = StateCheck(graphs[0].meta["modules"])
         self._watch: Watch | None = None
         self._layouts = {name: _layout(tensor) for name, tensor in self._tensors.items()}
         self._places: _Places | None = None

@@ -19,10 +19,12 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from pabc.base.arguments import pack
+from pabc.base.forward import inner_forward
 from pabc.base.structure import Structure, flatten, holds_tensors
 
 from . import numbers
-from .around import calling_forward_alone, inner_forward
+from .alone import calling_forward_alone
 from .compiled import noting_compiled
 from .extremes import exact_extremes
 from .holders import Change
@@ -54,16 +56,6 @@ class Result:
         rest = iter(outputs)
         leaves = [constant[0] if constant else next(rest) for constant in self.constants]
         return self.structure.unflatten(leaves)
-
-
-def pack(leaves: Sequence[Any], promoted: Collection[int] = ()) -> list[Any]:
-    """A graph's inputs from flattened arguments: tensors for promoted numbers; what the graph has
-    as a constant, and a tracer may not know, is left out."""
-    known = (torch.Tensor, int, float, str)
-    return [
-        numbers.as_tensor(leaf) if i in promoted else leaf if isinstance(leaf, known) else None
-        for i, leaf in enumerate(leaves)
-    ]
 
 
 def _alias(leaf: Any) -> Any:

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from .calls import Call
 from .frozen import Same
-from .holders import MISSING, Change, Holder, Kind
+from .holders import MISSING, Change, Holder, HolderKind
 from .outside import patched
 from .python_state import Snapshot
 from .untouched import SavedWrites
@@ -29,7 +29,7 @@ from .untouched import SavedWrites
 _CLOSE = 1e-3
 """How far two floating-point results of the same computation may lie apart, relative to the
 largest: kernels need not add in the same order twice."""
-Name = tuple[tuple[str, Kind], Hashable]
+Name = tuple[tuple[str, HolderKind], Hashable]
 """A holder's place, and the key of what it holds; None: all of it."""
 
 
@@ -41,7 +41,7 @@ class Effects:
         written: the names: what they stand for tells nothing about the state of the model.
         modules: module -> why it cannot be part of a graph.
         deleted: of which argument, by the keys that lead to a container in it, which key is taken
-            out; see :func:`delete_arguments`.
+            out at each call.
     """
 
     written: tuple[Name, ...] = ()
@@ -155,17 +155,6 @@ def _check_arguments(model: nn.Module, call: Call) -> tuple[tuple[Any, ...], ...
             )
         deleted.append((*path, change.key))
     return tuple(deleted)
-
-
-def delete_arguments(
-    deleted: Sequence[tuple[Any, ...]], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> None:
-    """Takes out of the user's dictionaries the keys that the model's forward takes out."""
-    for *path, key in deleted:
-        holder: Any = (args, kwargs)
-        for step in path:
-            holder = holder[step]
-        holder.pop(key, None)
 
 
 def check_writes(call: Call, positions: Sequence[int], names: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from .around import hook_around
+from pabc.base.forward import hook_around
 
 _OFFLOAD = (
     "keep the weights where they are while the model runs: call model offload "

@@ -24,7 +24,16 @@ LIBRARIES = frozenset({"torch", "torchgen", "triton", "numpy", "sympy", "mpmath"
 """Packages whose objects and functions are not looked into: their state is their own affair."""
 _OWN = tuple(
     f"{__name__.partition('.')[0]}.{part}"
-    for part in ("passes", "kernels", "runtime", "pipelines", "artifact", "compiled", "inplace")
+    for part in (
+        "base",
+        "passes",
+        "kernels",
+        "runtime",
+        "pipelines",
+        "artifact",
+        "compiled",
+        "inplace",
+    )
 )
 _VALUES = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
 _NESTING = 4

@@ -20,7 +20,7 @@ class Missing:
 MISSING = Missing()
 
 
-Kind = Literal[
+HolderKind = Literal[
     "object",
     "module",
     "children",
@@ -56,7 +56,7 @@ class Holder:
     path: str
     module: str | None
     value: Any
-    kind: Kind = "container"
+    kind: HolderKind = "container"
     owner: type | None = None
     names: frozenset[str] | None = None
 

@@ -24,7 +24,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.overrides import TorchFunctionMode
 
-from pabc.base.numbers import is_number
+from pabc.base.numbers import as_tensor, is_number
 
 from ..ir import aten, is_call
 from .indexing import can_select, select_positions
@@ -71,13 +71,6 @@ class Policy:
     def compare(self, number: TracedNumber, ask: Callable[[Any], bool]) -> bool:
         """What `ask` says of the number."""
         return ask(self.value(number))
-
-
-def as_tensor(number: Any) -> torch.Tensor:
-    """The graph input for a number: without dimensions, as precise as Python's own."""
-    if isinstance(number, Integral):
-        return torch.tensor(int(number), dtype=torch.int64)
-    return torch.tensor(float(number), dtype=torch.float64)
 
 
 def promoted(number: Any, tensor: torch.Tensor) -> TracedNumber:

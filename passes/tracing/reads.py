@@ -4,7 +4,7 @@ Text lengths by `mask.sum(1).tolist()`, `int(positions.max())`, a branch on `tor
 that follow from data (`x[mask]`, `nonzero`): a graph is right for the values it was traced with.
 The model is run once to record them, the trace replays them, and every tensor they were read from
 becomes a result of the trace, so that a later call can be checked against them
-(:mod:`pabc.passes.tracing.assumptions`).
+(:mod:`pabc.passes.tracing.guards`).
 """
 
 from __future__ import annotations

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from .around import AROUND
+from pabc.base.forward import AROUND
+
 from .frozen import is_library, slots_of
 from .globals import ENTRIES, CodeScan, is_of_library
-from .holders import Holder, Kind
+from .holders import Holder, HolderKind
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _PLAIN_OBJECTS = (
@@ -192,7 +193,7 @@ class Walk:
         path: str,
         module: str | None,
         value: Any,
-        kind: Kind = "container",
+        kind: HolderKind = "container",
         owner: type | None = None,
     ) -> None:
         holder = Holder(path, module, value, kind, owner)

@@ -1,0 +1,226 @@
+"""Compares a model's Python state with the one that a graph is specialized on, at each call."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch._C._dynamo.guards import dict_version
+from torch.utils.hooks import RemovableHandle
+
+from pabc.passes import (
+    Description,
+    FrozenObject,
+    Holder,
+    HolderKey,
+    HolderKind,
+    Modules,
+    Same,
+    describe,
+    describe_object,
+    find_holders,
+    is_library,
+    is_state,
+)
+
+_OF_MODULES: tuple[HolderKind, ...] = ("module", "children", "tensors", "hooks", "object")
+_REACHED: tuple[HolderKind, ...] = (
+    "object",
+    "slots",
+    "array",
+    "container",
+    "variable",
+    "class",
+    "globals",
+)
+"""Kinds of holders that are new only where something that leads to them is, which tells more."""
+_ORDER: tuple[HolderKind, ...] = (*_OF_MODULES, *_REACHED[1:])
+"""Kinds of holders, those first that tell a user most."""
+
+
+class Watch:
+    """The Python state of a model as it is now; it is described anew only when it changes.
+
+    :meth:`look` compares versions of dictionaries, in loops without Python code: those of objects'
+    attributes, of classes, and of globals that are read. The attributes of modules that PyTorch
+    defines are numbers that are set once: of those it compares the count, which a replaced
+    `forward` changes, and their versions only if asked to look `closely`, at the start of a
+    generation.
+
+    Attributes:
+        state: the description of each place.
+        serial: the number of changes seen.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.serial = 0
+        self.state: dict[HolderKey, Description] = {}
+        self._model = model
+        self._changed: list[frozenset[HolderKey]] = []
+        self._refresh()
+
+    def look(self, *, closely: bool = False) -> int:
+        """Returns the serial number of the state, which a change increments."""
+        if not self._quick.hold() or (closely and not self._close.hold()):
+            self._refresh()
+        return self.serial
+
+    def changed_since(self, serial: int) -> set[HolderKey]:
+        """Returns the places that have changed since the state had that serial number."""
+        return set().union(*self._changed[serial:])
+
+    def _refresh(self) -> None:
+        holders = find_holders([("", "", self._model)])
+        state = describe(holders)
+        both = {**state, **self.state}
+        changed = frozenset(p for p in both if state.get(p) != self.state.get(p))
+        self._quick, self._close = _quick(holders), _close(holders)
+        if changed:
+            self.state = state
+            self.serial += 1
+            self._changed.append(changed)
+
+
+class _Look:
+    """Values that stay the same until something is written, read in loops without Python code."""
+
+    def __init__(
+        self,
+        versions: Iterable[dict[Any, Any]],
+        lengths: Iterable[dict[Any, Any]],
+        rest: Mapping[HolderKind, Sequence[Holder]],
+    ) -> None:
+        """Takes dictionaries to compare by version, or by length, and the other holders."""
+        contained = [h.value for h in rest["container"] if is_state(h)]
+        self._versioned = [
+            *versions,
+            *(_class_dict(h.value) for h in rest["class"]),
+            *(value for value in contained if isinstance(value, dict)),
+        ]
+        self._counted = list(lengths)
+        # A module's globals come and go: those that are read are looked up.
+        pairs = [(h.value, name) for h in rest["globals"] for name in h.names or ()]
+        self._spaces, self._names = [space for space, _ in pairs], [name for _, name in pairs]
+        self._others = [value for value in contained if not isinstance(value, dict)]
+        self._children = tuple(h.value for h in rest["children"] if h.value)
+        self._slow = [h for kind in ("variable", "slots", "array") for h in rest[kind]]
+        self._found = self._read()
+
+    def hold(self) -> bool:
+        """Returns True if nothing has changed."""
+        try:
+            return self._read() == self._found
+        except Exception:  # whatever the comparison of unlike tensors says
+            return False
+
+    def _read(self) -> tuple[object, ...]:
+        return (
+            list(map(dict_version, self._versioned)),
+            list(map(len, self._counted)),
+            gc.get_referents(*self._children),
+            RemovableHandle.next_id,
+            list(map(id, map(dict.get, self._spaces, self._names))),
+            list(map(list, self._others)) if self._others else None,
+            [describe_object(h, {}) for h in self._slow] if self._slow else None,
+        )
+
+
+def _quick(holders: Collection[Holder]) -> _Look:
+    """Returns what is compared in each call."""
+    kinds = _by_kind(holders)
+    own = [h.value for h in kinds["module"] if not _is_of_library(h)]
+    hooked = [h.value for h in kinds["hooks"] if h.value]  # a new hook has a new number
+    versions = (*own, *(h.value for h in kinds["object"]), *hooked)
+    return _Look(versions, (h.value for h in kinds["module"] if _is_of_library(h)), kinds)
+
+
+def _close(holders: Collection[Holder]) -> _Look:
+    """Returns what is compared, too, where a generation starts."""
+    kinds = _by_kind(holders)
+    return _Look((h.value for name in _OF_MODULES for h in kinds[name]), (), kinds)
+
+
+def _class_dict(cls: type) -> dict[str, Any]:
+    """Returns the dictionary that a class's attributes are in, to read its version."""
+    return next(d for d in gc.get_referents(cls.__dict__) if type(d) is dict)
+
+
+def _by_kind(holders: Iterable[Holder]) -> dict[HolderKind, list[Holder]]:
+    kinds: dict[HolderKind, list[Holder]] = {kind: [] for kind in _ORDER}
+    for holder in holders:
+        kinds[holder.kind].append(holder)
+    return kinds
+
+
+def _is_of_library(holder: Holder) -> bool:
+    return holder.owner is not None and is_library(holder.owner.__module__)
+
+
+class StateCheck:
+    """Compares the state that a graph is specialized on with what a :class:`Watch` sees."""
+
+    def __init__(self, modules: Modules) -> None:
+        self._modules = modules
+        self._differing: dict[HolderKey, str] = {}
+        self._seen: tuple[Watch, int] | None = None
+
+    def hold(self, watch: Watch) -> bool:
+        """Returns True if the state, as last looked at, is the one that was captured."""
+        return self.difference(watch) is None
+
+    def difference(self, watch: Watch) -> str | None:
+        """Returns the first difference in words, or None."""
+        if self._seen is None or self._seen[0] is not watch:
+            self._compare(watch, {**watch.state, **self._modules.expected})
+        elif self._seen[1] != watch.serial:
+            self._compare(watch, watch.changed_since(self._seen[1]))
+        self._seen = watch, watch.serial
+        first = min(self._differing, key=lambda place: _ORDER.index(place[1]), default=None)
+        return None if first is None else self._differing[first]
+
+    def _compare(self, watch: Watch, places: Iterable[HolderKey]) -> None:
+        for place in places:
+            self._differing.pop(place, None)
+            if self._modules.excludes(place):
+                continue
+            reason = self._differ(place, self._modules.expected.get(place), watch.state.get(place))
+            if reason is not None:
+                self._differing[place] = reason
+
+    def _differ(
+        self, place: HolderKey, old: Description | None, new: Description | None
+    ) -> str | None:
+        where = place[0] or "the model"
+        if old == new or (place[1] == "hooks" and self._are_alike(old, new)):
+            return None
+        if old is None and place[1] in _REACHED:
+            return None
+        if old is None or new is None:
+            return f"{where} is {'new' if old is None else 'gone'}"
+        for name in {**old, **new}:
+            if old.get(name) == new.get(name) or (place, name) in self._modules.written:
+                continue
+            if name not in old and place[1] == "module" and _is_unread(name, new):
+                continue
+            return f"{name} of {where} changed"
+        return None
+
+    def _are_alike(self, old: Description | None, new: Description | None) -> bool:
+        """Returns True if hooks do the same; those that the graph calls must be identical."""
+        before: Any = (old or {}).get("hooks", ())
+        after: Any = (new or {}).get("hooks", ())
+        return len(before) == len(after) and all(
+            a[2] == b[2] if a[0] in self._modules.opaque else a[1] == b[1]
+            for a, b in zip(before, after, strict=True)
+        )
+
+
+def _is_unread(name: Hashable, state: Description) -> bool:
+    """Returns True if a new attribute is an object that hides nothing of the class, so that the
+    trace cannot have met it. Libraries keep notes of their own on modules in this way."""
+    owner = state["the class"]
+    assert isinstance(owner, Same)
+    is_object = isinstance(state[name], (Same, FrozenObject))
+    return is_object and not hasattr(owner.value, str(name))
