@@ -1,11 +1,8 @@
-import random
-
 import pytest
 import torch
 import torch.nn.functional as F
 from models import (
     CASES,
-    MODELS,
     WIDTH,
     Branch,
     Case,
@@ -19,11 +16,11 @@ from models import (
 )
 from models import Attention as Attend
 from reuse import STEPS, make_masks, make_schedule
-from stages import capture_call, regions_of, run_graph, run_to
+from stages import capture_call, regions_of, run_to
 from torch import nn
 
-from pabc.passes import Attention, mark_regions_pass, tagged, verify_marks, verify_outline
-from pabc.passes.ir import aten, dead_without, output_node
+from pabc.passes import mark_regions_pass, tagged, verify_marks
+from pabc.passes.ir import aten, output_node
 
 
 def case_params():
@@ -48,14 +45,6 @@ def test_reuse_equals_hooks_by_hand(case: Case, cut, captured, compile_captured)
         compiled = compile_captured(case, make_schedule(masks), backend=backend, cut=cut)
         for step, call in enumerate(calls):
             assert torch.equal(compiled(**call), expected[step]), (backend, step)
-
-
-@pytest.mark.parametrize(("case", "cut"), case_params()[: 2 * len(MODELS)])
-def test_outlining_keeps_bits(case: Case, cut, captured):
-    model, gm = captured(case)
-    call = case.call(step=1)
-    with torch.no_grad():
-        assert torch.equal(run_graph(run_to(gm, "outline", cut=cut), call), model(**call))
 
 
 BY_NAME = {case.name: case for case in CASES}
@@ -127,15 +116,6 @@ def test_what_only_the_branch_needs_is_in_the_region(captured):
     assert not any(SDPA in str(target) for target in main)
 
 
-def test_regions_are_listed_as_they_run(captured):
-    gm = outline("Factorized", captured)
-    names = ["spatial_0", "cross_0", "mlp_0", "temporal_0", "mlp_1"]
-    assert [region.name for region in regions_of(gm)] == names
-    assert [n.target for n in gm.graph.nodes if n.op == "call_module"] == names
-    assert regions_of(gm)[3].path == "temporal.0.0.attn"
-    assert gm.meta["outside"] == ()
-
-
 def test_attention_off_the_latents_stays_where_it_is(captured):
     gm = run_to(captured(BY_NAME["Refined"])[1], "regions")
     assert {kind for kind, _ in gm.meta["branches"]} == {"full", "cross", "mlp"}
@@ -143,26 +123,10 @@ def test_attention_off_the_latents_stays_where_it_is(captured):
     assert left == ["other", "other"]
 
 
-def test_a_model_without_branches_has_no_region():
-    model = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 3))
-    gm = run_to(capture_call(model, {"input": torch.randn(2, 4, 3)}), "outline")
-    assert regions_of(gm) == ()
-    assert not any(n.op == "call_module" for n in gm.graph.nodes)
-
-
 def test_an_unknown_cut_is_refused(captured):
     gm = run_to(captured(BY_NAME["Branch"])[1], "tag")
     with pytest.raises(ValueError, match="cut: expected 'attention' or 'branch', found 'gate'"):
         mark_regions_pass(gm, cut="gate")
-
-
-def test_verify_catches_an_attention_left_alive(captured):
-    gm = outline("Branch", captured)
-    verify_outline(gm)
-    node = next(n for n in gm.graph.nodes if n.op == "call_function")
-    node.meta["attention"] = Attention(regions_of(gm)[0].attentions[0], "full", "", (), ())
-    with pytest.raises(AssertionError, match="alive outside its region"):
-        verify_outline(gm)
 
 
 def test_verify_catches_an_attention_that_is_nowhere(captured):
@@ -195,23 +159,6 @@ def test_a_long_skip_is_no_region():
         ("full", ("blocks.0.last.attn",)),
     ]
     assert find_cuts(gm)[1] == ("full", "view")
-
-
-@pytest.mark.parametrize("case", CASES[:8], ids=str)
-def test_dead_without_is_what_no_path_from_the_output_reaches(case: Case, captured):
-    graph = run_to(captured(case)[1], "canonicalize").graph
-    calls = [n for n in graph.nodes if n.op == "call_function"]
-    rng = random.Random(0)
-    for cuts in (rng.sample(calls, k) for k in (1, 1, 2, 5)):
-        live, stack = set(), [output_node(graph)]
-        while stack:
-            node = stack.pop()
-            if node not in live and node not in cuts:
-                live.add(node)
-                stack.extend(node.all_input_nodes)
-        kept = ("placeholder", "output")
-        expected = {n for n in graph.nodes if n not in live and n.op not in kept}
-        assert dead_without(cuts) == expected | set(cuts)
 
 
 class SkipOverAll(nn.Module):
