@@ -8,12 +8,13 @@ if (Path(__file__).parents[1] / "setup.py").is_file():
     __path__.append(str(Path(__file__).parents[1]))
 
 from pabc import presets
-from pabc.api import compile, explain
+from pabc.api import compile, explain, load
 from pabc.artifact.errors import ArtifactError
-from pabc.artifact.files import load
 from pabc.compiled import CompiledModel
 from pabc.explanation import Explanation
-from pabc.passes.attention_ops import register_attention_op
+from pabc.passes import (
+    register_attention_op,
+)
 from pabc.pipelines import CompiledPipeline, compile_pipeline
 from pabc.plan import Action, Plan, SlotSpec
 from pabc.runtime.guards import GuardError

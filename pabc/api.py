@@ -1,4 +1,4 @@
-"""What users call: :func:`compile` and :func:`explain`."""
+"""What users call: :func:`compile`, :func:`explain` and :func:`load`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from pabc import passes
+from pabc.artifact.files import Path, read_artifact
 from pabc.base.arguments import bind_call
 from pabc.base.forward import inner_forward
 from pabc.compiled import CompiledModel
 from pabc.explanation import Explanation, describe
 from pabc.inplace import check_place
-from pabc.passes.tracing.foreign import refuse_hooks
+from pabc.passes import (
+    refuse_hooks,
+)
 from pabc.pipeline import Config, Offload, analyze
 from pabc.runtime.bindings import Bindings
 from pabc.runtime.peers import Peers
@@ -184,6 +187,29 @@ def explain(
     bound_to = bindings.get(schedule, (), None)
     unmatched = schedule.unmatched(bindings.slots)
     return replace(found, plan=bound_to.plan, fit=bound_to.fit, unmatched=unmatched)
+
+
+def load(path: Path, model: nn.Module) -> CompiledModel:
+    """The compiled model that was saved, around `model`, whose weights it uses.
+
+    It is as if just compiled: what the file has no graph for is captured, and what it has no code
+    for is compiled, when it is called for.
+
+    Raises: :class:`ArtifactError` if the file is damaged, or was made by other versions, on other
+    hardware or for a model of another structure; FileNotFoundError. The file is data and machine
+    code: nothing in it is unpickled or imported. As with any library, load only what you trust.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
+    saved = read_artifact(path, model)
+    return CompiledModel(
+        model,
+        saved.schedule,
+        saved.backend,
+        saved.config,
+        check_finite=saved.check_finite,
+        programs=saved.programs,
+    )
 
 
 def _configure(*, memory_budget: int | str | None, **options: Any) -> Config:

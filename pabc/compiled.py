@@ -17,6 +17,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from pabc import inplace, passes
+from pabc.artifact.files import write_artifact
 from pabc.base.forward import inner_forward
 from pabc.base.structure import Structure
 from pabc.explanation import Explanation, describe
@@ -291,8 +292,6 @@ class CompiledModel(Wrapper):
 
         Raises: ArtifactError for what cannot be saved; it names the node, argument or option.
         """
-        from pabc.artifact.files import write_artifact  # which makes compiled models itself
-
         with self._lock:
             write_artifact(
                 path,

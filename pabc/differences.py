@@ -15,8 +15,11 @@ from torch.fx import GraphModule
 from pabc.base.arguments import bind_call, check_constants, leaf_key
 from pabc.base.forward import inner_forward
 from pabc.base.structure import flatten
-from pabc.passes import Cut, Region
-from pabc.passes.cache import Cuts
+from pabc.passes import (
+    Cut,
+    Cuts,
+    Region,
+)
 from pabc.pipeline import Config, analyze
 
 

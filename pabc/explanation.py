@@ -11,8 +11,12 @@ from torch.fx import GraphModule
 from pabc.base.format import format_bytes
 from pabc.budget import Fit
 from pabc.communication import Communication
-from pabc.passes import Attention, FlopCounter, Region
-from pabc.passes.cache import fetch_cached
+from pabc.passes import (
+    Attention,
+    FlopCounter,
+    Region,
+    fetch_cached,
+)
 from pabc.plan import Plan
 
 

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from pabc.runtime.around import call_around
 from pabc.wrapper import Wrapper
-
-if TYPE_CHECKING:
-    from pabc.compiled import CompiledModel
 
 
 class InPlace:
@@ -55,7 +52,7 @@ class InPlace:
                     return model
         return self._models[-1]
 
-    def prefer(self, model: CompiledModel) -> None:
+    def prefer(self, model: Wrapper) -> None:
         """Makes `model` the last one."""
         if model in self._models:
             self._models.remove(model)
@@ -90,7 +87,7 @@ def check_place(module: nn.Module) -> None:
         )
 
 
-def install(model: CompiledModel, module: nn.Module) -> Callable[[], None]:
+def install(model: Wrapper, module: nn.Module) -> Callable[[], None]:
     """Makes the calls of `module` those of `model`; returns what takes that back."""
     check_place(module)
     state = vars(module)
@@ -112,7 +109,7 @@ def install(model: CompiledModel, module: nn.Module) -> Callable[[], None]:
     return take_back
 
 
-def prefer(model: CompiledModel, module: nn.Module) -> None:
+def prefer(model: Wrapper, module: nn.Module) -> None:
     """Makes calls of `module` those of `model`, where several are in its place."""
     place = vars(module).get("_compiled_call_impl")
     if isinstance(place, InPlace):

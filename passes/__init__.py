@@ -1,10 +1,22 @@
 """The passes, one a file: functions from graph to graph, in the order of :mod:`pabc.pipeline`."""
 
+from .attention_ops import register_attention_op
 from .axes import name_axes_pass, verify_axes
 from .blocks import split_blocks_pass
-from .cache import cache_read, cache_write, compute_unless, insert_cache_pass, verify_cache
+from .cache import (
+    Cuts,
+    cache_read,
+    cache_write,
+    compute_unless,
+    decode_cached,
+    encode_unless,
+    fetch_cached,
+    insert_cache_pass,
+    stash_unless,
+    verify_cache,
+)
 from .canonicalize import canonicalize_pass
-from .capture import Signature, capture
+from .capture import CONSTANTS, Signature, capture, find_tensor
 from .emit import Code, compile_blocks, example_inputs, prepare_inductor, run_blocks
 from .encode import CacheDtype, encode_cuts_pass
 from .enlarge import enlarge_call
@@ -17,7 +29,11 @@ from .ir import (
     Factor,
     Reach,
     Region,
+    attribute,
     copy_into,
+    is_collective,
+    is_effect,
+    is_outside,
     make_module,
     output_node,
     user_inputs,
@@ -36,7 +52,9 @@ from .sharding.places import Ranks
 from .sharding.sharder import Output
 from .specialize import specialize_phase_pass, verify_phase
 from .tag import tag_attention_pass, tagged, verify_tags
+from .tracing.calls import Result
 from .tracing.fakes import share_fake_mode
+from .tracing.foreign import refuse_hooks
 from .tracing.frozen import FrozenObject, Same, is_library
 from .tracing.guards import Reads
 from .tracing.holders import Holder, HolderKind
@@ -49,19 +67,28 @@ from .tracing.modules import (
     describe_object,
     is_state,
 )
-from .tracing.outside import OutsideCall
-from .tracing.records import Checked, Read
+from .tracing.numbers import Comparison
+from .tracing.outside import OutsideCall, ResultLayout, TensorCall
+from .tracing.parameters import has_functions_of_its_own
+from .tracing.records import Again, Asked, Checked, Count, Read, ShapesOf, Total
 from .tracing.sizes import Sizes, concrete, fold_sizes, hinted
+from .tracing.untouched import untouched
 from .tracing.walk import find_holders
 
 __all__ = [
+    "CONSTANTS",
+    "Again",
+    "Asked",
     "Attention",
     "Axis",
     "CacheDtype",
     "Checked",
     "Code",
     "Collective",
+    "Comparison",
+    "Count",
     "Cut",
+    "Cuts",
     "Description",
     "Factor",
     "FlopCounter",
@@ -81,10 +108,16 @@ __all__ = [
     "Read",
     "Reads",
     "Region",
+    "Result",
+    "ResultLayout",
     "Same",
+    "ShapesOf",
     "Sharded",
     "Signature",
     "Sizes",
+    "TensorCall",
+    "Total",
+    "attribute",
     "cache_read",
     "cache_write",
     "canonicalize_pass",
@@ -93,19 +126,27 @@ __all__ = [
     "compute_unless",
     "concrete",
     "copy_into",
+    "decode_cached",
     "describe",
     "describe_object",
     "encode_cuts_pass",
+    "encode_unless",
     "enlarge_call",
     "example_inputs",
+    "fetch_cached",
     "find_collectives",
     "find_holders",
+    "find_tensor",
     "fold_sizes",
+    "has_functions_of_its_own",
     "hinted",
     "hoist_invariants_pass",
     "inline_regions_pass",
     "insert_cache_pass",
+    "is_collective",
+    "is_effect",
     "is_library",
+    "is_outside",
     "is_state",
     "keep_one",
     "keep_unrepeated_pass",
@@ -120,6 +161,8 @@ __all__ = [
     "outline_regions_pass",
     "output_node",
     "prepare_inductor",
+    "refuse_hooks",
+    "register_attention_op",
     "rewrite_formulas_pass",
     "run_blocks",
     "shard_batch_pass",
@@ -127,9 +170,11 @@ __all__ = [
     "share_fake_mode",
     "specialize_phase_pass",
     "split_blocks_pass",
+    "stash_unless",
     "summarize",
     "tag_attention_pass",
     "tagged",
+    "untouched",
     "use_onednn_pass",
     "user_inputs",
     "value",

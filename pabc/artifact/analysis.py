@@ -10,9 +10,11 @@ from pabc.artifact.graphs import GraphReader, GraphWriter
 from pabc.artifact.reads import read_reads, write_reads
 from pabc.artifact.tensors import TensorWriter, read_tensors
 from pabc.artifact.values import Json, decode, encode
-from pabc.passes import Modules
-from pabc.passes.tracing.hooks import HookCall
-from pabc.passes.tracing.outside import OutsideCall
+from pabc.passes import (
+    HookCall,
+    Modules,
+    OutsideCall,
+)
 
 _FACTS = (
     "regions",

@@ -17,8 +17,15 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from pabc.kernels import register_all
-from pabc.passes import Code, example_inputs, lowering_onednn
-from pabc.passes.ir import copy_into, make_module, output_node, user_inputs
+from pabc.passes import (
+    Code,
+    copy_into,
+    example_inputs,
+    lowering_onednn,
+    make_module,
+    output_node,
+    user_inputs,
+)
 
 _CALLS_KERNELS = b"pabc::"
 """In the list of the ops that code calls, which a package holds as it is."""

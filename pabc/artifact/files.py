@@ -1,11 +1,11 @@
-"""save and load: a compiled model as a file, and back for a model of the same structure."""
+"""Writes a compiled model to a file, and reads it for a model of the same structure."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Collection, Iterable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -21,9 +21,9 @@ from pabc.artifact.facts import (
 )
 from pabc.artifact.programs import read_key, read_program, write_key, write_program
 from pabc.artifact.values import Json, decode, encode
-from pabc.compiled import CompiledModel
 from pabc.pipeline import Config
 from pabc.plan import Plan
+from pabc.runtime.phases import Backend
 from pabc.runtime.program import Program
 from pabc.runtime.programs import Programs
 from pabc.runtime.stats import Recorder
@@ -42,7 +42,7 @@ def write_artifact(
     last: Program,
     check_finite: bool,
 ) -> None:
-    """Writes all that :func:`load` needs; what :meth:`pabc.CompiledModel.save` does.
+    """Writes all that :func:`read_artifact` needs, as :meth:`pabc.CompiledModel.save` does.
 
     `last`: the program that ran last, which is the one that `plan` and `explain` tell of.
 
@@ -74,18 +74,22 @@ def write_artifact(
     write_container(path, {"manifest.json": json.dumps(manifest).encode(), **members})
 
 
-def load(path: Path, model: nn.Module) -> CompiledModel:
-    """The compiled model that was saved, around `model`, whose weights it uses.
+@dataclass(frozen=True, kw_only=True)
+class SavedModel:
+    """What an artifact holds, for one model: all that a compiled model is made of."""
 
-    It is as if just compiled: what the file has no graph for is captured, and what it has no code
-    for is compiled, when it is called for.
+    schedule: Schedule
+    backend: Backend
+    config: Config
+    check_finite: bool
+    programs: Programs
 
-    Raises: :class:`ArtifactError` if the file is damaged, or was made by other versions, on other
-    hardware or for a model of another structure; FileNotFoundError. The file is data and machine
-    code: nothing in it is unpickled or imported. As with any library, load only what you trust.
+
+def read_artifact(path: Path, model: nn.Module) -> SavedModel:
+    """Returns what :func:`write_artifact` wrote, over the tensors of `model`.
+
+    Raises: see :func:`pabc.load`.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
     members = read_container(path)
     try:
         manifest = json.loads(members["manifest.json"])
@@ -95,14 +99,14 @@ def load(path: Path, model: nn.Module) -> CompiledModel:
         check_table("a model of another structure", manifest["model"], describe_model(model))
         devices = _devices(model)
         check_table("other hardware", manifest["hardware"], describe_hardware(devices))
-        return _build(manifest, members, model)
+        return _read_model(manifest, members, model)
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ArtifactError(f"{path}: not as pabc writes it: {error!r}") from error
 
 
-def _build(manifest: Json, members: dict[str, bytes], model: nn.Module) -> CompiledModel:
+def _read_model(manifest: Json, members: dict[str, bytes], model: nn.Module) -> SavedModel:
     schedule, backend = Schedule.from_json(manifest["schedule"]), manifest["backend"]
     config = Config(**{name: decode(value) for name, value in manifest["config"].items()})
     programs = Programs(model, backend, config, Recorder())
@@ -119,8 +123,12 @@ def _build(manifest: Json, members: dict[str, bytes], model: nn.Module) -> Compi
         if program.bind(schedule).plan != Plan.from_json(plan):
             raise ArtifactError("the schedule gives another plan than it gave when saved")
         programs.add(read_key(key), program)
-    return CompiledModel(
-        model, schedule, backend, config, check_finite=manifest["check_finite"], programs=programs
+    return SavedModel(
+        schedule=schedule,
+        backend=backend,
+        config=config,
+        check_finite=manifest["check_finite"],
+        programs=programs,
     )
 
 

@@ -17,24 +17,36 @@ from torch.fx import Graph, GraphModule, Node
 from pabc.artifact.errors import ArtifactError
 from pabc.artifact.tensors import TensorWriter
 from pabc.artifact.values import Json, decode, encode
-from pabc.passes import cache, repeats
-from pabc.passes.capture import CONSTANTS, find_tensor
-from pabc.passes.ir import attribute, is_outside, make_module
-from pabc.passes.tracing.outside import OutsideCall
+from pabc.passes import (
+    CONSTANTS,
+    OutsideCall,
+    attribute,
+    cache_read,
+    cache_write,
+    compute_unless,
+    decode_cached,
+    encode_unless,
+    fetch_cached,
+    find_tensor,
+    is_outside,
+    keep_one,
+    make_module,
+    stash_unless,
+)
 
 _GUARDS = (
-    cache.cache_read,
-    cache.cache_write,
-    cache.compute_unless,
-    cache.decode_cached,
-    cache.encode_unless,
-    cache.fetch_cached,
-    cache.stash_unless,
+    cache_read,
+    cache_write,
+    compute_unless,
+    decode_cached,
+    encode_unless,
+    fetch_cached,
+    stash_unless,
 )
 _FUNCTIONS: dict[str, Any] = {
     **{function.__name__: function for function in _GUARDS},
     "getitem": operator.getitem,
-    "keep_one": repeats.keep_one,
+    "keep_one": keep_one,
 }
 """The Python functions that a graph may call."""
 _NAMES = {function: name for name, function in _FUNCTIONS.items()}

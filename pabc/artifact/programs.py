@@ -18,8 +18,10 @@ from pabc.artifact.code import compile_code, load_code, used_inputs
 from pabc.artifact.errors import ArtifactError
 from pabc.artifact.values import Json, decode, encode
 from pabc.base.arguments import leaf_key
-from pabc.passes import Place
-from pabc.passes.ir import is_outside
+from pabc.passes import (
+    Place,
+    is_outside,
+)
 from pabc.pipeline import Config
 from pabc.runtime.branch import Binding
 from pabc.runtime.chain import Call, Chain

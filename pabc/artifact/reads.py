@@ -11,14 +11,14 @@ import torch
 from pabc.artifact.errors import ArtifactError
 from pabc.artifact.graphs import GraphReader, GraphWriter
 from pabc.artifact.values import Json, decode, encode
-from pabc.passes.tracing.guards import Reads
-from pabc.passes.tracing.numbers import Comparison
-from pabc.passes.tracing.records import (
+from pabc.passes import (
     Again,
     Asked,
     Checked,
+    Comparison,
     Count,
     Read,
+    Reads,
     ShapesOf,
     Total,
 )

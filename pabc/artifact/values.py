@@ -20,10 +20,16 @@ from torch.utils import _pytree as pytree
 
 from pabc.artifact.errors import ArtifactError
 from pabc.base.structure import DataclassForm, Structure
-from pabc.passes.capture import Signature
-from pabc.passes.ir import Attention, Axis, Factor, Region
-from pabc.passes.tracing.calls import Result
-from pabc.passes.tracing.outside import ResultLayout, TensorCall
+from pabc.passes import (
+    Attention,
+    Axis,
+    Factor,
+    Region,
+    Result,
+    ResultLayout,
+    Signature,
+    TensorCall,
+)
 
 Json = Any
 """What `json.loads` gives."""

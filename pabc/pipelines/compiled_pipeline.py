@@ -15,7 +15,9 @@ from pabc import presets
 from pabc.api import compile
 from pabc.compiled import CompiledModel
 from pabc.inplace import check_place, prefer
-from pabc.passes.tracing.foreign import refuse_hooks
+from pabc.passes import (
+    refuse_hooks,
+)
 from pabc.pipelines.generation import Generation
 from pabc.pipelines.scheduler import are_same, follow
 from pabc.runtime.guards import GuardError

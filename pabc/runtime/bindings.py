@@ -11,7 +11,9 @@ from torch.fx import GraphModule
 
 from pabc import passes
 from pabc.budget import fit_plan
-from pabc.passes.cache import cache_read
+from pabc.passes import (
+    cache_read,
+)
 from pabc.plan import Plan, SlotSpec
 from pabc.runtime.branch import Binding, Layout
 from pabc.schedule import Schedule

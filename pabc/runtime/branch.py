@@ -11,7 +11,9 @@ from typing import NamedTuple
 import torch
 
 from pabc.budget import Fit
-from pabc.passes.cache import Cuts
+from pabc.passes import (
+    Cuts,
+)
 from pabc.plan import Action, Plan
 from pabc.runtime.guards import Clock, GuardError
 from pabc.runtime.stats import Recorder

@@ -11,7 +11,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from pabc import passes
-from pabc.passes.ir import output_node, user_inputs
+from pabc.passes import (
+    output_node,
+    user_inputs,
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,9 @@ import torch
 from torch.fx import GraphModule
 
 from pabc import passes
-from pabc.passes.capture import CONSTANTS
+from pabc.passes import (
+    CONSTANTS,
+)
 from pabc.runtime.branch import Branch, Layout, without_spare_memory
 from pabc.runtime.chain import Piece
 from pabc.runtime.stats import Recorder

@@ -14,7 +14,13 @@ from torch.fx import GraphModule, Node
 
 from pabc import passes
 from pabc.kernels.gains import find_gain
-from pabc.passes.ir import is_collective, is_effect, is_outside, user_inputs, value
+from pabc.passes import (
+    is_collective,
+    is_effect,
+    is_outside,
+    user_inputs,
+    value,
+)
 from pabc.pipeline import Config
 from pabc.runtime.branch import Binding, Layout, without_spare_memory
 from pabc.runtime.chain import BlockCode, Chain

@@ -14,9 +14,11 @@ from torch.utils import _pytree as pytree
 
 from pabc import passes
 from pabc.base.arguments import pack
-from pabc.passes.cache import Cuts
-from pabc.passes.ir import user_inputs
-from pabc.passes.tracing.parameters import has_functions_of_its_own
+from pabc.passes import (
+    Cuts,
+    has_functions_of_its_own,
+    user_inputs,
+)
 from pabc.pipeline import Config, Record, analyze
 from pabc.plan import SlotSpec
 from pabc.runtime.arguments import delete_arguments

@@ -18,7 +18,9 @@ from pabc.base.arguments import leaf_key
 from pabc.base.forward import inner_forward
 from pabc.base.numbers import is_number
 from pabc.base.structure import Structure, flatten
-from pabc.passes.tracing.untouched import untouched
+from pabc.passes import (
+    untouched,
+)
 from pabc.runtime.autocast import active_autocast, without_autocast
 from pabc.runtime.program import Program
 

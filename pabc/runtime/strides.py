@@ -11,7 +11,9 @@ from torch.fx import GraphModule
 
 from pabc import passes
 from pabc.base.structure import flatten
-from pabc.passes.ir import user_inputs
+from pabc.passes import (
+    user_inputs,
+)
 
 _Stride = tuple[int, ...]
 

@@ -12,8 +12,11 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from pabc.passes.capture import CONSTANTS, find_tensor
-from pabc.passes.ir import attribute
+from pabc.passes import (
+    CONSTANTS,
+    attribute,
+    find_tensor,
+)
 from pabc.runtime.state import StateCheck, Watch
 
 logger = logging.getLogger(__name__)
