@@ -88,7 +88,7 @@ def compile_recorded(depth: int) -> tuple[pabc.CompiledModel, Callable[[int], An
     run_generation(call)
     for _, program in fast._programs.items():
         made = program.phases._executables
-        made.update({key: replace(e, run=Recorded(e.run)) for key, e in made.items()})
+        made.update({key: replace(e, function=Recorded(e.function)) for key, e in made.items()})
     run_generation(call)
     return fast, call
 

@@ -29,6 +29,7 @@ import pabc
 from pabc import passes, pipeline
 from pabc.demo.digits import CANVAS, FRAMES
 from pabc.demo.latte import MAX_TOKENS, TEXT_DIM, load_transformer
+from pabc.options import Options
 from pabc.passes.hoist import find_invariants
 from pabc.passes.ir import copy_into, is_tensor, output_node, user_inputs, value
 
@@ -161,11 +162,11 @@ def measure_kept(make: Callable[[], tuple[nn.Module, Call]], rounds: int) -> dic
     runs = {f"{name} step": lambda f=fast: f(**call) for name, fast in compiled.items()}
     for name, program in programs.items():
         inputs = [call.get(n) for n in program.signature.inputs]
-        runs[f"{name} prologue"] = lambda p=program, i=inputs: p._prologue(*i)
+        runs[f"{name} prologue"] = lambda p=program, i=inputs: p.prologue.graph(*i)
     seconds = time_in_turn(runs, rounds)
     return {
         name: {
-            "bytes": count_bytes(program._prologue),
+            "bytes": count_bytes(program.prologue.graph),
             "prologue_seconds": report.summarize(seconds[f"{name} prologue"], 5),
             "step_seconds": report.summarize(seconds[f"{name} step"], 5),
         }
@@ -187,7 +188,7 @@ def measure_full_size() -> dict[str, Any]:
     gm = passes.capture(model, (), call)
     for name in ("hoist", "repeats"):
         start = 0 if name == "hoist" else names.index("hoist") + 1
-        gm, _ = pipeline.run_stages(stages[start : names.index(name) + 1], gm, pipeline.Config())
+        gm, _ = pipeline.run_stages(stages[start : names.index(name) + 1], gm, Options())
         rows[{"hoist": "whole", "repeats": "one"}[name]] = {
             "bytes": count_bytes(gm.meta["prologue"])
         }
@@ -207,7 +208,7 @@ def measure_timely(make: Callable[..., tuple[nn.Module, Call]], rounds: int, **h
     names = [stage.name for stage in pipeline.ANALYSIS]
     gm = passes.capture(model, (), call)
     stages = pipeline.ANALYSIS[: names.index("hoist") + 1]
-    gm, _ = pipeline.run_stages(stages, gm, pipeline.Config())
+    gm, _ = pipeline.run_stages(stages, gm, Options())
     inputs = [call.get(name) for name in gm.meta["signature"].inputs]
     inputs += gm.meta["prologue"](*inputs)
     timely = build_timely(gm)

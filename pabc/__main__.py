@@ -151,7 +151,7 @@ def run_demo(options: argparse.Namespace) -> None:
     prompts = options.prompts
     if len(prompts) == 1 and re.fullmatch(r"[+-]?\d+", prompts[0]):
         if int(prompts[0]) < 1:
-            raise UsageError(f"--prompts: got {prompts[0]}, allowed: 1 or more, or captions")
+            raise UsageError(f"--prompts: expected 1 or more, or captions, found {prompts[0]}")
         chosen: int | tuple[str, ...] = int(prompts[0])
     else:
         chosen = tuple(prompts)
@@ -217,15 +217,15 @@ def load_target(
             given = {name: _parse_input(name, text, dtype) for name, text in inputs.items()}
             return model, args, {**kwargs, **given}
     raise UsageError(
-        f"{target}: got {type(result).__name__}, allowed: a torch.nn.Module, or a tuple (model,"
-        " args, kwargs)"
+        f"{target}: expected a torch.nn.Module, or a tuple (model, args, kwargs), found"
+        f" {type(result).__name__}"
     )
 
 
 def _find_callable(target: str) -> Callable[[], Any]:
     module, colon, name = target.partition(":")
     if not (module and colon and name):
-        raise UsageError(f"target: got {target!r}, allowed: module:callable")
+        raise UsageError(f"target: expected module:callable, found {target!r}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does
     try:
@@ -237,7 +237,7 @@ def _find_callable(target: str) -> Callable[[], Any]:
             raise UsageError(f"target {target!r}: {module} has no {name}")
         found = getattr(found, part)
     if not callable(found) or isinstance(found, nn.Module):
-        raise UsageError(f"target {target!r}: got {type(found).__name__}, allowed: a callable")
+        raise UsageError(f"target {target!r}: expected a callable, found {type(found).__name__}")
     try:
         inspect.signature(found).bind()
     except (TypeError, ValueError) as error:
@@ -254,14 +254,14 @@ def _parse_input(name: str, text: str, dtype: torch.dtype) -> Any:
         value = ast.literal_eval(f"{shape}]" if suffix else shape)
     except (ValueError, SyntaxError) as error:
         raise UsageError(
-            f"--input {name}: got {text!r}, allowed: a shape such as [2,4,16,16], with a dtype as"
-            " in [2]:int64, or a Python literal"
+            f"--input {name}: expected a shape such as [2,4,16,16], with a dtype as in [2]:int64,"
+            f" or a Python literal, found {text!r}"
         ) from error
     if not isinstance(value, list):
         return value
     wanted = getattr(torch, suffix, None) if suffix else dtype
     if not isinstance(wanted, torch.dtype) or not all(isinstance(n, int) for n in value):
-        raise UsageError(f"--input {name}: got {text!r}, allowed: integers, and a torch dtype")
+        raise UsageError(f"--input {name}: expected integers, and a torch dtype, found {text!r}")
     return torch.zeros(value, dtype=wanted)
 
 
@@ -276,7 +276,7 @@ def _check_extra() -> None:
 def _parse_pair(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not (name and equals and value):
-        raise argparse.ArgumentTypeError(f"got {text!r}, allowed: NAME=VALUE")
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, found {text!r}")
     return name, value
 
 
@@ -284,13 +284,13 @@ def _parse_kind(text: str) -> tuple[str, str]:
     pattern, _, kind = text.rpartition("=")
     if not pattern or kind not in KINDS:
         allowed = f"PATTERN=KIND with KIND one of {', '.join(KINDS)}"
-        raise argparse.ArgumentTypeError(f"got {text!r}, allowed: {allowed}")
+        raise argparse.ArgumentTypeError(f"expected {allowed}, found {text!r}")
     return pattern, kind
 
 
 def _parse_mesh(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", text):
-        raise argparse.ArgumentTypeError(f"got {text!r}, allowed: N or BxN, e.g. 4 or 2x4")
+        raise argparse.ArgumentTypeError(f"expected N or BxN, such as 4 or 2x4, found {text!r}")
     return tuple(map(int, text.split("x")))
 
 
@@ -299,7 +299,7 @@ def _parse_device(text: str) -> str:
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError) as error:
         here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        message = f"got {text!r}, allowed on this machine: {', '.join(here)}"
+        message = f"expected a device of this machine, {', '.join(here)}, found {text!r}"
         raise argparse.ArgumentTypeError(message) from error
     return text
 
@@ -308,7 +308,7 @@ def _at_least(least: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not re.fullmatch(r"[+-]?\d+", text) or int(text) < least:
             raise argparse.ArgumentTypeError(
-                f"got {text!r}, allowed: an integer of {least} or more"
+                f"expected an integer of {least} or more, found {text!r}"
             )
         return int(text)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -16,16 +16,13 @@ from pabc.base.forward import inner_forward
 from pabc.compiled import CompiledModel
 from pabc.explanation import Explanation, describe
 from pabc.inplace import check_place
-from pabc.passes import (
-    refuse_hooks,
-)
-from pabc.pipeline import Config, Offload, analyze
+from pabc.options import Backend, Offload, Options
+from pabc.passes import refuse_hooks
+from pabc.pipeline import analyze
 from pabc.runtime.bindings import Bindings
 from pabc.runtime.peers import Peers
-from pabc.runtime.phases import Backend, compiling
+from pabc.runtime.phases import compiling
 from pabc.schedule import Schedule
-from pabc.sharding import Sharding
-from pabc.validate import as_bytes
 
 
 def compile(
@@ -115,10 +112,10 @@ def compile(
             f"schedule: expected a pabc.Schedule, found {type(schedule).__name__}; "
             "see pabc.Schedule.pyramid and pabc.presets"
         )
-    _check_choice("backend", backend, get_args(Backend))
-    config = _configure(
+    options = Options.of(
+        backend=backend,
         cut=cut,
-        kinds=dict(kinds or {}),
+        kinds=kinds,
         latents=latents,
         dynamic=dynamic,
         cache_dtype=cache_dtype,
@@ -126,17 +123,16 @@ def compile(
         memory_budget=memory_budget,
         cudagraphs=cudagraphs,
         kernels=kernels,
-        sharding=_shard(mesh, shard, output),
+        mesh=mesh,
+        shard=shard,
+        output=output,
+        check_finite=check_finite,
     )
-    if cudagraphs and backend == "oracle":
-        raise ValueError("cudagraphs: expected False with backend='oracle', found True")
     peers = None if mesh is None else Peers(mesh)
     if inplace:
         check_place(model)
     refuse_hooks(model)
-    compiled = CompiledModel(
-        model, schedule, backend, config, check_finite=check_finite, peers=peers
-    )
+    compiled = CompiledModel(model, schedule, options, peers=peers)
     if example_inputs is not None:
         args, kwargs = example_inputs
         compiled.prepare(*args, **kwargs)
@@ -168,22 +164,24 @@ def explain(
 
     Raises: ValueError as :func:`compile` does.
     """
-    config = _configure(
+    options = Options.of(
         cut=cut,
-        kinds=dict(kinds or {}),
+        kinds=kinds,
         latents=latents,
         cache_dtype=cache_dtype,
         offload=offload,
         memory_budget=memory_budget,
-        sharding=_imagine(ranks, shard, schedule),
+        ranks=ranks,
+        shard=shard,
+        schedule=schedule,
     )
     bound = bind_call(inner_forward(model), args, kwargs)
     with compiling():
-        guarded, _ = analyze(model, *bound, config)
+        guarded, _ = analyze(model, *bound, options)
     found = describe(guarded)
     if schedule is None:
         return found
-    bindings = Bindings(guarded, config.memory_budget)
+    bindings = Bindings(guarded, options.memory_budget)
     bound_to = bindings.get(schedule, (), None)
     unmatched = schedule.unmatched(bindings.slots)
     return replace(found, plan=bound_to.plan, fit=bound_to.fit, unmatched=unmatched)
@@ -202,58 +200,4 @@ def load(path: Path, model: nn.Module) -> CompiledModel:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
     saved = read_artifact(path, model)
-    return CompiledModel(
-        model,
-        saved.schedule,
-        saved.backend,
-        saved.config,
-        check_finite=saved.check_finite,
-        programs=saved.programs,
-    )
-
-
-def _configure(*, memory_budget: int | str | None, **options: Any) -> Config:
-    """The options, checked."""
-    budget = None if memory_budget is None else as_bytes(memory_budget, "memory_budget")
-    config = Config(memory_budget=budget, **options)
-    _check_choice("cut", config.cut, get_args(passes.Cut))
-    _check_choice("cache_dtype", config.cache_dtype, get_args(passes.CacheDtype))
-    _check_choice("offload", config.offload, (None, *get_args(Offload)))
-    _check_choice("kernels", config.kernels, get_args(passes.Kernels))
-    if config.sharding is not None and config.dynamic:
-        raise ValueError("dynamic: expected False with a mesh, found True")
-    if not isinstance(config.cudagraphs, bool):
-        raise ValueError(f"cudagraphs: expected True or False, found {config.cudagraphs!r}")
-    if config.cudagraphs and config.offload is not None:
-        raise ValueError(
-            f"cudagraphs: expected False with offload={config.offload!r}, whose values move; found "
-            "True"
-        )
-    return config
-
-
-def _imagine(
-    ranks: int | tuple[int, ...] | None, dim: int | None, schedule: Schedule | None
-) -> Sharding | None:
-    if ranks is None:
-        return None
-    sizes = ranks if isinstance(ranks, tuple) else (ranks,)
-    if len(sizes) not in (1, 2) or not all(isinstance(n, int) and n >= 1 for n in sizes):
-        raise ValueError(f"ranks: expected a number of 1 or more, or two of them, found {ranks!r}")
-    return Sharding.imagined(sizes, dim=dim, schedule=schedule)
-
-
-def _shard(mesh: DeviceMesh | None, dim: int | None, output: passes.Output) -> Sharding | None:
-    """What a mesh comes to."""
-    _check_choice("output", output, get_args(passes.Output))
-    if mesh is not None:
-        return Sharding.over(mesh, dim=dim, output=output)
-    for name, found, default in (("shard", dim, None), ("output", output, "full")):
-        if found != default:
-            raise ValueError(f"{name}: expected {default!r} without a mesh, found {found!r}")
-    return None
-
-
-def _check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}: expected one of {tuple(allowed)}, found {value!r}")
+    return CompiledModel(model, saved.schedule, saved.options, programs=saved.programs)

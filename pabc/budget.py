@@ -93,8 +93,8 @@ def fit_plan(plan: Plan, flops: Sequence[int], budget: int) -> Fit:
     least = plan.slots[smallest].nbytes
     if least > budget:
         raise ValueError(
-            f"memory_budget: got {budget} bytes, allowed: {least} ({format_bytes(least)}) or more,"
-            f" for {plan.slots[smallest].name!r} alone; all slots take"
+            f"memory_budget: expected {least} bytes ({format_bytes(least)}) or more, for"
+            f" {plan.slots[smallest].name!r} alone, found {budget}; all slots take"
             f" {plan.peak_bytes} ({format_bytes(plan.peak_bytes)})"
         )
     kept = choose_slots(plan, saved, budget)

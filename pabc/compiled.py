@@ -21,14 +21,15 @@ from pabc.artifact.files import write_artifact
 from pabc.base.forward import inner_forward
 from pabc.base.structure import Structure
 from pabc.explanation import Explanation, describe
-from pabc.pipeline import Config
+from pabc.options import Options
 from pabc.plan import Plan
 from pabc.runtime.arguments import Arguments
 from pabc.runtime.around import call_around
 from pabc.runtime.autocast import without_autocast, without_grad
-from pabc.runtime.branch import Binding, Branch, Outside
-from pabc.runtime.peers import Peers, Step
-from pabc.runtime.phases import Backend, Executable, compiling
+from pabc.runtime.bindings import Binding
+from pabc.runtime.branch import ActiveStep
+from pabc.runtime.peers import Peers, RankStep
+from pabc.runtime.phases import compiling
 from pabc.runtime.program import Program
 from pabc.runtime.programs import Programs
 from pabc.runtime.stats import Recorder, Stats
@@ -51,24 +52,20 @@ class CompiledModel(Wrapper):
         self,
         model: nn.Module,
         schedule: Schedule,
-        backend: Backend,
-        config: Config,
+        options: Options,
         *,
-        check_finite: bool = False,
         programs: Programs | None = None,
         peers: Peers | None = None,
     ) -> None:
         super().__init__(model)
         self._schedule = schedule
-        self._check_finite = check_finite
+        self._options = options
         self._peers = peers
         self._forwards: tuple[Any, ...] = ()
         self._arguments = self._known_arguments()
         self._observers: list[Callable[[CompiledModel], None]] = []
         self._take_back: Callable[[], None] | None = None
-        self._programs = (
-            Programs(model, backend, config, Recorder()) if programs is None else programs
-        )
+        self._programs = Programs(model, options, Recorder()) if programs is None else programs
         self._recorder = self._programs.recorder
         self._last: tuple[Program, Binding] | None = None
         self._warned: set[tuple[Schedule | None, str]] = set()
@@ -88,47 +85,42 @@ class CompiledModel(Wrapper):
         """
         model: Any = self._modules["_orig_mod"]
         if self._peers is None:
-            return call_around(model, self._step, args, kwargs, self.reset)
+            return call_around(model, partial(self._run, None), args, kwargs, self.reset)
         with self._peers.step() as step:
-            inner = partial(self._step_of_ranks, step)
-            return call_around(model, inner, args, kwargs, self.reset)
+            return call_around(model, partial(self._run, step), args, kwargs, self.reset)
 
-    def _step(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs one step within what the model has around its forward."""
+    def _run(self, step_of_ranks: RankStep | None, *args: Any, **kwargs: Any) -> Any:
+        """Runs one step, in the place of the model's forward.
+
+        The call is placed in its trajectory, served by a program, and bound to a plan; its branch
+        begins a step, which computes and is then committed. See `pabc/runtime/README.md`.
+        """
         for observe in self._observers:
             observe(self)
-        return self._run(args, kwargs)
-
-    def _step_of_ranks(self, step: Step, *args: Any, **kwargs: Any) -> Any:
-        for observe in self._observers:
-            observe(self)
-        return self._run(args, kwargs, step)
-
-    def _run(self, args: Any, kwargs: Any, step: Step | None = None) -> Any:
-        """A step, which other ranks that share the model are told of."""
         trajectory = self.current
         with trajectory.running():
             leaves, structure = self._flatten(args, kwargs)
             given = (*args, *kwargs.values())
-            branch = trajectory.place(self._schedule, given, structure, leaves)
-            schedule = branch.schedule or self._schedule
+            branch, schedule, is_sure = trajectory.place(self._schedule, given, structure, leaves)
             with self._lock:
-                program = self._select(
-                    args, kwargs, leaves, structure, schedule, at_start=branch.last < 0
-                )
-            inputs = program.pack(leaves)
+                at_start = branch.last < 0
+                program = self._select(args, kwargs, leaves, structure, schedule, at_start=at_start)
+            inputs = program.inputs.pack(leaves)
             if not self._has_seen_grad and torch.is_grad_enabled():
                 self._check_grad()
             with without_grad(), without_autocast(inputs), program.with_plain_weights():
                 with self._lock:
-                    reused, executable = self._begin(program, branch, schedule, inputs)
-                if step is not None:
-                    step.agree(self._facts(program, branch, reused, inputs))
+                    call = program.serve(inputs, self._bind(program, schedule, inputs))
+                    step = branch.begin(call, is_sure=is_sure)
+                if step_of_ranks is not None:
+                    step_of_ranks.agree(self._facts(program, step))
                 with self._lock if program.calls_modules else nullcontext():
-                    result = program.run(branch, reused, executable, inputs)
-            if program.writes_to_arguments:
+                    outputs = step.run()
+                step.commit()
+                result = program.finish(inputs, outputs)
+            if program.inputs.writes_to_arguments:
                 bound = self._arguments.bind(args, kwargs)
-                program.write_to_arguments(bound, leaves, inputs)
+                program.inputs.write_to_arguments(bound, leaves, inputs)
             return result
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
@@ -136,7 +128,7 @@ class CompiledModel(Wrapper):
         with self._lock:
             leaves, structure = self._flatten(args, kwargs)
             program = self._select(args, kwargs, leaves, structure, self._schedule, at_start=True)
-            inputs = program.pack(leaves)
+            inputs = program.inputs.pack(leaves)
             with torch.no_grad(), without_autocast(inputs), program.with_plain_weights():
                 program.prepare(self._bind(program, self._schedule, inputs), inputs)
 
@@ -158,7 +150,7 @@ class CompiledModel(Wrapper):
             self._recorder,
             places=self._programs.timesteps,
             schedule=schedule,
-            check_finite=self._check_finite,
+            check_finite=self._options.check_finite,
             on_error=None if self._peers is None else self._peers.tell,
         )
 
@@ -299,7 +291,6 @@ class CompiledModel(Wrapper):
                 self._schedule,
                 self._programs,
                 last=self._captured("save()")[0],
-                check_finite=self._check_finite,
             )
 
     def warn_once(self, schedule: Schedule | None, text: str) -> None:
@@ -402,35 +393,20 @@ class CompiledModel(Wrapper):
                 )
         return binding
 
-    def _facts(
-        self, program: Program, branch: Branch, reused: tuple[int, ...], inputs: list[Any]
-    ) -> dict[str, str]:
-        """What must be the same on all ranks that share the model; values, where a generation
-        starts."""
-        tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
-        is_outside = isinstance(branch, Outside)
-        values = program.sample_values(inputs) if branch.step == 0 and not is_outside else {}
+    def _facts(self, program: Program, step: ActiveStep) -> dict[str, str]:
+        """Returns what must be the same on all ranks that share the model; values, where a
+        generation starts."""
+        tensors = [x for x in step.inputs if isinstance(x, torch.Tensor)]
+        is_first = step.index == 0 and step.branch.is_scheduled
+        values = program.sample_values(step.inputs) if is_first else {}
         return {
-            "step": "none of the schedule" if is_outside else str(branch.step),
+            "step": str(step.index) if step.branch.is_scheduled else "none of the schedule",
             "inputs": ", ".join(f"{list(x.shape)} {x.dtype}" for x in tensors),
             "model": program.guarded.meta["digest"][:12],
-            "plan": branch.plan.digest()[:12],
-            "reused slots": str(reused),
+            "plan": step.binding.plan.digest()[:12],
+            "reused slots": str(step.reused),
             **values,
         }
-
-    def _begin(
-        self, program: Program, branch: Branch, schedule: Schedule, inputs: list[Any]
-    ) -> tuple[tuple[int, ...], Executable]:
-        """Begins a step: the slots that it reuses, and what runs it."""
-        binding = self._bind(program, schedule, inputs)
-        branch.bind(binding)
-        source, earlier = program.source(inputs), branch.source
-        change = None
-        if earlier is not None and source is not earlier and source != earlier:
-            change = program.differs_in(inputs, earlier)
-        reused = branch.begin(source, change)
-        return reused, program.phases.executable(binding, reused, branch.step, inputs)
 
 
 @contextmanager

@@ -15,12 +15,9 @@ from torch.fx import GraphModule
 from pabc.base.arguments import bind_call, check_constants, leaf_key
 from pabc.base.forward import inner_forward
 from pabc.base.structure import flatten
-from pabc.passes import (
-    Cut,
-    Cuts,
-    Region,
-)
-from pabc.pipeline import Config, analyze
+from pabc.options import Options
+from pabc.passes import Cut, Cuts, Region
+from pabc.pipeline import analyze
 
 
 class Differences:
@@ -49,7 +46,7 @@ class Differences:
         latents: str | None = None,
     ) -> None:
         self._model = model
-        self._config = Config(cut=cut, kinds=dict(kinds or {}), latents=latents)
+        self._options = Options.of(cut=cut, kinds=kinds, latents=latents)
         self._graphs: dict[Any, GraphModule] = {}
         self._key: Any = None
         self._recorder = _Recorder()
@@ -81,7 +78,7 @@ class Differences:
         """
         if self._recorder.steps < 2:
             raise RuntimeError(
-                f"differences: got {self._recorder.steps} steps, needed: two or more; "
+                f"differences: expected two steps or more, found {self._recorder.steps}; "
                 "call it in place of the model for a whole generation first"
             )
         regions: tuple[Region, ...] = self._graphs[self._key].meta["regions"]
@@ -95,7 +92,8 @@ class Differences:
         """The guarded graph for these arguments, captured if need be, and its flat inputs."""
         if self._model.training:
             raise RuntimeError(
-                "differences: got a model in training mode, needed: eval mode; call .eval() first"
+                "differences: expected a model in eval mode, found training mode; "
+                "call .eval() first"
             )
         forward = inner_forward(self._model)
         bound_args, bound_kwargs = bind_call(forward, args, kwargs)
@@ -106,11 +104,11 @@ class Differences:
         key = (structure, *map(leaf_key, inputs))
         if self._key not in (None, key):
             raise ValueError(
-                "differences: the inputs differ in shape, dtype or constants from those of the "
-                "step before, allowed: one signature per generation; call reset() first"
+                "differences: expected inputs with the shapes, dtypes and constants of the step "
+                "before, found others; call reset() first"
             )
         if key not in self._graphs:
-            self._graphs[key], _ = analyze(self._model, bound_args, bound_kwargs, self._config)
+            self._graphs[key], _ = analyze(self._model, bound_args, bound_kwargs, self._options)
         self._key = key
         return self._graphs[key], inputs
 

@@ -13,48 +13,30 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule
 
 from pabc import passes
-from pabc.sharding import Sharding
-
-Offload = Literal["cpu"]
+from pabc.options import Options
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Config:
-    """What the user may decide about graphs; arguments of :func:`pabc.compile`."""
-
-    cut: passes.Cut = "attention"
-    kinds: Mapping[str, str] = field(default_factory=dict)
-    latents: str | None = None
-    dynamic: bool = False
-    cache_dtype: passes.CacheDtype = "keep"
-    offload: Offload | None = None
-    memory_budget: int | None = None
-    cudagraphs: bool = False
-    kernels: passes.Kernels = "auto"
-    sharding: Sharding | None = None
-
-
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A pass with its name, its configuration taken from :class:`Config`, and its postcondition.
+    """A pass with its name, its arguments taken from :class:`Options`, and its postcondition.
 
     `annotates`: the pass only writes facts on nodes, so that the code of the graph stays. Of a
-    graph for any sizes, it sees those of the captured call.
+    graph with dynamic shapes, it sees the sizes of the captured call.
     """
 
     name: str
-    run: Callable[[GraphModule, Config], GraphModule]
+    run: Callable[[GraphModule, Options], GraphModule]
     verify: Callable[[GraphModule], None] | None = None
     annotates: bool = False
 
@@ -70,42 +52,42 @@ class Record:
 
 
 ANALYSIS: tuple[Stage, ...] = (
-    Stage("canonicalize", lambda gm, c: passes.canonicalize_pass(gm)),
+    Stage("canonicalize", lambda gm, o: passes.canonicalize_pass(gm)),
     Stage(
         "axes",
-        lambda gm, c: passes.name_axes_pass(gm, latents=c.latents),
+        lambda gm, o: passes.name_axes_pass(gm, latents=o.latents),
         passes.verify_axes,
         annotates=True,
     ),
     Stage(
         "tag",
-        lambda gm, c: passes.tag_attention_pass(gm, kinds=c.kinds),
+        lambda gm, o: passes.tag_attention_pass(gm, kinds=o.kinds),
         passes.verify_tags,
         annotates=True,
     ),
     Stage(
         "regions",
-        lambda gm, c: passes.mark_regions_pass(gm, cut=c.cut),
+        lambda gm, o: passes.mark_regions_pass(gm, cut=o.cut),
         passes.verify_marks,
         annotates=True,
     ),
     Stage(
         "shard",
-        lambda gm, c: c.sharding.apply(gm) if c.sharding else gm,
+        lambda gm, o: o.sharding.apply(gm) if o.sharding else gm,
         lambda gm: passes.verify_shard(gm) if gm.meta.get("sharded") else None,
     ),
-    Stage("hoist", lambda gm, c: passes.hoist_invariants_pass(gm), passes.verify_hoist),
-    Stage("repeats", lambda gm, c: passes.keep_unrepeated_pass(gm), passes.verify_repeats),
-    Stage("outline", lambda gm, c: passes.outline_regions_pass(gm), passes.verify_outline),
-    Stage("cache", lambda gm, c: passes.insert_cache_pass(gm), passes.verify_cache),
+    Stage("hoist", lambda gm, o: passes.hoist_invariants_pass(gm), passes.verify_hoist),
+    Stage("repeats", lambda gm, o: passes.keep_unrepeated_pass(gm), passes.verify_repeats),
+    Stage("outline", lambda gm, o: passes.outline_regions_pass(gm), passes.verify_outline),
+    Stage("cache", lambda gm, o: passes.insert_cache_pass(gm), passes.verify_cache),
     Stage(
         "encode",
-        lambda gm, c: passes.encode_cuts_pass(gm, cache_dtype=c.cache_dtype),
+        lambda gm, o: passes.encode_cuts_pass(gm, cache_dtype=o.cache_dtype),
         passes.verify_cache,
     ),
     Stage(
         "offload",
-        lambda gm, c: passes.offload_cuts_pass(gm) if c.offload else gm,
+        lambda gm, o: passes.offload_cuts_pass(gm) if o.offload else gm,
         passes.verify_cache,
     ),
 )
@@ -118,40 +100,41 @@ def analyze(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    config: Config,
-    promoted: Collection[int] = (),
+    options: Options,
+    lifted: Collection[int] = (),
 ) -> tuple[GraphModule, tuple[Record, ...]]:
     """Captures the model for these arguments: its guarded graph, and how it came about.
 
     Modules that read Python values from what follows from the latents would need a capture a step:
-    the graph calls them, and they run as they are. `promoted`: positions among the flattened
+    the graph calls them, and they run as they are. `lifted`: positions among the flattened
     arguments of numbers that become inputs. The model and the arguments may be fake tensors, of
     whatever modes.
     """
     with unset_fake_temporarily():
         args, kwargs = passes.share_fake_mode((args, kwargs))
-        return _analyze(model, args, kwargs, config, promoted)
+        return _analyze(model, args, kwargs, options, lifted)
 
 
 def _analyze(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    config: Config,
-    promoted: Collection[int],
+    options: Options,
+    lifted: Collection[int],
 ) -> tuple[GraphModule, tuple[Record, ...]]:
     """:func:`analyze`, outside of any fake mode."""
-    options: dict[str, Any] = {"promoted": promoted, "dynamic": config.dynamic}
     outside: dict[str, str] = {}
     while True:
         start = perf_counter()
-        gm = passes.capture(model, args, kwargs, outside=outside, **options)
+        gm = passes.capture(
+            model, args, kwargs, outside=outside, lifted=lifted, dynamic=options.dynamic
+        )
         first = _record("capture", start, gm)
-        gm, named = run_stages(ANALYSIS[:NUM_NAMING], gm, config)
+        gm, named = run_stages(ANALYSIS[:NUM_NAMING], gm, options)
         moving = gm.meta["reads"].follow(gm.meta["denoised"])
         if not moving:
-            gm.meta["larger"] = capture_larger(model, args, kwargs, gm, config, outside)
-            gm, others = run_stages(ANALYSIS[NUM_NAMING:], gm, config)
+            gm.meta["larger"] = capture_larger(model, args, kwargs, gm, options, outside)
+            gm, others = run_stages(ANALYSIS[NUM_NAMING:], gm, options)
             return gm, (first, *named, *others)
         outside.update({call.path: call.reason for call in gm.meta["calls"]}, **moving)
 
@@ -161,25 +144,25 @@ def capture_larger(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     gm: GraphModule,
-    config: Config,
+    options: Options,
     outside: Mapping[str, str],
 ) -> GraphModule | None:
     """The graph, with axes, of a larger call, where token axes of one position hide kinds."""
     with passes.hinted(gm):
-        call = passes.enlarge_call(model, args, kwargs, gm, kinds=config.kinds)
+        call = passes.enlarge_call(model, args, kwargs, gm, kinds=options.kinds)
     if call is None:
         return None
-    config = replace(config, latents=gm.meta["latents"])
+    options = replace(options, latents=gm.meta["latents"])
     try:
         larger = passes.capture(model, *call, outside=outside)
-        return run_stages(ANALYSIS[:NUM_NAMING], larger, config)[0]
+        return run_stages(ANALYSIS[:NUM_NAMING], larger, options)[0]
     except ValueError as error:  # the kinds may still be stated
         logger.info("the larger call was not captured: %s", error)
         return None
 
 
 def run_stages(
-    stages: tuple[Stage, ...], gm: GraphModule, config: Config
+    stages: tuple[Stage, ...], gm: GraphModule, options: Options
 ) -> tuple[GraphModule, tuple[Record, ...]]:
     """Runs each stage, lints and recompiles the graph, checks the postcondition, and times it."""
     records = []
@@ -187,7 +170,7 @@ def run_stages(
         start = perf_counter()
         before = gm
         with passes.hinted(gm) if stage.annotates else nullcontext():
-            gm = stage.run(gm, config)
+            gm = stage.run(gm, options)
             if stage.verify is not None:
                 stage.verify(gm)
         gm.graph.lint()

@@ -56,7 +56,8 @@ class SlotSpec:
         for field, value in (("layer", self.layer), ("nbytes", self.nbytes)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(
-                    f"slot {self.name!r}: got {field} {value!r}, allowed: an integer of 0 or more"
+                    f"slot {self.name!r}: expected {field} to be an integer of 0 or more, "
+                    f"found {value!r}"
                 )
 
 
@@ -203,8 +204,8 @@ class Plan:
         for index, column in enumerate(columns):
             if plan._column(index) != column:
                 raise ValueError(
-                    f"slots[{index}].actions: got {column!r}, allowed: '+' exactly where a later"
-                    f" step reads the value, {plan._column(index)!r}"
+                    f"slots[{index}].actions: expected '+' exactly where a later step reads the"
+                    f" value, {plan._column(index)!r}, found {column!r}"
                 )
         return plan
 
@@ -259,25 +260,27 @@ def _check_table(
     names = [slot.name for slot in slots]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"slots: got name {name!r} twice, allowed: one slot per name")
+            raise ValueError(f"slots: expected one slot per name, found {name!r} twice")
     shape = (len(timesteps), len(slots))
     if table.dtype != np.bool_ or table.shape != shape:
         raise ValueError(
-            f"reuse: got {table.dtype} {list(table.shape)}, allowed: bool [num_steps, num_slots]"
-            f" = {list(shape)}"
+            f"reuse: expected bool [num_steps, num_slots] = {list(shape)}, found {table.dtype}"
+            f" {list(table.shape)}"
         )
     for slot in np.nonzero(table[0])[0]:
-        raise ValueError(f"reuse: got slot {names[slot]!r} reused at step 0, allowed: from step 1")
+        raise ValueError(
+            f"reuse: expected reuse from step 1 on, found slot {names[slot]!r} reused at step 0"
+        )
 
 
 def _check_column(column: object, index: int, num_steps: int) -> str:
     if not isinstance(column, str) or set(column) - set(_SYMBOLS.values()):
         raise ValueError(
-            f"slots[{index}].actions: got {column!r}, allowed: a string of '#', '+' and '.'"
+            f"slots[{index}].actions: expected a string of '#', '+' and '.', found {column!r}"
         )
     if len(column) != num_steps:
         raise ValueError(
-            f"slots[{index}].actions: got length {len(column)}, allowed: one per step ({num_steps})"
+            f"slots[{index}].actions: expected one per step ({num_steps}), found {len(column)}"
         )
     return column
 

@@ -72,7 +72,7 @@ PRESETS: Mapping[str, Callable[..., Schedule]] = MappingProxyType(
 def get(name: str) -> Callable[..., Schedule]:
     """The preset of that name. Raises `ValueError` on an unknown one."""
     if name not in PRESETS:
-        raise ValueError(f"preset: got {name!r}, allowed: {', '.join(PRESETS)}")
+        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, found {name!r}")
     return PRESETS[name]
 
 

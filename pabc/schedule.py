@@ -51,11 +51,11 @@ class Override:
 
     def __post_init__(self) -> None:
         if self.kind is None and self.name is None:
-            raise ValueError("override: got neither kind nor name, allowed: one of them, or both")
+            raise ValueError("override: expected a kind, a name or both, found neither")
         if self.kind is not None:
             check_kind(self.kind, "override")
         if self.name is not None and not isinstance(self.name, str):
-            raise ValueError(f"override name: got {self.name!r}, allowed: a pattern, or None")
+            raise ValueError(f"override name: expected a pattern or None, found {self.name!r}")
         if self.layers is not None:
             object.__setattr__(self, "layers", as_layers(self.layers, "override layers"))
         object.__setattr__(self, "mask", as_mask(self.mask, "override mask"))
@@ -85,7 +85,7 @@ class Schedule:
         overrides: masks for single layers; where several match a slot, the last one holds.
         label: a name for people; equality ignores it.
 
-    Raises `ValueError`, naming field, value and what is allowed, on anything malformed.
+    Raises `ValueError`, with what was expected and what was found, on anything malformed.
     """
 
     timesteps: tuple[float, ...]
@@ -96,7 +96,7 @@ class Schedule:
     def __post_init__(self) -> None:
         timesteps = as_timesteps(self.timesteps)
         if not isinstance(self.masks, Mapping):
-            raise ValueError(f"masks: got {self.masks!r}, allowed: a mapping from kind to mask")
+            raise ValueError(f"masks: expected a mapping from kind to mask, found {self.masks!r}")
         for kind in self.masks:
             check_kind(kind, "masks")
         masks = {
@@ -106,10 +106,10 @@ class Schedule:
         }
         for override in self.overrides:
             if not isinstance(override, Override):
-                raise ValueError(f"overrides: got {override!r}, allowed: Override objects")
+                raise ValueError(f"overrides: expected Override objects, found {override!r}")
             as_mask(override.mask, f"mask of {override}", num_steps=len(timesteps))
         if not isinstance(self.label, str):
-            raise ValueError(f"label: got {self.label!r}, allowed: a string")
+            raise ValueError(f"label: expected a string, found {self.label!r}")
         reused = MappingProxyType({kind: mask for kind, mask in masks.items() if any(mask)})
         object.__setattr__(self, "timesteps", timesteps)
         object.__setattr__(self, "masks", reused)
@@ -221,10 +221,12 @@ class Schedule:
         """
         if (mask is None) == (every is None):
             raise ValueError(
-                f"override: got mask {mask!r} and every {every!r}, allowed: exactly one of them"
+                f"override: expected either mask or every, found mask {mask!r} and every {every!r}"
             )
         if mask is not None and (window is not None or fraction is not None):
-            raise ValueError("override: got window or fraction with mask, allowed: with every")
+            raise ValueError(
+                "override: expected window or fraction with every, found one with mask"
+            )
         if every is not None:
             inside = _find_inside(self.timesteps, window, fraction)
             mask = _pyramid_mask(as_range(every, "every"), inside)
@@ -305,9 +307,11 @@ def _find_inside_per_kind(
     for kind in window:
         check_kind(kind, "window")
         if kind not in ranges:
-            raise ValueError(f"window: got a pair for {kind!r}, allowed: kinds with a range")
+            raise ValueError(
+                f"window: expected pairs for kinds with a range, found one for {kind!r}"
+            )
     if fraction is not None:
-        raise ValueError("window, fraction: got both, allowed: one of them")
+        raise ValueError("window, fraction: expected one of them, found both")
     return {kind: _find_inside(timesteps, window.get(kind), None) for kind in ranges}
 
 
@@ -316,11 +320,11 @@ def _find_inside(
 ) -> list[bool]:
     """Per step, whether it lies in the window, or the fraction; all do where there is neither."""
     if window is not None and fraction is not None:
-        raise ValueError("window, fraction: got both, allowed: one of them")
+        raise ValueError("window, fraction: expected one of them, found both")
     if fraction is not None:
         low, high = as_pair(fraction, "fraction")
         if low < 0 or high > 1:
-            raise ValueError(f"fraction: got {fraction!r}, allowed: 0 <= low < high <= 1")
+            raise ValueError(f"fraction: expected 0 <= low < high <= 1, found {fraction!r}")
         # The decimal that was written, not its binary neighbor: 0.7 of 10 steps ends before step 7.
         first, end = (Fraction(repr(bound)) * len(timesteps) for bound in (low, high))
         return [first <= step < end for step in range(len(timesteps))]
@@ -344,5 +348,7 @@ def _format_mask(mask: Mask) -> str:
 
 def _parse_mask(text: object, name: str) -> Mask:
     if not isinstance(text, str) or set(text) - set("#."):
-        raise ValueError(f"{name}: got mask {text!r}, allowed: '#' (compute) and '.' (reuse)")
+        raise ValueError(
+            f"{name}: expected a mask of '#' (compute) and '.' (reuse), found {text!r}"
+        )
     return tuple(symbol == "." for symbol in text)

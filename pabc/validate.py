@@ -1,4 +1,4 @@
-"""Checks of what users pass in. Each raises `ValueError` with field, value and what is allowed."""
+"""Checks of what users pass in. Each raises `ValueError`: `name: expected ..., found ...`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,14 @@ import numpy as np
 JSON_VERSION = 1
 
 
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raises `ValueError` unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {tuple(choices)}, found {value!r}")
+
+
 def as_timesteps(values: Any) -> tuple[float, ...]:
-    """A non-empty flat sequence, array or tensor of finite numbers, as floats."""
+    """Returns a non-empty flat sequence, array or tensor of finite numbers as floats."""
     items = values.tolist() if hasattr(values, "tolist") else values
     try:
         if isinstance(items, str | bytes | Mapping):
@@ -27,24 +33,26 @@ def as_timesteps(values: Any) -> tuple[float, ...]:
         timesteps = tuple(float(item) for item in items)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(
-            f"timesteps: got {values!r}, allowed: a flat sequence of numbers"
+            f"timesteps: expected a flat sequence of numbers, found {values!r}"
         ) from None
     if not timesteps:
-        raise ValueError("timesteps: got none, allowed: one per step, at least 1")
+        raise ValueError("timesteps: expected one per step, at least 1, found none")
     for step, timestep in enumerate(timesteps):
         if not math.isfinite(timestep):
-            raise ValueError(f"timesteps: got {timestep!r} at step {step}, allowed: finite numbers")
+            raise ValueError(
+                f"timesteps: expected finite numbers, found {timestep!r} at step {step}"
+            )
     return timesteps
 
 
 def as_range(value: Any, name: str) -> int:
-    """An integer of 1 or more."""
+    """Returns an integer of 1 or more."""
     try:
         every = 0 if isinstance(value, bool | np.bool_) else operator.index(value)
     except TypeError:
         every = 0
     if every < 1:
-        raise ValueError(f"{name}: got range {value!r}, allowed: an integer of 1 or more, or None")
+        raise ValueError(f"{name}: expected an integer of 1 or more, or None, found {value!r}")
     return every
 
 
@@ -54,7 +62,7 @@ _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9} | {
 
 
 def as_bytes(value: Any, name: str) -> int:
-    """A number of bytes, 1 or more: an integer, or text with a unit, such as `"1.5 GiB"`."""
+    """Returns a number of bytes, 1 or more, from an integer, or text such as `"1.5 GiB"`."""
     found = 0
     if isinstance(value, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", value)
@@ -64,45 +72,49 @@ def as_bytes(value: Any, name: str) -> int:
         found = int(value)
     if found < 1:
         raise ValueError(
-            f"{name}: got {value!r}, allowed: a number of bytes, 1 or more, or text with a unit "
-            f"({', '.join(_UNITS)}), such as '2GiB'"
+            f"{name}: expected a number of bytes, 1 or more, or text with a unit "
+            f"({', '.join(_UNITS)}), such as '2GiB', found {value!r}"
         )
     return found
 
 
 def as_pair(value: Any, name: str) -> tuple[float, float]:
-    """Two finite numbers, the first below the second."""
+    """Returns two finite numbers, the first below the second."""
     try:
         if isinstance(value, str | bytes):
             raise TypeError
         low, high = (float(bound) for bound in value)
     except (TypeError, ValueError):
-        raise ValueError(f"{name}: got {value!r}, allowed: a pair of numbers (low, high)") from None
+        raise ValueError(
+            f"{name}: expected a pair of numbers (low, high), found {value!r}"
+        ) from None
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ValueError(f"{name}: got {value!r}, allowed: finite (low, high) with low < high")
+        raise ValueError(f"{name}: expected finite (low, high) with low < high, found {value!r}")
     return low, high
 
 
 def as_mask(values: Any, name: str, *, num_steps: int | None = None) -> tuple[bool, ...]:
-    """One bool per step, the first False; the length is checked where `num_steps` is given."""
+    """Returns one bool per step, the first False; checks the length where `num_steps` is given."""
     items = values.tolist() if hasattr(values, "tolist") else values
     if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
-        raise ValueError(f"{name}: got {values!r}, allowed: one bool per step")
+        raise ValueError(f"{name}: expected one bool per step, found {values!r}")
     items = tuple(items)
     for step, item in enumerate(items):
         if not isinstance(item, bool | np.bool_):
-            raise ValueError(f"{name}: got {item!r} at step {step}, allowed: True (reuse) or False")
+            raise ValueError(
+                f"{name}: expected True (reuse) or False, found {item!r} at step {step}"
+            )
     if num_steps is not None and len(items) != num_steps:
-        raise ValueError(f"{name}: got length {len(items)}, allowed: one per step ({num_steps})")
+        raise ValueError(f"{name}: expected one bool per step ({num_steps}), found {len(items)}")
     if items and items[0]:
         raise ValueError(
-            f"{name}: got True (reuse) at step 0, allowed: False, as nothing is stored yet"
+            f"{name}: expected False at step 0, as nothing is stored yet, found True (reuse)"
         )
     return tuple(bool(item) for item in items)
 
 
 def as_layers(values: Any, name: str) -> tuple[int, ...]:
-    """One or more integers of 0 or more, sorted, each once."""
+    """Returns one or more integers of 0 or more, sorted, each once."""
     try:
         items = list(values) if isinstance(values, Iterable) else [values]
         if any(isinstance(item, bool | np.bool_) for item in items):
@@ -111,34 +123,36 @@ def as_layers(values: Any, name: str) -> tuple[int, ...]:
     except TypeError:
         layers = ()
     if not layers or layers[0] < 0:
-        raise ValueError(f"{name}: got {values!r}, allowed: integers of 0 or more, or None")
+        raise ValueError(f"{name}: expected integers of 0 or more, or None, found {values!r}")
     return layers
 
 
 def parse_document(text: str, name: str, fields: Mapping[str, type]) -> dict[str, Any]:
-    """The JSON object that pabc wrote: its name, version, and fields of the given types."""
+    """Returns the JSON object that pabc wrote: its name, version, and fields of the given types."""
     try:
         content = json.loads(text)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} JSON: not valid JSON ({error})") from error
+        raise ValueError(f"{name} JSON: expected valid JSON, found an error: {error}") from error
     check_fields(content, f"{name} JSON", ("pabc", "version", *fields))
     for field, allowed in (("pabc", name), ("version", JSON_VERSION)):
         if content[field] != allowed or isinstance(content[field], bool):
-            raise ValueError(f"{name} JSON, {field}: got {content[field]!r}, allowed: {allowed!r}")
+            raise ValueError(
+                f"{name} JSON, {field}: expected {allowed!r}, found {content[field]!r}"
+            )
     for field, expected in fields.items():
         if not isinstance(content[field], expected):
-            got = type(content[field]).__name__
-            raise ValueError(f"{name} JSON, {field}: got {got}, allowed: {expected.__name__}")
+            found = type(content[field]).__name__
+            raise ValueError(f"{name} JSON, {field}: expected {expected.__name__}, found {found}")
     return content
 
 
 def check_fields(content: object, where: str, fields: Sequence[str]) -> None:
-    """Raise unless `content` is a JSON object with exactly these fields."""
+    """Raises unless `content` is a JSON object with exactly these fields."""
     if not isinstance(content, dict):
-        raise ValueError(f"{where}: got {type(content).__name__}, allowed: an object")
+        raise ValueError(f"{where}: expected an object, found {type(content).__name__}")
     for field in content:
         if field not in fields:
-            raise ValueError(f"{where}: unknown field {field!r}, allowed: {', '.join(fields)}")
+            raise ValueError(f"{where}: expected fields {', '.join(fields)}, found {field!r}")
     for field in fields:
         if field not in content:
-            raise ValueError(f"{where}: field {field!r} is missing, needed: {', '.join(fields)}")
+            raise ValueError(f"{where}: expected fields {', '.join(fields)}, found no {field!r}")

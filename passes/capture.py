@@ -51,7 +51,7 @@ def capture(
     kwargs: dict[str, Any],
     *,
     outside: Mapping[str, str] | None = None,
-    promoted: Collection[int] = (),
+    lifted: Collection[int] = (),
     dynamic: bool = False,
 ) -> GraphModule:
     """Exports `model` for these arguments and returns its graph.
@@ -61,7 +61,7 @@ def capture(
     that cannot be traced, or is named in `outside` (with the reason), is called by the graph and
     runs as it is.
 
-    `promoted`: positions among the flattened arguments of numbers that become inputs, as tensors
+    `lifted`: positions among the flattened arguments of numbers that become inputs, as tensors
     without dimensions; all other numbers are constants of the graph. `dynamic`: for all sizes of
     the tensors for which the model does the same; `gm.meta["sizes"]` says which.
 
@@ -83,13 +83,13 @@ def capture(
     """
     refuse_hooks(model)
     _refuse_packed_weights(model)
-    call = Call(args, kwargs, promoted)
+    call = Call(args, kwargs, lifted)
     with call.replacing_forward(model):
         gm, effects = _capture_results(model, call, dict(outside or {}), dynamic)
     gm.meta["deleted"], gm.meta["written"] = effects.deleted, effects.written
     gm.meta["modules"] = Modules.of(model, {c.path for c in gm.meta["calls"]}, effects.written)
-    if promoted:
-        names = [gm.meta["signature"].inputs[i] for i in promoted]
+    if lifted:
+        names = [gm.meta["signature"].inputs[i] for i in lifted]
         check_numbers_stay_tensors(gm.graph, names, gm.meta["reads"].inputs)
     return gm
 

@@ -10,9 +10,10 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 
 from pabc import passes
+from pabc.options import Options
 from pabc.passes import Region
 from pabc.passes.ir import copy_into, derived
-from pabc.pipeline import ANALYSIS, Config, run_stages
+from pabc.pipeline import ANALYSIS, run_stages
 from pabc.runtime.chain import Chain
 
 
@@ -29,7 +30,7 @@ def copy_graph(gm: GraphModule) -> GraphModule:
 def run_to(gm: GraphModule, last: str, **config: Any) -> GraphModule:
     """Runs the pipeline on a captured graph up to and including the stage named `last`."""
     names = [stage.name for stage in ANALYSIS]
-    return run_stages(ANALYSIS[: names.index(last) + 1], gm, Config(**config))[0]
+    return run_stages(ANALYSIS[: names.index(last) + 1], gm, Options(**config))[0]
 
 
 def regions_of(gm: GraphModule) -> tuple[Region, ...]:

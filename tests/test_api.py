@@ -62,7 +62,7 @@ def test_load_state_dict_takes_effect(model, inputs):
     assert torch.equal(fast(*inputs), model(*inputs))
 
 
-def test_changed_dtype_captures_anew(model, inputs):
+def test_changed_dtype_is_recaptured(model, inputs):
     fast = pabc.compile(model, SCHEDULE, backend="eager")
     fast(*inputs)
     fast.reset()
@@ -212,7 +212,7 @@ def test_writing_to_a_result_changes_no_later_step(backend):
         assert all(map(torch.equal, expected, results))
         for result in results[1:]:
             result.add_(100)
-    assert (kept.plan.actions == pabc.Action.REUSE).any() and kept._last[0]._steady
+    assert (kept.plan.actions == pabc.Action.REUSE).any() and kept._last[0].prologue.steady
 
 
 class Numbered(Tiny):
@@ -274,12 +274,12 @@ class Written(Numbered):
         return torch.clamp(shift.add_(number), max=number).sub(number, alpha=2)
 
 
-PROMOTED = [Embedded, Listed, Scaled, WithIntegers, WithScalar, Written]
+LIFTED = [Embedded, Listed, Scaled, WithIntegers, WithScalar, Written]
 NUMBERS = {"float": (981.25, 961.5, 20.0, -0.125), "int": (981, 961, 20, 1)}
 
 
 @pytest.mark.parametrize("numbers", NUMBERS.values(), ids=NUMBERS)
-@pytest.mark.parametrize("make", PROMOTED)
+@pytest.mark.parametrize("make", LIFTED)
 def test_a_number_that_changes_becomes_an_input(make, numbers, inputs, recwarn):
     model, x = make().eval(), inputs[0]
     fast = pabc.compile(model, SCHEDULE, backend="eager")
@@ -287,7 +287,7 @@ def test_a_number_that_changes_becomes_an_input(make, numbers, inputs, recwarn):
         fast.reset()
         assert torch.equal(fast(x, number), model(x, number))
     assert len(fast._programs) == 1
-    assert not [w for w in recwarn if "captured the model anew" in str(w.message)]
+    assert not [w for w in recwarn if "recaptured the model" in str(w.message)]
 
 
 class Branching(Numbered):
@@ -324,7 +324,7 @@ def test_a_number_that_steers_stays_a_constant(make, inputs):
     assert torch.equal(fast(x, 981.0), model(x, 981.0))
     for number in (20.0, 30.0):
         fast.reset()
-        with pytest.warns(UserWarning, match=r"captured the model anew.*\['number'\]"):
+        with pytest.warns(UserWarning, match=r"recaptured the model.*\['number'\]"):
             assert torch.equal(fast(x, number), model(x, number))
 
 
@@ -339,7 +339,7 @@ def test_a_flag_is_a_constant_beside_a_number(inputs, recwarn):
         fast.reset()
         assert torch.equal(fast(x, number, flag), model(x, number, flag))
     assert len(fast._programs) == 2
-    assert not [w for w in recwarn if "captured the model anew" in str(w.message)]
+    assert not [w for w in recwarn if "recaptured the model" in str(w.message)]
 
 
 def test_of_two_numbers_that_change_one_is_a_constant(inputs):
@@ -351,14 +351,14 @@ def test_of_two_numbers_that_change_one_is_a_constant(inputs):
     fast = pabc.compile(model, SCHEDULE, backend="eager")
     fast(x, (3.0, 4))
     fast.reset()
-    with pytest.warns(UserWarning, match=r"captured the model anew.*\['number_1'\]"):
+    with pytest.warns(UserWarning, match=r"recaptured the model.*\['number_1'\]"):
         assert torch.equal(fast(x, (2.0, 5)), model(x, (2.0, 5)))
     fast.reset()
     assert torch.equal(fast(x, (1.0, 5)), model(x, (1.0, 5)))
     assert len(fast._programs) == 2
 
 
-def test_numpy_numbers_are_promoted_too(inputs):
+def test_numpy_numbers_are_lifted_too(inputs):
     model, x = Scaled().eval(), inputs[0]
     fast = pabc.compile(model, SCHEDULE, backend="eager")
     for number in np.linspace(1, 3, 4):
@@ -368,7 +368,7 @@ def test_numpy_numbers_are_promoted_too(inputs):
 
 
 @pytest.mark.slow
-def test_a_promoted_number_is_compiled_once(inputs):
+def test_a_lifted_number_is_compiled_once(inputs):
     model, x = Embedded().eval(), inputs[0]
     fast = pabc.compile(model, pabc.Schedule.pyramid(range(5), full=1))
     for number in (900, 700, 500, 300, 100):

@@ -21,7 +21,8 @@ import pabc
 from pabc import ArtifactError, passes
 from pabc.artifact.analysis import read_analysis, write_analysis
 from pabc.artifact.values import decode, encode
-from pabc.pipeline import Config, analyze
+from pabc.options import Options
+from pabc.pipeline import analyze
 from pabc.runtime.bindings import slot_specs
 from pabc.runtime.reads import ReadCheck
 from pabc.runtime.weights import Weights
@@ -95,7 +96,7 @@ def test_explanations_are_the_same(captured) -> None:
 
 
 def analyzed(model: nn.Module, *args: Any) -> GraphModule:
-    return analyze(model.eval(), args, {}, Config())[0]
+    return analyze(model.eval(), args, {}, Options())[0]
 
 
 class Table(nn.Module):

@@ -87,7 +87,7 @@ def test_a_tensor_replaced_within_a_generation_is_read_at_the_next_step():
         assert not torch.equal(fast(**ONE_BLOCK.call(1)), model(**ONE_BLOCK.call(1)))
         to_v = model.blocks[0].attn.to_v
         to_v.weight = nn.Parameter(to_v.weight * 2)
-        # What was kept was computed with other weights: it is computed anew.
+        # What was kept was computed with other weights: it is recomputed.
         assert torch.equal(fast(**ONE_BLOCK.call(2)), model(**ONE_BLOCK.call(2)))
     assert fast.stats.fallbacks == {"weights": 1}
     assert fast.stats.captures == 1
@@ -103,7 +103,7 @@ def test_an_adapter_added_within_a_generation_takes_effect_at_the_next_step():
     assert fast.stats.captures == 2
 
 
-def test_an_adapter_that_adds_modules_is_captured_anew():
+def test_an_adapter_that_adds_modules_is_recaptured():
     model = ONE_BLOCK.model()
     fast = compiled(model)
     run_generation(fast, model)
@@ -118,7 +118,7 @@ def test_an_adapter_that_adds_modules_is_captured_anew():
     run_generation(fast, model)
 
 
-def test_another_dtype_of_the_weights_is_captured_anew():
+def test_another_dtype_of_the_weights_is_recaptured():
     model = ONE_BLOCK.model()
     fast = compiled(model)
     run_generation(fast, model)

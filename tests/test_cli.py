@@ -142,11 +142,14 @@ def test_explain_a_model_with_given_inputs(
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("some_models", "got 'some_models', allowed: module:callable"),
+        ("some_models", "expected module:callable, found 'some_models'"),
         ("no_such_models:tiny", "cannot import no_such_models"),
         ("some_models:nothing", "some_models has no nothing"),
-        ("some_models:model", "got Tiny, allowed: a callable"),
-        ("some_models:wrong", r"got int, allowed: a torch.nn.Module, or a tuple"),
+        ("some_models:model", "expected a callable, found Tiny"),
+        (
+            "some_models:wrong",
+            r"expected a torch.nn.Module, or a tuple (model, args, kwargs), found int",
+        ),
         ("some_models:choosy", "cannot be called without arguments: missing a required argument"),
         ("some_models:Tiny", "returned a model without inputs"),
     ],
@@ -161,13 +164,13 @@ def test_bad_targets_are_named(
     ("argv", "message"),
     [
         (["--input", "x=[1,4,8,8]"], "does not take these inputs"),
-        (["--input", "x=[1,"], "allowed: a shape such as"),
+        (["--input", "x=[1,"], "expected a shape such as"),
         (["--input", "x=[1]:float7"], "and a torch dtype"),
-        (["--input", "x"], "allowed: NAME=VALUE"),
+        (["--input", "x"], "expected NAME=VALUE, found 'x'"),
         (["--kinds", "blocks.*=spatiall"], "with KIND one of spatial, temporal"),
         (["--cut", "middle"], "choose from"),
-        (["--ranks", "2x"], "got '2x', allowed: N or BxN"),
-        (["--ranks", "0"], "got '0', allowed: N or BxN"),
+        (["--ranks", "2x"], "expected N or BxN, such as 4 or 2x4, found '2x'"),
+        (["--ranks", "0"], "expected N or BxN, such as 4 or 2x4, found '0'"),
     ],
 )
 def test_bad_explain_options_are_named(
@@ -179,14 +182,14 @@ def test_bad_explain_options_are_named(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--steps", "1"], "--steps: got '1', allowed: an integer of 2 or more"),
-        (["--steps", "many"], "--steps: got 'many', allowed: an integer of 2 or more"),
-        (["--prompts", "0"], "--prompts: got 0, allowed: 1 or more"),
-        (["--device", "toaster"], "--device: got 'toaster', allowed on this machine: cpu"),
+        (["--steps", "1"], "--steps: expected an integer of 2 or more, found '1'"),
+        (["--steps", "many"], "--steps: expected an integer of 2 or more, found 'many'"),
+        (["--prompts", "0"], "--prompts: expected 1 or more, or captions, found 0"),
+        (["--device", "toaster"], "--device: expected a device of this machine, cpu"),
         (["--backend", "oracle"], "choose from"),
-        (["--repeats", "0"], "--repeats: got '0'"),
+        (["--repeats", "0"], "--repeats: expected an integer of 1 or more, found '0'"),
         (["--mesh", "2x2"], "--mesh: expected 4 processes, started by `torchrun --nproc-per-node"),
-        (["--mesh", "1x2x3"], "--mesh: got '1x2x3', allowed: N or BxN"),
+        (["--mesh", "1x2x3"], "--mesh: expected N or BxN, such as 4 or 2x4, found '1x2x3'"),
     ],
 )
 def test_bad_demo_options_are_named(

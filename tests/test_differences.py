@@ -99,7 +99,7 @@ def test_curves_equal_those_of_hooks(model: LatteTransformer3DModel) -> None:
 def test_reset_starts_a_new_measurement(model: LatteTransformer3DModel) -> None:
     differences = Differences(model)
     steps = draw_steps()
-    with pytest.raises(RuntimeError, match="got 0 steps, needed: two or more"):
+    with pytest.raises(RuntimeError, match="expected two steps or more, found 0"):
         differences.curves()
     for inputs in steps[:2]:
         differences(*inputs, return_dict=False)

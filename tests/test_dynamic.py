@@ -67,12 +67,12 @@ def test_the_analysis_is_that_of_the_captured_sizes():
     assert (found.attention, found.regions) == (expected.attention, expected.regions)
     assert found.flops == expected.flops
     assert str(free.plan) == str(fixed.plan)
-    hoisted = [len(c._last[0]._prologue.graph.nodes) for c in (fixed, free)]
+    hoisted = [len(c._last[0].prologue.graph.graph.nodes) for c in (fixed, free)]
     assert hoisted[1] >= hoisted[0], "as much is hoisted, with the sizes that it needs"
-    assert free._last[0]._steady == fixed._last[0]._steady
+    assert free._last[0].prologue.steady == fixed._last[0].prologue.steady
 
 
-def test_sizes_outside_of_what_was_captured_are_captured_anew():
+def test_sizes_outside_of_what_was_captured_are_recaptured():
     case = BY_NAME["Windowed"]
     model = case.model()
     compiled = pabc.compile(model, SCHEDULE, backend="eager", dynamic=True)
@@ -105,7 +105,7 @@ def test_nothing_kept_for_other_sizes_is_reused():
     assert compiled._default.step == 2 and num_captures(compiled) == 1
 
 
-def test_a_promoted_number_and_any_size():
+def test_a_lifted_number_and_dynamic_shapes():
     class Timed(nn.Module):
         def __init__(self):
             super().__init__()

@@ -53,7 +53,7 @@ def test_quantized_weights_are_unpacked_by_the_graph(kind):
     run(fast)
     assert fast.stats.reused == 2 and fast.stats.captures == 1
     assert not fast.explain().outside
-    prologue = fast.phases and next(p for _, p in fast._programs.items())._prologue
+    prologue = fast.phases and next(p for _, p in fast._programs.items()).prologue.graph
     assert not any("weight" in str(n.target) for n in prologue.graph.nodes), "nothing is kept"
     assert type(model.query.weight) is utils.GGUFParameter
     assert model.query.weight.quant_type is kind

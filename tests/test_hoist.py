@@ -145,7 +145,7 @@ def ops(gm):
 )
 def test_it_is_done_in_the_prologue_and_in_no_phase(thing, op, times, compiled):
     program, _ = compiled._captured("test")
-    assert ops(program._prologue).count(op) == times
+    assert ops(program.prologue.graph).count(op) == times
     steps = 5 if op == "linear" else 2 if op.startswith("scaled") else 0  # of the latents
     counts = [ops(inline(phase)).count(op) for phase in compiled.phases]
     assert max(counts) == steps
@@ -256,10 +256,10 @@ SCHEDULE = pabc.Schedule.pyramid(STEPS, cross=2)
 
 def count_prologues(fast, monkeypatch):
     program, _ = fast._captured("test")
-    assert program._prologue.code  # its forward is made with it
-    calls, original = [], program._prologue.forward
+    assert program.prologue.graph.code  # its forward is made with it
+    calls, original = [], program.prologue.graph.forward
     monkeypatch.setattr(
-        program._prologue, "forward", lambda *args: calls.append(1) or original(*args)
+        program.prologue.graph, "forward", lambda *args: calls.append(1) or original(*args)
     )
     return calls
 

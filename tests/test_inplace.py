@@ -88,7 +88,7 @@ def test_names_of_calls_reach_the_model_and_the_schedule(model):
     assert "cache_context" not in vars(model)
 
 
-def test_names_that_come_later_capture_nothing_anew():
+def test_names_that_come_later_recapture_nothing():
     model, latents, states = build("Wan", num_layers=1), noise(1, 4, 3, 6, 8), text(1, 0)
     with torch.no_grad():
         fast = compile_in_place(model, pabc.Schedule.none(STEPS))

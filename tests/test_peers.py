@@ -107,7 +107,7 @@ def test_an_error_in_mid_step_reaches_the_others_within_the_timeout(found):
     for rank in range(NUM_RANKS):
         each = found["error_in_mid_step", rank]
         assert each["text"].startswith("rank 1 failed: OutOfMemoryError: no memory left")
-    assert "start the processes anew" in found["error_in_mid_step", 1]["text"]
+    assert "restart the processes" in found["error_in_mid_step", 1]["text"]
 
 
 def test_a_killed_rank_is_named(found):

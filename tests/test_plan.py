@@ -210,39 +210,39 @@ def test_timeline():
     [
         (
             lambda: SlotSpec("a", "space", 0),
-            f"slot 'a': got kind 'space', allowed: {', '.join(KINDS)}",
+            f"slot 'a': expected a kind, one of {', '.join(KINDS)}, found 'space'",
         ),
         (
             lambda: SlotSpec("a", "mlp", -1),
-            "slot 'a': got layer -1, allowed: an integer of 0 or more",
+            "slot 'a': expected layer to be an integer of 0 or more, found -1",
         ),
         (
             lambda: SlotSpec("a", "mlp", 0, 1.5),
-            "slot 'a': got nbytes 1.5, allowed: an integer of 0 or more",
+            "slot 'a': expected nbytes to be an integer of 0 or more, found 1.5",
         ),
         (
             lambda: Plan.from_reuse([1], [SlotSpec("a", "mlp", 0)] * 2, np.zeros((1, 2), bool)),
-            "slots: got name 'a' twice, allowed: one slot per name",
+            "slots: expected one slot per name, found 'a' twice",
         ),
         (
             lambda: Plan.from_reuse([1, 0], [SlotSpec("a", "mlp", 0)], np.zeros((1, 1), bool)),
-            "reuse: got bool [1, 1], allowed: bool [num_steps, num_slots] = [2, 1]",
+            "reuse: expected bool [num_steps, num_slots] = [2, 1], found bool [1, 1]",
         ),
         (
             lambda: Plan.from_reuse([1], [SlotSpec("a", "mlp", 0)], [[0]]),
-            "reuse: got int64 [1, 1], allowed: bool [num_steps, num_slots] = [1, 1]",
+            "reuse: expected bool [num_steps, num_slots] = [1, 1], found int64 [1, 1]",
         ),
         (
             lambda: Plan.from_reuse([1], [SlotSpec("a", "mlp", 0)], [[True]]),
-            "reuse: got slot 'a' reused at step 0, allowed: from step 1",
+            "reuse: expected reuse from step 1 on, found slot 'a' reused at step 0",
         ),
         (
             lambda: Plan.from_reuse([], [], np.zeros((0, 0), bool)),
-            "timesteps: got none, allowed: one per step, at least 1",
+            "timesteps: expected one per step, at least 1, found none",
         ),
         (
             lambda: make_plan("#.").reuse_fraction("space"),
-            f"kind: got kind 'space', allowed: {', '.join(KINDS)}",
+            f"kind: expected a kind, one of {', '.join(KINDS)}, found 'space'",
         ),
     ],
 )
@@ -263,17 +263,40 @@ def changed(**changes) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "plan JSON: not valid JSON"),
-        (changed(version=2), "plan JSON, version: got 2, allowed: 1"),
-        (changed(extra=2), "plan JSON: unknown field 'extra', allowed: pabc, version"),
-        (changed(slots=[3]), "slots[0]: got int, allowed: an object"),
-        (changed(slot_kind="space"), "slot 's0': got kind 'space'"),
-        (changed(slot_size=3), "slots[0]: unknown field 'size'"),
-        (changed(slot_actions="+."), "slots[0].actions: got length 2, allowed: one per step (3)"),
-        (changed(slot_actions="+x."), "slots[0].actions: got '+x.', allowed: a string of"),
-        (changed(slot_actions="..."), "reuse: got slot 's0' reused at step 0"),
-        (changed(slot_actions="#.."), "slots[0].actions: got '#..', allowed: '+' exactly where"),
-        (changed(slot_actions="+.+"), "slots[0].actions: got '+.+', allowed: '+' exactly where"),
+        ("{", "plan JSON: expected valid JSON"),
+        (changed(version=2), "plan JSON, version: expected 1, found 2"),
+        (
+            changed(extra=2),
+            "plan JSON: expected fields pabc, version, timesteps, slots, found 'extra'",
+        ),
+        (changed(slots=[3]), "slots[0]: expected an object, found int"),
+        (
+            changed(slot_kind="space"),
+            f"slot 's0': expected a kind, one of {', '.join(KINDS)}, found 'space'",
+        ),
+        (
+            changed(slot_size=3),
+            "slots[0]: expected fields name, kind, layer, nbytes, actions, found 'size'",
+        ),
+        (changed(slot_actions="+."), "slots[0].actions: expected one per step (3), found 2"),
+        (
+            changed(slot_actions="+x."),
+            "slots[0].actions: expected a string of '#', '+' and '.', found '+x.'",
+        ),
+        (
+            changed(slot_actions="..."),
+            "reuse: expected reuse from step 1 on, found slot 's0' reused at step 0",
+        ),
+        (
+            changed(slot_actions="#.."),
+            "slots[0].actions: expected '+' exactly where a later step reads the value, '+..', "
+            "found '#..'",
+        ),
+        (
+            changed(slot_actions="+.+"),
+            "slots[0].actions: expected '+' exactly where a later step reads the value, '+.#', "
+            "found '+.+'",
+        ),
     ],
 )
 def test_bad_json_is_named(text, message):

@@ -55,7 +55,7 @@ class InOtherFunctions(Plain):
         (InOtherFunctions, NUM_STEPS),
     ],
 )
-@pytest.mark.filterwarnings("ignore:pabc captured the model anew")
+@pytest.mark.filterwarnings("ignore:pabc recaptured the model")
 def test_numbers_read_from_the_timestep(model_class, captures, monkeypatch):
     """One capture a side of a branch, not one a value."""
     count = []

@@ -10,6 +10,7 @@ from torch import nn
 import pabc
 from pabc import passes
 from pabc.artifact.analysis import read_analysis, write_analysis
+from pabc.options import Options
 from pabc.passes.ir import user_inputs
 from pabc.passes.provenance.copies import find_copies
 from pabc.passes.repeats import keep_one
@@ -120,7 +121,7 @@ def test_copies_that_differ_in_some_bit_are_kept_whole(monkeypatch):
     (branch,) = fast._default._branches.values()
     assert [tuple(t.shape) for t in branch.hoisted.values] == [(B, T, L, 2, D // 2)] * 2
     assert torch.equal(fast(**call), model(**call))
-    prologue = fast._captured("test")[0]._prologue
+    prologue = fast._captured("test")[0].prologue.graph
     first = first_copies(prologue, branch.hoisted.values)
     assert [tuple(t.shape) for t in first] == [(B, 1, L, 2, D // 2)] * 2
 
@@ -144,7 +145,7 @@ def test_changed_texts_are_seen():
 
 def test_they_can_be_saved():
     model, call = OverFrames().eval(), make_call()
-    guarded, _ = pabc.pipeline.analyze(model, (), call, pabc.pipeline.Config())
+    guarded, _ = pabc.pipeline.analyze(model, (), call, Options())
     content, constants = write_analysis(guarded)
     again = read_analysis(json.loads(json.dumps(content)), constants, model)
     kept = prologue_of(again)(*call.values())

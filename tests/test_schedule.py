@@ -211,144 +211,150 @@ STEPS3 = [3, 2, 1]
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Schedule.none([]), "timesteps: got none, allowed: one per step, at least 1"),
+        (lambda: Schedule.none([]), "timesteps: expected one per step, at least 1, found none"),
         (
             lambda: Schedule.none([1.0, float("nan")]),
-            "timesteps: got nan at step 1, allowed: finite numbers",
+            "timesteps: expected finite numbers, found nan at step 1",
         ),
         (
             lambda: Schedule.none([float("inf")]),
-            "timesteps: got inf at step 0, allowed: finite numbers",
+            "timesteps: expected finite numbers, found inf at step 0",
         ),
-        (lambda: Schedule.none("321"), "timesteps: got '321', allowed: a flat sequence of numbers"),
-        (lambda: Schedule.none(7), "timesteps: got 7, allowed: a flat sequence of numbers"),
-        (lambda: Schedule.none(["7"]), "timesteps: got ['7'], allowed: a flat sequence of numbers"),
+        (
+            lambda: Schedule.none("321"),
+            "timesteps: expected a flat sequence of numbers, found '321'",
+        ),
+        (lambda: Schedule.none(7), "timesteps: expected a flat sequence of numbers, found 7"),
+        (
+            lambda: Schedule.none(["7"]),
+            "timesteps: expected a flat sequence of numbers, found ['7']",
+        ),
         (
             lambda: Schedule.none([[3, 2], [1, 0]]),
-            "timesteps: got [[3, 2], [1, 0]], allowed: a flat sequence of numbers",
+            "timesteps: expected a flat sequence of numbers, found [[3, 2], [1, 0]]",
         ),
         (
             lambda: Schedule.pyramid(STEPS3, spatial=0),
-            "spatial: got range 0, allowed: an integer of 1 or more, or None",
+            "spatial: expected an integer of 1 or more, or None, found 0",
         ),
         (
             lambda: Schedule.pyramid(STEPS3, mlp=-2),
-            "mlp: got range -2, allowed: an integer of 1 or more, or None",
+            "mlp: expected an integer of 1 or more, or None, found -2",
         ),
         (
             lambda: Schedule.pyramid(STEPS3, cross=2.0),
-            "cross: got range 2.0, allowed: an integer of 1 or more, or None",
+            "cross: expected an integer of 1 or more, or None, found 2.0",
         ),
         (
             lambda: Schedule.pyramid(STEPS3, cross=True),
-            "cross: got range True, allowed: an integer of 1 or more, or None",
+            "cross: expected an integer of 1 or more, or None, found True",
         ),
         (
             lambda: Schedule.pyramid(STEPS3, spatial=2, window=(5, 5)),
-            "window: got (5, 5), allowed: finite (low, high) with low < high",
+            "window: expected finite (low, high) with low < high, found (5, 5)",
         ),
         (
             lambda: Schedule.pyramid(STEPS3, window=(5, 4)),
-            "window: got (5, 4), allowed: finite (low, high) with low < high",
+            "window: expected finite (low, high) with low < high, found (5, 4)",
         ),
         (
             lambda: Schedule.pyramid(STEPS3, spatial=2, window=(0, float("inf"))),
-            "window: got (0, inf), allowed: finite (low, high) with low < high",
+            "window: expected finite (low, high) with low < high, found (0, inf)",
         ),
         (
             lambda: Schedule.pyramid(STEPS3, spatial=2, window=5),
-            "window: got 5, allowed: a pair of numbers (low, high)",
+            "window: expected a pair of numbers (low, high), found 5",
         ),
         (
             lambda: Schedule.pyramid(STEPS3, spatial=2, window={"mlp": (1, 2)}),
-            "window: got a pair for 'mlp', allowed: kinds with a range",
+            "window: expected pairs for kinds with a range, found one for 'mlp'",
         ),
         (
             lambda: Schedule.pyramid(STEPS3, spatial=2, window={"space": (1, 2)}),
-            f"window: got kind 'space', allowed: {', '.join(KINDS)}",
+            f"window: expected a kind, one of {', '.join(KINDS)}, found 'space'",
         ),
         (
             lambda: Schedule.pyramid(STEPS3, spatial=2, fraction=(0.5, 1.5)),
-            "fraction: got (0.5, 1.5), allowed: 0 <= low < high <= 1",
+            "fraction: expected 0 <= low < high <= 1, found (0.5, 1.5)",
         ),
         (
             lambda: Schedule.pyramid(STEPS3, spatial=2, fraction=(0.9, 0.1)),
-            "fraction: got (0.9, 0.1), allowed: finite (low, high) with low < high",
+            "fraction: expected finite (low, high) with low < high, found (0.9, 0.1)",
         ),
         (
             lambda: Schedule.pyramid(STEPS3, window=(0, 2), fraction=(0, 1)),
-            "window, fraction: got both, allowed: one of them",
+            "window, fraction: expected one of them, found both",
         ),
         (
             lambda: Schedule.pyramid(
                 STEPS3, spatial=2, window={"spatial": (0, 2)}, fraction=(0, 1)
             ),
-            "window, fraction: got both, allowed: one of them",
+            "window, fraction: expected one of them, found both",
         ),
         (
             lambda: Schedule.from_masks(STEPS3, {"space": [False] * 3}),
-            f"masks: got kind 'space', allowed: {', '.join(KINDS)}",
+            f"masks: expected a kind, one of {', '.join(KINDS)}, found 'space'",
         ),
         (
             lambda: Schedule.from_masks(STEPS3, {"mlp": [False, True]}),
-            "mask of 'mlp': got length 2, allowed: one per step (3)",
+            "mask of 'mlp': expected one bool per step (3), found 2",
         ),
         (
             lambda: Schedule.from_masks(STEPS3, {"mlp": [True, True, False]}),
-            "mask of 'mlp': got True (reuse) at step 0, allowed: False, as nothing is stored yet",
+            "mask of 'mlp': expected False at step 0, as nothing is stored yet, found True (reuse)",
         ),
         (
             lambda: Schedule.from_masks(STEPS3, {"mlp": [False, 1, False]}),
-            "mask of 'mlp': got 1 at step 1, allowed: True (reuse) or False",
+            "mask of 'mlp': expected True (reuse) or False, found 1 at step 1",
         ),
         (
             lambda: Schedule.from_masks(STEPS3, {"mlp": 3}),
-            "mask of 'mlp': got 3, allowed: one bool per step",
+            "mask of 'mlp': expected one bool per step, found 3",
         ),
         (
             lambda: Schedule(STEPS3, masks=[]),
-            "masks: got [], allowed: a mapping from kind to mask",
+            "masks: expected a mapping from kind to mask, found []",
         ),
         (
             lambda: Schedule(STEPS3, overrides=({},)),
-            "overrides: got {}, allowed: Override objects",
+            "overrides: expected Override objects, found {}",
         ),
-        (lambda: Schedule(STEPS3, label=3), "label: got 3, allowed: a string"),
+        (lambda: Schedule(STEPS3, label=3), "label: expected a string, found 3"),
         (
             lambda: Schedule(STEPS3, overrides=(Override(kind="mlp", mask=(False,)),)),
-            "mask of override of kind 'mlp': got length 1, allowed: one per step (3)",
+            "mask of override of kind 'mlp': expected one bool per step (3), found 1",
         ),
         (
             lambda: Schedule.none(STEPS3).override(kind="mlp"),
-            "override: got mask None and every None, allowed: exactly one of them",
+            "override: expected either mask or every, found mask None and every None",
         ),
         (
             lambda: Schedule.none(STEPS3).override(kind="mlp", mask=[False] * 3, fraction=(0, 1)),
-            "override: got window or fraction with mask, allowed: with every",
+            "override: expected window or fraction with every, found one with mask",
         ),
         (
             lambda: Schedule.none(STEPS3).override(kind="mlp", mask=[False] * 2),
-            "override mask: got length 2, allowed: one per step (3)",
+            "override mask: expected one bool per step (3), found 2",
         ),
         (
             lambda: Schedule.none(STEPS3).override(layers=[1], every=2),
-            "override: got neither kind nor name, allowed: one of them, or both",
+            "override: expected a kind, a name or both, found neither",
         ),
         (
             lambda: Schedule.none(STEPS3).override(kind="space", every=2),
-            f"override: got kind 'space', allowed: {', '.join(KINDS)}",
+            f"override: expected a kind, one of {', '.join(KINDS)}, found 'space'",
         ),
         (
             lambda: Schedule.none(STEPS3).override(kind="mlp", layers=[-1], every=2),
-            "override layers: got [-1], allowed: integers of 0 or more, or None",
+            "override layers: expected integers of 0 or more, or None, found [-1]",
         ),
         (
             lambda: Schedule.none(STEPS3).override(name=3, every=2),
-            "override name: got 3, allowed: a pattern, or None",
+            "override name: expected a pattern or None, found 3",
         ),
         (
             lambda: Schedule.none(STEPS3).mask("space"),
-            f"mask: got kind 'space', allowed: {', '.join(KINDS)}",
+            f"mask: expected a kind, one of {', '.join(KINDS)}, found 'space'",
         ),
     ],
 )
@@ -365,21 +371,41 @@ def changed(**changes) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "schedule JSON: not valid JSON"),
-        ("[]", "schedule JSON: got list, allowed: an object"),
-        ("{}", "schedule JSON: field 'pabc' is missing"),
-        (changed(pabc="plan"), "schedule JSON, pabc: got 'plan', allowed: 'schedule'"),
-        (changed(version=2), "schedule JSON, version: got 2, allowed: 1"),
-        (changed(version=True), "schedule JSON, version: got True, allowed: 1"),
-        (changed(extra=1), "schedule JSON: unknown field 'extra', allowed: pabc, version, label"),
-        (changed(timesteps=3), "schedule JSON, timesteps: got int, allowed: list"),
-        (changed(timesteps=[]), "timesteps: got none"),
-        (changed(masks=[]), "schedule JSON, masks: got list, allowed: dict"),
-        (changed(masks={"space": "#.#"}), "masks: got kind 'space'"),
-        (changed(masks={"mlp": "#x#"}), "masks, mlp: got mask '#x#', allowed: '#' (compute)"),
-        (changed(masks={"mlp": [0]}), "masks, mlp: got mask [0], allowed: '#' (compute)"),
-        (changed(overrides=[3]), "overrides[0]: got int, allowed: an object"),
-        (changed(overrides=[{"kind": "mlp"}]), "overrides[0]: field 'layers' is missing"),
+        ("{", "schedule JSON: expected valid JSON"),
+        ("[]", "schedule JSON: expected an object, found list"),
+        (
+            "{}",
+            "schedule JSON: expected fields pabc, version, label, timesteps, masks, overrides, "
+            "found no 'pabc'",
+        ),
+        (changed(pabc="plan"), "schedule JSON, pabc: expected 'schedule', found 'plan'"),
+        (changed(version=2), "schedule JSON, version: expected 1, found 2"),
+        (changed(version=True), "schedule JSON, version: expected 1, found True"),
+        (
+            changed(extra=1),
+            "schedule JSON: expected fields pabc, version, label, timesteps, masks, overrides, "
+            "found 'extra'",
+        ),
+        (changed(timesteps=3), "schedule JSON, timesteps: expected list, found int"),
+        (changed(timesteps=[]), "timesteps: expected one per step, at least 1, found none"),
+        (changed(masks=[]), "schedule JSON, masks: expected dict, found list"),
+        (
+            changed(masks={"space": "#.#"}),
+            f"masks: expected a kind, one of {', '.join(KINDS)}, found 'space'",
+        ),
+        (
+            changed(masks={"mlp": "#x#"}),
+            "masks, mlp: expected a mask of '#' (compute) and '.' (reuse), found '#x#'",
+        ),
+        (
+            changed(masks={"mlp": [0]}),
+            "masks, mlp: expected a mask of '#' (compute) and '.' (reuse), found [0]",
+        ),
+        (changed(overrides=[3]), "overrides[0]: expected an object, found int"),
+        (
+            changed(overrides=[{"kind": "mlp"}]),
+            "overrides[0]: expected fields kind, layers, name, mask, found no 'layers'",
+        ),
     ],
 )
 def test_bad_json_is_named(text, message):

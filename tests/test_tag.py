@@ -23,8 +23,9 @@ from models import (
 from stages import capture_call, run_to
 from torch import nn
 
+from pabc.options import Options
 from pabc.passes import tag_attention_pass, tagged, verify_tags
-from pabc.pipeline import Config, capture_larger
+from pabc.pipeline import capture_larger
 
 BY_NAME = {case.name: case for case in CASES}
 IMAGE = Case("image", nn.Identity, "BCHW", ())
@@ -37,7 +38,7 @@ def kinds_of(gm):
 def tag(model, call, **config):
     """As :func:`pabc.pipeline.analyze` does, up to this pass."""
     gm = run_to(capture_call(model, call), "axes", **config)
-    gm.meta["larger"] = capture_larger(model, (), dict(call), gm, Config(**config), {})
+    gm.meta["larger"] = capture_larger(model, (), dict(call), gm, Options(**config), {})
     return tag_attention_pass(gm, kinds=config.get("kinds"))
 
 

@@ -21,6 +21,7 @@ from generations import (
 from models import Tiny
 
 import pabc
+from pabc.runtime.branch import ActiveStep
 
 pytestmark = pytest.mark.runtime
 
@@ -114,7 +115,7 @@ def test_a_stated_step_may_be_skipped(model):
             found = fast(*make_call(0, step))
         assert fast.stats.fallbacks == {"missing": 1}
     assert not torch.equal(found, model(*make_call(0, 2)))
-    with pytest.raises(ValueError, match="got -1, allowed: 0 or more"):
+    with pytest.raises(ValueError, match="at_step: expected a step of 0 or more, found -1"):
         run.at_step(-1)
 
 
@@ -150,7 +151,7 @@ def test_threads_each_with_a_trajectory(model):
     assert fast.stats.captures == 3 and fast.stats.nbytes == 0
 
 
-def test_one_step_of_a_trajectory_at_a_time(model):
+def test_one_step_of_a_trajectory_at_a_time(monkeypatch):
     inside, release = threading.Event(), threading.Event()
 
     class Waiting(Tiny):
@@ -159,15 +160,14 @@ def test_one_step_of_a_trajectory_at_a_time(model):
 
     fast = compile_eager(Waiting().eval())
     fast(*make_call(0, 0))
-    program = fast._last[0]
-    run = program.run
+    run = ActiveStep.run
 
-    def wait(*args):
+    def wait(step):
         inside.set()
         assert release.wait(10)
-        return run(*args)
+        return run(step)
 
-    program.run = wait
+    monkeypatch.setattr(ActiveStep, "run", wait)
     thread = threading.Thread(target=lambda: fast(*make_call(0, 1)))
     thread.start()
     assert inside.wait(10)
@@ -177,7 +177,7 @@ def test_one_step_of_a_trajectory_at_a_time(model):
         fast(*make_call(0, 1))
     release.set()
     thread.join()
-    program.run = run
+    monkeypatch.undo()
     expected = run_alone(fast._orig_mod, 0)
     assert torch.equal(fast(*make_call(0, 2)), expected[2]), "the step under way was not disturbed"
 
@@ -200,7 +200,7 @@ def test_an_abandoned_generation_frees_its_slots(model, how, monkeypatch):
     with run:
         generate(fast, 0, steps=range(1))
     assert run.nbytes == fast.stats.nbytes > 0
-    held = weakref.ref(next(iter(run._branches[None, 0]._held.values())).cuts[0])
+    held = weakref.ref(next(iter(run._branches[None, 0].slots._held.values())).cuts[0])
     if how == "reset":
         run.reset()
     elif how == "exception":
@@ -219,12 +219,11 @@ def test_an_abandoned_generation_frees_its_slots(model, how, monkeypatch):
 def test_an_exception_in_the_default_trajectory_resets_it(model, monkeypatch):
     fast = compile_eager(model)
     generate(fast, 0, steps=range(2))
-    program = fast._last[0]
 
-    def fail(*args):
+    def fail(step):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(program, "run", fail)
+    monkeypatch.setattr(ActiveStep, "run", fail)
     with pytest.raises(MemoryError):
         fast(*make_call(0, 2))
     monkeypatch.undo()
@@ -243,7 +242,7 @@ def test_out_of_memory_while_storing_leaves_nothing(model, monkeypatch):
             raise torch.OutOfMemoryError("no room")
         return tensor
 
-    monkeypatch.setattr("pabc.runtime.branch.without_spare_memory", fail)
+    monkeypatch.setattr("pabc.runtime.slots.without_spare_memory", fail)
     with pytest.raises(torch.OutOfMemoryError):
         fast(*make_call(0, 2))
     monkeypatch.undo()

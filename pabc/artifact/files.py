@@ -21,15 +21,14 @@ from pabc.artifact.facts import (
 )
 from pabc.artifact.programs import read_key, read_program, write_key, write_program
 from pabc.artifact.values import Json, decode, encode
-from pabc.pipeline import Config
+from pabc.options import Options
 from pabc.plan import Plan
-from pabc.runtime.phases import Backend
 from pabc.runtime.program import Program
 from pabc.runtime.programs import Programs
 from pabc.runtime.stats import Recorder
 from pabc.schedule import Schedule
 
-FORMAT = 1
+FORMAT = 2
 Path = str | os.PathLike[str]
 
 
@@ -40,7 +39,6 @@ def write_artifact(
     programs: Programs,
     *,
     last: Program,
-    check_finite: bool,
 ) -> None:
     """Writes all that :func:`read_artifact` needs, as :meth:`pabc.CompiledModel.save` does.
 
@@ -49,7 +47,7 @@ def write_artifact(
     Raises: :class:`ArtifactError` for what cannot be saved; it names the node, the argument or the
     option.
     """
-    if programs.config.sharding is not None:
+    if programs.options.sharding is not None:
         raise ArtifactError("mesh: expected None, found a mesh: what ranks share is not saved")
     fitting = [(key, p) for key, p in programs.items() if p.keeps_up(model, at_start=True)]
     if not fitting:
@@ -64,12 +62,10 @@ def write_artifact(
         "versions": describe_versions(),
         "hardware": describe_hardware(_devices(model)),
         "model": describe_model(model),
-        "backend": programs.backend,
-        "config": _write_config(programs.config),
-        "check_finite": check_finite,
+        "options": _write_options(programs.options),
         "schedule": schedule.to_json(),
         "keys": [write_key(key) for key, _ in found],
-        "promotions": encode(programs.promotions.state()),
+        "lifted scalars": encode(programs.scalars.state()),
     }
     write_container(path, {"manifest.json": json.dumps(manifest).encode(), **members})
 
@@ -79,9 +75,7 @@ class SavedModel:
     """What an artifact holds, for one model: all that a compiled model is made of."""
 
     schedule: Schedule
-    backend: Backend
-    config: Config
-    check_finite: bool
+    options: Options
     programs: Programs
 
 
@@ -107,36 +101,28 @@ def read_artifact(path: Path, model: nn.Module) -> SavedModel:
 
 
 def _read_model(manifest: Json, members: dict[str, bytes], model: nn.Module) -> SavedModel:
-    schedule, backend = Schedule.from_json(manifest["schedule"]), manifest["backend"]
-    config = Config(**{name: decode(value) for name, value in manifest["config"].items()})
-    programs = Programs(model, backend, config, Recorder())
-    programs.promotions.restore(decode(manifest["promotions"]))
+    schedule = Schedule.from_json(manifest["schedule"])
+    options = Options(**{name: decode(value) for name, value in manifest["options"].items()})
+    programs = Programs(model, options, Recorder())
+    programs.scalars.restore(decode(manifest["lifted scalars"]))
     for i, key in enumerate(manifest["keys"]):
         program, plan = read_program(
             members,
             f"program{i}",
             model,
-            backend=backend,
-            config=config,
+            options=options,
             recorder=programs.recorder,
         )
         if program.bind(schedule).plan != Plan.from_json(plan):
             raise ArtifactError("the schedule gives another plan than it gave when saved")
         programs.add(read_key(key), program)
-    return SavedModel(
-        schedule=schedule,
-        backend=backend,
-        config=config,
-        check_finite=manifest["check_finite"],
-        programs=programs,
-    )
+    return SavedModel(schedule=schedule, options=options, programs=programs)
 
 
-def _write_config(config: Config) -> Json:
-    names = [field.name for field in fields(Config) if field.name != "sharding"]
-    options = {name: getattr(config, name) for name in names}
-    options["kinds"] = dict(config.kinds)
-    return {name: encode(value) for name, value in options.items()}
+def _write_options(options: Options) -> Json:
+    names = [field.name for field in fields(Options) if field.name != "sharding"]
+    values = {name: getattr(options, name) for name in names} | {"kinds": dict(options.kinds)}
+    return {name: encode(value) for name, value in values.items()}
 
 
 def _devices(model: nn.Module) -> Collection[torch.device]:

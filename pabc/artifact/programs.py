@@ -18,16 +18,14 @@ from pabc.artifact.code import compile_code, load_code, used_inputs
 from pabc.artifact.errors import ArtifactError
 from pabc.artifact.values import Json, decode, encode
 from pabc.base.arguments import leaf_key
-from pabc.passes import (
-    Place,
-    is_outside,
-)
-from pabc.pipeline import Config
-from pabc.runtime.branch import Binding
+from pabc.options import Options
+from pabc.passes import Place, is_outside
+from pabc.runtime.bindings import Binding
 from pabc.runtime.chain import Call, Chain
-from pabc.runtime.phases import Backend, Lowered, Phase, compiling
+from pabc.runtime.executables import LoweredPhase, PhaseKey
+from pabc.runtime.lifted_scalars import CallKey
+from pabc.runtime.phases import compiling
 from pabc.runtime.program import Program
-from pabc.runtime.promotion import Key
 from pabc.runtime.stats import Recorder
 
 logger = logging.getLogger(__name__)
@@ -52,7 +50,7 @@ class Packages:
     """The code of a program's phases: each as a chain of blocks, each distinct block once."""
 
     blocks: dict[Hashable, Package] = field(default_factory=dict)
-    phases: dict[Phase, tuple[Lowered, tuple[Hashable, ...]]] = field(default_factory=dict)
+    phases: dict[PhaseKey, tuple[LoweredPhase, tuple[Hashable, ...]]] = field(default_factory=dict)
 
 
 _PACKAGES: WeakKeyDictionary[Program, Packages] = WeakKeyDictionary()
@@ -64,12 +62,12 @@ def write_program(program: Program, binding: Binding, folder: str) -> dict[str, 
 
     Raises: :class:`ArtifactError` naming what cannot be saved.
     """
-    if program.of_any_size:
-        raise ArtifactError("a graph for any sizes cannot be saved: compile with dynamic=False")
+    if program.inputs.has_dynamic_shapes:
+        raise ArtifactError("dynamic: expected False for a model to be saved, found True")
     analysis, constants = write_analysis(program.guarded)
     members = {f"{folder}/constants": constants}
     blocks, phases = [], []
-    if program.backend == "inductor":
+    if program.phases.backend == "inductor":
         packages = _packages(program, binding)
         for i, package in enumerate(packages.blocks.values()):
             members[f"{folder}/code{i}"] = package.data
@@ -77,12 +75,12 @@ def write_program(program: Program, binding: Binding, folder: str) -> dict[str, 
         numbers = {key: i for i, key in enumerate(packages.blocks)}
         for phase, (lowered, keys) in packages.phases.items():
             called = [numbers[key] for key in keys]
-            phases.append([encode(phase), _write_lowered(lowered), called])
+            phases.append([encode(tuple(phase)), _write_lowered(lowered), called])
     content = {
         "analysis": analysis,
         "blocks": blocks,
         "phases": phases,
-        "promoted": sorted(program.promoted),
+        "lifted": sorted(program.inputs.lifted),
         "plan": binding.plan.to_json(),
     }
     members[f"{folder}/program.json"] = json.dumps(content).encode()
@@ -94,8 +92,7 @@ def read_program(
     folder: str,
     model: nn.Module,
     *,
-    backend: Backend,
-    config: Config,
+    options: Options,
     recorder: Recorder,
 ) -> tuple[Program, str]:
     """The program that :func:`write_program` wrote, and its plan as JSON."""
@@ -103,9 +100,8 @@ def read_program(
     guarded = read_analysis(content["analysis"], members[f"{folder}/constants"], model)
     program = Program(
         guarded,
-        backend=backend,
-        promoted=content["promoted"],
-        config=config,
+        lifted=content["lifted"],
+        options=options,
         recorder=recorder,
     )
     device = _device(program)
@@ -115,7 +111,7 @@ def read_program(
         packages.blocks[i] = package = Package(members[f"{folder}/code{i}"], tuple(used))
         code.append(load_code(package.data, package.used, device))
     for written, chain, called in content["phases"]:
-        phase, lowered = decode(written), _read_lowered(chain)
+        phase, lowered = PhaseKey(*decode(written)), _read_lowered(chain)
         packages.phases[phase] = lowered, tuple(called)
         program.phases.add_code(phase, lowered, [code[i] for i in called])
     return program, content["plan"]
@@ -124,7 +120,8 @@ def read_program(
 def _packages(program: Program, binding: Binding) -> Packages:
     """The code of every phase of the plan, and of those that were run so far."""
     known = _PACKAGES.setdefault(program, Packages())
-    for phase in dict.fromkeys((*binding.stored.items(), *program.phases.compiled)):
+    planned = (PhaseKey(*item) for item in binding.stored.items())
+    for phase in dict.fromkeys((*planned, *program.phases.compiled)):
         if phase not in known.phases:
             start = perf_counter()
             with compiling(), torch.no_grad():
@@ -133,7 +130,7 @@ def _packages(program: Program, binding: Binding) -> Packages:
     return known
 
 
-def _compile(program: Program, phase: Phase, known: Packages) -> None:
+def _compile(program: Program, phase: PhaseKey, known: Packages) -> None:
     """Nothing for a phase that calls modules of the model: what is called by name from a library
     would be those of one model alone. Whoever loads the file compiles it."""
     lowered = program.phases.lower(*phase)
@@ -154,7 +151,7 @@ def _device(program: Program) -> torch.device:
     return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
 
 
-def _write_lowered(lowered: Lowered) -> Json:
+def _write_lowered(lowered: LoweredPhase) -> Json:
     chain = lowered.chain
     return {
         "inputs": chain.num_inputs,
@@ -165,10 +162,10 @@ def _write_lowered(lowered: Lowered) -> Json:
     }
 
 
-def _read_lowered(content: Json) -> Lowered:
+def _read_lowered(content: Json) -> LoweredPhase:
     calls = [Call(block, tuple(inputs), num) for block, inputs, num in content["calls"]]
     chain = Chain(content["inputs"], tuple(calls), tuple(content["results"]))
-    return Lowered(chain, (), tuple(content["weights"]), _read_outputs(content["outputs"]))
+    return LoweredPhase(chain, (), tuple(content["weights"]), _read_outputs(content["outputs"]))
 
 
 def _write_output(output: Any) -> Json:
@@ -179,13 +176,13 @@ def _read_outputs(contents: list[Json]) -> tuple[Any, ...]:
     return tuple(Place(c) if isinstance(c, int) else decode(c["constant"]) for c in contents)
 
 
-def write_key(key: Key) -> Json:
+def write_key(key: CallKey) -> Json:
     """What the calls that a program serves have in common. Raises: :class:`ArtifactError`."""
     form, *leaves = key
     return [encode(form), [_write_leaf(leaf) for leaf in leaves]]
 
 
-def read_key(content: Json) -> Key:
+def read_key(content: Json) -> CallKey:
     """The inverse of :func:`write_key`."""
     form, leaves = content
     return decode(form), *map(_read_leaf, leaves)

@@ -60,15 +60,15 @@ def leaf_key(leaf: Any) -> Any:
     return (type(leaf), leaf)
 
 
-def pack(leaves: Sequence[Any], promoted: Collection[int] = ()) -> list[Any]:
+def pack(leaves: Sequence[Any], lifted: Collection[int] = ()) -> list[Any]:
     """Returns a graph's inputs from flattened arguments.
 
-    Numbers at the positions `promoted` become tensors. A constant that a tracer may not know
+    Numbers at the positions `lifted` become tensors. A constant that a tracer may not know
     becomes None.
     """
     known = (torch.Tensor, int, float, str)
     return [
-        as_tensor(leaf) if i in promoted else leaf if isinstance(leaf, known) else None
+        as_tensor(leaf) if i in lifted else leaf if isinstance(leaf, known) else None
         for i, leaf in enumerate(leaves)
     ]
 

@@ -9,4 +9,4 @@ KINDS = ("spatial", "temporal", "full", "joint", "cross", "mlp", "other")
 def check_kind(kind: object, name: str) -> None:
     """Raises `ValueError` unless `kind`, which the user gave as `name`, is one of `KINDS`."""
     if kind not in KINDS:
-        raise ValueError(f"{name}: got kind {kind!r}, allowed: {', '.join(KINDS)}")
+        raise ValueError(f"{name}: expected a kind, one of {', '.join(KINDS)}, found {kind!r}")

@@ -240,12 +240,14 @@ def find_denoisers(pipe: Any, names: Iterable[str] | None = None) -> dict[str, n
     chosen = [name for name in modules if "transformer" in name] if names is None else list(names)
     for name in chosen:
         if name not in modules:
-            raise ValueError(f"components: got {name!r}, allowed: {', '.join(modules) or 'none'}")
+            known = ", ".join(modules) or "of which there are none"
+            raise ValueError(f"components: expected names of modules, {known}, found {name!r}")
         _check_hooks(name, modules[name])
     if not chosen:
         raise ValueError(
-            f"components: found none among {', '.join(modules) or 'no modules'} named as a "
-            "transformer; name those that are called with the denoised latents"
+            "components: expected a module named as a transformer, found "
+            f"{', '.join(modules) or 'no modules'}; name those that are called with the denoised "
+            "latents"
         )
     return {name: modules[name] for name in chosen}
 

@@ -2,21 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from torch.fx import GraphModule
 
 from pabc import passes
-from pabc.budget import fit_plan
-from pabc.passes import (
-    cache_read,
-)
+from pabc.budget import Fit, fit_plan
+from pabc.passes import cache_read
 from pabc.plan import Plan, SlotSpec
-from pabc.runtime.branch import Binding, Layout
 from pabc.schedule import Schedule
+
+Layout = tuple[tuple[int, ...], ...]
+"""The inputs' shapes, where one program serves several; else empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStep:
+    """One step of a plan, as the runtime reads it.
+
+    Attributes:
+        reused: the slots that it reuses.
+        until: per slot, the last step that may read what this one computes; -1: none.
+        readable: the slots for which there is such a step.
+        last_reads: the slots whose value no later step reads, whenever it was computed.
+    """
+
+    reused: tuple[int, ...]
+    until: tuple[int, ...]
+    readable: tuple[int, ...]
+    last_reads: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """A schedule bound to a program's slots: what each step does.
+
+    Attributes:
+        plan: actions, lifetimes, phases.
+        stored: the slots that a phase reuses -> those whose cuts it returns. The phase that reuses
+            nothing stands in where a value is missing, so it returns the cuts of all.
+        steps: the plan, step by step.
+        fit: how the plan was made to fit a memory budget, where there is one.
+    """
+
+    plan: Plan
+    stored: Mapping[tuple[int, ...], tuple[int, ...]]
+    steps: tuple[PlannedStep, ...]
+    fit: Fit | None = None
+
+    @classmethod
+    def of(cls, plan: Plan, fit: Fit | None = None) -> Binding:
+        """Returns the binding that follows from a plan."""
+        stored = {phase.reused: phase.stored for phase in plan.phases}
+        stored[()] = tuple(sorted({slot for p in plan.phases for slot in p.stored}))
+        return cls(plan, stored, _steps_of(plan), fit)
+
+
+def _steps_of(plan: Plan) -> tuple[PlannedStep, ...]:
+    ends: list[set[int]] = [set() for _ in range(plan.num_steps)]
+    table: list[list[int]] = plan.until.tolist()
+    for row in table:
+        for slot, last in enumerate(row):
+            if last >= 0:
+                ends[last].add(slot)
+    return tuple(
+        PlannedStep(
+            plan.phases[phase].reused,
+            tuple(row),
+            tuple(slot for slot, last in enumerate(row) if last >= 0),
+            tuple(sorted(slots)),
+        )
+        for phase, row, slots in zip(plan.phase_of_step, table, ends, strict=True)
+    )
 
 
 def slot_specs(regions: Sequence[passes.Region]) -> tuple[SlotSpec, ...]:

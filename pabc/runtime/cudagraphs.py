@@ -22,11 +22,10 @@ import torch
 from torch.fx import GraphModule
 
 from pabc import passes
-from pabc.passes import (
-    CONSTANTS,
-)
-from pabc.runtime.branch import Branch, Layout, without_spare_memory
+from pabc.passes import CONSTANTS
+from pabc.runtime.bindings import Layout
 from pabc.runtime.chain import Piece
+from pabc.runtime.slots import without_spare_memory
 from pabc.runtime.stats import Recorder
 
 DEVICE_TYPE = "cuda"
@@ -65,7 +64,7 @@ class Tape:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Part:
+class LinkedPiece:
     """A piece of a phase, and its code, which takes its inputs in a list and empties it."""
 
     piece: Piece
@@ -85,7 +84,7 @@ class Recordable:
         cuts: per slot that is kept, the places of its cuts.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[LinkedPiece, ...]
     weights: Sequence[torch.Tensor]
     outputs: tuple[Any, ...]
     tensors: tuple[int, ...]
@@ -109,7 +108,7 @@ class _Recorded:
     """The parts of a phase that were recorded so far, with the weights at these addresses."""
 
     addresses: list[int]
-    parts: dict[Part, _Recording]
+    parts: dict[LinkedPiece, _Recording]
 
 
 class Workspace:
@@ -186,7 +185,7 @@ class Workspace:
             _set(values, part, recording.results)
 
     def _record(
-        self, phase: Recordable, part: Part, given: list[Any], moving: set[int]
+        self, phase: Recordable, part: LinkedPiece, given: list[Any], moving: set[int]
     ) -> _Recording:
         """Records a part that ends with copies of its cuts to the slots that keep them."""
         indices = [i for i, place in enumerate(part.piece.inputs) if place in moving]
@@ -233,14 +232,15 @@ class Workspace:
 class Workspaces:
     """The workspaces of one program: each is a branch's as long as that lives, then idle."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, device: torch.device, recorder: Recorder) -> None:
+        self._device = device
         self._recorder = recorder
         self._idle: deque[Workspace] = deque(maxlen=MAX_IDLE)  # the one idle for longest goes
         # Re-entrant: a branch may be collected while this thread holds it.
         self._lock = threading.RLock()
-        self._owned: weakref.WeakKeyDictionary[Branch, Workspace] = weakref.WeakKeyDictionary()
+        self._owned: weakref.WeakKeyDictionary[object, Workspace] = weakref.WeakKeyDictionary()
 
-    def of(self, branch: Branch, layout: Layout, device: torch.device) -> Workspace:
+    def of(self, branch: object, layout: Layout) -> Workspace:
         """The branch's workspace for inputs of this layout."""
         with self._lock:
             known = self._owned.get(branch)
@@ -248,7 +248,7 @@ class Workspaces:
                 return known
             found = next((w for w in self._idle if w.layout == layout), None)
             if found is None:
-                found = Workspace(device, layout, self._recorder)
+                found = Workspace(self._device, layout, self._recorder)
             else:
                 self._idle.remove(found)
             self._owned[branch] = found
@@ -291,11 +291,11 @@ def find_device(guarded: GraphModule) -> torch.device:
     return next(iter(devices.values()))
 
 
-def _get(values: Mapping[int, Any], part: Part) -> list[Any]:
+def _get(values: Mapping[int, Any], part: LinkedPiece) -> list[Any]:
     return [values[place] for place in part.piece.inputs]
 
 
-def _set(values: dict[int, Any], part: Part, results: Sequence[torch.Tensor]) -> None:
+def _set(values: dict[int, Any], part: LinkedPiece, results: Sequence[torch.Tensor]) -> None:
     values.update(zip(part.piece.results, results, strict=True))
 
 

@@ -62,15 +62,15 @@ class Peers:
         beating.start()
 
     @contextmanager
-    def step(self) -> Iterator[Step]:
-        """One step: what is done before :meth:`Step.agree` may fail on one rank alone.
+    def step(self) -> Iterator[RankStep]:
+        """One step: what is done before :meth:`RankStep.agree` may fail on one rank alone.
 
         Raises: RankError where another rank failed, or the ranks do not agree.
         """
         with self._lock:
             if self._lost is not None:
-                raise RankError(f"{self._lost}; start the processes anew")
-            step = Step(self)
+                raise RankError(f"{self._lost}; restart the processes")
+            step = RankStep(self)
             try:
                 yield step
             except RankError as error:
@@ -227,7 +227,7 @@ class Peers:
             return
 
 
-class Step:
+class RankStep:
     """A step of one rank, which the others are told of."""
 
     def __init__(self, peers: Peers) -> None:

@@ -1,4 +1,4 @@
-"""Which captured program serves a call; where none does, the model is captured anew."""
+"""Which captured program serves a call; where none does, the model is recaptured."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from torch import nn
 
 from pabc import passes
 from pabc.base.structure import Structure
-from pabc.pipeline import Config
+from pabc.options import Options
 from pabc.runtime.chain import BlockCode
-from pabc.runtime.phases import Backend
-from pabc.runtime.program import Program
-from pabc.runtime.promotion import (
-    Key,
-    Promotions,
+from pabc.runtime.lifted_scalars import (
+    CallKey,
+    LiftedScalars,
     call_key,
     changed_numbers,
     superseded,
     without_sizes,
 )
+from pabc.runtime.program import Program
 from pabc.runtime.state import Watch
 from pabc.runtime.stats import Recorder
 from pabc.runtime.timesteps import Places
@@ -37,30 +36,27 @@ MAX_STATES = 8
 class Programs:
     """The programs of one model, by what the calls that each one serves have in common."""
 
-    def __init__(
-        self, model: nn.Module, backend: Backend, config: Config, recorder: Recorder
-    ) -> None:
+    def __init__(self, model: nn.Module, options: Options, recorder: Recorder) -> None:
         self._model = model
-        self.backend = backend
-        self.config = config
+        self.options = options
         self.recorder = recorder
         self._programs: dict[Any, list[Program]] = {}
-        self._of_any_size: dict[Any, list[Program]] = {}
-        self.promotions = Promotions()
+        self._dynamic: dict[Any, list[Program]] = {}
+        self.scalars = LiftedScalars()
         self.timesteps = Places()
         self.code = BlockCode()
-        self._last: tuple[Key, Program] | None = None
+        self._last: tuple[CallKey, Program] | None = None
         self._watch: Watch | None = None
 
     def __len__(self) -> int:
         """How many kinds of call are served."""
         return len(self._programs)
 
-    def items(self) -> list[tuple[Key, Program]]:
+    def items(self) -> list[tuple[CallKey, Program]]:
         """Every program with what the calls that it serves have in common."""
         return [(key, program) for key, known in self._programs.items() for program in known]
 
-    def add(self, key: Key, program: Program) -> None:
+    def add(self, key: CallKey, program: Program) -> None:
         """Takes a program that was captured elsewhere."""
         self._last = None
         self._keep(key, program)
@@ -73,7 +69,7 @@ class Programs:
         if not at_start and self._last is not None:
             key, program = self._last
             if (
-                key == call_key(structure, leaves, program.promoted)
+                key == call_key(structure, leaves, program.inputs.lifted)
                 and program.keeps_up(self._model, at_start=False)
                 and program.difference(leaves) is None
             ):
@@ -94,11 +90,11 @@ class Programs:
         """
         self._last = None
         differences = self._find(structure, leaves, at_start=False)[1]
-        self._log_what_changed(call_key(structure, leaves, self.promotions.of(structure)))
-        config = self.config
-        if config.sharding is not None:
-            config = replace(config, sharding=replace(config.sharding, schedule=schedule))
-        program = self._capture(args, kwargs, structure, leaves, config)
+        self._log_what_changed(call_key(structure, leaves, self.scalars.of(structure)))
+        options = self.options
+        if options.sharding is not None:
+            options = replace(options, sharding=replace(options.sharding, schedule=schedule))
+        program = self._capture(args, kwargs, structure, leaves, options)
         self.recorder.add(captures=1)
         _warn_of_reads(differences)
         return program
@@ -110,11 +106,11 @@ class Programs:
         from those that there are programs for."""
         differences = []
         self._watching().look(closely=at_start)
-        for promoted in dict.fromkeys((self.promotions.of(structure), frozenset[int]())):
-            key = call_key(structure, leaves, promoted)
+        for lifted in dict.fromkeys((self.scalars.of(structure), frozenset[int]())):
+            key = call_key(structure, leaves, lifted)
             known = self._fitting(self._programs.get(key, []), at_start)
-            others = self._of_any_size and self._of_any_size.get(without_sizes(key), [])
-            others = [p for p in self._fitting(others or [], at_start) if p.serves(leaves)]
+            others = self._dynamic and self._dynamic.get(without_sizes(key), [])
+            others = [p for p in self._fitting(others or [], at_start) if p.inputs.serve(leaves)]
             for program in (*known, *others):
                 difference = program.difference(leaves)
                 if difference is None:
@@ -133,14 +129,14 @@ class Programs:
         programs[:] = [p for p in programs if p not in stale]
         return [p for p in fitting if p not in stale]
 
-    def _log_what_changed(self, key: Key) -> None:
+    def _log_what_changed(self, key: CallKey) -> None:
         """Says in what the model is not as it was for an earlier call of this kind."""
         known = self._programs.get(key, [])
         reason = known[-1].state_difference(self._model) if known else None
         if reason is not None:
-            logger.warning("captured anew: %s", reason)
+            logger.warning("recaptured: %s", reason)
 
-    def _keep(self, key: Key, program: Program) -> None:
+    def _keep(self, key: CallKey, program: Program) -> None:
         """Adds a program; of those for other states of the model, drops the first ones where they
         are many, and those that hold tensors which the model no longer has."""
         program.share(self._watching())
@@ -156,27 +152,26 @@ class Programs:
             self._watch = Watch(self._model)
         return self._watch
 
-    def _build(self, args: Any, kwargs: Any, promoted: Collection[int], config: Config) -> Program:
-        """A program for any sizes where so configured, and the model allows."""
+    def _build(self, args: Any, kwargs: Any, lifted: Collection[int], options: Options) -> Program:
+        """Returns a program; with dynamic shapes where they are asked for and can be had."""
 
-        def build(config: Config) -> Program:
+        def build(options: Options) -> Program:
             return Program.capture(
                 self._model,
                 args,
                 kwargs,
-                backend=self.backend,
-                config=config,
-                promoted=promoted,
+                options=options,
+                lifted=lifted,
                 recorder=self.recorder,
                 code=self.code,
             )
 
         try:
-            return build(config)
+            return build(options)
         except ValueError as error:
-            if not config.dynamic:
+            if not options.dynamic:
                 raise
-            program = build(replace(config, dynamic=False))
+            program = build(replace(options, dynamic=False))
             warnings.warn(
                 f"pabc: dynamic=True: captured for the sizes of this call alone, since {error}",
                 stacklevel=2,
@@ -189,24 +184,24 @@ class Programs:
         kwargs: Any,
         structure: Structure,
         leaves: list[Any],
-        config: Config,
+        options: Options,
     ) -> Program:
-        def build(promoted: Collection[int]) -> Program:
-            return self._build(args, kwargs, promoted, config)
+        def build(lifted: Collection[int]) -> Program:
+            return self._build(args, kwargs, lifted, options)
 
         key = call_key(structure, leaves, ())
         changed = changed_numbers(self._programs, key, leaves)
-        found = self.promotions.capture(build, self._model, structure, leaves, changed)
-        program, promoted = found or (build(()), frozenset())
-        key = call_key(structure, leaves, promoted)
-        for old in superseded(self._programs, key, promoted):
+        found = self.scalars.capture(build, self._model, structure, leaves, changed)
+        program, lifted = found or (build(()), frozenset())
+        key = call_key(structure, leaves, lifted)
+        for old in superseded(self._programs, key, lifted):
             del self._programs[old]
         self._keep(key, program)
-        if program.serves(leaves):
-            self._of_any_size.setdefault(without_sizes(key), []).append(program)
-        if names := [program.signature.inputs[i] for i in changed if i not in promoted]:
+        if program.inputs.serve(leaves):
+            self._dynamic.setdefault(without_sizes(key), []).append(program)
+        if names := [program.signature.inputs[i] for i in changed if i not in lifted]:
             warnings.warn(
-                f"pabc captured the model anew because the number passed as {names} changed; "
+                f"pabc recaptured the model because the number passed as {names} changed; "
                 "pass a tensor where a value changes from call to call",
                 stacklevel=5,
             )
@@ -218,7 +213,7 @@ def _warn_of_reads(differences: Sequence[tuple[passes.Read, Any]]) -> None:
     if len(differences) > 1:
         read, value = differences[-1]
         warnings.warn(
-            f"pabc captured the model anew because it reads a value from data that changed: {read} "
+            f"pabc recaptured the model because it reads a value from data that changed: {read} "
             f"when captured, {value} now; capture number {len(differences) + 1} of this signature",
             stacklevel=5,
         )

@@ -9,13 +9,23 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 
 from pabc.passes import Checked, Read, Reads
+from pabc.runtime.versions import TensorVersions
+from pabc.runtime.weights import Weights
 
 
 class ReadCheck:
-    """Reads again what a graph is specialized on."""
+    """Reads again what a graph is specialized on, where what that follows from has changed.
 
-    def __init__(self, reads: Reads) -> None:
+    Args:
+        reads: the values, and the graph that computes the tensors that they are read from.
+        weights: the tensors of the model that this graph reads, and others.
+    """
+
+    def __init__(self, reads: Reads, weights: Weights) -> None:
         self._graph = reads.graph
+        self._used = reads.used
+        self._weights = weights.live(reads.weights)
+        self._unchanged: TensorVersions | None = None
         order = {node: i for i, node in enumerate(reads.graph.graph.nodes)}
         self._checks: dict[Node, list[Checked]] = {}
         for c in reads.checked:
@@ -23,11 +33,15 @@ class ReadCheck:
 
     def difference(self, inputs: Sequence[Any]) -> tuple[Read, Any] | None:
         """Returns the first read that gives another value for these inputs, with that value."""
+        sources = [*[inputs[i] for i in self._used], *self._weights]
+        if self._unchanged is not None and self._unchanged.hold_for(sources):
+            return None
         try:
             with torch.no_grad():
                 _Rerun(self._graph, self._checks).run(*inputs)
         except _Differs as found:
             return found.read, found.value
+        self._unchanged = TensorVersions.of(sources)
         return None
 
 

@@ -13,12 +13,12 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import cache
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from pabc.base.structure import Structure
-from pabc.runtime.branch import Branch, Outside
+from pabc.runtime.branch import Branch, UnscheduledCalls
 from pabc.runtime.conditions import Calls
 from pabc.runtime.guards import MAKE_SCHEDULE, Clock, Expected, GuardError, Step, Verdict
 from pabc.runtime.stats import Recorder
@@ -53,6 +53,20 @@ def _innermost(stack: ContextVar[_Entered], owner: object) -> object | None:
     return None
 
 
+class PlacedCall(NamedTuple):
+    """Which step a call is.
+
+    Attributes:
+        branch: the branch that it belongs to, at its step.
+        schedule: what its generation follows.
+        is_sure: whether it is sure enough for reuse that it is this step.
+    """
+
+    branch: Branch
+    schedule: Schedule
+    is_sure: bool
+
+
 class Trajectory:
     """The state of one generation at a time, apart from that of every other one.
 
@@ -83,8 +97,8 @@ class Trajectory:
         self._check_finite = check_finite
         self._on_error = on_error
         self._branches: dict[BranchKey, Branch] = {}
-        self._outside: Outside | None = None
-        self._num_outside = 0
+        self._unscheduled: UnscheduledCalls | None = None
+        self._num_unscheduled = 0
         self._following: Schedule | None = None
         self._step = -1
         """The step of the last call; -1: the generation has not begun."""
@@ -120,7 +134,7 @@ class Trajectory:
         Raises ValueError for a step below 0.
         """
         if step < 0:
-            raise ValueError(f"at_step: got {step}, allowed: 0 or more")
+            raise ValueError(f"at_step: expected a step of 0 or more, found {step}")
         with self._lock:
             self._stated_step = step
             if step == 0:
@@ -137,7 +151,7 @@ class Trajectory:
             for branch in self._branches.values():
                 branch.release()  # even if an exception's traceback holds the branch
             self._branches.clear()
-            self._outside = self._following = self._last = None
+            self._unscheduled = self._following = self._last = None
             self._step = -1
             self._stated_step, self._calls = None, {}
             self._clock.restart()
@@ -154,7 +168,7 @@ class Trajectory:
     @property
     def nbytes(self) -> int:
         """Bytes that the slots keep alive."""
-        return sum(branch.nbytes for branch in list(self._branches.values()))
+        return sum(branch.slots.nbytes for branch in list(self._branches.values()))
 
     def running(self) -> _Running:
         """Within it, one call is made; if it raises, the generation is abandoned.
@@ -169,8 +183,8 @@ class Trajectory:
         arguments: Sequence[object],
         structure: Structure,
         leaves: Sequence[Any],
-    ) -> Branch:
-        """The branch of the call that is made now, at its step.
+    ) -> PlacedCall:
+        """Returns the branch of the call that is made now, at its step.
 
         `default`: the schedule of a generation that begins, if the trajectory has none of its own;
         `arguments`: as the user gave them, and flattened. Raises GuardError for a call that
@@ -211,7 +225,7 @@ class Trajectory:
         expected = Expected(schedule.timesteps, (here,), Verdict(here), is_stated=True)
         branch.clock.settle(has_reused=False)
         branch.clock.ask(expected, structure, leaves, said)
-        return branch
+        return PlacedCall(branch, schedule, True)
 
     def _place_counted(
         self,
@@ -220,7 +234,7 @@ class Trajectory:
         structure: Structure,
         leaves: Sequence[Any],
         said: Mapping[str, Any],
-    ) -> Branch:
+    ) -> PlacedCall:
         at, following = self._step, self._following
         num_steps = 0 if following is None else len(following.timesteps)
         is_over = at + 1 == num_steps or at < 0
@@ -236,15 +250,15 @@ class Trajectory:
         if self._clock.is_waiting:
             self._last = branch, steps[0]
         if verdict.step is None:
-            return self._run_outside(schedule)
-        self._num_outside = 0
+            return self._place_unscheduled(schedule)
+        self._num_unscheduled = 0
         if verdict.step.is_new:
             self._check_restart(verdict.step, steps)
             self._begin(branch)
-            self._following = default
+            self._following = schedule = default
         self._move(branch, verdict.step.at)
-        branch.may_reuse, branch.may_repeat = verdict.may_reuse, False
-        return branch
+        branch.may_repeat = False
+        return PlacedCall(branch, schedule, verdict.may_reuse)
 
     def _settle(self) -> None:
         """Puts right which step the last call was, if its timestep was on its way from a device."""
@@ -265,7 +279,6 @@ class Trajectory:
             self._begin(branch)
             self._following = following
         self._step = verdict.step.at
-        branch.schedule = self._following
         branch.relabel(verdict.step.at)
 
     def _check_restart(self, found: Step, expected: Sequence[Step]) -> None:
@@ -293,26 +306,27 @@ class Trajectory:
         if step != self._step and len(self._branches) > 1:
             is_last = step + 1 == following.num_steps
             for other in self._branches.values():
-                if other is not branch:
-                    # A branch that rested before the last step is not expected to come back.
-                    other.free(step) if not is_last or other.last + 1 >= step else other.release()
+                if other is branch:
+                    continue
+                if is_last and other.last + 1 < step:  # it rested: not expected to come back
+                    other.release()
+                else:
+                    other.slots.free_before(step)
         self._step = step
-        branch.schedule = following
         branch.seek(step)
 
-    def _run_outside(self, schedule: Schedule) -> Outside:
-        if self._outside is None:
-            self._outside = Outside(self._recorder, self._check_finite)
-        self._outside.schedule = schedule
-        self._num_outside += 1
-        if self._num_outside == schedule.num_steps:
+    def _place_unscheduled(self, schedule: Schedule) -> PlacedCall:
+        if self._unscheduled is None:
+            self._unscheduled = UnscheduledCalls(self._recorder, self._check_finite)
+        self._num_unscheduled += 1
+        if self._num_unscheduled == schedule.num_steps:
             warnings.warn(
                 f"pabc: the last {schedule.num_steps} calls, as many as the schedule has steps, "
                 "brought timesteps that are none of its steps, or not the first, so that nothing "
                 f"could be reused; {MAKE_SCHEDULE}",
                 stacklevel=7,
             )
-        return self._outside
+        return PlacedCall(self._unscheduled, schedule, True)
 
     def _branch(self, name: str | None, order: int = 0) -> Branch:
         branch = self._branches.get((name, order))

@@ -42,6 +42,8 @@ class Weights:
         self._layouts = {name: _layout(tensor) for name, tensor in self._tensors.items()}
         self._places: _Places | None = None
         self._live: list[tuple[tuple[str, ...], list[torch.Tensor]]] = []
+        self.state = 0
+        """How often tensors were replaced."""
 
     def live(self, names: Iterable[str]) -> list[torch.Tensor]:
         """The tensors of these names, in a list that :meth:`follow` keeps as the model is."""
@@ -118,6 +120,7 @@ class Weights:
             for gm in graphs:
                 _rebind(gm, name, tensor)
         if replaced:
+            self.state += 1
             for names, tensors in self._live:
                 tensors[:] = self.get(names)
         if self._places is not None and not self._places.hold():

@@ -86,11 +86,11 @@ class Call:
     """
 
     def __init__(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], promoted: Collection[int] = ()
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], lifted: Collection[int] = ()
     ) -> None:
         self._leaves, self.structure = flatten((args, kwargs))
-        self._promoted = frozenset(promoted)
-        self.inputs = [_alias(leaf) for leaf in pack(self._leaves, promoted)]
+        self._lifted = frozenset(lifted)
+        self.inputs = [_alias(leaf) for leaf in pack(self._leaves, lifted)]
         self.args, self.kwargs = self.structure.unflatten_plain(self.inputs)
         self.result: Result | None = None
         self.left: list[Change] = []
@@ -114,7 +114,7 @@ class Call:
         @functools.wraps(forward)
         def call(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
             args, kwargs = self._restore((args, {name: kwargs[name] for name in self.kwargs}))
-            mode = numbers.RecordNumbers() if self._promoted else nullcontext()
+            mode = numbers.RecordNumbers() if self._lifted else nullcontext()
             self.tokens.clear()
             self.hooks = HookTracer(model, self.tokens)
             with (
@@ -176,8 +176,8 @@ class Call:
         for i, (given, leaf) in enumerate(
             zip(pytree.tree_leaves(arguments), self._leaves, strict=True)
         ):
-            if i in self._promoted:
-                leaves.append(numbers.promoted(leaf, given))
+            if i in self._lifted:
+                leaves.append(numbers.lift(leaf, given))
             else:
                 leaves.append(given if isinstance(given, _TRACED) else leaf)
         return self.structure.unflatten(leaves)

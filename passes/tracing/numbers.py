@@ -1,7 +1,7 @@
 """numbers: Python numbers that stay ones for the model, and are tensors for the graph.
 
 A model that is called with a new timestep at every step, as a Python float or int, or that reads
-one with `t.item()`, would be captured anew at every step. Instead it is traced with a number that
+one with `t.item()`, would be recaptured at every step. Instead it is traced with a number that
 remembers the tensor it stands for: `isinstance(t, float)` holds and `torch.is_tensor(t)` does not,
 as in the user's call, but arithmetic on it and PyTorch functions that take it are recorded with
 the tensor. Where Python needs its value (a comparison, a size, `int(t)`), a policy decides:
@@ -31,7 +31,7 @@ from .indexing import can_select, select_positions
 
 
 class NumberIsReadError(ValueError):
-    """A promoted number's value is needed while tracing."""
+    """The value of a lifted number is needed while tracing."""
 
 
 class TracedNumber:
@@ -73,7 +73,7 @@ class Policy:
         return ask(self.value(number))
 
 
-def promoted(number: Any, tensor: torch.Tensor) -> TracedNumber:
+def lift(number: Any, tensor: torch.Tensor) -> TracedNumber:
     """`number`, as an input of the graph that `tensor` holds."""
     return TracedNumber(plain(number), tensor, Policy())
 

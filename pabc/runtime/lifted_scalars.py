@@ -25,10 +25,10 @@ from pabc.runtime.autocast import active_autocast, without_autocast
 from pabc.runtime.program import Program
 
 logger = logging.getLogger(__name__)
-Key = tuple[Any, ...]
+CallKey = tuple[Any, ...]
 
 
-def call_key(structure: Structure, leaves: Sequence[Any], promoted: Collection[int]) -> Key:
+def call_key(structure: Structure, leaves: Sequence[Any], lifted: Collection[int]) -> CallKey:
     """What calls share that one captured graph serves: form, shapes, dtypes, devices, constants.
 
     Not strides: inputs that lie otherwise in memory are copied.
@@ -37,30 +37,30 @@ def call_key(structure: Structure, leaves: Sequence[Any], promoted: Collection[i
         (x.shape, x.dtype, x.device)
         if isinstance(x, torch.Tensor)
         else type(x)
-        if i in promoted
+        if i in lifted
         else leaf_key(x)
         for i, x in enumerate(leaves)
     ]
     return ((structure, active_autocast(leaves)), *keys)
 
 
-def without_sizes(key: Key) -> Key:
-    """What calls share that one graph, captured for any sizes, may serve."""
+def without_sizes(key: CallKey) -> CallKey:
+    """What calls share that one graph, with dynamic shapes, may serve."""
     shapes = (isinstance(k, tuple) and isinstance(k[0], torch.Size) for k in key)
     return tuple(
         (len(k[0]), *k[1:]) if is_tensor else k for k, is_tensor in zip(key, shapes, strict=True)
     )
 
 
-class Promotions:
-    """Per form of call: the positions of promoted numbers, and of those that cannot be."""
+class LiftedScalars:
+    """Per form of call: the positions of lifted numbers, and of those that cannot be."""
 
     def __init__(self) -> None:
         self._values: dict[Structure, dict[int, tuple[Any, Any]]] = {}
         self._constant: dict[Structure, set[int]] = {}
 
     def state(self) -> tuple[tuple[Structure, dict[int, Any], frozenset[int]], ...]:
-        """All that is known: per form of call, two values of each promoted number, and which are
+        """All that is known: per form of call, two values of each lifted number, and which are
         constants."""
         forms = dict.fromkeys((*self._values, *self._constant))
         return tuple(
@@ -108,7 +108,9 @@ class Promotions:
         return program, frozenset(pairs)
 
 
-def changed_numbers(keys: Collection[Key], key: Key, leaves: Sequence[Any]) -> dict[int, Any]:
+def changed_numbers(
+    keys: Collection[CallKey], key: CallKey, leaves: Sequence[Any]
+) -> dict[int, Any]:
     """Positions of the numbers, where they alone tell `key` from an earlier call's, and what they
     were then."""
     for other in keys:
@@ -124,9 +126,9 @@ def changed_numbers(keys: Collection[Key], key: Key, leaves: Sequence[Any]) -> d
     return {}
 
 
-def superseded(keys: Collection[Key], key: Key, promoted: Collection[int]) -> list[Key]:
+def superseded(keys: Collection[CallKey], key: CallKey, lifted: Collection[int]) -> list[CallKey]:
     """Those of `keys` that only differ from `key` in numbers that it has as inputs."""
-    fixed = [i for i in range(1, len(key)) if i - 1 not in promoted]
+    fixed = [i for i in range(1, len(key)) if i - 1 not in lifted]
     return [k for k in keys if k[0] == key[0] and k != key and all(k[i] == key[i] for i in fixed)]
 
 

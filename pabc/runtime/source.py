@@ -1,0 +1,42 @@
+"""What computed values follow from: a program, the sizes it was run with, the state of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pabc.runtime.bindings import Layout
+from pabc.runtime.weights import Weights
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What the values of a branch follow from; those of another source are not valid.
+
+    Attributes:
+        weights: the tensors that the program reads, which tell programs apart.
+        state: how often some of them were replaced.
+        layout: the sizes of the inputs that the program leaves open.
+        tensors: the tensors among the inputs, by name: dtype, device, and shape as captured.
+    """
+
+    weights: Weights
+    state: int
+    layout: Layout
+    tensors: Mapping[str, tuple[Any, ...]] = field(compare=False)
+
+    def difference(self, earlier: Source) -> str:
+        """Returns what tells calls of this source from those of an earlier one: a key of
+        :attr:`pabc.Stats.fallbacks`."""
+        if earlier.weights is self.weights:
+            return "shape" if self.layout != earlier.layout else "weights"
+        if not earlier.weights.are_of_this_state:
+            return "model"
+        if earlier.tensors.keys() != self.tensors.keys():
+            return "arguments"  # of another structure, or no tensors where there were
+        pairs = [(self.tensors[name], earlier.tensors[name]) for name in self.tensors]
+        for i, reason in enumerate(("dtype", "device", "shape")):
+            if any(mine[i] != theirs[i] for mine, theirs in pairs):
+                return reason
+        return "arguments"
