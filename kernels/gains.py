@@ -1,4 +1,4 @@
-"""Where kernels are faster than what they replace: measured, per device and shape."""
+"""Gains: where kernels are faster than what they replace, as measured by device and shape."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from pathlib import Path
 import torch
 
 TABLE = Path(__file__).with_name("gains.json")
-"""Device name -> kernel -> [shape, ratio to the best alternative], as `bench/kernel_*.py` writes
-it. A device that is not in it has not been measured."""
+"""Device name -> kernel -> [shape, time of the best alternative over the kernel's], written by
+`bench/kernel_*.py --record`. Devices without an entry have not been measured."""
 LEAST = 1.05
-"""The ratio from which a kernel is taken."""
+"""A kernel is used if it is at least this many times as fast."""
 
 
 def find_gain(kernel: str, device: torch.device, shape: tuple[int, ...]) -> bool | None:
-    """Whether a kernel is faster for this shape on this device, by the measured shape most like it;
-    None: nothing was measured."""
+    """Returns True if a kernel is faster on a device, by the measured shape most like `shape`.
+
+    None if nothing was measured.
+    """
     if device.type != "cuda":
         return None
     rows = _read_table().get(torch.cuda.get_device_name(device), {}).get(kernel, [])
@@ -30,11 +32,11 @@ def find_gain(kernel: str, device: torch.device, shape: tuple[int, ...]) -> bool
 
 @cache
 def _read_table() -> dict[str, dict[str, list[tuple[list[int], float]]]]:
-    found: dict[str, dict[str, list[tuple[list[int], float]]]] = json.loads(TABLE.read_text())
-    return found
+    table: dict[str, dict[str, list[tuple[list[int], float]]]] = json.loads(TABLE.read_text())
+    return table
 
 
 def _distance(shape: tuple[int, ...], other: tuple[int, ...]) -> float:
-    """How much larger or smaller the dimensions are, at most of one, in powers of two."""
+    """Returns the largest difference of a dimension, in powers of two."""
     pairs = zip(shape, other, strict=True)
     return max(abs(math.log2(a / b)) for a, b in pairs)

@@ -1,10 +1,10 @@
-"""lower: parts of a graph that a Triton kernel computes faster become calls of it.
+"""lower: replaces parts of a graph by calls of Triton kernels that compute them faster.
 
-Each rule (:mod:`pabc.passes.lowering`) finds what its kernel may compute, says why not where it may
-not, and rewrites it. Nodes are looked at from the last one to the first: what ends later takes what
-it needs of what is before, and a part of it is not looked at by itself. Whether it is worth it is
-not guessed: `auto` lowers what a measured table says gains on the device at hand, `force` lowers
-all that a kernel computes.
+Each rule (:mod:`pabc.passes.lowering`) finds what its kernel might compute, gives a reason if the
+kernel can't, and rewrites it. Nodes are visited from the last to the first, so that the largest
+match wins: its inner nodes are not matched again for the same kernel. Gains are never guessed:
+`auto` lowers what a measured table says is faster on the device at hand, and `force` lowers
+everything that a kernel can compute.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .lowering.attention import match_attention
 from .lowering.encode_rows import match_encode_rows
 from .lowering.joint_norm import match_joint_norm
 from .lowering.layouts import keep_layouts, settle_layouts
-from .lowering.match import Match, Rule
+from .lowering.match import KernelRule, Match
 from .lowering.permute_copy import match_permute_copy
 from .lowering.residual_norm import KERNEL, match_residual_norm
 from .lowering.short_attention import match_short_attention
@@ -30,10 +30,10 @@ from .lowering.text_attention import match_text_attention
 
 Kernels = Literal["auto", "off", "force"]
 Gains = Callable[[str, torch.device, tuple[int, ...]], bool | None]
-"""(kernel, device, shape) -> whether it is faster there than what a user would otherwise get; None:
-not measured."""
+"""(kernel, device, shape) -> whether the kernel is faster there than the best alternative; None if
+that has not been measured."""
 
-RULES: tuple[Rule, ...] = (
+RULES: tuple[KernelRule, ...] = (
     match_short_attention,
     match_text_attention,
     match_attention,
@@ -42,11 +42,11 @@ RULES: tuple[Rule, ...] = (
     match_encode_rows,
     match_permute_copy,
 )
-"""Of those that match the same node, the first that is taken counts."""
+"""All rules; of those that match a node, the first whose match is lowered wins."""
 
 
 FREE_LAYOUTS = {KERNEL: ("y_like_x", "n_like_x")}
-"""Kernel -> its keywords that say that a result is laid out like its first argument."""
+"""Kernel -> its keywords that lay a result out like its first argument."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +99,11 @@ class _Lowering:
         self._kernels = kernels
         self._gains = gains
         self._covered: set[tuple[str, Node]] = set()
-        """What is part of something larger, for the same kernel."""
+        """Inner nodes of matches that were not lowered, with the kernel of the match."""
         self._erased: set[Node] = set()
 
     def look_at(self, node: Node) -> None:
-        """Does the first thing that a rule says of a node and nothing speaks against."""
+        """Lowers the first match of a node that there is no reason against."""
         device = None if node in self._erased else _device(node)
         if device is None or (self._kernels == "auto" and device.type == "cpu"):
             return
@@ -134,7 +134,7 @@ def _why_not(match: Match, kernels: Kernels, gains: Gains, device: torch.device)
 
 
 def _device(node: Node) -> torch.device | None:
-    """Of what a call yields."""
+    """Returns the device of the result of a call; None for other nodes."""
     if node.op != "call_function":
         return None
     val: Any = node.meta.get("val")

@@ -1,5 +1,6 @@
-"""What becomes of a part of a graph when a Triton kernel computes it: a rule for each kernel.
+"""Rules that replace parts of a graph by calls of Triton kernels, one rule for each kernel.
 
-A rule looks at one node, the last of what its kernel would compute, and says whether it may, or why
-not; :func:`pabc.passes.lower_pass` decides which of those are worth it.
+A rule looks at the last node of what its kernel would compute and returns a
+:class:`~pabc.passes.lowering.match.Match`, which says whether the kernel can compute it or why not.
+:func:`pabc.passes.lower_pass` decides which matches are worth a rewrite.
 """

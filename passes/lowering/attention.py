@@ -1,27 +1,27 @@
-"""Attention of any length, which `pabc.kernels.attention` computes."""
+"""Matches attention of any length, which :mod:`pabc.kernels.attention` computes."""
 
 from __future__ import annotations
 
 from torch.fx import Node
 
 from .match import Match, first_reason, insert, replace
-from .sdpa import Attention, find_attention
+from .sdpa import SdpaCall, find_sdpa
 
 
 def match_attention(node: Node) -> Match | None:
-    """Attention of any queries and keys.
+    """Matches any attention.
 
     # before                                           # after
     %o = scaled_dot_product_attention(%q, %k, %v)      %o = pabc.attention(%q, %k, %v)
     """
-    found = find_attention(node)
-    if found is None:
+    call = find_sdpa(node)
+    if call is None:
         return None
-    return Match("attention", found.shape, first_reason(found.reasons()), lambda: _rewrite(found))
+    return Match("attention", call.shape, first_reason(call.reasons()), lambda: _rewrite(call))
 
 
-def _rewrite(found: Attention) -> None:
+def _rewrite(call: SdpaCall) -> None:
     from pabc.kernels.attention import OP
 
-    tensors = (found.query, found.key, found.value, found.mask_of_4())
-    replace(found.node, insert(found.node, OP, *tensors, None, found.scale))
+    tensors = (call.query, call.key, call.value, call.insert_mask())
+    replace(call.node, insert(call.node, OP, *tensors, None, call.scale))

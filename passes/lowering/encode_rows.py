@@ -1,4 +1,4 @@
-"""Encoding of cuts as fp8, which `pabc.kernels.encode_rows` computes."""
+"""Matches the encoding of cuts as fp8, which :mod:`pabc.kernels.encode_rows` computes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .rms import without_casts
 
 
 def match_encode_rows(node: Node) -> Match | None:
-    """Rows over their scales, as :func:`pabc.passes.encode.encode` has them.
+    """Matches rows divided by their scales, as :func:`pabc.passes.encode.encode` writes them.
 
     # before                                              # after
     %s = clamp_min(mul(amax(abs(%x), -1), 1/448), TINY)
@@ -33,7 +33,7 @@ def match_encode_rows(node: Node) -> Match | None:
 
 @dataclass(frozen=True, slots=True)
 class _Encoding:
-    """What is encoded, and the nodes of the values and of the scales; `quotient` reads both."""
+    """An encoding of `x`: the nodes of its values, its scales, and the quotient that reads both."""
 
     x: Node
     values: Node
@@ -88,7 +88,7 @@ def _find_encoding(node: Node) -> _Encoding | None:
 
 
 def _call(node: Any, target: Any, *others: Any) -> Node | None:
-    """The node, if it calls this with these arguments after the first."""
+    """Returns `node` if it is a call of `target` with these arguments after the first."""
     if not is_call(node, (target,)) or (others and tuple(node.args[1:]) != others):
         return None
     assert isinstance(node, Node)

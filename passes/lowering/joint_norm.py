@@ -1,4 +1,4 @@
-"""Norms that lie one after the other in one tensor, which `pabc.kernels.joint_norm` computes."""
+"""Matches concatenated norms, which :mod:`pabc.kernels.joint_norm` computes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch.fx import Node
 from ..ir import GETITEM, aten, is_call, value
 from .match import Match, insert, only_user, replace
 from .norms import Norm, find_norm
-from .residual_norm import Found, find_with_sum, why_not
+from .residual_norm import ResidualNorm, find_with_sum, why_not
 
 KERNEL = "joint_norm"
 
 
 def match_joint_norm(node: Node) -> Match | None:
-    """Norms of several parts, text and latents, that are put one after the other.
+    """Matches a concatenation of norms, as of text and latents.
 
     # before                                           # after
     %a = layer_norm(%text) * (1 + %s0) + %t0           %c = pabc.joint_norm([%text, %latents], ...)
@@ -38,18 +38,18 @@ def match_joint_norm(node: Node) -> Match | None:
     return Match(KERNEL, _shape(found), None, lambda: _rewrite(node, dim, found, before), covers)
 
 
-def _find_part(part: Node, user: Node) -> Found | None:
+def _find_part(part: Node, user: Node) -> ResidualNorm | None:
     norm = find_norm(part) if only_user(part) is user else None
     return None if norm is None else find_with_sum(part, norm)
 
 
-def _norm(part: Found) -> Norm:
+def _norm(part: ResidualNorm) -> Norm:
     assert part.norm is not None
     return part.norm
 
 
-def _fit(parts: Sequence[Found]) -> bool:
-    """Whether the kernel computes each, and all of them together."""
+def _fit(parts: Sequence[ResidualNorm]) -> bool:
+    """Returns True if the kernel can compute each of the norms, and all of them in one call."""
     sums = [part for part in parts if part.y is not None]
     norms = {(_norm(part).kind, _norm(part).eps, value(part.n).dtype) for part in parts if part.n}
     return (
@@ -60,14 +60,14 @@ def _fit(parts: Sequence[Found]) -> bool:
     )
 
 
-def _shape(parts: Sequence[Found]) -> tuple[int, int, int]:
-    """As that of a residual norm, the bytes of an element on the average."""
+def _shape(parts: Sequence[ResidualNorm]) -> tuple[int, int, int]:
+    """Returns rows, channels, and bytes per element of all parts, on average."""
     rows = sum(part.shape[0] for part in parts)
     nbytes = sum(part.shape[0] * part.shape[2] for part in parts)
     return rows, parts[0].shape[1], round(nbytes / rows)
 
 
-def _rewrite(node: Node, dim: int, parts: Sequence[Found], before: Node) -> None:
+def _rewrite(node: Node, dim: int, parts: Sequence[ResidualNorm], before: Node) -> None:
     from pabc.kernels.joint_norm import OP
 
     terms = [term for part in parts for term in part.terms]

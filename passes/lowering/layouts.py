@@ -1,5 +1,4 @@
-"""Layouts after lowering: what comes after a kernel takes its results as they are, where it may;
-what is far apart in memory without need is written side by side."""
+"""Layouts after lowering: passes kernels' layouts on to users, and makes channels contiguous."""
 
 from __future__ import annotations
 
@@ -14,15 +13,16 @@ from ..ir import GETITEM, aten, is_call, layout_key, output_node, value
 from .match import BEFORE, restride, steps
 
 FREE = ("aten", "prims", "pabc")
-"""Namespaces of ops that take tensors of any strides, or raise where they do not."""
+"""Namespaces of ops that accept tensors of any strides, or raise an error."""
 
 
 def keep_layouts(graph: Graph) -> None:
-    """Has what reads kernels' results take them as they are laid out; copies restore what they were
-    for those that would refuse, and for results of the graph.
+    """Passes the layouts of kernels' results on to their users.
 
-    Requires: `meta` of kernels' results says how they were laid out, where that was otherwise.
-    Ensures: copies to where memory already is as they want it are gone.
+    Users that rely on the former strides, and results of the graph, read a copy that restores them.
+
+    Requires: `meta` of a kernel's result has the former layout under :data:`BEFORE`, if it differs.
+    Ensures: no redundant layout copies of these results remain.
 
         # before: results were by (N, H, T, D)         # after: they are by (N, T, H, D)
         %o = pabc.attention(%q, %k, %v)                %o = pabc.attention(%q, %k, %v)
@@ -54,7 +54,10 @@ def keep_layouts(graph: Graph) -> None:
 
 
 def _erase_idle_copies(graph: Graph, changed: Collection[Node]) -> None:
-    """Of what changed, if they are laid out as what they copy. Results of the graph stay copies."""
+    """Erases copies of changed nodes that have the layout of their operand.
+
+    Copies that are results of the graph stay: a result must not alias another tensor.
+    """
     result = output_node(graph)
     for node in dict.fromkeys(user for each in changed for user in each.users):
         if not is_call(node, (aten.clone.default,)) or result in node.users:
@@ -67,17 +70,16 @@ def _erase_idle_copies(graph: Graph, changed: Collection[Node]) -> None:
 
 
 def settle_layouts(graph: Graph, flags: Mapping[str, tuple[str, ...]]) -> None:
-    """Has kernels that may write as they read, or contiguously, do so where channels lie apart.
+    """Makes kernels write contiguous results where the channels of their input are far apart.
 
-    A convolution yields such channels, and sums keep them so from one end of a model to the other:
-    each kernel would read and write one element of a row at a time.
+    Convolutions return such channels, and sums keep their layout through the whole model: each
+    kernel would read and write the elements of a row one at a time.
 
     Args:
-        flags: kernel -> its keywords that say that a result is laid out like the first argument.
+        flags: kernel -> its keywords that lay a result out like the first argument.
 
-    Ensures: results of the graph are laid out as before; so is what comes to an op that would
-    refuse to be given other strides. Nothing is done where that takes as many copies as there are
-    kernels that gain.
+    Ensures: results of the graph, and operands of ops that rely on strides, are laid out as before.
+    Nothing changes if that takes as many copies as there are kernels that gain.
     """
     now: dict[Node, Any] = {}
     freed: dict[Node, dict[str, Any]] = {}
@@ -114,13 +116,16 @@ def _apply(
 
 
 def _kernel(node: Node) -> str:
-    """The name of the kernel that a node calls, if it calls one."""
+    """Returns the name of the kernel that a node calls; an empty string if it calls none."""
     namespace, _, name = str(getattr(node.target, "name", str)()).partition("::")
     return name if namespace == "pabc" else ""
 
 
 def _free(node: Node, flags: tuple[str, ...], now: Mapping[Node, Any]) -> dict[str, Any] | None:
-    """The keywords of a call without the flags, where it has any and its channels lie apart."""
+    """Returns the keywords of a call with its flags unset.
+
+    None if no flag is set, or if the channels of its input are contiguous.
+    """
     is_set = any(node.kwargs.get(flag) for flag in flags)
     if not is_set or now.get(node.args[0], value(node.args[0])).stride(-1) == 1:
         return None
@@ -128,7 +133,10 @@ def _free(node: Node, flags: tuple[str, ...], now: Mapping[Node, Any]) -> dict[s
 
 
 def _compute(node: Node, kwargs: Mapping[str, Any], now: Mapping[Node, Any]) -> Any:
-    """What a node yields for what its inputs are now; None: they may not be so."""
+    """Returns the fake result of a node for the present layouts of its inputs.
+
+    None if the node is not an op of :data:`FREE`, or does not accept these layouts.
+    """
     target: Any = node.target
     is_free = target is GETITEM or getattr(target, "namespace", None) in FREE
     if node.op != "call_function" or not is_free:
@@ -136,7 +144,7 @@ def _compute(node: Node, kwargs: Mapping[str, Any], now: Mapping[Node, Any]) -> 
     given, named = map_arg((node.args, kwargs), lambda n: now.get(n, n.meta["val"]))
     try:
         return target(*given, **named)
-    except (RuntimeError, ValueError):  # a view that there is not
+    except (RuntimeError, ValueError):  # there is no such view
         return None
 
 

@@ -1,4 +1,4 @@
-"""What rules give, and how they write a kernel's call into a graph."""
+"""Matches, which rules return, and the edits with which they insert calls of kernels."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch.fx.node import map_arg
 from ..ir import is_call, is_random, value
 
 BEFORE = "laid_out_before"
-"""In `meta` of a node: what took its place was laid out like this."""
+"""Key of `node.meta`: the fake tensor that the node replaces, where its layout differs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """What a kernel might compute.
+    """A part of a graph, ending in one node, that a kernel might compute.
 
     Attributes:
-        kernel: its name, as in `pabc.kernels`.
-        shape: what its gains are measured by, see :mod:`pabc.kernels.gains`.
-        reason: why it cannot compute this; None: it can.
-        rewrite: writes the call of the kernel, after which nothing needs the node.
-        covers: nodes before it that the kernel would compute too.
+        kernel: the name of the kernel in `pabc.kernels`.
+        shape: the sizes by which its gains are looked up, see :mod:`pabc.kernels.gains`.
+        reason: why the kernel can't compute it; None if it can.
+        rewrite: inserts the call of the kernel, after which nothing uses the node.
+        covers: other nodes that the kernel would compute too.
     """
 
     kernel: str
@@ -35,17 +35,17 @@ class Match:
     covers: tuple[Node, ...] = ()
 
 
-Rule = Callable[[Node], Match | None]
-"""A node -> what a kernel might compute that ends there, if it does."""
+KernelRule = Callable[[Node], Match | None]
+"""Returns what its kernel might compute that ends in a node; None if there is nothing."""
 
 
 def first_reason(reasons: dict[str, bool]) -> str | None:
-    """The first reason that holds."""
+    """Returns the first reason that holds."""
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def insert(before: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
-    """A call before another node, which it takes its slot of, with what it yields in `"val"`."""
+    """Inserts a call before a node, with the slot of that node and the fake result in `meta`."""
     with before.graph.inserting_before(before):
         made = before.graph.call_function(target, args, kwargs)
     made.meta = {key: before.meta[key] for key in ("slot",) if key in before.meta}
@@ -55,10 +55,10 @@ def insert(before: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
 
 
 def replace(node: Node, by: Node, *, unless: Node | None = None) -> None:
-    """Has all users of a node, but for one, take another one of the same shape.
+    """Replaces all uses of `node`, except in `unless`, by another node of the same shape.
 
-    Where that is laid out in another way, :data:`BEFORE` says how it was: who comes after may take
-    it for granted (:func:`~pabc.passes.lowering.layouts.keep_layouts`).
+    If the strides differ, :data:`BEFORE` keeps the former ones, which users may rely on;
+    :func:`~pabc.passes.lowering.layouts.keep_layouts` settles that.
     """
     wanted, found = value(node), value(by)
     assert wanted.shape == found.shape and wanted.dtype == found.dtype, (node, by)
@@ -68,12 +68,12 @@ def replace(node: Node, by: Node, *, unless: Node | None = None) -> None:
 
 
 def steps(val: torch.Tensor) -> list[int]:
-    """The strides of the dimensions in which there are steps."""
+    """Returns the strides of all dimensions but those of size 1."""
     return [stride for size, stride in zip(val.shape, val.stride(), strict=True) if size != 1]
 
 
 def restride(node: Node, by: Node, wanted: torch.Tensor) -> Node:
-    """`by`, copied before a node to the strides of `wanted`, which has no gaps."""
+    """Inserts a copy of `by` before a node, with the strides of `wanted`, which has no gaps."""
     strides = wanted.stride()
     order = sorted(range(wanted.ndim), key=lambda d: (-strides[d], d))
     permuted = insert(node, torch.ops.aten.permute.default, by, order)
@@ -85,18 +85,18 @@ def restride(node: Node, by: Node, wanted: torch.Tensor) -> Node:
 
 
 def only_user(node: Node) -> Node | None:
-    """The one node that reads another one; None where there are more."""
+    """Returns the only user of a node; None if it has several or none."""
     users = list(node.users)
     return users[0] if len(users) == 1 else None
 
 
 def operands(node: Node, target: Any) -> tuple[Any, ...] | None:
-    """The arguments of a call of an op without keywords; None: it is no such call."""
+    """Returns the arguments of a call of `target` without keywords; None if it is no such call."""
     return tuple(node.args) if is_call(node, (target,)) and not node.kwargs else None
 
 
 def are_same(a: Any, b: Any) -> bool:
-    """Whether two arguments are of one value: the same node, or the same call of the same."""
+    """Returns True if two arguments have the same value: one node, or equal calls of such."""
     if isinstance(a, Node) and isinstance(b, Node):
         if a is b:
             return True

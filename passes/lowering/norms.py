@@ -1,4 +1,4 @@
-"""Norms over the last dimension, however they are written, with what follows them."""
+"""Norms over the last dimension, however they are written, with the modulation after them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from .match import only_user, operands
 from .rms import find_written_out
 
 DEPTH = 8
-"""Ops from the end of a norm with all that follows it back to the norm itself, casts included."""
+"""Ops, casts included, that are followed backwards from a node to find a norm."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Norm:
-    """norm(input) * weight + bias, then * (offset + scale) + shift; each of these may be None.
+    """A norm with what follows it: `(norm(input) * weight + bias) * (offset + scale) + shift`.
 
     Attributes:
         kind: `"layer"` or `"rms"`.
-        eps: None where it follows from a dtype.
-        nodes: all that is computed, from the norm itself to its end.
+        eps: None if it is that of a dtype other than float32.
+        nodes: all nodes that compute it, the last one at the end.
+        weight, bias, scale, shift: None where there are none.
     """
 
     kind: str
@@ -39,11 +40,11 @@ class Norm:
     shift: Node | None = None
 
     def then(self, node: Node) -> Norm:
-        """The same, ending in another node."""
+        """Returns the norm with one more node at its end."""
         return replace(self, nodes=(*self.nodes, node))
 
     def times(self, by: Node) -> Norm | None:
-        """Its product with something, if that is still of this form."""
+        """Returns the product with another node; None if that does not have this form."""
         if self.scale is not None or self.shift is not None:
             return None
         if self.weight is None and self.bias is None and self._is_learned(by):
@@ -52,7 +53,7 @@ class Norm:
         return replace(self, scale=scale, offset=offset)
 
     def plus(self, by: Node) -> Norm | None:
-        """Its sum with something, if that is still of this form."""
+        """Returns the sum with another node; None if that does not have this form."""
         if self.shift is not None:
             return None
         if self.bias is None and self.scale is None and self._is_learned(by):
@@ -64,7 +65,7 @@ class Norm:
 
 
 def find_norm(node: Node, depth: int = DEPTH) -> Norm | None:
-    """The norm that ends in a node, with all that follows it; nothing else reads what is between.
+    """Returns the norm that ends in a node, whose inner nodes have no other users.
 
     # before                                           # found
     %n = layer_norm(%x, [C], None, None, eps)          Norm(input=%x, scale=%a, offset=1, shift=%b)
@@ -83,7 +84,7 @@ def find_norm(node: Node, depth: int = DEPTH) -> Norm | None:
 
 
 def _find_longer(node: Node, depth: int) -> Norm | None:
-    """The norm whose product or sum with something a node is."""
+    """Returns the norm that a node ends in by multiplying by something or adding something."""
     for op, extend in ((aten.mul.Tensor, Norm.times), (aten.add.Tensor, Norm.plus)):
         for branch, by in pairs(node, op):
             inner = find_norm(branch, depth - 1) if only_user(branch) is node else None
@@ -96,7 +97,7 @@ def _find_longer(node: Node, depth: int) -> Norm | None:
 
 
 def pairs(node: Node, op: object) -> list[tuple[Node, Node]]:
-    """The two tensors that a node computes `op` of, in both orders."""
+    """Returns the two tensors that a node applies `op` to, in both orders; empty for others."""
     given = operands(node, op)
     if given is None or len(given) != 2 or not all(map(is_tensor, given)) or given[0] is given[1]:
         return []
@@ -104,7 +105,7 @@ def pairs(node: Node, op: object) -> list[tuple[Node, Node]]:
 
 
 def cast_source(node: Node) -> Node | None:
-    """What a node is of another dtype, which a kernel may read; None: it is no such cast."""
+    """Returns what a node casts, if kernels can read it; None if a node is no such cast."""
     if not is_call(node, (aten._to_copy.default,)) or not is_tensor(node):
         return None
     source = node.args[0]
@@ -114,7 +115,7 @@ def cast_source(node: Node) -> Node | None:
 
 
 def exact_source(node: Node) -> Node:
-    """What a node is a wider form of, of the same values; else itself."""
+    """Returns what a node casts to a wider dtype, without changing values; else the node."""
     source = cast_source(node)
     while source is not None and _is_wider(value(node).dtype, value(source).dtype):
         node, source = source, cast_source(source)
@@ -132,7 +133,7 @@ _ARGUMENTS: dict[object, dict[str, Any]] = {
 
 
 def _find_plain(node: Node) -> Norm | None:
-    """The norm that a node itself is."""
+    """Returns the norm that a node computes by itself, without what follows."""
     if not is_call(node, _ARGUMENTS):
         return _find_written_out(node)
     defaults = _ARGUMENTS[node.target]
@@ -146,7 +147,7 @@ def _find_plain(node: Node) -> Norm | None:
 
 
 def _find_written_out(node: Node) -> Norm | None:
-    """x * rsqrt(mean(x * x) + eps)."""
+    """Returns the norm that ends in a node as `x * rsqrt(mean(x * x) + eps)`."""
     found = find_written_out(node)
     for x, inverse in pairs(node, aten.mul.Tensor) if found is not None else ():
         if found is not None and is_call(inverse, (aten.rsqrt.default,)):
@@ -158,8 +159,10 @@ def _find_written_out(node: Node) -> Norm | None:
 
 
 def _inner(node: Node, inverse: Node) -> list[Node] | None:
-    """The root, the sum, the mean, the square and what is cast for it; None where something else
-    reads one of them."""
+    """Returns the root, the sum, the mean, the square and its casts.
+
+    None if one of them has another user.
+    """
     found = [node]
     current: Any = inverse
     while len(found) <= 4 or (cast_source(current) is not None and only_user(current) is found[-1]):
@@ -171,7 +174,7 @@ def _inner(node: Node, inverse: Node) -> list[Node] | None:
 
 
 def _split_offset(node: Node) -> tuple[Node, float]:
-    """A sum with a number as its two parts; anything else as it is, and 0."""
+    """Returns the tensor and the number that a node adds; the node and 0 if it adds no number."""
     given = operands(node, aten.add.Tensor)
     if given is None or len(given) != 2 or not is_tensor(given[0]):
         return node, 0.0

@@ -1,4 +1,4 @@
-"""Dimensions in another order, but for the last one."""
+"""Permutations of all dimensions but the last."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from ..ir import aten, is_call, value
 
 
 def without_order(node: Any, order: tuple[int, ...]) -> tuple[Node, tuple[int, ...]]:
-    """What a node was before its dimensions, but for the last, were put in another order.
+    """Looks through permutes and transposes that leave the last dimension in place.
 
-    `order`: which of its dimensions are wanted, in turn; what comes back is of what it was.
+    Args:
+        order: the dimensions of `node` that are wanted, in turn.
+
+    Returns:
+        The node before these, and which of its dimensions are wanted, in turn.
     """
     while is_call(node, (aten.permute.default, aten.transpose.int)):
         source, *given = node.args

@@ -1,4 +1,7 @@
-"""Residual adds and the norm after them, which `pabc.kernels.residual_norm` computes."""
+"""Matches residual adds with the norm after them.
+
+:mod:`pabc.kernels.residual_norm` computes them.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +24,19 @@ KERNEL = "residual_norm"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
-    """A norm (None: none), after a sum (no terms: of `x` as it is).
+class ResidualNorm:
+    """A sum and the norm after it, as one call of the kernel; at most one of the two is missing.
 
     Attributes:
-        x, terms: what is summed.
-        y: the sum's node, where something else than the norm reads it.
-        n: the end of the norm.
-        before: the node before which there is all that is read, and nothing that reads y or n.
-        nodes: what the kernel computes, y and n included.
-        y_copy, n_copy: of y and n, where nothing else reads them; both of one split.
+        x, terms: the operands of the sum; without terms, the norm is that of `x`.
+        norm: None if there is only a sum.
+        y: the node of the sum, if it has other users than the norm.
+        n: the node at the end of the norm.
+        before: where to insert the call: all that it reads is before this node, and no user of y
+            or n is.
+        nodes: the nodes that the kernel computes, y and n included.
+        y_copy, n_copy: the copies of y and n to another order that the kernel makes, each the only
+            use of its operand; both have the same split.
     """
 
     x: Node
@@ -45,7 +51,7 @@ class Found:
 
     @property
     def copies(self) -> tuple[Copy, ...]:
-        """Those that the kernel makes."""
+        """The copies that the kernel makes."""
         return tuple(copy for copy in (self.y_copy, self.n_copy) if copy is not None)
 
     @property
@@ -58,20 +64,20 @@ class Found:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Rows, channels, bytes read and written for each element of the rows."""
+        """The number of rows, of channels, and of bytes read and written per element."""
         *rows, channels = value(self.x).shape
         whole = (self.x, *(term.cut for term in self.terms), self.y, self.n)
         return prod(rows), channels, sum(value(n).itemsize for n in whole if n is not None)
 
     def is_like_x(self, node: Node | None) -> bool:
-        """Whether a result is laid out as one like x is, and not contiguous."""
+        """Returns True if a result is laid out as `empty_like(x)`, and that is not contiguously."""
         if node is None or value(node).is_contiguous():
             return False
         return steps(value(node)) == steps(torch.empty_like(value(self.x)))
 
 
 def match_residual_norm(node: Node) -> Match | None:
-    """A norm with what it is the norm of, or a sum with a product.
+    """Matches a norm with the sum before it, a norm alone, or a sum that has a product in it.
 
     # before                                           # after
     %y = add(%x, mul(%gate, %cut))                     %y, %o = pabc.residual_norm(%x, [%cut],
@@ -88,8 +94,8 @@ def match_residual_norm(node: Node) -> Match | None:
     return Match(KERNEL, found.shape, why_not(found), lambda: _rewrite(found), covers)
 
 
-def _find_sum_alone(node: Node) -> Found | None:
-    """A sum that ends in a node, with a product in it, of a stream that is none."""
+def _find_sum_alone(node: Node) -> ResidualNorm | None:
+    """Returns the sum that ends in a node, if a term is a product and the stream is none."""
     from pabc.kernels.residual_norm import MAX_TERMS
 
     found = find_sum(node, MAX_TERMS)
@@ -98,16 +104,18 @@ def _find_sum_alone(node: Node) -> Found | None:
     if any(len(inner.users) > 1 for inner in found.path[:-1]) or _is_lone_product(found.x):
         return None
     nodes = (*found.nodes, *found.path)
-    return Found(x=found.x, terms=found.terms, norm=None, y=node, n=None, before=node, nodes=nodes)
+    return ResidualNorm(
+        x=found.x, terms=found.terms, norm=None, y=node, n=None, before=node, nodes=nodes
+    )
 
 
 def _is_lone_product(node: Node) -> bool:
-    """Two products that are summed are no residual branch: a rotary embedding, for one."""
+    """Returns True for a product with one user: a sum of two such may be a rotary embedding."""
     return only_user(node) is not None and operands(node, aten.mul.Tensor) is not None
 
 
-def find_with_sum(node: Node, norm: Norm) -> Found:
-    """A norm that ends in a node, together with the sum before it, where that is possible."""
+def find_with_sum(node: Node, norm: Norm) -> ResidualNorm:
+    """Returns the norm that ends in a node with the sum before it, if one call can compute both."""
     from pabc.kernels.residual_norm import MAX_TERMS
 
     found = find_sum(norm.input, MAX_TERMS)
@@ -115,17 +123,20 @@ def find_with_sum(node: Node, norm: Norm) -> Found:
     if together is not None:
         return together
     x = exact_source(norm.input)
-    return Found(x=x, terms=(), norm=norm, y=None, n=node, before=node, nodes=norm.nodes)
+    return ResidualNorm(x=x, terms=(), norm=norm, y=None, n=node, before=node, nodes=norm.nodes)
 
 
-def _join(node: Node, norm: Norm, found: Sum) -> Found | None:
-    """None where something that the norm reads is not there yet when the sum is first needed."""
+def _join(node: Node, norm: Norm, found: Sum) -> ResidualNorm | None:
+    """Returns a norm with the sum before it.
+
+    None if the sum has users that come before an operand of the norm.
+    """
     inner = {*found.path, *norm.nodes}
     y = _find_read(found.path, inner)
     after = found.path[found.path.index(y) + 1 :] if y is not None else ()
     kept = _find_kept(after, inner)
     users = [] if y is None else [n for n in y.users if n in kept or n not in inner]
-    joined = Found(
+    joined = ResidualNorm(
         x=found.x,
         terms=found.terms,
         norm=norm,
@@ -139,7 +150,11 @@ def _join(node: Node, norm: Norm, found: Sum) -> Found | None:
 
 
 def _find_read(path: tuple[Node, ...], inner: set[Node]) -> Node | None:
-    """Of a sum and its casts: what others than `inner` may read, of the smallest dtype."""
+    """Returns the node of a path that the kernel must write for users outside of `inner`, if any.
+
+    Of the sum and its casts, up to the first with such users, it is the one of the smallest dtype:
+    what follows is cast from it.
+    """
     for i, node in enumerate(path):
         if not inner.issuperset(node.users):
             return min(reversed(path[: i + 1]), key=lambda n: value(n).itemsize)
@@ -147,7 +162,7 @@ def _find_read(path: tuple[Node, ...], inner: set[Node]) -> Node | None:
 
 
 def _find_kept(path: tuple[Node, ...], inner: set[Node]) -> set[Node]:
-    """Casts of a sum that others than `inner` read, or that such are cast of."""
+    """Returns the casts of a sum that users outside of `inner` need, directly or by other casts."""
     kept: set[Node] = set()
     for node in reversed(path):
         if any(user in kept or user not in inner for user in node.users):
@@ -155,12 +170,12 @@ def _find_kept(path: tuple[Node, ...], inner: set[Node]) -> set[Node]:
     return kept
 
 
-def _can_lay_out(found: Found) -> bool:
+def _can_lay_out(found: ResidualNorm) -> bool:
     return found.y is None or value(found.y).is_contiguous() or found.is_like_x(found.y)
 
 
-def _with_copies(found: Found) -> Found:
-    """Together with the copies of its results that put rows in another order."""
+def _with_copies(found: ResidualNorm) -> ResidualNorm:
+    """Adds the copies of its results to another order of rows, if the kernel can make them."""
     from pabc.kernels.rows import MAX_ROW_DIMS
 
     inner = set(found.nodes)
@@ -176,8 +191,8 @@ def _with_copies(found: Found) -> Found:
     return longer if _count_dimensions(longer) <= MAX_ROW_DIMS else found
 
 
-def _count_dimensions(found: Found) -> int:
-    """Of rows, as the kernel counts them."""
+def _count_dimensions(found: ResidualNorm) -> int:
+    """Returns the number of dimensions of rows, after merging."""
     from pabc.kernels.rows import merge_rows
 
     x, results = value(found.x), []
@@ -192,8 +207,8 @@ def _count_dimensions(found: Found) -> int:
     return len(merge_rows(x.shape, [*map(value, found.reads), *results], split)[0])
 
 
-def why_not(found: Found) -> str | None:
-    """Why the kernel cannot compute it; None: it can."""
+def why_not(found: ResidualNorm) -> str | None:
+    """Returns why the kernel can't compute it; None if it can."""
     from pabc.kernels.rows import MAX_CHANNELS, MAX_ROW_DIMS
 
     made = [n for n in (found.y, found.n) if n is not None]
@@ -215,7 +230,7 @@ def why_not(found: Found) -> str | None:
     )
 
 
-def _rewrite(found: Found) -> None:
+def _rewrite(found: ResidualNorm) -> None:
     from pabc.kernels.residual_norm import OP
 
     norm, terms = found.norm, found.terms

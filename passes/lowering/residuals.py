@@ -1,4 +1,4 @@
-"""Sums that end residual branches: of the stream, and of cuts with their gates."""
+"""Sums that end residual branches: the residual stream plus cuts times their gates."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from .norms import cast_source, exact_source, pairs
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Term:
-    """factor * gate * cut; `cut_scale`: of a cut that is kept in fp8, one for each row.
+    """One term of a sum: `factor * gate * cut`.
 
-    `nodes`: what is computed for it and read by nothing else.
+    Attributes:
+        cut_scale: the scales of the rows of a cut in fp8; None for other cuts.
+        nodes: the nodes that compute the term and have no other use.
     """
 
     cut: Node
@@ -29,17 +31,17 @@ class Term:
 
     @property
     def is_product(self) -> bool:
-        """Whether there is more to it than the cut."""
+        """True if the term is more than a cut."""
         return bool(self.gate or self.cut_scale) or self.factor != 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sum:
-    """x + the sum of terms.
+    """The sum of `x` and of terms.
 
     Attributes:
-        path: the sum, and what casts make of it, to the node that was asked for.
-        nodes: what is computed for it and read by nothing else.
+        path: the node that adds the last term, and its casts, up to the node that was asked for.
+        nodes: the nodes before `path` that compute it and have no other use.
     """
 
     x: Node
@@ -49,7 +51,7 @@ class Sum:
 
 
 def find_sum(node: Node, room: int) -> Sum | None:
-    """The sum that a node is, or is a cast of; of up to `room` terms.
+    """Returns the sum, of up to `room` terms, that a node computes or casts; None for other nodes.
 
     # before                                           # found
     %c = mul(_to_copy(%values, float32), %scale)       Sum(x=%x, terms=(Term(cut=%values,
@@ -78,8 +80,11 @@ def _collect(node: Node, room: int) -> Sum | None:
 
 
 def _choose(node: Node) -> tuple[Term, Node] | None:
-    """Which operand of a sum is the term, and which the stream: the term is the product; where
-    both or none are, the stream is what is a sum itself."""
+    """Decides which operand of a sum is the term and which is the stream.
+
+    The term is the product. If both operands are products, or none is, the stream is the one that
+    is a sum itself.
+    """
     both = pairs(node, aten.add.Tensor)
     if not both or not value(node).is_floating_point():
         return None
@@ -96,7 +101,7 @@ def _is_lone_sum(node: Node, user: Node) -> bool:
 
 
 def _lone_casts(node: Node, user: Node) -> list[Node]:
-    """A node and what it is a cast of; none where any is read by more than the next and `user`."""
+    """Returns a node and what it casts, in turn; empty if one of these has another user."""
     found: list[Node] = []
     source: Node | None = node
     while source is not None:
@@ -108,7 +113,7 @@ def _lone_casts(node: Node, user: Node) -> list[Node]:
 
 
 def _find_term(node: Node, user: Node) -> Term:
-    """A product as its parts; anything else is a cut as it is."""
+    """Returns the term that a node is: the factors of a product, else a cut alone."""
     plain = Term(cut=exact_source(node))
     casts = _lone_casts(node, user)
     given = operands(casts[-1], aten.mul.Tensor) if casts else None
@@ -130,7 +135,7 @@ def _find_term(node: Node, user: Node) -> Term:
 
 
 def _find_decoded(node: Node, user: Node) -> Term | None:
-    """A cut that is kept in fp8: its values, made wider, times one scale for each row."""
+    """Returns the term of a cut in fp8: values cast to float32, times a scale for each row."""
     casts = _lone_casts(node, user)
     for wide, scale in pairs(casts[-1], aten.mul.Tensor) if casts else []:
         values = cast_source(wide)

@@ -1,4 +1,4 @@
-"""RMS norms: by PyTorch's op, or written out, in float32 or not."""
+"""RMS norms: as PyTorch's op, or written out in simpler ops, with casts to float32 or without."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..ir import aten, is_call, is_tensor, value
 
 @dataclass(frozen=True, slots=True)
 class RmsNorm:
-    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
+    """The norm `source / sqrt(mean(source^2) + eps) * weight` over the last dimension."""
 
     source: Node
     weight: Node | None
@@ -22,13 +22,13 @@ class RmsNorm:
 
 
 def find_rms_norm(node: Node) -> RmsNorm | None:
-    """The norm whose result a node is, if it is one's.
+    """Returns the norm that ends in a node; None if there is none.
 
-    Written out, its weight may be missing or on either side, and both the norm and its weight may
-    come in another float dtype than what is normalized.
+    A norm that is written out may have its weight on either side, or none; the norm and the weight
+    may each have another float dtype than `source`.
     """
     if is_call(node, (aten.rms_norm.default,)):
-        return _of_the_op(node)
+        return _read_op(node)
     node = without_casts(node)
     plain = find_written_out(node)
     if plain is not None:
@@ -40,7 +40,7 @@ def find_rms_norm(node: Node) -> RmsNorm | None:
     return None
 
 
-def _of_the_op(node: Node) -> RmsNorm | None:
+def _read_op(node: Node) -> RmsNorm | None:
     x, sizes, weight, eps = (*node.args, None, None)[:4]
     if not isinstance(x, Node) or len(sizes) != 1:
         return None
@@ -56,7 +56,7 @@ def _is_weight(node: Node, source: Node) -> bool:
 
 
 def find_written_out(node: Node) -> RmsNorm | None:
-    """x * rsqrt(mean(x * x, -1, keepdim=True) + eps)"""
+    """Returns the norm that a node computes as `x * rsqrt(mean(x * x, -1, keepdim=True) + eps)`."""
     for x, inverse in products(node):
         if not is_call(inverse, (aten.rsqrt.default,)):
             continue
@@ -68,7 +68,7 @@ def find_written_out(node: Node) -> RmsNorm | None:
 
 
 def products(node: Any) -> Iterator[tuple[Node, Node]]:
-    """The two factors of a product, in either order."""
+    """Yields the two factors of a product of tensors, in both orders."""
     if is_call(node, (aten.mul.Tensor,)):
         a, b = node.args[:2]
         if isinstance(a, Node) and isinstance(b, Node):
@@ -76,7 +76,7 @@ def products(node: Any) -> Iterator[tuple[Node, Node]]:
 
 
 def without_casts(node: Node) -> Node:
-    """What a node was before it was made another float dtype."""
+    """Returns what a node is a cast of, through all casts between float dtypes."""
     while is_call(node, (aten._to_copy.default,)) and set(node.kwargs) == {"dtype"}:
         source = node.args[0]
         assert isinstance(source, Node)
@@ -95,7 +95,7 @@ def _sum_with_number(node: Any) -> tuple[Node | None, float]:
 
 
 def _squared(mean: Node) -> Node | None:
-    """x of mean(x * x, -1, keepdim=True)."""
+    """Returns x if a node is `mean(x * x, -1, keepdim=True)`."""
     if not is_call(mean, (aten.mean.dim,)):
         return None
     square, dims, keepdim = (*mean.args, False)[:3]

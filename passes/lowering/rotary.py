@@ -1,9 +1,12 @@
-"""Rotary embeddings, however they are written: found by what they do to each channel.
+"""Rotary embeddings, however they are written: recognized by what they do to each channel.
 
-An embedding turns channels by pairs: out[i] = x[i] * cos[i] -+ x[p(i)] * sin[i]. Models write it in
+An embedding turns pairs of channels: out[i] = x[i] * cos[i] -+ x[p(i)] * sin[i]. Models write it in
 many ways (halves, neighbors, stacked, concatenated, with tables of D or D / 2 channels). So its ops
-are run, on D tokens that have one channel each and on tables of random numbers: which number comes
-out where says which channels are pairs, and which table turns them.
+are run on a probe: D tokens, of which token j is 1 in channel j and 0 in all others, and tables of
+random numbers. Which numbers come out where shows the pairs, and the tables that turn them.
+
+    D = 2, tables c and s of random numbers, tokens [[1, 0], [0, 1]]:
+        out [[c0, s1], [-s0, c1]], so channel 0 is x0 * c0 - x1 * s0, channel 1 x1 * c1 + x0 * s1
 """
 
 from __future__ import annotations
@@ -24,8 +27,9 @@ from ..ir import aten, is_call, is_tensor, value
 from .match import are_same, insert
 
 LEAD = 3
-"""Dimensions before the channels; tables differ along one of them, the tokens."""
+"""Dimensions before the channels; tables vary along one of them, the tokens."""
 MOST_OPS = 64
+"""Ops of an embedding at most."""
 
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 _COPIES = (aten._to_copy.default, aten.clone.default)
@@ -42,15 +46,16 @@ _ALONG = {
     aten.unsqueeze.default: 1,
     aten.squeeze.dim: 1,
 }
-"""Ops along one dimension, and which of their arguments names it."""
+"""Ops along one dimension -> the index of the argument that is this dimension."""
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
-    """Cosines or sines.
+class AngleTable:
+    """The cosines or the sines of an embedding.
 
-    `shape` is that of the node, with as many dimensions as what it is multiplied with;
-    `channels[i]` where channel i is among the channels of the table.
+    Attributes:
+        shape: that of the node, with as many dimensions as what it is multiplied by.
+        channels: for each channel of the embedding, the channel of the table that turns it.
     """
 
     node: Node
@@ -59,16 +64,16 @@ class Table:
 
     @property
     def tokens(self) -> int | None:
-        """The dimension along which it differs; None: it does not."""
+        """The dimension along which the table varies; None if it is the same for all tokens."""
         return next((d for d, size in enumerate(self.shape[:LEAD]) if size != 1), None)
 
-    def equals(self, other: Table) -> bool:
-        """Whether both are of the same numbers, in the same places."""
+    def equals(self, other: AngleTable) -> bool:
+        """Returns True if two tables have the same values in the same places."""
         places = self.shape, self.channels
         return places == (other.shape, other.channels) and are_same(self.node, other.node)
 
     def insert(self, before: Node) -> Node:
-        """Writes it as (tokens, channels) before a node."""
+        """Inserts the table as (tokens, channels) before a node and returns it."""
         length, width = math.prod(self.shape[:LEAD]), math.prod(self.shape[LEAD:])
         table = insert(before, aten.reshape.default, self.node, [length, width])
         places = range(len(self.channels))
@@ -82,17 +87,21 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
-class Rotary:
-    """An embedding of `source`; `pairs` as in :mod:`pabc.kernels.short_attention`."""
+class RotaryEmbedding:
+    """An embedding of `source`.
+
+    Attributes:
+        pairs: `"halves"` or `"neighbors"`, see :mod:`pabc.kernels.short_attention`.
+    """
 
     source: Node
-    cos: Table
-    sin: Table
+    cos: AngleTable
+    sin: AngleTable
     pairs: str
 
 
-def find_rotary(node: Node) -> Rotary | None:
-    """The rotary embedding whose result a node of four dimensions, channels last, is."""
+def find_rotary(node: Node) -> RotaryEmbedding | None:
+    """Returns the embedding that ends in a node of four dimensions, channels last."""
     if value(node).ndim != LEAD + 1 or value(node).shape[-1] % 2:
         return None
     for source, ops in _sources(node):
@@ -103,7 +112,10 @@ def find_rotary(node: Node) -> Rotary | None:
 
 
 def _sources(node: Node) -> Iterator[tuple[Node, list[Node]]]:
-    """Nodes through which goes all that reaches a node, nearest first, and the ops from there."""
+    """Yields nodes from which alone a node follows, nearest first, with the ops in between.
+
+    Tables do not count: only nodes with tokens of every sequence and head are followed.
+    """
     nodes = list(node.graph.nodes)
     place = {each: i for i, each in enumerate(nodes)}
     heap, ops = [-place[node]], list[Node]()
@@ -120,14 +132,14 @@ def _sources(node: Node) -> Iterator[tuple[Node, list[Node]]]:
 
 
 def _is_wide(node: Node, root: Node) -> bool:
-    """Whether it has tokens of every sequence and head, as what is turned does."""
+    """Returns True if a node has tokens of every sequence and head, as `root` has."""
     val = node.meta.get("val")
     first = val[0] if isinstance(val, (list, tuple)) and val else val
     return isinstance(first, Tensor) and first.shape[:LEAD] == value(root).shape[:LEAD]
 
 
 def _is_known(node: Node, root: Node) -> bool:
-    """Whether it does the same to every token, by an op that can be run on others."""
+    """Returns True if a node does the same to every token, by an op that can run on the probe."""
     if is_call(node, _VIEWS):
         return _is_wide(node, root)
     if is_call(node, _COPIES):
@@ -138,7 +150,7 @@ def _is_known(node: Node, root: Node) -> bool:
 
 
 def _dim(node: Node) -> int:
-    """The dimension along which an op works, counted from the first."""
+    """Returns the dimension along which an op works, as a number that is not negative."""
     index = _ALONG[node.target]
     dim: Any = node.args[index] if len(node.args) > index else 0
     source: Any = node.args[0]
@@ -147,10 +159,10 @@ def _dim(node: Node) -> int:
     return int(dim) % (value(first).ndim + adds_one)
 
 
-def _probe(source: Node, ops: Sequence[Node]) -> Rotary | None:
-    """Runs the ops on unit vectors and random tables, and reads off what they do."""
+def _probe(source: Node, ops: Sequence[Node]) -> RotaryEmbedding | None:
+    """Runs the ops on unit vectors and random tables, and returns the embedding they compute."""
     D = value(source).shape[-1]
-    tables = _Tables()
+    tables = _ProbeTables()
     found: dict[Node, Any] = {source: torch.eye(D, dtype=torch.float64).reshape(D, 1, 1, D)}
     for op in ops:
         rank = value(op).ndim if is_tensor(op) else 0
@@ -172,15 +184,23 @@ def _run(op: Node, given: Mapping[Node, Any]) -> Any:
 
 
 @dataclass(slots=True)
-class _Tables:
-    """Random numbers in place of tables: one row of each, and whose each number is."""
+class _ProbeTables:
+    """One row of random numbers in place of each table.
+
+    Attributes:
+        rows: (node, shape) of a table -> its row.
+        owners: number -> the node, the shape and the channel that it stands for.
+    """
 
     rows: dict[tuple[Node, tuple[int, ...]], Tensor] = field(default_factory=dict)
     owners: dict[float, tuple[Node, tuple[int, ...], int]] = field(default_factory=dict)
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     def give(self, node: Node, rank: int) -> Tensor | None:
-        """A row of a table that an op of some rank reads; None where it cannot be one."""
+        """Returns the row of a table that an op of `rank` dimensions reads.
+
+        None if the node can't be a table: it varies along several dimensions, say.
+        """
         if not is_tensor(node):
             return None
         shape = (1,) * (rank - value(node).ndim) + tuple(value(node).shape)
@@ -193,14 +213,14 @@ class _Tables:
                 self.owners[number] = (node, shape, i)
         return self.rows[node, shape]
 
-    def find(self, numbers: Tensor) -> Table | None:
-        """The one table that all of these numbers are of."""
+    def find(self, numbers: Tensor) -> AngleTable | None:
+        """Returns the table that all of these numbers come from; None if there is no such one."""
         owners = [self.owners.get(number) for number in numbers.tolist()]
         named = {owner and owner[:2] for owner in owners}
         first = owners[0]
         if len(named) != 1 or first is None:
             return None
-        table = Table(*first[:2], tuple(owner[2] for owner in owners if owner is not None))
+        table = AngleTable(*first[:2], tuple(owner[2] for owner in owners if owner is not None))
         D, width = len(owners), math.prod(table.shape[LEAD:])
         if D % width:
             return None
@@ -208,8 +228,8 @@ class _Tables:
         return table if table.channels in ways else None
 
 
-def _read(source: Node, out: Tensor, tables: _Tables) -> Rotary | None:
-    """`out[j, i]`: how much of channel j of the source is in channel i."""
+def _read(source: Node, out: Tensor, tables: _ProbeTables) -> RotaryEmbedding | None:
+    """Returns the embedding that gave `out`: `out[j, i]` is what channel j adds to channel i."""
     D = len(out)
     i = torch.arange(D)
     for pairs, partner, is_first in (
@@ -220,5 +240,5 @@ def _read(source: Node, out: Tensor, tables: _Tables) -> Rotary | None:
         if int(torch.count_nonzero(out)) == 2 * D:
             cos, sin = tables.find(out.diagonal()), tables.find(sines)
             if cos is not None and sin is not None:
-                return Rotary(source, cos, sin, pairs)
+                return RotaryEmbedding(source, cos, sin, pairs)
     return None

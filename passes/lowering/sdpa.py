@@ -1,4 +1,4 @@
-"""Calls of scaled_dot_product_attention, with their arguments by name."""
+"""Calls of `scaled_dot_product_attention`, with their arguments by name."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _DEFAULTS: dict[str, Any] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Attention:
-    """A call: the nodes of queries, keys, values and mask, and the options."""
+class SdpaCall:
+    """A call of `scaled_dot_product_attention`: the nodes of its tensors, and its options."""
 
     node: Node
     query: Node
@@ -42,24 +42,24 @@ class Attention:
 
     @property
     def vals(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Fake queries, keys and values."""
+        """The fake queries, keys and values."""
         return value(self.query), value(self.key), value(self.value)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(N, H, T, S, D): what gains of attention kernels are measured by."""
+        """The sizes (N, H, T, S, D) by which gains of attention kernels are looked up."""
         q, k, _ = self.vals
         return (*q.shape[:-1], k.shape[-2], q.shape[-1])
 
-    def mask_of_4(self) -> Node | None:
-        """The mask with four dimensions, viewed so where it has less."""
+    def insert_mask(self) -> Node | None:
+        """Returns the mask with four dimensions, after inserting a view if it has fewer."""
         if self.mask is None or value(self.mask).ndim == 4:
             return self.mask
         sizes = value(self.mask).shape
         return insert(self.node, aten.view.default, self.mask, [1] * (4 - len(sizes)) + [*sizes])
 
     def reasons(self) -> dict[str, bool]:
-        """Why none of our kernels would compute it, and whether that holds."""
+        """Returns the reasons why no attention kernel can compute it -> whether each holds."""
         from pabc.kernels.attention_parts import MAX_HEAD_DIM
 
         q, k, v = self.vals
@@ -77,9 +77,9 @@ class Attention:
         }
 
 
-def find_attention(node: Node) -> Attention | None:
-    """The attention that a node is, if it is one."""
+def find_sdpa(node: Node) -> SdpaCall | None:
+    """Returns the call that a node is; None if it is another op."""
     if not is_call(node, (aten.scaled_dot_product_attention.default,)):
         return None
     given = {**_DEFAULTS, **dict(zip(_DEFAULTS, node.args, strict=False)), **node.kwargs}
-    return Attention(node, *given.values())
+    return SdpaCall(node, *given.values())

@@ -1,5 +1,8 @@
-"""Attention over short sequences, which `pabc.kernels.short_attention` computes, with the norm and
-the rotary embedding of its queries and keys."""
+"""Matches attention over short sequences, which :mod:`pabc.kernels.short_attention` computes.
+
+The kernel also computes the RMS norm and the rotary embedding of queries and keys. These are
+followed backwards from attention, as far as queries and keys are treated alike.
+"""
 
 from __future__ import annotations
 
@@ -12,113 +15,114 @@ from ..ir import aten, value
 from .match import Match, first_reason, insert, replace
 from .order import without_order
 from .rms import RmsNorm, find_rms_norm, without_casts
-from .rotary import Rotary, find_rotary
-from .sdpa import Attention, find_attention
+from .rotary import RotaryEmbedding, find_rotary
+from .sdpa import SdpaCall, find_sdpa
 
 
 def match_short_attention(node: Node) -> Match | None:
-    """Attention of few queries and keys.
+    """Matches attention of few queries to few keys.
 
     # before                                           # after
     %n = rms_norm(%q, %w)
     %o = scaled_dot_product_attention(%n, %k, %v)      %o = pabc.short_attention(%q, %k, %v, %w)
     """
-    found = find_attention(node)
-    if found is None:
+    call = find_sdpa(node)
+    if call is None:
         return None
-    reason = _why_not(found)
-    return Match("short_attention", found.shape, reason, partial(_rewrite, found))
+    return Match("short_attention", call.shape, _why_not(call), partial(_rewrite, call))
 
 
-def _why_not(found: Attention) -> str | None:
+def _why_not(call: SdpaCall) -> str | None:
     from pabc.kernels.short_attention import MAX_LENGTH
 
-    q, k, _ = found.vals
+    q, k, _ = call.vals
     length = max(q.shape[-2], k.shape[-2])
     reason = f"{length} tokens: at most {MAX_LENGTH}"
-    return first_reason({reason: length > MAX_LENGTH, **found.reasons()})
+    return first_reason({reason: length > MAX_LENGTH, **call.reasons()})
 
 
-def _rewrite(found: Attention) -> None:
+def _rewrite(call: SdpaCall) -> None:
     from pabc.kernels.short_attention import OP
 
-    node = found.node
-    q, k = _prepared(found)
-    norms = [None if x.norm is None else _weight(node, x.norm) for x in (q, k)]
+    node = call.node
+    q, k = _find_inputs(call)
+    norms = [None if x.norm is None else _insert_weight(node, x.norm) for x in (q, k)]
     tables = [None, None] if q.rotary is None else [q.rotary.cos, q.rotary.sin]
-    call = insert(
+    result = insert(
         node,
         OP,
-        *(_ordered(node, x) for x in (q, k)),
-        found.value,
-        found.mask_of_4(),
+        *(_insert_ordered(node, x) for x in (q, k)),
+        call.value,
+        call.insert_mask(),
         *norms,
         *(None if table is None else table.insert(node) for table in tables),
-        found.scale,
+        call.scale,
         1e-6 if q.norm is None else q.norm.eps,
         "none" if q.rotary is None else q.rotary.pairs,
     )
-    replace(node, call)
+    replace(node, result)
 
 
-def _weight(before: Node, norm: RmsNorm) -> Node:
+def _insert_weight(before: Node, norm: RmsNorm) -> Node:
     if norm.weight is not None:
         return norm.weight
     return insert(before, aten.new_ones.default, norm.source, [value(norm.source).shape[-1]])
 
 
-def _ordered(before: Node, x: _Prepared) -> Node:
+def _insert_ordered(before: Node, x: _KernelInput) -> Node:
     if x.order == tuple(range(len(x.order))):
         return x.source
     return insert(before, aten.permute.default, x.source, list(x.order))
 
 
 @dataclass(frozen=True, slots=True)
-class _Prepared:
-    """Queries or keys before they are normalized, and then turned.
+class _KernelInput:
+    """Queries or keys as the kernel may read them, with the norm and the embedding it then applies.
 
-    `order`: the dimensions of `source` that are (N, H, T, D); `tables_order`: those of what is
-    turned.
+    Attributes:
+        order: which dimensions of `source` are (N, H, T, D).
+        tables_order: the same for the operand of the rotary embedding.
     """
 
     source: Node
     order: tuple[int, ...]
     norm: RmsNorm | None = None
-    rotary: Rotary | None = None
+    rotary: RotaryEmbedding | None = None
     tables_order: tuple[int, ...] = ()
 
 
-def _prepared(found: Attention) -> tuple[_Prepared, _Prepared]:
-    """Queries and keys as far back as what is done to both is what the kernel does."""
-    levels = zip(_levels(found.query), _levels(found.key), strict=False)
-    return [(q, k) for q, k in levels if _are_alike(q, k, found)][-1]
+def _find_inputs(call: SdpaCall) -> tuple[_KernelInput, _KernelInput]:
+    """Returns queries and keys as far back as the kernel can do what is done to both."""
+    levels = zip(_find_levels(call.query), _find_levels(call.key), strict=False)
+    return [(q, k) for q, k in levels if _are_alike(q, k, call)][-1]
 
 
-def _levels(node: Node) -> list[_Prepared]:
-    """From what attention reads to what is neither normalized nor turned."""
-    levels = [_Prepared(node, tuple(range(value(node).ndim)))]
+def _find_levels(node: Node) -> list[_KernelInput]:
+    """Returns what attention reads, then that before the embedding, then that before the norm."""
+    levels = [_KernelInput(node, tuple(range(value(node).ndim)))]
     source, order = without_order(node, levels[0].order)
     rotary = find_rotary(source)
     if rotary is not None:
-        levels.append(_Prepared(_of_dtype(rotary.source, node), order, None, rotary, order))
+        levels.append(_KernelInput(_of_dtype(rotary.source, node), order, None, rotary, order))
         source, order = without_order(rotary.source, order)
     norm = find_rms_norm(source)
     if norm is not None:
         last = levels[-1]
         levels.append(
-            _Prepared(_of_dtype(norm.source, node), order, norm, last.rotary, last.tables_order)
+            _KernelInput(_of_dtype(norm.source, node), order, norm, last.rotary, last.tables_order)
         )
     return levels
 
 
 def _of_dtype(source: Node, wanted: Node) -> Node:
+    """Returns what `source` is a cast of, if that has the dtype of `wanted`; else `source`."""
     before = without_casts(source)
     return before if value(before).dtype == value(wanted).dtype else source
 
 
-def _are_alike(q: _Prepared, k: _Prepared, found: Attention) -> bool:
-    """Whether the kernel does the same to both, and to values of their dtype."""
-    dtype = value(found.query).dtype
+def _are_alike(q: _KernelInput, k: _KernelInput, call: SdpaCall) -> bool:
+    """Returns True if queries and keys have equal norms, embeddings, and the dtype of the call."""
+    dtype = value(call.query).dtype
     if {value(x.source).dtype for x in (q, k)} != {dtype}:
         return False
     if (q.norm and q.norm.eps) != (k.norm and k.norm.eps):
@@ -128,12 +132,12 @@ def _are_alike(q: _Prepared, k: _Prepared, found: Attention) -> bool:
     if q.rotary.pairs != k.rotary.pairs:
         return False
     are_equal = q.rotary.cos.equals(k.rotary.cos) and q.rotary.sin.equals(k.rotary.sin)
-    return are_equal and all(_is_by_token(x, found) for x in (q, k))
+    return are_equal and all(_is_by_token(x, call) for x in (q, k))
 
 
-def _is_by_token(x: _Prepared, found: Attention) -> bool:
-    """Whether tables differ along the tokens of a sequence."""
+def _is_by_token(x: _KernelInput, call: SdpaCall) -> bool:
+    """Returns True if the tables of the embedding vary along the tokens of a sequence."""
     assert x.rotary is not None
-    length = found.vals[0].shape[2]
+    length = call.vals[0].shape[2]
     dims = [table.tokens for table in (x.rotary.cos, x.rotary.sin)]
     return all(length == 1 if d is None else x.tables_order.index(d) == 2 for d in dims)

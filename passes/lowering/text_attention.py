@@ -1,4 +1,4 @@
-"""Cross attention to short text, which `pabc.kernels.text_attention` computes."""
+"""Matches cross attention to short text, which :mod:`pabc.kernels.text_attention` computes."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from torch.fx import Node
 from ..ir import aten, is_call, value
 from .match import Match, first_reason, insert, replace
 from .order import without_order
-from .sdpa import Attention, find_attention
+from .sdpa import SdpaCall, find_sdpa
 
 
 def match_text_attention(node: Node) -> Match | None:
-    """Attention to few keys; where frames share them, each text is read once for all of them.
+    """Matches attention to few keys. Where frames share a text, its copies are left out.
 
     # before                                           # after
     %r = expand(%k, [2, 16, S, H, D]), as 32 rows
     %o = scaled_dot_product_attention(%q, %r, ...)     %o = pabc.text_attention(%q, %k, ...)
     """
-    found = find_attention(node)
-    if found is None:
+    call = find_sdpa(node)
+    if call is None:
         return None
-    return Match("text_attention", found.shape, _why_not(found), lambda: _rewrite(found))
+    return Match("text_attention", call.shape, _why_not(call), lambda: _rewrite(call))
 
 
-def _why_not(found: Attention) -> str | None:
+def _why_not(call: SdpaCall) -> str | None:
     from pabc.kernels.gpus import target_of
     from pabc.kernels.text_attention import fits
 
-    q, k, _ = found.vals
-    others = first_reason(found.reasons())
+    q, k, _ = call.vals
+    others = first_reason(call.reasons())
     if others is not None:
         return others
     S, D = k.shape[-2:]
@@ -39,22 +39,24 @@ def _why_not(found: Attention) -> str | None:
     return None
 
 
-def _rewrite(found: Attention) -> None:
+def _rewrite(call: SdpaCall) -> None:
     from pabc.kernels.text_attention import OP
 
-    k, v = (_find_repeated(x) for x in (found.key, found.value))
-    keys, values = found.key, found.value
+    k, v = (_find_repeated(x) for x in (call.key, call.value))
+    keys, values = call.key, call.value
     if k is not None and v is not None and k.repeats == v.repeats:
-        keys, values = k.insert(found.node), v.insert(found.node)
-    tensors = (found.query, keys, values, found.mask_of_4())
-    replace(found.node, insert(found.node, OP, *tensors, None, found.scale))
+        keys, values = k.insert(call.node), v.insert(call.node)
+    tensors = (call.query, keys, values, call.insert_mask())
+    replace(call.node, insert(call.node, OP, *tensors, None, call.scale))
 
 
 @dataclass(frozen=True, slots=True)
 class _Repeated:
-    """Keys or values whose rows are those of `source`, each so many times.
+    """Keys or values that repeat each row of `source`.
 
-    `order`: the dimensions of `source` that are (M, repeats, H, S, D); that of repeats is 1.
+    Attributes:
+        order: which dimensions of `source` are (M, repeats, H, S, D); that of repeats has size 1.
+        repeats: how often each row is repeated.
     """
 
     source: Node
@@ -62,13 +64,13 @@ class _Repeated:
     repeats: int
 
     def insert(self, before: Node) -> Node:
-        """Writes (M, H, S, D) before a node."""
+        """Inserts the rows, each once, (M, H, S, D), before a node and returns them."""
         once = insert(before, aten.permute.default, self.source, list(self.order))
         return insert(before, aten.select.int, once, 1, 0)
 
 
 def _find_repeated(node: Node) -> _Repeated | None:
-    """Looks through the copy that repeats rows: view(permute(clone(expand(x))))."""
+    """Returns what `view(permute(clone(expand(x))))` repeats; clone and permutes may be missing."""
     if not is_call(node, (aten.view.default, aten._unsafe_view.default)):
         return None
     inner = node.args[0]
