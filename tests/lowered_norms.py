@@ -52,6 +52,12 @@ def lower(function, *inputs, rows=ROWS, kernels="force", gains=unmeasured):
     return lowered, lambda: (lowered(*inputs, *rows), gm(*inputs, *rows))
 
 
+def graph_text(inputs, *lines):
+    """Returns the text of an expected graph of inputs and rows, see :mod:`graphs`."""
+    head = f"graph({inputs}, {', '.join(f'%{name}' for name in Rows._fields)}):"
+    return "\n    ".join([head, *lines])
+
+
 def calls(lowered):
     return lowered.graph.find_nodes(op="call_function", target=OP)
 

@@ -2,7 +2,23 @@
 
 import pytest
 import torch
-from lowered_norms import CUT, OTHER, ROWS, B, C, T, X, calls, check_same, draw, left, lower, plain
+from graphs import assert_same_graph
+from lowered_norms import (
+    CUT,
+    OTHER,
+    ROWS,
+    B,
+    C,
+    T,
+    X,
+    calls,
+    check_same,
+    draw,
+    graph_text,
+    left,
+    lower,
+    plain,
+)
 from torch.nn.functional import layer_norm, rms_norm
 
 import pabc
@@ -25,55 +41,114 @@ def by_hand(x, weight):
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
-NORMS = {
-    "layer": lambda x, m: plain(x),
-    "learned": lambda x, m: layer_norm(x, [C], m.weight, m.bias),
-    "modulated": lambda x, m: plain(x) * (1 + m.scale) + m.shift,
-    "commuted": lambda x, m: m.shift + (m.scale + 1) * plain(x),
-    "no shift": lambda x, m: by_op(x, m.weight) * (1 + m.scale),
-    "no scale": lambda x, m: plain(x) + m.shift,
-    "product": lambda x, m: plain(x) * m.scale + m.shift,
-    "by hand": lambda x, m: by_hand(x, m.weight) * (1 + m.scale) + m.shift,
-    "all": lambda x, m: (layer_norm(x, [C], m.weight) + m.bias) * (1 + m.scale) + m.shift,
-    "in place of a sum": lambda x, m: m.shift + m.gate * plain(x),
-    "of all tokens": lambda x, m: plain(x) * (1 + 2 * x) + x,
-    "epsilon by default": lambda x, m: rms_norm(x, [C], m.weight),
+NORMS = {  # the function, and what the call of the kernel says of it
+    "layer": (lambda x, m: plain(x), "norm='layer', offset=0.0, eps=1e-06"),
+    "learned": (
+        lambda x, m: layer_norm(x, [C], m.weight, m.bias),
+        "norm='layer', weight=%weight, bias=%bias, offset=0.0, eps=1e-05",
+    ),
+    "modulated": (
+        lambda x, m: plain(x) * (1 + m.scale) + m.shift,
+        "norm='layer', scale=%scale, shift=%shift, offset=1.0, eps=1e-06",
+    ),
+    "commuted": (
+        lambda x, m: m.shift + (m.scale + 1) * plain(x),
+        "norm='layer', scale=%scale, shift=%shift, offset=1.0, eps=1e-06",
+    ),
+    "no shift": (
+        lambda x, m: by_op(x, m.weight) * (1 + m.scale),
+        "norm='rms', weight=%weight, scale=%scale, offset=1.0, eps=1e-06",
+    ),
+    "no scale": (
+        lambda x, m: plain(x) + m.shift,
+        "norm='layer', shift=%shift, offset=0.0, eps=1e-06",
+    ),
+    "product": (
+        lambda x, m: plain(x) * m.scale + m.shift,
+        "norm='layer', scale=%scale, shift=%shift, offset=0.0, eps=1e-06",
+    ),
+    "by hand": (
+        lambda x, m: by_hand(x, m.weight) * (1 + m.scale) + m.shift,
+        "norm='rms', weight=%weight, scale=%scale, shift=%shift, offset=1.0, eps=1e-06",
+    ),
+    "all": (
+        lambda x, m: (layer_norm(x, [C], m.weight) + m.bias) * (1 + m.scale) + m.shift,
+        "norm='layer', weight=%weight, bias=%bias, "
+        "scale=%scale, shift=%shift, offset=1.0, eps=1e-05",
+    ),
+    "in place of a sum": (
+        lambda x, m: m.shift + m.gate * plain(x),
+        "norm='layer', scale=%gate, shift=%shift, offset=0.0, eps=1e-06",
+    ),
+    "of all tokens": (
+        lambda x, m: plain(x) * (1 + 2 * x) + x,
+        "norm='layer', scale=%twice, shift=%x, offset=1.0, eps=1e-06",
+    ),
+    "epsilon by default": (
+        lambda x, m: rms_norm(x, [C], m.weight),
+        f"norm='rms', weight=%weight, offset=0.0, eps={torch.finfo(torch.float32).eps}",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", NORMS)
 def test_norms_become_one_call(name):
-    lowered, run = lower(NORMS[name], X)
-    assert len(calls(lowered)) == 1 and left(lowered) <= {"aten.mul.Tensor"}
-    assert bool(left(lowered)) == (name == "of all tokens")
+    function, said = NORMS[name]
+    lowered, run = lower(function, X)
+    expected = graph_text(
+        "%x",
+        "%twice = mul(%x, 2)" if "%twice" in said else "",
+        f"%r = pabc.residual_norm(%x, None, None, None, None, {said}, n_dtype=torch.float32)",
+        "%n = getitem(%r, 0)",
+        "return (%n,)",
+    )
+    assert_same_graph(lowered, expected)
     check_same(run())
     assert [each.reason for each in lowered.meta["lowered"]] == [None]
     assert lowered.meta["lowered"][0].shape == (B * T, C, 8)
 
 
-SUMS = {
-    "gate": lambda x, c, d, m: x + m.gate * c,
-    "commuted": lambda x, c, d, m: c * m.gate + x,
-    "plain": lambda x, c, d, m: c + x,
-    "two": lambda x, c, d, m: x + m.gate * c + d,
-    "three": lambda x, c, d, m: (x + m.gate * c) + m.shift * d + 0.5 * (m.scale * c),
-    "inner": lambda x, c, d, m: m.gate * d + (x + c),
-    "gates of tokens": lambda x, c, d, m: x + c * d[..., :1],
+SUMS = {  # the function; x, cuts, their scales, gates and factors of the call
+    "gate": (lambda x, c, d, m: x + m.gate * c, "%x, [%c], [None], [%gate], [1.0]"),
+    "commuted": (lambda x, c, d, m: c * m.gate + x, "%x, [%c], [None], [%gate], [1.0]"),
+    "plain": (lambda x, c, d, m: c + x, "%c, [%x], [None], [None], [1.0]"),
+    "two": (
+        lambda x, c, d, m: x + m.gate * c + d,
+        "%x, [%c, %d], [None, None], [%gate, None], [1.0, 1.0]",
+    ),
+    "three": (
+        lambda x, c, d, m: (x + m.gate * c) + m.shift * d + 0.5 * (m.scale * c),
+        "%x, [%c, %d, %c], [None, None, None], [%gate, %shift, %scale], [1.0, 1.0, 0.5]",
+    ),
+    "inner": (
+        lambda x, c, d, m: m.gate * d + (x + c),
+        "%x, [%c, %d], [None, None], [None, %gate], [1.0, 1.0]",
+    ),
+    "gates of tokens": (lambda x, c, d, m: x + c * d[..., :1], "%x, [%c], [None], [%first], [1.0]"),
 }
 
 
 @pytest.mark.parametrize("name", SUMS)
 @pytest.mark.parametrize("is_read", [True, False], ids=["read", "not read"])
 def test_sums_are_taken_with_the_norm_after_them(name, is_read):
+    sum_of, terms = SUMS[name]
+
     def function(*inputs):
-        y, m = SUMS[name](*inputs), inputs[-1]
+        y, m = sum_of(*inputs), inputs[-1]
         n = plain(y) * (1 + m.scale) + m.shift
         return (n, y.abs()) if is_read else n
 
     lowered, run = lower(function, X, CUT, OTHER)
-    (call,) = calls(lowered)
-    assert left(lowered) <= {"aten.abs.default", "aten.slice.Tensor"}
-    assert len(call.meta["val"]) == 1 + is_read
+    said = "norm='layer', scale=%scale, shift=%shift, offset=1.0, eps=1e-06, n_dtype=torch.float32"
+    expected = graph_text(
+        "%x, %c, %d",
+        "%first = slice(%d, 2, 0, 1)" if "%first" in terms else "",
+        f"%r = pabc.residual_norm({terms}, {said}{', y_dtype=torch.float32' * is_read})",
+        *(["%y = getitem(%r, 0)", "%z = abs(%y)"] if is_read else []),
+        f"%n = getitem(%r, {int(is_read)})",
+        f"return (%n,{' %z' * is_read})",
+    )
+    assert_same_graph(lowered, expected)
     check_same(run())
 
 
@@ -171,32 +246,85 @@ def by_place(x):
 
 
 COPIES = {
-    "sum": lambda x, c, m: by_place(x + m.weight * c),
-    "norm": lambda x, c, m: (x + c, by_place(plain(x + c))),
-    "sum and norm": lambda x, c, m: (by_place(x + c), by_place(plain(x + c))),
-    "transposed": lambda x, c, m: plain(x).transpose(0, 1).contiguous(),
+    "sum": (
+        lambda x, c, m: by_place(x + m.weight * c),
+        "%r = pabc.residual_norm(%x, [%c], [None], [%weight], [1.0], norm='none', "
+        "split=[2, 3, 4, 24], y_dtype=torch.float32, y_order=[0, 2, 1, 3])",
+        "%y = getitem(%r, 0)",
+        "%z = _unsafe_view(%y, [8, 3, 24])",
+        "return (%z,)",
+    ),
+    "norm": (
+        lambda x, c, m: (x + c, by_place(plain(x + c))),
+        "%r = pabc.residual_norm(%x, [%c], [None], [None], [1.0], norm='layer', offset=0.0, "
+        "eps=1e-06, split=[2, 3, 4, 24], y_dtype=torch.float32, n_dtype=torch.float32, "
+        "n_order=[0, 2, 1, 3])",
+        "%y = getitem(%r, 0)",
+        "%n = getitem(%r, 1)",
+        "%z = _unsafe_view(%n, [8, 3, 24])",
+        "return (%y, %z)",
+    ),
+    "sum and norm": (
+        lambda x, c, m: (by_place(x + c), by_place(plain(x + c))),
+        "%r = pabc.residual_norm(%x, [%c], [None], [None], [1.0], norm='layer', offset=0.0, "
+        "eps=1e-06, split=[2, 3, 4, 24], y_dtype=torch.float32, y_order=[0, 2, 1, 3], "
+        "n_dtype=torch.float32, n_order=[0, 2, 1, 3])",
+        "%y = getitem(%r, 0)",
+        "%n = getitem(%r, 1)",
+        "%a = _unsafe_view(%y, [8, 3, 24])",
+        "%b = _unsafe_view(%n, [8, 3, 24])",
+        "return (%a, %b)",
+    ),
+    "transposed": (
+        lambda x, c, m: plain(x).transpose(0, 1).contiguous(),
+        "%r = pabc.residual_norm(%x, None, None, None, None, norm='layer', offset=0.0, "
+        "eps=1e-06, split=[6, 4, 24], n_dtype=torch.float32, n_order=[1, 0, 2])",
+        "%n = getitem(%r, 0)",
+        "return (%n,)",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", COPIES)
 def test_copies_to_another_order_are_not_made(name):
-    lowered, run = lower(COPIES[name], VIDEO, VIDEO * 2)
-    assert len(calls(lowered)) == 1 and left(lowered) <= {"aten.view.default", VIEW}
+    function, *lines = COPIES[name]
+    lowered, run = lower(function, VIDEO, VIDEO * 2)
+    assert_same_graph(lowered, graph_text("%x, %c", *lines))
     check_same(run())
 
 
-VIEW = "aten._unsafe_view.default"
 KEPT_COPIES = {
-    "of channels": lambda x, c, m: plain(x).mT.contiguous(),
-    "read by others": lambda x, c, m: (by_place(n := plain(x)), n),
-    "of rows that are merged": lambda x, c, m: plain(x).view(B, -1, C).transpose(0, 1).contiguous(),
+    "of channels": (
+        lambda x, c, m: plain(x).mT.contiguous(),
+        "%a = transpose.int(%n, -2, -1)",
+        "%b = clone(%a, memory_format=torch.contiguous_format)",
+        "return (%b,)",
+    ),
+    "read by others": (
+        lambda x, c, m: (by_place(n := plain(x)), n),
+        "%a = view(%n, [2, 3, 4, 24])",
+        "%b = permute(%a, [0, 2, 1, 3])",
+        "%c = clone(%b, memory_format=torch.contiguous_format)",
+        "%d = _unsafe_view(%c, [8, 3, 24])",
+        "return (%d, %n)",
+    ),
+    "of rows that are merged": (
+        lambda x, c, m: plain(x).view(B, -1, C).transpose(0, 1).contiguous(),
+        "%a = view(%n, [2, -1, 24])",
+        "%b = transpose.int(%a, 0, 1)",
+        "%c = clone(%b, memory_format=torch.contiguous_format)",
+        "return (%c,)",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", KEPT_COPIES)
 def test_other_copies_are_made(name):
-    lowered, run = lower(KEPT_COPIES[name], VIDEO, VIDEO)
-    assert len(calls(lowered)) == 1 and "aten.clone.default" in left(lowered)
+    function, *lines = KEPT_COPIES[name]
+    lowered, run = lower(function, VIDEO, VIDEO * 2)
+    said = "norm='layer', offset=0.0, eps=1e-06, n_dtype=torch.float32"
+    norm = f"%r = pabc.residual_norm(%x, None, None, None, None, {said})"
+    assert_same_graph(lowered, graph_text("%x, %c", norm, "%n = getitem(%r, 0)", *lines))
     check_same(run())
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from graphs import assert_same_graph
 from lowering import lower
 from torch import nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
@@ -151,6 +152,28 @@ def test_rotary_embeddings(turn, pairs, by_head):
     made = {n.target for n in lowered.graph.nodes}
     assert not {torch.ops.aten.stack.default, torch.ops.aten.cat.default} & made
     assert fused(check(Attend(by_op, turn, by_head=by_head), make(turn))) == (True, pairs)
+
+
+def test_a_norm_and_an_embedding_are_computed_by_the_kernel():
+    expected = """
+        graph(%qkv, %q_weight, %k_weight, %cos, %sin):
+            %parts = unbind.int(%qkv, 2)
+            %q0 = getitem(%parts, 0)
+            %q = transpose.int(%q0, 1, 2)
+            %k0 = getitem(%parts, 1)
+            %k = transpose.int(%k0, 1, 2)
+            %v0 = getitem(%parts, 2)
+            %v = transpose.int(%v0, 1, 2)
+            %c = reshape(%cos, [6, 8])
+            %s = reshape(%sin, [6, 8])
+            %o = pabc.short_attention(%q, %k, %v, None, %q_weight, %k_weight, %c, %s, None, 1e-06, 'halves')
+            %t = transpose.int(%o, 1, 2)
+            %permuted = permute(%t, [0, 2, 1, 3])
+            %copied = clone(%permuted, memory_format=torch.contiguous_format)
+            %result = permute(%copied, [0, 2, 1, 3])
+            return (%result,)
+    """  # noqa: E501
+    assert_same_graph(check(Attend(by_op, halves), make(halves)), expected)
 
 
 def test_both_in_bfloat16_with_float32_between():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -234,10 +235,6 @@ def _rewrite(found: ResidualNorm) -> None:
     from pabc.kernels.residual_norm import OP
 
     norm, terms = found.norm, found.terms
-    y, n, y_copy, n_copy = found.y, found.n, found.y_copy, found.n_copy
-    after = {} if norm is None else {
-        name: getattr(norm, name) for name in ("weight", "bias", "scale", "shift", "offset", "eps")
-    }  # fmt: skip
     call = insert(
         found.before,
         OP,
@@ -247,16 +244,28 @@ def _rewrite(found: ResidualNorm) -> None:
         [term.gate for term in terms] or None,
         [float(term.factor) for term in terms] or None,
         norm="none" if norm is None else norm.kind,
-        **after,
-        y_dtype=None if y is None else value(y).dtype,
-        n_dtype=None if n is None else value(n).dtype,
-        y_like_x=y_copy is None and found.is_like_x(y),
-        n_like_x=n_copy is None and found.is_like_x(n),
-        split=list(found.copies[0].split) if found.copies else None,
-        y_order=None if y_copy is None else list(y_copy.order),
-        n_order=None if n_copy is None else list(n_copy.order),
+        **_find_keywords(found),
     )
-    made = [(node, copy) for node, copy in ((y, y_copy), (n, n_copy)) if node is not None]
+    results = ((found.y, found.y_copy), (found.n, found.n_copy))
+    made = [(node, copy) for node, copy in results if node is not None]
     for i, (node, copy) in enumerate(made):
         by = insert(found.before, GETITEM, call, i)
         substitute(node if copy is None else copy.nodes[-1], by)
+
+
+def _find_keywords(found: ResidualNorm) -> dict[str, Any]:
+    """Returns the keywords of the call that say what follows the sum, and how to return results."""
+    y, n, y_copy, n_copy = found.y, found.n, found.y_copy, found.n_copy
+    keywords: dict[str, Any] = {
+        "y_dtype": None if y is None else value(y).dtype,
+        "n_dtype": None if n is None else value(n).dtype,
+        "y_like_x": (y_copy is None and found.is_like_x(y)) or None,
+        "n_like_x": (n_copy is None and found.is_like_x(n)) or None,
+        "split": list(found.copies[0].split) if found.copies else None,
+        "y_order": None if y_copy is None else list(y_copy.order),
+        "n_order": None if n_copy is None else list(n_copy.order),
+    }
+    if found.norm is not None:
+        for name in ("weight", "bias", "scale", "shift", "offset", "eps"):
+            keywords[name] = getattr(found.norm, name)
+    return {name: given for name, given in keywords.items() if given is not None}
