@@ -3,6 +3,7 @@
 A graph as text has a line per node, as the docstrings of passes have them::
 
     graph(%x, %w, %b):
+        # x: a note about an input
         %n = layer_norm(%x, [8])
         %h = linear(%n, %w, %b)  # a note
         %r = call_module[full_0](%h)
@@ -74,6 +75,7 @@ def assert_same_graph(
             text behind a #.
     """
     wanted = _read(expected) if isinstance(expected, str) else dict(_graphs_of(expected, note))
+    assert "graph" in wanted, f"expected: expected the text of a graph, found {expected!r}"
     found = {name: lines for name, lines in _graphs_of(gm, note) if name in wanted}
     texts = [_write(graphs, wanted) for graphs in (wanted, found)]
     if texts[0] != texts[1]:
@@ -163,6 +165,10 @@ def _read(text: str) -> dict[str, list[Line]]:
             names = head[2].replace("%", "").replace(" ", "").split(",")
             known = {name: Line("input", name=name) for name in names if name}
             graphs[head[1]] = lines = [*known.values()]
+            continue
+        if not code:
+            name, _, said = note.partition(": ")
+            known[name].note = said
             continue
         code = re.sub(r"(call_module|get_attr)\[([^\]]*)\]", r"\1['\2']", code)
         code = re.sub(r"%(\w+)", _NODE + r"\1", code)

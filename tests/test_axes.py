@@ -1,6 +1,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from graphs import assert_same_graph
+from models import OneBranch
 from stages import capture_call, run_to
 from torch import nn
 
@@ -355,3 +357,33 @@ def test_all_inputs_that_come_out_again_are_denoised():
     gm = run_to(capture_call(Streams(), call), "axes")
     assert gm.meta["latents"] == "video"
     assert gm.meta["denoised"] == {"video": "video", "audio_0": "audio_0", "audio_1": "audio_0"}
+
+
+def test_every_tensor_is_given_the_axes_of_its_dimensions():
+    """Those of x[2] are lost in a product, and come back with the stream; sizes of 1 have none."""
+    gm = run_to(capture_call(OneBranch(), OneBranch.call()), "axes")
+
+    def axes(node):
+        products = node.meta.get("axes", ())
+        return " ".join("*".join(str(f.axis or f.size) for f in product) for product in products)
+
+    assert_same_graph(
+        gm,
+        """
+        graph(%x, %t):
+            # x: x[0] x[1] x[2]
+            # t: t[0]
+            %time = sin(%t)  # t[0]
+            %rows = unsqueeze(%time, 1)  # t[0] 1
+            %gate = unsqueeze(%rows, 2)  # t[0] 1 1
+            %w = get_attr[project.weight]  # 4 4
+            %h = linear(%x, %w)  # x[0] x[1] 4
+            %o = scaled_dot_product_attention(%h, %h, %h)  # x[0] x[1] 4
+            %w_out = get_attr[out.weight]  # 4 4
+            %p = linear(%o, %w_out)  # x[0] x[1] 4
+            %g = mul(%gate, %p)  # x[0] x[1] 4
+            %y = add(%x, %g)  # x[0] x[1] x[2]
+            return (%y,)
+        """,
+        note=axes,
+    )

@@ -6,10 +6,11 @@ import weakref
 
 import pytest
 import torch
-from models import MODELS, Case
+from graphs import assert_same_graph
+from models import MODELS, Case, OneBranch
 from phases import inline, lift, specialize, store_all
 from small_latte import make_inputs, make_latte
-from stages import regions_of, run_to, with_hoisted
+from stages import capture_call, regions_of, run_to, with_hoisted
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.graph import GraphLowering
 from torch.fx import Graph, GraphModule
@@ -40,6 +41,39 @@ def make_flat(case, captured, reused=None):
 
 def same(results, others):
     return len(results) == len(others) and all(map(torch.equal, results, others))
+
+
+def test_a_branch_begins_a_block_that_takes_views_anew():
+    gm = run_to(capture_call(OneBranch(), OneBranch.call()), "cache")
+    flat, _ = lift(inline(specialize(gm, stored=(0,))))
+    assert_same_graph(
+        split_blocks_pass(flat),
+        """
+        graph(%w, %w_out, %x, %t):
+            %first = call_module[block_0](%t)
+            %time = getitem(%first, 0)
+            %second = call_module[block_1](%x, %w, %w_out, %time)
+            %y = getitem(%second, 1)
+            %p = getitem(%second, 0)
+            return (%y, %p)
+
+        block_0(%t):
+            %time = sin(%t)
+            %rows = unsqueeze(%time, 1)
+            %gate = unsqueeze(%rows, 2)
+            return (%time,)
+
+        block_1(%x, %w, %w_out, %time):
+            %h = linear(%x, %w)
+            %o = scaled_dot_product_attention(%h, %h, %h)
+            %p = linear(%o, %w_out)
+            %rows = unsqueeze(%time, 1)
+            %gate = unsqueeze(%rows, 2)
+            %g = mul(%gate, %p)
+            %y = add(%x, %g)
+            return (%p, %y)
+        """,
+    )
 
 
 @pytest.mark.parametrize("case", MODELS, ids=str)

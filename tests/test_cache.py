@@ -1,6 +1,7 @@
 import pytest
 import torch
-from models import MODELS, Case
+from graphs import assert_same_graph
+from models import MODELS, Case, OneBranch
 from phases import FakeTrajectory
 from stages import capture_call, regions_of, run_graph, run_to
 from torch import nn
@@ -28,6 +29,34 @@ def test_a_region_becomes_a_read_a_guarded_call_and_a_write(captured):
         assert cached.target is cache_read and cached.args == (first, slot)
         assert computed.target is compute_unless and computed.args[0] is cached
         assert computed.args[1].target == region.name
+
+
+def test_a_call_is_guarded():
+    assert_same_graph(
+        run_to(capture_call(OneBranch(), OneBranch.call()), "cache"),
+        """
+        graph(%trajectory, %x, %t):
+            %time = sin(%t)
+            %rows = unsqueeze(%time, 1)
+            %gate = unsqueeze(%rows, 2)
+            %c = cache_read(%trajectory, 0)
+            %region = get_attr[full_0]
+            %u = compute_unless(%c, %region, %x)
+            %r = cache_write(%trajectory, 0, %c, %u)
+            %v = getitem(%r, 0)
+            %g = mul(%gate, %v)
+            %y = add(%x, %g)
+            return (%y,)
+
+        full_0(%x):
+            %w = get_attr[project.weight]
+            %h = linear(%x, %w)
+            %o = scaled_dot_product_attention(%h, %h, %h)
+            %w_out = get_attr[out.weight]
+            %p = linear(%o, %w_out)
+            return (%p,)
+        """,
+    )
 
 
 @pytest.mark.parametrize("case", [FACTORIZED, JOINT], ids=str)

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from graphs import assert_same_graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import MODELS, Case
+from models import MODELS, Case, OneBranch
 from phases import FakeTrajectory, inline, lift, placeholders, specialize, store_all
-from stages import compile_flat, regions_of, run_graph, run_to, with_hoisted
+from stages import capture_call, compile_flat, regions_of, run_graph, run_to, with_hoisted
 
 from pabc import passes
 from pabc.kernels.dtypes import FP8, FP8_MAX, TINY
@@ -195,6 +196,66 @@ def test_a_phase_takes_encoded_cuts_and_encodes_only_what_is_stored(captured):
     assert (values.dtype, scale.dtype) == (FP8, torch.float32)
     called = [n.target for n in phase.graph.nodes if n.op == "call_module"]
     assert called.count("decode_0") == called.count("encode_0") == 1
+
+
+GUARDED = """
+    graph(%trajectory, %x, %t):
+        %time = sin(%t)
+        %rows = unsqueeze(%time, 1)
+        %gate = unsqueeze(%rows, 2)
+        %c = cache_read(%trajectory, 0)
+        %decode = get_attr[decode_0]
+        %d = decode_cached(%c, %decode)
+        %region = get_attr[full_0]
+        %u = compute_unless(%d, %region, %x)
+        %encode = get_attr[encode_0]
+        %e = encode_unless(%c, %encode, %u)
+        %w = cache_write(%trajectory, 0, %c, %e)
+        %v = getitem(%u, 0)
+        %g = mul(%gate, %v)
+        %y = add(%x, %g)
+        return (%y,)
+
+    decode_0(%values):
+        %cut = _to_copy(%values, dtype=torch.float32)
+        return (%cut,)
+
+    encode_0(%cut):
+        %values = _to_copy(%cut, dtype=torch.bfloat16)
+        return (%values,)
+"""
+REUSED = """
+    graph(%x, %t, %kept):
+        %time = sin(%t)
+        %rows = unsqueeze(%time, 1)
+        %gate = unsqueeze(%rows, 2)
+        %d = call_module[decode_0](%kept)
+        %v = getitem(%d, 0)
+        %g = mul(%gate, %v)
+        %y = add(%x, %g)
+        return ((%y,), ())
+"""
+STORED = """
+    graph(%x, %t):
+        %time = sin(%t)
+        %rows = unsqueeze(%time, 1)
+        %gate = unsqueeze(%rows, 2)
+        %r = call_module[full_0](%x)
+        %v = getitem(%r, 0)
+        %g = mul(%gate, %v)
+        %y = add(%x, %g)
+        %cut = getitem(%r, 0)
+        %e = call_module[encode_0](%cut)
+        %kept = getitem(%e, 0)
+        return ((%y,), (%kept,))
+"""
+
+
+def test_reads_are_decoded_and_writes_encoded_in_every_phase():
+    gm = run_to(capture_call(OneBranch(), OneBranch.call()), "encode", cache_dtype="bf16")
+    assert_same_graph(gm, GUARDED)
+    assert_same_graph(specialize(gm, reused=(0,)), REUSED)
+    assert_same_graph(specialize(gm, stored=(0,)), STORED)
 
 
 def test_graphs_for_any_sizes_encode_any_sizes():

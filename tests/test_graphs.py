@@ -80,6 +80,11 @@ def test_names_and_the_order_of_independent_nodes_make_no_difference() -> None:
     assert_same_graph(canonicalize_pass(trace(project, X, W, B)), reordered.replace("%l", "%y"))
 
 
+def test_no_graph_equals_no_text() -> None:
+    with pytest.raises(AssertionError, match="expected the text of a graph, found ''"):
+        assert_same_graph(trace(project, X, W, B), "")
+
+
 def test_notes_are_compared() -> None:
     gm = canonicalize_pass(trace(project, X, W, B))
     text = TEXT.replace("%b)\n", "%b)  # product\n")

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from models import MODELS, Case
+from graphs import assert_same_graph
+from models import MODELS, Case, OneBranch
 from phases import FakeTrajectory, inline, lift, specialize, store_all
-from stages import compile_flat, regions_of, run_graph, run_to, with_hoisted
+from stages import capture_call, compile_flat, regions_of, run_graph, run_to, with_hoisted
 
 from pabc.passes import (
     offload_cuts_pass,
@@ -37,6 +38,55 @@ def test_a_read_is_fetched_and_a_write_stashed(captured):
             assert fetched.args == (node, (CPU,))
         if node.target is cache_write:
             assert not node.users and node.args[3].target is stash_unless
+
+
+GUARDED = """
+    graph(%trajectory, %x, %t):
+        %time = sin(%t)
+        %rows = unsqueeze(%time, 1)
+        %gate = unsqueeze(%rows, 2)
+        %c = cache_read(%trajectory, 0)
+        %f = fetch_cached(%c, (device('cpu'),))
+        %region = get_attr[full_0]
+        %u = compute_unless(%f, %region, %x)
+        %s = stash_unless(%c, (device('cpu'),), %u)
+        %w = cache_write(%trajectory, 0, %c, %s)
+        %v = getitem(%u, 0)
+        %g = mul(%gate, %v)
+        %y = add(%x, %g)
+        return (%y,)
+"""
+REUSED = """
+    graph(%x, %t, %kept):
+        %time = sin(%t)
+        %rows = unsqueeze(%time, 1)
+        %gate = unsqueeze(%rows, 2)
+        %v = pabc.fetch(%kept, device('cpu'))
+        %g = mul(%gate, %v)
+        %y = add(%x, %g)
+        return ((%y,), ())
+"""
+STORED = """
+    graph(%x, %t):
+        %time = sin(%t)
+        %rows = unsqueeze(%time, 1)
+        %gate = unsqueeze(%rows, 2)
+        %r = call_module[full_0](%x)
+        %v = getitem(%r, 0)
+        %g = mul(%gate, %v)
+        %y = add(%x, %g)
+        %cut = getitem(%r, 0)
+        %kept = pabc.stash(%cut)
+        return ((%y,), (%kept,))
+"""
+
+
+def test_reads_are_fetched_and_writes_stashed_in_every_phase():
+    gm = run_to(capture_call(OneBranch(), OneBranch.call()), "encode")
+    gm = offload_cuts_pass(gm, accelerators=("cpu",))
+    assert_same_graph(gm, GUARDED)
+    assert_same_graph(specialize(gm, reused=(0,)), REUSED)
+    assert_same_graph(specialize(gm, stored=(0,)), STORED)
 
 
 @pytest.mark.parametrize("cache_dtype", ["keep", "fp8"])

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from models import CASES, MODELS, Case
+from graphs import assert_same_graph
+from models import CASES, MODELS, Case, OneBranch
 from stages import capture_call, regions_of, run_graph, run_to
 from torch import nn
 
@@ -23,6 +24,31 @@ def test_outlining_keeps_bits(case: Case, cut, captured):
     call = case.call(step=1)
     with torch.no_grad():
         assert torch.equal(run_graph(run_to(gm, "outline", cut=cut), call), model(**call))
+
+
+def test_a_region_becomes_one_call():
+    assert_same_graph(
+        run_to(capture_call(OneBranch(), OneBranch.call()), "outline"),
+        """
+        graph(%x, %t):
+            %time = sin(%t)
+            %rows = unsqueeze(%time, 1)
+            %gate = unsqueeze(%rows, 2)
+            %r = call_module[full_0](%x)
+            %c = getitem(%r, 0)
+            %g = mul(%gate, %c)
+            %y = add(%x, %g)
+            return (%y,)
+
+        full_0(%x):
+            %w = get_attr[project.weight]
+            %h = linear(%x, %w)
+            %o = scaled_dot_product_attention(%h, %h, %h)
+            %w_out = get_attr[out.weight]
+            %p = linear(%o, %w_out)
+            return (%p,)
+        """,
+    )
 
 
 def test_regions_are_listed_as_they_run(captured):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from graphs import assert_same_graph
 from models import (
     CASES,
     WIDTH,
@@ -8,6 +9,7 @@ from models import (
     Case,
     Image,
     Mlp,
+    OneBranch,
     SharedProjection,
     attend_fused,
     merge_heads,
@@ -121,6 +123,37 @@ def test_attention_off_the_latents_stays_where_it_is(captured):
     assert {kind for kind, _ in gm.meta["branches"]} == {"full", "cross", "mlp"}
     left = [n.meta["attention"].kind for n in tagged(gm) if "region" not in n.meta]
     assert left == ["other", "other"]
+
+
+@pytest.mark.parametrize(
+    ("cut", "product", "gated"),
+    [("attention", "  # region 0, cut 0", ""), ("branch", "  # region 0", "  # region 0, cut 0")],
+)
+def test_a_branch_is_marked_up_to_its_cut(cut, product, gated):
+    gm = run_to(capture_call(OneBranch(), OneBranch.call()), "regions", cut=cut)
+
+    def marks(node):
+        return ", ".join(f"{key} {node.meta[key]}" for key in ("region", "cut") if key in node.meta)
+
+    gate = "" if cut == "attention" else "  # region 0"
+    assert_same_graph(
+        gm,
+        f"""
+        graph(%x, %t):
+            %time = sin(%t){gate}
+            %rows = unsqueeze(%time, 1){gate}
+            %gate = unsqueeze(%rows, 2){gate}
+            %w = get_attr[project.weight]  # region 0
+            %h = linear(%x, %w)  # region 0
+            %o = scaled_dot_product_attention(%h, %h, %h)  # region 0
+            %w_out = get_attr[out.weight]  # region 0
+            %p = linear(%o, %w_out){product}
+            %g = mul(%gate, %p){gated}
+            %y = add(%x, %g)
+            return (%y,)
+        """,
+        note=marks,
+    )
 
 
 def test_an_unknown_cut_is_refused(captured):

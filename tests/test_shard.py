@@ -8,7 +8,8 @@ from collections import Counter
 
 import pytest
 import torch
-from models import MODELS, Branch, Factorized, Image, Mlp, Sizes
+from graphs import assert_same_graph
+from models import MODELS, Branch, Factorized, Image, Mlp, OneBranch, Sizes
 from sharded.simulator import GROUP, run_ranks
 from stages import capture_call, run_to
 from torch import nn
@@ -78,6 +79,42 @@ def test_zoo_ranks_give_what_one_gives(name):
     args, kwargs = bind_arguments(inspect.signature(model.forward), (), call)
     gm = run_to(capture(model.requires_grad_(False), args, kwargs), "regions")
     assert_ranks_equal_one(gm, pytree.tree_leaves((args, kwargs)), shard_all(gm, 3))
+
+
+def test_each_rank_computes_its_samples_and_gathers_the_output():
+    gm = run_to(capture_call(OneBranch(), OneBranch.call()), "regions")
+    (first, *_) = shard_all(gm, 2, shard_batch_pass)
+    assert_same_graph(
+        first,
+        """
+        graph(%x, %t):
+            %samples = reshape(%x, [1, 2, 1, 3, 4])
+            %own = slice(%samples, 1, 0, 1)
+            %x_own = reshape(%own, [1, 3, 4])
+            %time = sin(%t)
+            %rows = unsqueeze(%time, 1)
+            %gate = unsqueeze(%rows, 2)
+            %gates = reshape(%gate, [1, 2, 1, 1, 1])
+            %own_gate = slice(%gates, 1, 0, 1)
+            %gate_own = reshape(%own_gate, [1, 1, 1])
+            %w = get_attr[project.weight]
+            %h = linear(%x_own, %w)
+            %o = scaled_dot_product_attention(%h, %h, %h)
+            %w_out = get_attr[out.weight]
+            %p = linear(%o, %w_out)
+            %g = mul(%gate_own, %p)
+            %y = add(%x_own, %g)
+            %sent = reshape(%y, [1, 1, 1, 3, 4])
+            %first = permute(%sent, [1, 0, 2, 3, 4])
+            %copy = clone(%first, memory_format=torch.contiguous_format)
+            %gathered = _c10d_functional.all_gather_into_tensor(%copy, 2, 'simulated')
+            %whole = _c10d_functional.wait_tensor(%gathered)
+            %every = slice(%whole, 0, 0, 2)
+            %ordered = permute(%every, [1, 0, 2, 3, 4])
+            %result = reshape(%ordered, [2, 3, 4])
+            return (%result,)
+        """,
+    )
 
 
 SENDS = [

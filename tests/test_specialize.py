@@ -2,9 +2,10 @@ import itertools
 
 import pytest
 import torch
-from models import MODELS, STYLES, Case
+from graphs import assert_same_graph
+from models import MODELS, STYLES, Case, OneBranch
 from phases import FakeTrajectory, placeholders, specialize, store_all
-from stages import prologue_of, regions_of, run_to, with_hoisted
+from stages import capture_call, prologue_of, regions_of, run_to, with_hoisted
 
 from pabc.passes import tagged, verify_phase
 from pabc.passes.ir import Reach, aten, output_node, user_inputs
@@ -43,6 +44,41 @@ def test_phases_equal_the_oracle(case: Case, captured):
         wanted = [cut for slot in stored for cut in oracle.writes[slot]]
         assert len(results) == len(wanted)
         assert all(torch.equal(a, b) for a, b in zip(results, wanted, strict=True))
+
+
+REUSED = """
+    graph(%x, %t, %cut):
+        %time = sin(%t)
+        %rows = unsqueeze(%time, 1)
+        %gate = unsqueeze(%rows, 2)
+        %g = mul(%gate, %cut)
+        %y = add(%x, %g)
+        return ((%y,), ())
+"""
+COMPUTED = """
+    graph(%x, %t):
+        %time = sin(%t)
+        %rows = unsqueeze(%time, 1)
+        %gate = unsqueeze(%rows, 2)
+        %r = call_module[full_0](%x)
+        %v = getitem(%r, 0)
+        %g = mul(%gate, %v)
+        %y = add(%x, %g)
+        return ((%y,), ())
+"""
+STORED = COMPUTED.replace(
+    "return ((%y,), ())", "%cut = getitem(%r, 0)\n        return ((%y,), (%cut,))"
+)
+
+
+@pytest.mark.parametrize(
+    ("reused", "stored", "expected"),
+    [((0,), (), REUSED), ((), (), COMPUTED), ((), (0,), STORED)],
+    ids=["reused", "computed", "stored"],
+)
+def test_a_guard_becomes_an_input_or_a_call(reused, stored, expected):
+    gm = run_to(capture_call(OneBranch(), OneBranch.call()), "cache")
+    assert_same_graph(specialize(gm, reused=reused, stored=stored), expected)
 
 
 def test_a_norm_that_two_shares_read_runs_unless_both_are_reused(captured):

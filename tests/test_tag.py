@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from graphs import assert_same_graph
 from models import (
     CASES,
     HEADS,
@@ -14,6 +15,7 @@ from models import (
     Factorized,
     Image,
     Mlp,
+    OneBranch,
     Sizes,
     attend_baddbmm,
     attend_fused,
@@ -525,3 +527,27 @@ def test_sizes_of_the_cases_are_all_different():
     for case in CASES:
         s = replace(case.sizes)
         assert len({s.batch, s.frames, s.height // 2 * s.width // 2, s.text}) == 4
+
+
+def test_an_attention_is_tagged_at_its_output():
+    def kind(node):
+        return node.meta["attention"].kind if "attention" in node.meta else ""
+
+    assert_same_graph(
+        tag(OneBranch(), OneBranch.call()),
+        """
+        graph(%x, %t):
+            %time = sin(%t)
+            %rows = unsqueeze(%time, 1)
+            %gate = unsqueeze(%rows, 2)
+            %w = get_attr[project.weight]
+            %h = linear(%x, %w)
+            %o = scaled_dot_product_attention(%h, %h, %h)  # full
+            %w_out = get_attr[out.weight]
+            %p = linear(%o, %w_out)
+            %g = mul(%gate, %p)
+            %y = add(%x, %g)
+            return (%y,)
+        """,
+        note=kind,
+    )

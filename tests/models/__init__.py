@@ -52,7 +52,7 @@ from .experts import Experts, Routed
 from .image import ClassImage, Image, LongSkip, Packed, Refined, TimeEmbedding, Windowed
 from .joint import JointBlock, JointImage, JointText, OneStream
 from .sizes import CHANNELS, HEADS, PATCH, WIDTH
-from .small import Small, Table
+from .small import OneBranch, Small, Table
 from .tiny import Tiny
 from .video import Factorized, FramesFirst, Full3d, Rearranged, Video
 
@@ -95,6 +95,7 @@ __all__ = [
     "Masks",
     "Mlp",
     "ModulatedAfter",
+    "OneBranch",
     "OneStream",
     "Packed",
     "Plain",
