@@ -145,7 +145,7 @@ def provide(document: Document) -> dict[str, Any]:
 
 def run(document: Document, block: Block, names: dict[str, Any]) -> None:
     """Runs a block; a traceback shows the document's own lines."""
-    code = compile("\n" * block.line + block.text, str(document.path), "exec")
+    code = compile("\n" * block.line + block.text, str(document.path), "exec", dont_inherit=True)
     exec(code, names)
 
 
