@@ -123,20 +123,20 @@ def _analyze(
     lifted: Collection[int],
 ) -> tuple[GraphModule, tuple[Record, ...]]:
     """:func:`analyze`, outside of any fake mode."""
-    outside: dict[str, str] = {}
+    opaque: dict[str, str] = {}
     while True:
         start = perf_counter()
         gm = passes.capture(
-            model, args, kwargs, outside=outside, lifted=lifted, dynamic=options.dynamic
+            model, args, kwargs, opaque=opaque, lifted=lifted, dynamic=options.dynamic
         )
         first = _record("capture", start, gm)
         gm, named = run_stages(ANALYSIS[:NUM_NAMING], gm, options)
         moving = gm.meta["reads"].follow(gm.meta["denoised"])
         if not moving:
-            gm.meta["larger"] = capture_larger(model, args, kwargs, gm, options, outside)
+            gm.meta["larger"] = capture_larger(model, args, kwargs, gm, options, opaque)
             gm, others = run_stages(ANALYSIS[NUM_NAMING:], gm, options)
             return gm, (first, *named, *others)
-        outside.update({call.path: call.reason for call in gm.meta["calls"]}, **moving)
+        opaque.update({call.path: call.reason for call in gm.meta["calls"]}, **moving)
 
 
 def capture_larger(
@@ -145,7 +145,7 @@ def capture_larger(
     kwargs: dict[str, Any],
     gm: GraphModule,
     options: Options,
-    outside: Mapping[str, str],
+    opaque: Mapping[str, str],
 ) -> GraphModule | None:
     """The graph, with axes, of a larger call, where token axes of one position hide kinds."""
     with passes.hinted(gm):
@@ -154,7 +154,7 @@ def capture_larger(
         return None
     options = replace(options, latents=gm.meta["latents"])
     try:
-        larger = passes.capture(model, *call, outside=outside)
+        larger = passes.capture(model, *call, opaque=opaque)
         return run_stages(ANALYSIS[:NUM_NAMING], larger, options)[0]
     except ValueError as error:  # the kinds may still be stated
         logger.info("the larger call was not captured: %s", error)

@@ -33,7 +33,7 @@ from .ir import (
     copy_into,
     is_collective,
     is_effect,
-    is_outside,
+    is_opaque,
     make_module,
     output_node,
     user_inputs,
@@ -52,7 +52,7 @@ from .sharding.places import Ranks
 from .sharding.sharder import Output
 from .specialize import specialize_phase_pass, verify_phase
 from .tag import tag_attention_pass, tagged, verify_tags
-from .tracing.calls import Result
+from .tracing.calls import ResultForm
 from .tracing.fakes import share_fake_mode
 from .tracing.foreign import refuse_hooks
 from .tracing.frozen import FrozenObject, Same, is_library
@@ -62,31 +62,38 @@ from .tracing.hooks import HookCall
 from .tracing.modules import (
     Description,
     HolderKey,
-    Modules,
+    ModelState,
     describe,
     describe_object,
     is_state,
 )
 from .tracing.numbers import Comparison
-from .tracing.outside import OutsideCall, ResultLayout, TensorCall
+from .tracing.opaque import OpaqueCall
 from .tracing.parameters import has_functions_of_its_own
-from .tracing.records import Again, Asked, Checked, Count, Read, ShapesOf, Total
+from .tracing.records import (
+    CallAgain,
+    Checked,
+    MaskCount,
+    NumberAnswer,
+    Read,
+    RepeatCount,
+    ShapesAgain,
+)
 from .tracing.sizes import Sizes, concrete, fold_sizes, hinted
+from .tracing.tensor_call import ResultLayout, TensorCall
 from .tracing.untouched import untouched
 from .tracing.walk import find_holders
 
 __all__ = [
     "CONSTANTS",
-    "Again",
-    "Asked",
     "Attention",
     "Axis",
     "CacheDtype",
+    "CallAgain",
     "Checked",
     "Code",
     "Collective",
     "Comparison",
-    "Count",
     "Cut",
     "Cuts",
     "Description",
@@ -99,24 +106,26 @@ __all__ = [
     "HookCall",
     "Kernels",
     "Lowering",
-    "Modules",
+    "MaskCount",
+    "ModelState",
+    "NumberAnswer",
+    "OpaqueCall",
     "Output",
-    "OutsideCall",
     "Place",
     "Ranks",
     "Reach",
     "Read",
     "Reads",
     "Region",
-    "Result",
+    "RepeatCount",
+    "ResultForm",
     "ResultLayout",
     "Same",
-    "ShapesOf",
+    "ShapesAgain",
     "Sharded",
     "Signature",
     "Sizes",
     "TensorCall",
-    "Total",
     "attribute",
     "cache_read",
     "cache_write",
@@ -146,7 +155,7 @@ __all__ = [
     "is_collective",
     "is_effect",
     "is_library",
-    "is_outside",
+    "is_opaque",
     "is_state",
     "keep_one",
     "keep_unrepeated_pass",

@@ -22,7 +22,7 @@ from .ir import (
     Factor,
     Reach,
     aten,
-    is_outside,
+    is_opaque,
     is_tensor,
     model_outputs,
     user_inputs,
@@ -109,7 +109,7 @@ def _samples(gm: GraphModule, name: str) -> tuple[str, ...]:
 def _why_lost(gm: GraphModule) -> str:
     """Names the first module that the graph calls as it is, where there is one."""
     called = {call.op: call for call in gm.meta.get("calls", ())}
-    node = next((n for n in gm.graph.nodes if is_outside(n) and n.users), None)
+    node = next((n for n in gm.graph.nodes if is_opaque(n) and n.users), None)
     if node is None:
         return ""
     call = called.get(node.target)
@@ -197,7 +197,7 @@ def _is_constant(node: Node, constants: Collection[Node]) -> bool:
     """Whether a node is a weight, a constant, or computed from those alone."""
     if node.op == "get_attr":
         return True
-    called = node.op == "call_function" and not is_outside(node)
+    called = node.op == "call_function" and not is_opaque(node)
     return called and all(source in constants for source in node.all_input_nodes)
 
 
@@ -256,7 +256,7 @@ def _apply(node: Node, known: Callable[[Node], Any]) -> Dims:
 def _several(node: Node, known: Callable[[Node], Any]) -> tuple[Dims, ...]:
     """Ops with several results: splits by their sizes, others (topk, statistics) by the first."""
     vals = node.meta["val"]
-    if is_outside(node):
+    if is_opaque(node):
         return tuple(unknown(val.shape, f"{node.name} runs outside of the graph") for val in vals)
     if node.target in _SPLITS:
         source = known(node.args[0])

@@ -17,14 +17,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from pabc.base.structure import Structure
 
 from .ir import make_module, output_node
-from .tracing.calls import Call, Result
-from .tracing.effects import Effects, Name, check_writes, find_written_tensors, judge_effects
+from .tracing.calls import ResultForm, TracedCall
+from .tracing.effects import Effects, WrittenName, check_writes, find_written_tensors, judge_effects
 from .tracing.export import export, export_any_sizes
 from .tracing.foreign import refuse_hooks
 from .tracing.guards import Reads
-from .tracing.modules import Modules
+from .tracing.modules import ModelState
 from .tracing.numbers import check_numbers_stay_tensors
-from .tracing.outside import OutsideCall
+from .tracing.opaque import OpaqueCall
 from .tracing.reads import ReadReplayer
 from .tracing.records import Checked
 from .tracing.sizes import has_free_sizes, read_sizes
@@ -41,7 +41,7 @@ class Signature:
     """
 
     in_spec: Structure
-    out_spec: Result
+    out_spec: ResultForm
     inputs: tuple[str, ...]
 
 
@@ -50,7 +50,7 @@ def capture(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
-    outside: Mapping[str, str] | None = None,
+    opaque: Mapping[str, str] | None = None,
     lifted: Collection[int] = (),
     dynamic: bool = False,
 ) -> GraphModule:
@@ -58,7 +58,7 @@ def capture(
 
     Where the forward reads Python values from tensor data, the model is run once with these
     arguments to record them, and the graph is right as long as `gm.meta["reads"]` hold. A module
-    that cannot be traced, or is named in `outside` (with the reason), is called by the graph and
+    that cannot be traced, or is named in `opaque` (with the reason), is called by the graph and
     runs as it is.
 
     `lifted`: positions among the flattened arguments of numbers that become inputs, as tensors
@@ -70,7 +70,7 @@ def capture(
     Ensures: inputs are placeholders, one per flattened argument, in order; parameters and buffers
     are `get_attr` nodes under their qualified names, sharing the model's tensors; every op is
     functional; run on the same arguments it gives the model's bits; `model` is as it was;
-    `gm.meta["calls"]` has one :class:`OutsideCall` per call of a module that runs as it is;
+    `gm.meta["calls"]` has one :class:`OpaqueCall` per call of a module that runs as it is;
     `gm.meta["modules"]` tells whether the model still is as it was captured; `gm.meta["writes"]`:
     the positions of inputs that the forward writes to, whose new values follow the results.
     Raises: ValueError where the model's own forward, not that of a module in it, cannot be traced,
@@ -83,11 +83,11 @@ def capture(
     """
     refuse_hooks(model)
     _refuse_packed_weights(model)
-    call = Call(args, kwargs, lifted)
+    call = TracedCall(args, kwargs, lifted)
     with call.replacing_forward(model):
-        gm, effects = _capture_results(model, call, dict(outside or {}), dynamic)
+        gm, effects = _capture_results(model, call, dict(opaque or {}), dynamic)
     gm.meta["deleted"], gm.meta["written"] = effects.deleted, effects.written
-    gm.meta["modules"] = Modules.of(model, {c.path for c in gm.meta["calls"]}, effects.written)
+    gm.meta["modules"] = ModelState.of(model, {c.path for c in gm.meta["calls"]}, effects.written)
     if lifted:
         names = [gm.meta["signature"].inputs[i] for i in lifted]
         check_numbers_stay_tensors(gm.graph, names, gm.meta["reads"].inputs)
@@ -95,40 +95,40 @@ def capture(
 
 
 def _capture_results(
-    model: nn.Module, call: Call, outside: dict[str, str], dynamic: bool
+    model: nn.Module, call: TracedCall, opaque: dict[str, str], dynamic: bool
 ) -> tuple[GraphModule, Effects]:
     """The graph, around modules whose forwards do more than give results."""
-    written: tuple[Name, ...] = ()
+    written: tuple[WrittenName, ...] = ()
     while True:
         exported: Any
         try:
-            exported = (export_any_sizes(model, call),) if dynamic else export(model, call, outside)
+            exported = (export_any_sizes(model, call),) if dynamic else export(model, call, opaque)
         except ValueError:
-            writers = {} if dynamic else find_written_tensors(model, call, outside)
+            writers = {} if dynamic else find_written_tensors(model, call, opaque)
             if not writers:
                 raise
-            outside.update(writers)
+            opaque.update(writers)
             call.keeping.update(writers)
             continue
         if call.hooks.refused:
             raise ValueError(call.hooks.refused[0])
-        effects = judge_effects(model, call, outside)
+        effects = judge_effects(model, call, opaque)
         written += effects.written
         modules = {**_written_buffers(exported[0]), **effects.modules}
         if not modules:
             return _finish(model, call, *exported), replace(effects, written=written)
         if dynamic:
             raise ValueError("; ".join(f"{name}: {why}" for name, why in modules.items()))
-        outside.update(modules)
+        opaque.update(modules)
         call.keeping.update(modules)
 
 
 def _finish(
     model: nn.Module,
-    call: Call,
+    call: TracedCall,
     program: torch.export.ExportedProgram,
     replayer: ReadReplayer | None = None,
-    calls: Sequence[OutsideCall] = (),
+    calls: Sequence[OpaqueCall] = (),
 ) -> GraphModule:
     """The graph with weights as attribute reads, and the facts about it."""
     graph = program.graph
@@ -179,7 +179,7 @@ def _take_names(graph: torch.fx.Graph) -> None:
 
 
 def _split_off_tensors(
-    graph: torch.fx.Graph, call: Call, checked: Sequence[Checked]
+    graph: torch.fx.Graph, call: TracedCall, checked: Sequence[Checked]
 ) -> list[Checked]:
     """Takes tokens and the tensors of reads off the results; `checked` with their nodes in their
     place."""
@@ -193,7 +193,7 @@ def _split_off_tensors(
 
 
 def _written_buffers(program: torch.export.ExportedProgram) -> dict[str, str]:
-    """Modules that write to buffers of theirs, and why that keeps them out of a graph.
+    """ModelState that write to buffers of theirs, and why that keeps them out of a graph.
 
     Raises: ValueError where it is a buffer of the model itself.
     """

@@ -21,7 +21,7 @@ from .ir import (
     copy_into,
     dead_without,
     derived,
-    is_outside,
+    is_opaque,
     is_random,
     is_tensor,
     make_module,
@@ -114,7 +114,7 @@ def find_invariants(graph: Graph, steady: list[Node]) -> _Invariants:
             weights[node] = frozenset([node])
         elif is_size(node):  # sizes do not change within a generation
             invariant.add(node)
-        elif node.op == "call_function" and not is_outside(node) and not is_random(node):
+        elif node.op == "call_function" and not is_opaque(node) and not is_random(node):
             sources = [n for n in node.all_input_nodes if not is_size(n)]
             if not invariant.issuperset(sources):
                 continue

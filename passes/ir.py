@@ -63,7 +63,7 @@ MASKS = (torch.bool, torch.uint8)
 """The dtypes of an index that says which elements, not at which positions."""
 COLLECTIVES = ("_c10d_functional", "c10d", "c10d_functional")
 """Namespaces of the ops that communicate."""
-OUTSIDE = "pabc_outside"
+OPAQUE = "pabc_opaque"
 """Namespace of the ops that stand for modules which a graph calls as they are."""
 EFFECT = "effect"
 """Begins the names of those that leave something behind beside their results."""
@@ -201,15 +201,15 @@ def is_call(node: Any, targets: Iterable[Any]) -> bool:
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
 
-def is_outside(node: Any) -> bool:
+def is_opaque(node: Any) -> bool:
     """Whether `node` calls a module that runs as it is."""
     target = node.target if isinstance(node, Node) else None
-    return isinstance(target, torch._ops.OpOverload) and target.namespace == OUTSIDE
+    return isinstance(target, torch._ops.OpOverload) and target.namespace == OPAQUE
 
 
 def is_effect(node: Any) -> bool:
     """Whether `node` leaves something behind beside its result: it runs at every step, in order."""
-    return is_outside(node) and str(node.target._opname).startswith(EFFECT)
+    return is_opaque(node) and str(node.target._opname).startswith(EFFECT)
 
 
 def is_collective(node: Any) -> bool:
@@ -223,7 +223,7 @@ def is_contraction(node: Node) -> bool:
 
     A module that runs as it is may hold any of these.
     """
-    if is_outside(node):
+    if is_opaque(node):
         return True
     if is_call(node, (aten.einsum.default,)):
         return len(node.all_input_nodes) > 1

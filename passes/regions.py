@@ -16,7 +16,7 @@ from .ir import (
     dead_without,
     is_call,
     is_contraction,
-    is_outside,
+    is_opaque,
     is_pointwise,
     user_inputs,
     value,
@@ -258,7 +258,7 @@ def _later(reach: Reach, residual: Residual) -> frozenset[Node]:
 
 def _is_deep(reach: Reach, products: Collection[Node]) -> bool:
     """Whether a product reads another's result; a module that runs as it is may hold both."""
-    return any(is_outside(a) or any(reach.depends(a, b) for b in products) for a in products)
+    return any(is_opaque(a) or any(reach.depends(a, b) for b in products) for a in products)
 
 
 def _split_around_others(

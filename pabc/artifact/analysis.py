@@ -12,8 +12,8 @@ from pabc.artifact.tensors import TensorWriter, read_tensors
 from pabc.artifact.values import Json, decode, encode
 from pabc.passes import (
     HookCall,
-    Modules,
-    OutsideCall,
+    ModelState,
+    OpaqueCall,
 )
 
 _FACTS = (
@@ -30,7 +30,7 @@ _FACTS = (
 )
 """Keys of `gm.meta` that are read after the analysis, beside those that hold graphs."""
 _CALL = ("path", "reason", "num_attentions", "call", "layouts", "results", "keeps")
-"""What is saved of an :class:`OutsideCall`."""
+"""What is saved of an :class:`OpaqueCall`."""
 
 
 def write_analysis(guarded: GraphModule) -> tuple[Json, bytes]:
@@ -60,7 +60,7 @@ def write_analysis(guarded: GraphModule) -> tuple[Json, bytes]:
 def read_analysis(content: Json, constants: bytes, model: nn.Module) -> GraphModule:
     """The guarded graph, over the tensors of `model`."""
     calls = tuple(
-        OutsideCall(model, **{name: decode(part) for name, part in call.items()})
+        OpaqueCall(model, **{name: decode(part) for name, part in call.items()})
         for call in content["calls"]
     )
     for call in calls:
@@ -72,7 +72,7 @@ def read_analysis(content: Json, constants: bytes, model: nn.Module) -> GraphMod
     prologue.meta["sizes"] = None
     guarded.meta.update({name: decode(part) for name, part in content["facts"].items()})
     guarded.meta["calls"] = calls
-    guarded.meta["modules"] = Modules.of(
+    guarded.meta["modules"] = ModelState.of(
         model, {call.path for call in calls}, guarded.meta["written"]
     )
     guarded.meta["prologue"] = prologue

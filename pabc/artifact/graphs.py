@@ -19,7 +19,7 @@ from pabc.artifact.tensors import TensorWriter
 from pabc.artifact.values import Json, decode, encode
 from pabc.passes import (
     CONSTANTS,
-    OutsideCall,
+    OpaqueCall,
     attribute,
     cache_read,
     cache_write,
@@ -28,7 +28,7 @@ from pabc.passes import (
     encode_unless,
     fetch_cached,
     find_tensor,
-    is_outside,
+    is_opaque,
     keep_one,
     make_module,
     stash_unless,
@@ -57,7 +57,7 @@ _FACTS = ("attention",)
 class GraphWriter:
     """Writes the graphs of one program; `tensors` gains their constants."""
 
-    def __init__(self, calls: Sequence[OutsideCall], tensors: TensorWriter) -> None:
+    def __init__(self, calls: Sequence[OpaqueCall], tensors: TensorWriter) -> None:
         self._outside = {call.op: i for i, call in enumerate(calls)}
         self._tensors = tensors
 
@@ -88,7 +88,7 @@ class GraphWriter:
         target: Any = node.target
         if node.op in ("placeholder", "get_attr", "output", "call_module"):
             return target
-        if is_outside(node):
+        if is_opaque(node):
             return {"outside": self._outside[target]}
         if isinstance(target, torch._ops.OpOverload):
             return {"op": [target.namespace, target._opname, target._overloadname]}
@@ -109,7 +109,7 @@ class GraphReader:
         self,
         model: nn.Module,
         constants: Mapping[str, torch.Tensor],
-        calls: Sequence[OutsideCall] = (),
+        calls: Sequence[OpaqueCall] = (),
     ) -> None:
         self._model, self._constants, self._calls = model, constants, calls
         self._fake = FakeTensorMode()

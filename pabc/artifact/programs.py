@@ -19,7 +19,7 @@ from pabc.artifact.errors import ArtifactError
 from pabc.artifact.values import Json, decode, encode
 from pabc.base.arguments import leaf_key
 from pabc.options import Options
-from pabc.passes import Place, is_outside
+from pabc.passes import Place, is_opaque
 from pabc.runtime.bindings import Binding
 from pabc.runtime.chain import Call, Chain
 from pabc.runtime.executables import LoweredPhase, PhaseKey
@@ -134,7 +134,7 @@ def _compile(program: Program, phase: PhaseKey, known: Packages) -> None:
     """Nothing for a phase that calls modules of the model: what is called by name from a library
     would be those of one model alone. Whoever loads the file compiles it."""
     lowered = program.phases.lower(*phase)
-    if any(is_outside(node) for block in lowered.blocks for node in block.graph.nodes):
+    if any(is_opaque(node) for block in lowered.blocks for node in block.graph.nodes):
         return
     for block in lowered.blocks:
         if block.meta["key"] not in known.blocks:

@@ -12,15 +12,15 @@ from pabc.artifact.errors import ArtifactError
 from pabc.artifact.graphs import GraphReader, GraphWriter
 from pabc.artifact.values import Json, decode, encode
 from pabc.passes import (
-    Again,
-    Asked,
+    CallAgain,
     Checked,
     Comparison,
-    Count,
+    MaskCount,
+    NumberAnswer,
     Read,
     Reads,
-    ShapesOf,
-    Total,
+    RepeatCount,
+    ShapesAgain,
 )
 
 _ROOMS: dict[str, Any] = {
@@ -73,22 +73,22 @@ def _read_read(content: Json) -> Read:
 
 
 def _write_measure(measure: Any) -> Json:
-    if isinstance(measure, (Again, ShapesOf)):
+    if isinstance(measure, (CallAgain, ShapesAgain)):
         return [type(measure).__name__, _write_function(measure.function), encode(measure.call)]
-    if isinstance(measure, Asked):
-        return ["Asked", _write_ask(measure.ask)]
-    if isinstance(measure, (Count, Total)):
+    if isinstance(measure, NumberAnswer):
+        return ["NumberAnswer", _write_ask(measure.ask)]
+    if isinstance(measure, (MaskCount, RepeatCount)):
         return [type(measure).__name__]
     raise ArtifactError(f"{measure} cannot be saved")
 
 
 def _read_measure(content: Json) -> Any:
     kind, *parts = content
-    if kind == "Asked":
-        return Asked(_read_ask(parts[0]))
-    if kind in ("Count", "Total"):
-        return Count() if kind == "Count" else Total()
-    measure = {"Again": Again, "ShapesOf": ShapesOf}[kind]
+    if kind == "NumberAnswer":
+        return NumberAnswer(_read_ask(parts[0]))
+    if kind in ("MaskCount", "RepeatCount"):
+        return MaskCount() if kind == "MaskCount" else RepeatCount()
+    measure = {"CallAgain": CallAgain, "ShapesAgain": ShapesAgain}[kind]
     return measure(_read_function(parts[0]), decode(parts[1]))
 
 

@@ -25,7 +25,7 @@ from pabc.passes import (
     Axis,
     Factor,
     Region,
-    Result,
+    ResultForm,
     ResultLayout,
     Signature,
     TensorCall,
@@ -36,7 +36,7 @@ Json = Any
 _CONTAINERS = {c.__name__: c for c in (list, tuple, dict, OrderedDict, defaultdict, deque)}
 _FACTS = {
     c.__name__: c
-    for c in (Attention, Axis, DataclassForm, Factor, Region, Result, ResultLayout, Signature)
+    for c in (Attention, Axis, DataclassForm, Factor, Region, ResultForm, ResultLayout, Signature)
     + (Structure, TensorCall)
 }
 """The compiler's own records, written field by field."""

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from pabc import passes
 from pabc.kernels.gains import find_gain
 from pabc.options import Options
-from pabc.passes import is_collective, is_effect, is_outside, user_inputs, value
+from pabc.passes import is_collective, is_effect, is_opaque, user_inputs, value
 from pabc.runtime.bindings import Binding, Layout
 from pabc.runtime.chain import BlockCode, Chain
 from pabc.runtime.cudagraphs import Workspaces
@@ -241,7 +241,7 @@ class Phases:
 
 def _cannot_be_recorded(node: Node) -> bool:
     """Whether an op may wait for the device, or for other processes."""
-    return is_outside(node) or is_collective(node)
+    return is_opaque(node) or is_collective(node)
 
 
 def _as_held(val: torch.Tensor) -> torch.Tensor:

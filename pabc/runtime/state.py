@@ -16,7 +16,7 @@ from pabc.passes import (
     Holder,
     HolderKey,
     HolderKind,
-    Modules,
+    ModelState,
     Same,
     describe,
     describe_object,
@@ -161,7 +161,7 @@ def _is_of_library(holder: Holder) -> bool:
 class StateCheck:
     """Compares the state that a graph is specialized on with what a :class:`Watch` sees."""
 
-    def __init__(self, modules: Modules) -> None:
+    def __init__(self, modules: ModelState) -> None:
         self._modules = modules
         self._differing: dict[HolderKey, str] = {}
         self._seen: tuple[Watch, int] | None = None

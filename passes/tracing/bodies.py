@@ -1,4 +1,4 @@
-"""bodies: the ops that a call of a composite op consists of, in its place."""
+"""bodies: replaces a call of a composite op by the ops that it is made of."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
 def call_key(node: Node) -> Hashable:
-    """What the ops that a call comes to follow from."""
+    """Returns a key that is equal for calls with equal bodies."""
     sources = node.all_input_nodes
     index = {source: i for i, source in enumerate(sources)}
     layouts = tuple(layout_key(source.meta["val"]) for source in sources)
@@ -26,8 +26,7 @@ def call_key(node: Node) -> Hashable:
 
 
 def trace_body(node: Node) -> GraphModule:
-    """The ops that a call comes to, autocast's casts among them; its inputs are the node's, in
-    order."""
+    """Returns the ops that a call runs, autocast's casts included, as a graph of its inputs."""
     sources = node.all_input_nodes
 
     def call(*values: Any) -> Any:
@@ -41,12 +40,12 @@ def trace_body(node: Node) -> GraphModule:
 
 
 def _own(val: Any) -> Any:
-    """A tensor of its own: several nodes may have one fake tensor, and traces tell by identity."""
+    """Returns a new fake tensor: nodes may share one, but traces tell inputs by identity."""
     return val.new_empty_strided(val.shape, val.stride()) if isinstance(val, torch.Tensor) else val
 
 
 def splice_body(node: Node, body: GraphModule) -> None:
-    """Replaces a call by a graph of its inputs."""
+    """Replaces a call by its body."""
     graph = node.graph
     facts = {name: fact for name, fact in node.meta.items() if name != "val"}
     placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]

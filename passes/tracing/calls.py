@@ -1,9 +1,9 @@
-"""calls: how a model is called while it is traced, and how its result is taken apart.
+"""calls: puts a call of a model into a form that a tracer can record.
 
 A tracer accepts tensors, a few kinds of constants, and the containers that PyTorch's pytree knows.
 Users pass more: dataclasses, enums, callables, numbers that are to be inputs of the graph. So the
-tracer calls the model with stand-ins, and the model's forward, for that time, gets the user's own
-arguments back.
+tracer calls the model with stand-ins, and a patched forward turns them back into the user's own
+arguments.
 """
 
 from __future__ import annotations
@@ -29,18 +29,20 @@ from .compiled import noting_compiled
 from .extremes import exact_extremes
 from .holders import Change
 from .hooks import HookTracer
-from .outside import patched
 from .parameters import Parameters
+from .patch import patched
 from .python_state import Snapshot
 
 _TRACED = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 @dataclass(frozen=True)
-class Result:
-    """How the graph's outputs pack into the model's own result.
+class ResultForm:
+    """The form of the model's result around the graph's outputs.
 
-    `constants` has one entry per leaf: `(value,)` where the model returned no tensor, else `()`.
+    Attributes:
+        structure: the structure of the result.
+        constants: one entry per leaf: `(value,)` for a value that is no tensor, else `()`.
     """
 
     structure: Structure
@@ -48,41 +50,40 @@ class Result:
 
     @property
     def num_outputs(self) -> int:
-        """How many outputs the graph has."""
+        """The number of the graph's outputs."""
         return sum(not constant for constant in self.constants)
 
     def unflatten(self, outputs: Sequence[Any]) -> Any:
-        """The model's result around the graph's outputs."""
+        """Returns the model's result around the graph's outputs."""
         rest = iter(outputs)
         leaves = [constant[0] if constant else next(rest) for constant in self.constants]
         return self.structure.unflatten(leaves)
 
 
 def _alias(leaf: Any) -> Any:
-    """Another tensor object of the same memory.
+    """Returns another tensor object of the same memory.
 
     A tracer tells tensors by identity: one tensor passed as two arguments would be one input of the
-    graph, a weight passed as an argument no input at all. It also marks the tensors that it is
-    given, with the dimensions to leave free, say, and these marks outlive the trace.
+    graph, and a weight passed as an argument no input at all. It also marks the tensors that it is
+    given, for instance with the dimensions to leave free, and the marks outlive the trace.
     """
     return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
 
 
-class Call:
+class TracedCall:
     """One call of a model, in a form that a tracer can record.
 
     Attributes:
-        inputs: one per flattened argument: what the graph is to take; tensors are aliases of the
-            user's own.
-        args, kwargs: what the tracer is to call the model with: the inputs in their containers.
-        structure: of the user's own arguments.
-        result: how the model's own result is built; known once the model was traced.
-        left: what the last trace left behind in the model and its arguments, and was undone.
-        iterators: paths of what it met whose state cannot be seen.
-        keeping: paths of modules that leave something behind, so that each call of them counts.
-        tokens: what calls of these, and of hooks, gave in the last trace; they follow the results.
-        hooks: the hooks that it met.
-        compiled: what it met that the model compiles itself.
+        inputs: the graph's inputs, one per flattened argument; tensors are aliases of the user's.
+        args, kwargs: the inputs in their containers, with which the tracer calls the model.
+        structure: the structure of the user's own arguments.
+        result: the form of the model's result; known once the model was traced.
+        left: the changes of Python state that the last trace made, and that were undone.
+        iterators: paths of objects that it met whose state cannot be seen.
+        keeping: paths of modules with side effects, each call of which must run.
+        tokens: results that stand for side effects of the last trace; they follow the outputs.
+        hooks: the calls of hooks that it made.
+        compiled: lines about what the model itself compiles.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class Call:
         self._lifted = frozenset(lifted)
         self.inputs = [_alias(leaf) for leaf in pack(self._leaves, lifted)]
         self.args, self.kwargs = self.structure.unflatten_plain(self.inputs)
-        self.result: Result | None = None
+        self.result: ResultForm | None = None
         self.left: list[Change] = []
         self.iterators: list[str] = []
         self.keeping: set[str] = set()
@@ -104,9 +105,9 @@ class Call:
 
     @contextmanager
     def replacing_forward(self, model: nn.Module) -> Iterator[None]:
-        """Makes `model` take the stand-ins, and return a flat tuple of tensors.
+        """While active, `model` takes the stand-ins and returns a flat tuple of tensors.
 
-        A call of it then runs its forward alone: what runs around that is not captured.
+        A call then runs the forward alone: what runs around it is not captured.
         """
         forward = self._forward = inner_forward(model)
         parameters = Parameters(model)
@@ -130,13 +131,13 @@ class Call:
             return (*results, *self.tokens)
 
         if not _fits(inspect.signature(forward), self.args, self.kwargs):
-            # A decorator takes what the function that it names as its own does not.
+            # A decorator takes arguments that the function whose signature it shows does not.
             call.__signature__ = _signature_of(self.args, self.kwargs)  # type: ignore[attr-defined]
         with patched(model, call), calling_forward_alone(model):
             yield
 
     def run(self, leaves: Sequence[Any]) -> Any:
-        """Calls the model's forward with other leaves in the form of the user's call."""
+        """Calls the model's forward with other leaves in the structure of the user's call."""
         args, kwargs = self.structure.unflatten(leaves)
         return self._forward(*args, **kwargs)
 
@@ -147,19 +148,19 @@ class Call:
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """The tensors among them."""
+        """The tensors among the user's flattened arguments."""
         return [leaf for leaf in self._leaves if isinstance(leaf, torch.Tensor)]
 
     def path_to(self, container: Any) -> tuple[Any, ...] | None:
-        """Returns the keys that lead from `(args, kwargs)` to a container that the last trace was
-        passed; None: none do."""
+        """Returns the keys that lead from `(args, kwargs)` of the last trace to a container, or
+        None."""
         return _find_path(self._given, container)
 
     @contextmanager
     def _noting_changes(
         self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Iterator[None]:
-        """Notes in `left` what Python state is changed within, and undoes it."""
+        """Records in `left` the changes of Python state that are made within, and undoes them."""
         self._given = (args, kwargs)
         names = [*(inspect.signature(self._forward).parameters), *map(str, range(len(args)))]
         named = dict(zip(names, args, strict=False))
@@ -171,7 +172,7 @@ class Call:
             snapshot.restore()
 
     def _restore(self, arguments: Any) -> Any:
-        """The user's arguments with the tracer's tensors in them."""
+        """Returns the user's arguments with the tracer's tensors in them."""
         leaves: list[Any] = []
         for i, (given, leaf) in enumerate(
             zip(pytree.tree_leaves(arguments), self._leaves, strict=True)
@@ -193,7 +194,7 @@ class Call:
                 )
         traced = tuple(leaf for leaf in leaves if isinstance(leaf, _TRACED))
         constants = tuple(() if isinstance(leaf, _TRACED) else (leaf,) for leaf in leaves)
-        self.result = Result(structure, constants)
+        self.result = ResultForm(structure, constants)
         return traced
 
 
@@ -221,7 +222,7 @@ def _fits(signature: inspect.Signature, args: Any, kwargs: Any) -> bool:
 
 
 def _signature_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.Signature:
-    """Takes a call of this form alone."""
+    """Returns a signature that takes calls of this form alone."""
     positional = [
         inspect.Parameter(f"arg_{i}", inspect.Parameter.POSITIONAL_ONLY) for i in range(len(args))
     ]
@@ -231,7 +232,7 @@ def _signature_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.Sig
 
 @contextmanager
 def _registering_unseen(model: nn.Module) -> Iterator[None]:
-    """Keeps new buffers from torch.export, which takes them for writes to old ones."""
+    """While active, hides new buffers from torch.export, which takes them for writes."""
     register, own = model.register_buffer, vars(model).get("register_buffer")
     fresh: list[str] = []
 

@@ -1,8 +1,8 @@
-"""casts: what autocast does within PyTorch's composite ops.
+"""casts: writes out what autocast does within PyTorch's composite ops.
 
-Autocast has a list of ops, and casts the arguments of each of these. A composite that is not among
-them (einsum, tensordot, a GRU's cell) is cast where the ops that it consists of are: to keep it
-whole, or to take it apart where autocast is off, computes in another precision.
+Autocast casts the arguments of the ops on its list. A composite op that is not on it (einsum,
+tensordot, a GRU's cell) consists of ops that are. Were it kept whole, or taken apart where autocast
+is off, it would compute in another precision.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _DEVICES = ("cpu", "cuda", "hpu", "mps", "xpu", torch._C._get_privateuse1_backen
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
-    """Switches autocast off wherever it is on."""
+    """While active, autocast is off on all devices."""
     with ExitStack() as stack:
         for device in filter(torch.amp.is_autocast_available, _DEVICES):
             if torch.is_autocast_enabled(device):
@@ -35,7 +35,9 @@ def without_autocast() -> Iterator[None]:
 
 
 def write_out_casts_within(gm: GraphModule) -> None:
-    """Takes apart, in place, the composites whose parts autocast casts; in regions of autocast too.
+    """Takes apart, in place, the composite ops whose parts autocast casts.
+
+    Graphs within, such as those of autocast regions, are included.
 
         # before, autocast on                   # after
         %y = aten.inner(%x, %w)                 %y = wrap_with_autocast(off, [_to_copy, mm], %x, %w)
@@ -56,7 +58,7 @@ def write_out_casts_within(gm: GraphModule) -> None:
 
 
 def _trace_casts(node: Node) -> GraphModule:
-    """The ops that a call comes to, as a graph that returns a tuple."""
+    """Returns the body of a call, as a graph that returns a tuple."""
     body = trace_body(node)
     output = output_node(body.graph)
     if isinstance(output.args[0], Node):
@@ -66,7 +68,7 @@ def _trace_casts(node: Node) -> GraphModule:
 
 
 def _call_without_autocast(gm: GraphModule, node: Node, body: GraphModule) -> None:
-    """Replaces a call by that of a graph which has its casts written out."""
+    """Replaces a call by its body, whose casts are written out, with autocast off."""
     graph, name = gm.graph, f"taken_apart_{node.name}"
     is_tensor = isinstance(node.meta["val"], torch.Tensor)
     gm.add_submodule(name, body)
@@ -88,7 +90,7 @@ def _call_without_autocast(gm: GraphModule, node: Node, body: GraphModule) -> No
 
 
 def _descend(gm: GraphModule, node: Node) -> None:
-    """Does the same within the graphs that a node takes as arguments."""
+    """Writes out casts within the graphs that a node takes as arguments."""
     graphs = [n for n in node.all_input_nodes if n.op == "get_attr"]
     with ExitStack() as stack:
         if node.target is torch.ops.higher_order.wrap_with_autocast:
@@ -106,7 +108,7 @@ def _is_composite(node: Node) -> bool:
 
 
 def _has_casts_within(node: Node) -> bool:
-    """Whether what it computes is something else under the autocast that is on."""
+    """Returns True if the active autocast changes which ops, or dtypes, a call computes with."""
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     devices = {t.device.type for t in tensors}
@@ -121,7 +123,7 @@ def _has_casts_within(node: Node) -> bool:
 
 
 def _is_listed(op: torch._ops.OpOverload, device: str) -> bool:
-    """Whether autocast has casts of its own for an op: then it is off within."""
+    """Returns True if autocast casts the arguments of the op itself, and is then off within it."""
     parse = torch._C._parse_dispatch_key
     return op.has_kernel_for_dispatch_key(
         parse(f"Autocast{device.upper()}") or parse("AutocastPrivateUse1")  # type: ignore[arg-type]
@@ -129,7 +131,7 @@ def _is_listed(op: torch._ops.OpOverload, device: str) -> bool:
 
 
 class _Dtypes(TorchDispatchMode):
-    """Notes the ops that run, and the dtypes of what they give."""
+    """Records the ops that run, and the dtypes of their results."""
 
     def __init__(self) -> None:
         super().__init__()

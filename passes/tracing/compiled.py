@@ -1,4 +1,4 @@
-"""compiled: what the model compiles itself, which a trace enters as it is written."""
+"""compiled: notes what the model itself puts under torch.compile; a trace enters it as written."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _TORCH = os.path.dirname(os.path.abspath(torch.__file__))
 
 @contextmanager
 def noting_compiled(model: nn.Module) -> Iterator[list[str]]:
-    """Gives a list that gains a line for each call of something under torch.compile.
+    """Yields a list that gains a line for each call of something under torch.compile.
 
-    A tracer calls the function beneath: nothing else tells that it was compiled.
+    A tracer calls the function beneath, without a sign that it was compiled.
     """
     noted: list[str] = []
     paths = {id(module): name for name, module in model.named_modules()}
-    # What the function that torch.compile gives asks right before it calls the one beneath.
+    # The function that torch.compile returns calls this right before it calls the one beneath.
     own = utils._in_hop_compile
 
     def note() -> bool:
@@ -42,8 +42,10 @@ def noting_compiled(model: nn.Module) -> Iterator[list[str]]:
 
 
 def _describe(paths: dict[int, str], frame: FrameType) -> str | None:
-    """The module that is compiled, or the function and the module that calls it; None for functions
-    of PyTorch's own, which compiles the branches of a conditional."""
+    """Returns the compiled module's name, or the function's and its caller's.
+
+    Returns None for a function of PyTorch, which itself compiles the branches of a conditional.
+    """
     function: Any = frame.f_locals.get("fn")
     while hasattr(function, "__wrapped__"):
         function = function.__wrapped__
@@ -57,7 +59,7 @@ def _describe(paths: dict[int, str], frame: FrameType) -> str | None:
 
 
 def _caller(paths: dict[int, str], frame: FrameType | None) -> str:
-    """The module whose code makes a call."""
+    """Returns the name of the innermost module whose code is on the stack."""
     while frame is not None:
         path = paths.get(id(frame.f_locals.get("self")))
         if path is not None:

@@ -1,9 +1,9 @@
-"""effects: what a forward leaves behind beside its result, and whether that matters.
+"""effects: judges the side effects of a forward.
 
-A graph computes results alone. Tables that a model builds at its first call are no loss. A counter,
-a residual that the next call reads, an object that collects attention maps are: without them the
-model would silently do something else. A trace shows what is left behind; running the model tells
-which kind it is, and which module does it.
+A graph computes results alone. To lose a table that a model builds at its first call is harmless.
+To lose a counter, a residual that the next call reads, or an object that collects attention maps
+would silently change what the model does. A trace shows the side effects; running the model tells
+the harmful ones, and the modules that have them.
 """
 
 from __future__ import annotations
@@ -19,45 +19,45 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from .calls import Call
+from .calls import TracedCall
 from .frozen import Same
 from .holders import MISSING, Change, Holder, HolderKind
-from .outside import patched
+from .patch import patched
 from .python_state import Snapshot
 from .untouched import SavedWrites
 
 _CLOSE = 1e-3
-"""How far two floating-point results of the same computation may lie apart, relative to the
-largest: kernels need not add in the same order twice."""
-Name = tuple[tuple[str, HolderKind], Hashable]
-"""A holder's place, and the key of what it holds; None: all of it."""
+"""The largest difference of equal results, relative to the largest value: kernels need not add in
+the same order twice."""
+WrittenName = tuple[tuple[str, HolderKind], Hashable]
+"""The path and kind of a holder, and a key in it, or None for all of it."""
 
 
 @dataclass(frozen=True)
 class Effects:
-    """What becomes of the things that a forward leaves behind.
+    """The side effects of a forward.
 
     Attributes:
-        written: the names: what they stand for tells nothing about the state of the model.
-        modules: module -> why it cannot be part of a graph.
-        deleted: of which argument, by the keys that lead to a container in it, which key is taken
-            out at each call.
+        written: harmless writes: the values of these names are no part of the model's state.
+        modules: modules with harmful side effects, each with why it must be opaque.
+        deleted: keys that the forward deletes from its arguments, each as a path from
+            `(args, kwargs)`.
     """
 
-    written: tuple[Name, ...] = ()
+    written: tuple[WrittenName, ...] = ()
     modules: Mapping[str, str] = field(default_factory=dict)
     deleted: tuple[tuple[Any, ...], ...] = ()
 
 
-def judge_effects(model: nn.Module, call: Call, outside: Mapping[str, str]) -> Effects:
-    """Returns what follows from `call.left`, the changes that the last trace made.
+def judge_effects(model: nn.Module, call: TracedCall, opaque: Mapping[str, str]) -> Effects:
+    """Judges `call.left`, the changes that the last trace made.
 
-    `outside`: modules that were not part of the trace. The model runs three times, and is then as
-    it was: twice with the arguments of the call, to see whether the second run is like the first,
-    and once with others, to see what follows from them.
+    `opaque` are modules that the trace did not enter. The model runs three times and is then
+    restored: twice with the arguments of the call, to see whether a second run gives the same, and
+    once with others, to see which changes follow from them.
 
-    Raises: ValueError where the model's own forward, rather than a module in it, keeps something
-    from one call to the next, or writes to what it was passed; it names what.
+    Raises: ValueError, naming the change, where the model's own forward, not that of a module in
+    it, keeps something from one call to the next, or writes to its arguments.
     """
     deleted = _check_arguments(model, call)
     left = [c for c in call.left if not _is_argument(c)]
@@ -74,7 +74,7 @@ def judge_effects(model: nn.Module, call: Call, outside: Mapping[str, str]) -> E
     modules: dict[str, str] = {}
     for change in left:
         if _key(change) in harmful:
-            writers = runs.writers.get(_key(change), set()) - outside.keys()
+            writers = runs.writers.get(_key(change), set()) - opaque.keys()
             if not writers:
                 raise ValueError(_describe(model, change))
             reason = f"it keeps {change.name} from one call to the next"
@@ -83,10 +83,10 @@ def judge_effects(model: nn.Module, call: Call, outside: Mapping[str, str]) -> E
 
 
 def find_written_tensors(
-    model: nn.Module, call: Call, outside: Mapping[str, str]
+    model: nn.Module, call: TracedCall, opaque: Mapping[str, str]
 ) -> dict[str, str]:
-    """Returns the modules that write to tensors which they, or others, hold, and why that keeps
-    them out of a graph; a trace stops at such a write. The model itself is none of them."""
+    """Returns the modules, except the model itself, that write to tensors which modules hold, each
+    with why it must be opaque: a trace stops at such a write."""
     snapshot = Snapshot.of(model, values="all")
     names = {holder.name_of(k) for holder in snapshot.holders for k in _tensors_in(holder)}
     try:
@@ -96,7 +96,7 @@ def find_written_tensors(
     return {
         path: f"it writes to {name}"
         for name, paths in runs.writers.items()
-        for path in paths - outside.keys()
+        for path in paths - opaque.keys()
     }
 
 
@@ -105,7 +105,7 @@ def _tensors_in(holder: Holder) -> list[Any]:
 
 
 def _key(change: Change) -> str:
-    """What is compared: a container as a whole, which may grow at each call."""
+    """Returns the name under which values are compared: containers, which may grow, as a whole."""
     holder = change.holder
     return _key_of_container(holder) if holder.kind == "container" else change.name
 
@@ -129,8 +129,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"a {type(value).__name__}"
 
 
-def _name(change: Change) -> Name:
-    """A container that gains entries, as a table by sizes does, may gain others."""
+def _name(change: Change) -> WrittenName:
+    """Returns what was written: of a container, which may gain other entries later, all of it."""
     place = change.holder.path, change.holder.kind
     return place, None if change.holder.kind == "container" else change.key
 
@@ -142,8 +142,8 @@ def _is_argument(change: Change) -> bool:
     return change.holder.path.startswith("argument ")
 
 
-def _check_arguments(model: nn.Module, call: Call) -> tuple[tuple[Any, ...], ...]:
-    """Refuses what is written to arguments, but for keys that are taken out of dictionaries."""
+def _check_arguments(model: nn.Module, call: TracedCall) -> tuple[tuple[Any, ...], ...]:
+    """Returns the keys deleted from dictionaries; refuses all other writes to arguments."""
     deleted = []
     for change in filter(_is_argument, call.left):
         path = call.path_to(change.holder.value)
@@ -157,11 +157,11 @@ def _check_arguments(model: nn.Module, call: Call) -> tuple[tuple[Any, ...], ...
     return tuple(deleted)
 
 
-def check_writes(call: Call, positions: Sequence[int], names: Sequence[str]) -> None:
-    """Raises ValueError unless the forward writes to inputs what every call writes alike: padding,
-    say, whatever the other inputs are, and nothing new at a second call.
+def check_writes(call: TracedCall, positions: Sequence[int], names: Sequence[str]) -> None:
+    """Raises ValueError unless every call writes the same values to its inputs, such as padding.
 
-    `positions`: of these inputs among the flattened arguments.
+    They must not depend on the other inputs, and a second call must change nothing. `positions` are
+    those of the inputs among the flattened arguments, `names` their names.
     """
     if any(t.is_meta or isinstance(t, FakeTensor) for t in call.tensors):
         return
@@ -184,13 +184,13 @@ def check_writes(call: Call, positions: Sequence[int], names: Sequence[str]) -> 
 
 
 class _Runs:
-    """What runs of the model leave behind, by name.
+    """The side effects of three runs of the model, by name.
 
     Attributes:
-        writers: name -> the innermost modules in whose forwards it was written.
+        writers: per name, the innermost modules in whose forwards it was written.
     """
 
-    def __init__(self, model: nn.Module, call: Call, names: Collection[str]) -> None:
+    def __init__(self, model: nn.Module, call: TracedCall, names: Collection[str]) -> None:
         self.writers: dict[str, set[str]] = {}
         self._model, self._call, self._names = model, call, names
         self._of_inputs: set[str] = set()
@@ -214,7 +214,7 @@ class _Runs:
 
     @property
     def repeat(self) -> bool:
-        """Whether the second run gave what the first one gave."""
+        """True if the second run gave the same result as the first."""
         return _alike(self._first[0], self._second[0])
 
     def harmful(self) -> set[str]:
@@ -233,7 +233,7 @@ class _Runs:
         return {*differing, *self._of_inputs}
 
     def _run(self, leaves: Sequence[Any]) -> tuple[list[Any], dict[str, list[Any]]]:
-        """The leaves of the result, and of what is left under each name."""
+        """Returns the leaves of the result, and those of the changed values under each name."""
         given = [_copy(leaf) for leaf in leaves]
         memory = {t.untyped_storage().data_ptr() for t in given if isinstance(t, torch.Tensor)}
         stance = torch.compiler.set_stance("force_eager")  # modes would be compiled with it
@@ -247,7 +247,7 @@ class _Runs:
         return _copies(_leaves(result)), {name: _copies(values) for name, values in left.items()}
 
     def _try(self, leaves: Sequence[Any]) -> tuple[list[Any], dict[str, list[Any]]] | None:
-        """A run with inputs that the model may refuse."""
+        """Runs with inputs that the model may refuse; returns None if it does."""
         try:
             return self._run(leaves)
         except Exception:
@@ -255,9 +255,9 @@ class _Runs:
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
-        """While active, notes which module's forward writes what."""
+        """While active, records in `writers` which module's forward writes what."""
         within: list[set[str]] = [set()]
-        """Per call under way, the names that modules within it have written."""
+        """Per active call, the names that modules within it have written."""
 
         def watch(path: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             before = self._read()
@@ -279,7 +279,7 @@ class _Runs:
             yield
 
     def _read(self) -> dict[str, Any]:
-        """Something per name that is another when that was written to."""
+        """Returns a mark per name that differs once the value was written to."""
         found: dict[str, Any] = {}
         for holder in self._held:
             contents = holder.read()
@@ -293,13 +293,13 @@ class _Runs:
 
 
 def _value(change: Change) -> list[Any]:
-    """The leaves of what is compared under :func:`_key`."""
+    """Returns the leaves of the value that is compared under :func:`_key`."""
     holder = change.holder
     return _leaves(holder.read() if holder.kind == "container" else change.new)
 
 
 def _mark(value: Any) -> Any:
-    """Something that is another one when a value was replaced, or a tensor written to."""
+    """Returns a mark that differs once a value was replaced, or a tensor written to."""
     is_tensor = isinstance(value, torch.Tensor) and not value.is_inference()
     return Same(value), value._version if is_tensor else 0
 
@@ -309,14 +309,14 @@ def _devices(tensors: Sequence[torch.Tensor]) -> list[torch.device]:
 
 
 def _other(leaf: Any) -> Any:
-    """Other values of the same kind; what may be an index, a mask or a setting stays."""
+    """Returns other floating-point values; what may be an index, a mask or a setting stays."""
     if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
         return leaf * (0.5 + torch.rand_like(leaf, dtype=torch.float32)).to(leaf.dtype)
     return leaf
 
 
 def _copy(value: Any) -> Any:
-    """A value that later runs do not write to."""
+    """Returns a copy that later runs do not write to."""
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
@@ -325,7 +325,7 @@ def _copies(values: Sequence[Any]) -> list[Any]:
 
 
 def _leaves(value: Any, depth: int = 0) -> list[Any]:
-    """What a value holds: tensors, and other values."""
+    """Returns the tensors and other values in a value, with those of objects to some depth."""
     found = []
     for leaf in pytree.tree_leaves(value):
         own = getattr(leaf, "__dict__", None)
@@ -337,7 +337,7 @@ def _leaves(value: Any, depth: int = 0) -> list[Any]:
 
 
 def _alike(a: Sequence[Any] | None, b: Sequence[Any] | None) -> bool:
-    """Whether two lists of values are the same, up to rounding; None: there are none."""
+    """Returns True if two lists of values are equal up to rounding, or both are None."""
     if a is None or b is None:
         return a is b
     return len(a) == len(b) and all(map(_equal, a, b))

@@ -1,6 +1,7 @@
-"""export: gets a model through torch.export, with values from data recorded where that takes them.
+"""export: traces a model with torch.export.
 
-A module that stops the trace is left outside of the graph, and the trace is tried again.
+Where the model reads values from data, they are recorded first and replayed. A module that stops
+the trace becomes opaque, and the trace is tried again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..ir import is_tensor, module_path
-from .calls import Call
+from .calls import TracedCall
 from .composites import decompose_unknown_composites
 from .failures import (
     CallRecorder,
@@ -30,19 +31,23 @@ from .indexing import check_copies_are_not_written_to
 from .known_sizes import tell_sizes, with_static_sizes
 from .lean import lean_tracing, quiet_tracing
 from .numbers import RecordNumbers
-from .outside import OutsideCall, OutsideRecorder, patched, replayed_outside
+from .opaque import OpaqueCall, OpaqueRecorder, replaying_opaque
+from .patch import patched
 from .reads import ReadRecorder, ReadReplayer
 from .records import Read
 from .untouched import untouched
 
 
 def export(
-    model: nn.Module, call: Call, outside: dict[str, str]
-) -> tuple[torch.export.ExportedProgram, ReadReplayer | None, Sequence[OutsideCall]]:
-    """Traces as it is where possible, else with values recorded from data."""
+    model: nn.Module, call: TracedCall, opaque: dict[str, str]
+) -> tuple[torch.export.ExportedProgram, ReadReplayer | None, Sequence[OpaqueCall]]:
+    """Traces the model as it is where possible, else with values recorded from data.
+
+    `opaque` gains the modules that stop the trace, with the reason.
+    """
     plain: torch.export.ExportedProgram | None = None
     reason: Exception | None = None
-    if not outside:
+    if not opaque:
         try:
             plain = _export(model, call.args, call.kwargs)
         except Exception as error:
@@ -54,15 +59,15 @@ def export(
             reason = ValueError(f"the value of {unknown[0].name} follows from data")
             plain = None if any(map(is_tensor, unknown)) else plain
     try:
-        return _trace_recorded(model, call, outside, reason)
+        return _trace_recorded(model, call, opaque, reason)
     except ValueError:
         if plain is None:
             raise
         return plain, None, ()  # on the meta device: there are numbers, but none to record
 
 
-def export_any_sizes(model: nn.Module, call: Call) -> torch.export.ExportedProgram:
-    """Traces with every dimension of every tensor as free as the model leaves it."""
+def export_any_sizes(model: nn.Module, call: TracedCall) -> torch.export.ExportedProgram:
+    """Traces the model with dynamic shapes: every dimension is as free as the model allows."""
 
     def free(leaf: Any) -> Any:
         automatic = torch.export.Dim.AUTO
@@ -89,8 +94,10 @@ def _export(
     sizes: dict[str, Any] | None = None,
     check: Callable[[], None] | None = None,
 ) -> torch.export.ExportedProgram:
-    """`sizes`: which dimensions are free, as torch.export wants it; None: they are constants.
-    `check`: called once the model is traced."""
+    """Runs torch.export within `modes`.
+
+    `sizes` are its `dynamic_shapes`; `check` is called once the model is traced.
+    """
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(untouched(model))
@@ -107,27 +114,27 @@ def _export(
 
 def _trace_recorded(
     model: nn.Module,
-    call: Call,
-    outside: dict[str, str],
+    call: TracedCall,
+    opaque: dict[str, str],
     reason: Exception | None,
-) -> tuple[torch.export.ExportedProgram, ReadReplayer, Sequence[OutsideCall]]:
-    """Traces with recorded values; modules that cannot be traced join `outside` one after another.
+) -> tuple[torch.export.ExportedProgram, ReadReplayer, Sequence[OpaqueCall]]:
+    """Traces with recorded values; modules that stop the trace join `opaque` until none does.
 
-    `reason`: why the model cannot be traced without.
+    `reason` is the error that stopped a trace without them.
     """
     watch = True
     while True:
-        reads, calls, noted = _record(model, call, outside, reason, watch=watch)
+        reads, calls, noted = _record(model, call, opaque, reason, watch=watch)
         if arrays := {r.path: str(r) for r in reads if r.is_float_array and r.path}:
-            if not arrays.keys().isdisjoint(outside):
+            if not arrays.keys().isdisjoint(opaque):
                 raise ValueError(f"pabc could not capture {type(model).__name__}: {arrays}")
-            _join(outside, model, arrays)
+            _join(opaque, model, arrays)
             continue
         replayer = ReadReplayer(model, reads, watch=watch)
-        finder = FailureFinder(model, noted, replayer, outside)
+        finder = FailureFinder(model, noted, replayer, opaque)
         forward: Any = partial(_with_tensors, model.forward, replayer)
         forward.__signature__ = inspect.signature(model.forward)
-        replayed = replayed_outside(model, calls, call.tokens)
+        replayed = replaying_opaque(model, calls, call.tokens)
         modes = (finder.active(), replayed, patched(model, forward))
         try:
             program = _export(model, call.args, call.kwargs, *modes, check=finder.stop_if_found)
@@ -145,37 +152,36 @@ def _trace_recorded(
                 found = {module_path(n): f"the size of {n.name} follows from data" for n in unknown}
                 reason = ValueError(next(iter(found.values())))
         if not found:
-            watch = False  # a number was used as none of a graph can be
+            watch = False  # a number was used in a way that a value of a graph cannot be
             continue
-        if "" in found or not found.keys().isdisjoint(outside):
+        if "" in found or not found.keys().isdisjoint(opaque):
             raise ValueError(
                 f"pabc could not capture {type(model).__name__}: torch.export stopped in its own "
                 f"forward with {one_line(reason)}"
             ) from reason
-        _join(outside, model, found)
+        _join(opaque, model, found)
         watch = True
 
 
-def _join(outside: dict[str, str], model: nn.Module, found: Mapping[str, str]) -> None:
-    """Adds modules, each with those that run the same code, and why."""
+def _join(opaque: dict[str, str], model: nn.Module, found: Mapping[str, str]) -> None:
+    """Adds modules, and those that run the same code, to `opaque`, each with the reason."""
     for path, why in found.items():
-        outside.update(dict.fromkeys(find_alike(model, path) - outside.keys(), why))
+        opaque.update(dict.fromkeys(find_alike(model, path) - opaque.keys(), why))
 
 
 def _record(
     model: nn.Module,
-    call: Call,
-    outside: dict[str, str],
+    call: TracedCall,
+    opaque: dict[str, str],
     reason: Exception | None,
     *,
     watch: bool,
-) -> tuple[list[Read], list[OutsideCall], Sequence[Any]]:
-    """Runs the model once: the values that it reads from data, the calls of modules outside, and
-    all calls of modules."""
+) -> tuple[list[Read], list[OpaqueCall], Sequence[Any]]:
+    """Runs the model once; returns its reads from data, calls of opaque modules, and all calls."""
     args, kwargs = call.args, call.kwargs
     reads = ReadRecorder(model, watch=watch)
-    calls = OutsideRecorder(model, outside, call.keeping)
-    noted = CallRecorder(model, reads.reads, outside)
+    calls = OpaqueRecorder(model, opaque, call.keeping)
+    noted = CallRecorder(model, reads.reads, opaque)
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     devices = {t.device for t in tensors if t.is_cuda}
     try:
@@ -201,9 +207,9 @@ def _record(
 def _with_tensors(
     forward: Callable[..., Any], replayer: ReadReplayer, *args: Any, **kwargs: Any
 ) -> tuple[Any, list[torch.Tensor]]:
-    """The model's result, and the tensors from which values were read.
+    """Returns the model's result, and the tensors from which values were read.
 
-    The modes come after torch.export's own, which reads the numbers in an index.
+    The modes are entered after torch.export's own mode, which reads the numbers in an index.
     """
     with replayer, RecordNumbers():
         result = forward(*args, **kwargs)

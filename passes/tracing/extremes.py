@@ -1,4 +1,4 @@
-"""extremes: Python's `max` and `min` of tensors while a model is traced."""
+"""extremes: traces Python's `max` and `min` of tensors as Python computes them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ _IS_BEYOND = {"max": torch.gt, "min": torch.lt}
 
 @contextmanager
 def exact_extremes() -> Iterator[None]:
-    """Makes `max` and `min` of tensors without dimensions an op of the graph, and leaves all else
-    to Python.
+    """While active, `max` and `min` of tensors without dimensions are ops of the graph.
 
-    torch.export replaces both by functions that give tensors where Python gives a number, and do
-    not take what Python takes: one tensor, whose elements are compared.
+    Other values are left to Python. torch.export's own replacements return tensors where Python
+    returns a number, and refuse a single tensor, whose elements Python compares.
     """
     before = {name: getattr(builtins, name) for name in _BUILTIN}
     for name in _BUILTIN:
@@ -43,7 +42,7 @@ def _extreme(name: str, of_symbols: Callable[..., Any]) -> Callable[..., Any]:
         if any(isinstance(value, _SYMBOLIC) for value in values):
             return of_symbols(*args)
         if _are_comparable(values):
-            # Of equal values the first one; a NaN is beyond nothing, and nothing is beyond it.
+            # The first of equal values; comparisons with NaN are false, as in Python.
             is_beyond = _IS_BEYOND[name]
             return reduce(lambda a, b: torch.where(is_beyond(b, a), b, a), values)
         return _BUILTIN[name](*args)
@@ -52,7 +51,7 @@ def _extreme(name: str, of_symbols: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _are_comparable(values: Any) -> bool:
-    """Whether these are tensors of one element and one kind."""
+    """Returns True for tensors without dimensions, of one dtype and device."""
     return all(isinstance(x, torch.Tensor) and x.ndim == 0 for x in values) and (
         len({(x.dtype, x.device) for x in values}) == 1
     )

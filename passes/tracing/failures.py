@@ -1,7 +1,7 @@
-"""failures: which modules stop a trace, all of them in one trace.
+"""failures: finds all modules that stop a trace in a single trace.
 
-Where a module's own code raises, its call gives empty tensors like those that it gave when the
-model was run, and the trace goes on. What is traced from then on serves to find the next one only.
+Where a module's own code raises, its call returns empty tensors like those of the recorded run, and
+the trace goes on, from then on only to find the next such module.
 """
 
 from __future__ import annotations
@@ -17,26 +17,28 @@ import torch
 from torch import fx, nn
 
 from ..ir import module_path
-from .outside import ResultLayout, TensorCall, patched
+from .patch import patched
 from .reads import OWN_FOLDERS, ReadReplayer
 from .records import Read
+from .tensor_call import ResultLayout, TensorCall
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), dict, list, tuple, set, frozenset)
 
 
 class FoundError(Exception):
-    """Modules were found that stop the trace."""
+    """Raised at the end of a trace in which modules were found that stop it."""
 
 
 @dataclass(slots=True)
-class _Call:
-    """One call of a module in the run that is recorded.
+class _ModuleCall:
+    """One call of a module in the recorded run.
 
     Attributes:
-        path: its qualified name.
-        end: how many calls had been made when it ended, those within it included.
-        num_reads: how many values had been read from data by then.
-        results, layouts: what it gave; None if it raised.
+        path: the module's qualified name.
+        end: the number of calls made by its end, those within it included.
+        num_reads: the number of values read from data by its end.
+        results: its result; None if it raised.
+        layouts: the layouts of the tensors in the result.
     """
 
     path: str
@@ -47,21 +49,21 @@ class _Call:
 
 
 class CallRecorder:
-    """Notes every call of a module in the model, in order, in `calls`."""
+    """Records every call of a module in the model, in order, in `calls`."""
 
-    def __init__(self, model: nn.Module, reads: Sequence[Read], outside: Collection[str]) -> None:
-        """`reads` grows while the model runs; `outside`: paths of modules to leave out."""
-        self.calls: list[_Call] = []
-        self._model, self._reads, self._outside = model, reads, outside
+    def __init__(self, model: nn.Module, reads: Sequence[Read], opaque: Collection[str]) -> None:
+        """Takes the list of reads, which grows while the model runs, and modules to leave out."""
+        self.calls: list[_ModuleCall] = []
+        self._model, self._reads, self._opaque = model, reads, opaque
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """While active, calls are noted."""
-        with _around(self._model, self._outside, self._run):
+        """While active, calls are recorded."""
+        with _around(self._model, self._opaque, self._run):
             yield
 
     def _run(self, path: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        call = _Call(path)
+        call = _ModuleCall(path)
         self.calls.append(call)
         result = forward(*args, **kwargs)
         call.results, tensors = TensorCall.of((result,), {})
@@ -71,28 +73,28 @@ class CallRecorder:
 
 
 class FailureFinder:
-    """Goes on where a module stops the trace; `found` has those modules, and why they do."""
+    """Continues a trace past modules that stop it, and collects them in `found` with the reason."""
 
     def __init__(
         self,
         model: nn.Module,
-        calls: Sequence[_Call],
+        calls: Sequence[_ModuleCall],
         replayer: ReadReplayer,
-        outside: Collection[str],
+        opaque: Collection[str],
     ) -> None:
         self.found: dict[str, str] = {}
         self.reason: Exception | None = None
         self._model, self._calls, self._replayer = model, calls, replayer
-        self._outside, self._next = outside, 0
+        self._opaque, self._next = opaque, 0
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """While active, calls that raise give empty tensors."""
-        with _around(self._model, self._outside, self._run):
+        """While active, calls that raise return empty tensors."""
+        with _around(self._model, self._opaque, self._run):
             yield
 
     def stop_if_found(self) -> None:
-        """Raises :class:`FoundError` where what was traced is of no further use."""
+        """Raises :class:`FoundError` if modules were found: the trace is of no further use."""
         if self.found:
             raise FoundError
 
@@ -101,7 +103,7 @@ class FailureFinder:
         try:
             return forward(*args, **kwargs)
         except Exception as error:
-            # A number that the trace keeps as a value of the graph may be what it stops at.
+            # The cause may be a number that the trace keeps as a value of the graph.
             if call is None or call.results is None or self._replayer.watches:
                 raise
             if find_failing_module(self._model, error) != path:
@@ -113,8 +115,8 @@ class FailureFinder:
         (result,), _ = call.results.fill([layout.empty() for layout in call.layouts])
         return result
 
-    def _advance(self, path: str) -> _Call | None:
-        """The record of this call; those before it were of modules that did not run again."""
+    def _advance(self, path: str) -> _ModuleCall | None:
+        """Returns the record of this call, past those of modules that did not run again."""
         for i in range(self._next, len(self._calls)):
             if self._calls[i].path == path:
                 self._next = i + 1
@@ -123,34 +125,34 @@ class FailureFinder:
 
 
 @contextmanager
-def _around(model: nn.Module, outside: Collection[str], run: Callable[..., Any]) -> Iterator[None]:
-    """Has `run(path, forward, ...)` called in the place of each forward but the model's own."""
+def _around(model: nn.Module, opaque: Collection[str], run: Callable[..., Any]) -> Iterator[None]:
+    """While active, each forward but the model's own is a call of `run(path, forward, ...)`."""
     with ExitStack() as stack:
         for path, module in model.named_modules():
-            if path and path not in outside and not isinstance(module, torch.jit.ScriptModule):
+            if path and path not in opaque and not isinstance(module, torch.jit.ScriptModule):
                 stack.enter_context(patched(module, partial(run, path, module.forward)))
         yield
 
 
 def stopped_with(error: BaseException | None) -> str:
-    """Why a module does not become part of the graph."""
+    """Returns, as text, why a module is opaque."""
     return f"torch.export stopped in it with {one_line(error)}"
 
 
 def one_line(error: BaseException | None) -> str:
-    """The class of an error, and the beginning of what it says."""
+    """Returns the class of an error and the beginning of its message."""
     first = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {shorten(first, 160, placeholder=' ...')}"
 
 
 def find_alike(model: nn.Module, path: str) -> set[str]:
-    """The modules that run the same code as one: where it cannot be traced, nor can they."""
+    """Returns the modules that run the same code as the one at `path`, and so stop a trace too."""
     code = _code_of(model.get_submodule(path))
     return {name for name, module in model.named_modules() if name and _code_of(module) == code}
 
 
 def _code_of(module: nn.Module) -> tuple[Any, ...]:
-    """The classes of a module and of the objects that it holds, an attention's processor, say."""
+    """Returns the classes of a module and of the objects in it, such as a processor."""
     held = {
         name: type(value)
         for name, value in vars(module).items()
@@ -160,9 +162,9 @@ def _code_of(module: nn.Module) -> tuple[Any, ...]:
 
 
 def find_failing_module(model: nn.Module, error: BaseException) -> str:
-    """The qualified name of the innermost module whose own code raised; empty: the model itself.
+    """Returns the name of the innermost module whose code raised; empty for the model itself.
 
-    Where a traced graph was run, that is the module that its node comes from.
+    Where a traced graph was run, that is the module that the node comes from.
     """
     paths = {id(module): name for name, module in model.named_modules()}
     for raised in reversed(_chain(error)):
@@ -193,7 +195,7 @@ def _by_frame(paths: dict[int, str], frame: Any) -> str | None:
 
 
 def _by_node(frame: Any) -> str | None:
-    """Of a frame of an interpreter, the module of the node that it is at."""
+    """Returns the module of the node that an interpreter's frame is at."""
     node = frame.f_locals.get("n", frame.f_locals.get("node"))
     is_interpreter = isinstance(frame.f_locals.get("self"), fx.Interpreter)
     return module_path(node) or None if is_interpreter and isinstance(node, fx.Node) else None

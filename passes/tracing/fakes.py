@@ -1,7 +1,7 @@
-"""Fake tensors that users bring: those of several modes do not mix, nor do they with a mode in use.
+"""fakes: brings the user's fake tensors under one mode.
 
 A model may be made under one :class:`FakeTensorMode`, its arguments under others, and pabc may be
-called within yet another.
+called within yet another; PyTorch does not mix the fake tensors of several modes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 
 def share_fake_mode(args: Any) -> Any:
-    """Arguments whose fake tensors, where there are such of several modes, are of one."""
+    """Returns `args` with fake tensors of one mode, if they are of several."""
     fakes = [x for x in pytree.tree_leaves(args) if isinstance(x, FakeTensor)]
     if len({id(x.fake_mode) for x in fakes}) < 2:
         return args
@@ -23,7 +23,7 @@ def share_fake_mode(args: Any) -> Any:
 
 
 def fake_like(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
-    """A fake tensor of a mode, whatever mode the given one may be of."""
+    """Returns a fake tensor like `tensor`, which may be of another mode."""
     if not isinstance(tensor, FakeTensor):
         return mode.from_tensor(tensor)
     with mode:

@@ -1,8 +1,7 @@
-"""foreign: hooks of other libraries on a model's modules, by what they do.
+"""foreign: refuses hooks of other libraries that a graph cannot stand for.
 
 A hook that casts weights around a forward is part of that forward, and is captured with it. One
-that moves weights while the model runs, or keeps values between calls, does what a graph cannot: it
-is refused by its name.
+that moves weights while the model runs, or keeps values between calls, is refused by name.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ _OFFLOAD = (
     "(enable_model_cpu_offload), which moves the whole model between calls, or none"
 )
 _CACHE = "disable it (disable_cache): pabc's schedule is what reuses here"
-_RANKS = "leave it off, and divide the model with pabc.compile(..., mesh=mesh)"
+_RANKS = "remove it, and shard the model with pabc.compile(..., mesh=mesh)"
 
 
 def refuse_hooks(model: nn.Module) -> None:
@@ -40,7 +39,7 @@ def refuse_hooks(model: nn.Module) -> None:
 
 
 def _hooks(state: dict[str, Any]) -> Iterator[Any]:
-    """The hooks that libraries keep in a module's attributes, one by one."""
+    """Yields the hooks that libraries keep in a module's attributes."""
     registered = getattr(state.get("_diffusers_hook"), "hooks", None)
     if isinstance(registered, dict):
         yield from registered.values()
@@ -48,7 +47,7 @@ def _hooks(state: dict[str, Any]) -> Iterator[Any]:
 
 
 def _parts(hook: Any) -> Iterator[Any]:
-    """A hook of accelerate, or those that it is a sequence of."""
+    """Yields a hook of accelerate, or the hooks in a sequence of them."""
     if hook is None:
         return
     inner = getattr(hook, "hooks", None)
@@ -60,9 +59,9 @@ def _parts(hook: Any) -> Iterator[Any]:
 
 
 def _problem(hook: Any, *, is_around: bool) -> tuple[str, str] | None:
-    """What a hook does that a graph cannot, and what to do; None: nothing.
+    """Returns what a hook does that a graph cannot, and advice, or None.
 
-    `is_around`: it runs around the whole captured forward, at each call.
+    `is_around` is True for the hook that runs around the whole captured forward, at each call.
     """
     home = f"{type(hook).__module__}.{type(hook).__name__}".lower()
     if getattr(hook, "offload", False) or "offload" in home:
@@ -73,10 +72,10 @@ def _problem(hook: Any, *, is_around: bool) -> tuple[str, str] | None:
     if getattr(hook, "_is_stateful", False) or _keeps_state(hook):
         return "keeps values from call to call", _CACHE
     if "parallel" in home:
-        return "divides a module among processes", _RANKS
+        return "shards a module", _RANKS
     return None
 
 
 def _keeps_state(hook: Any) -> bool:
-    """Whether it holds what tells the values of one call from those of another."""
+    """Returns True if a hook holds state that is kept per call."""
     return any(hasattr(held, "get_state") for held in vars(hook).values())

@@ -1,9 +1,9 @@
-"""frozen: Python values in a form that can be compared with what they are later on.
+"""frozen: Python values in a form that can be compared with later values.
 
-What can change in place (a container, an array) is compared by identity here: the walk over a
-model's state (:mod:`pabc.passes.tracing.walk`) looks at what it holds. So are tensors and
-modules. Functions and objects that are made anew alike are the same: libraries that set a hook for
-one call make all of it anew each time.
+Containers and arrays, which can change in place, are compared by identity: the walk over a model's
+state (:mod:`pabc.passes.tracing.walk`) visits their contents. So are tensors and modules. Functions
+and objects are equal if they are alike: libraries that set a hook for one call create it anew each
+time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import nn
 LIBRARIES = frozenset({"torch", "torchgen", "triton", "numpy", "sympy", "mpmath", "einops"}) | (
     sys.stdlib_module_names - {"__main__"}
 )
-"""Packages whose objects and functions are not looked into: their state is their own affair."""
+"""Packages whose objects and functions are not looked into; they manage their own state."""
 _OWN = tuple(
     f"{__name__.partition('.')[0]}.{part}"
     for part in (
@@ -37,16 +37,16 @@ _OWN = tuple(
 )
 _VALUES = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
 _NESTING = 4
-"""How many objects within objects are compared by what they hold."""
+"""The depth to which objects within objects are compared by their attributes."""
 
 
 def is_library(name: Any) -> bool:
-    """Whether a module of that name is of a package whose state is its own affair."""
+    """Returns True for the name of a module in a package whose state is not looked into."""
     return str(name).partition(".")[0] in LIBRARIES or str(name).startswith(_OWN)
 
 
 class Same:
-    """An object that equals itself alone; it stays alive, so that no other takes its address."""
+    """An object that equals itself alone. It is kept alive, so that no other gets its address."""
 
     __slots__ = ("value",)
 
@@ -65,16 +65,16 @@ class Same:
 
 @dataclass(frozen=True, slots=True)
 class FrozenObject:
-    """An object that is what its attributes hold."""
+    """An object that is compared by its attributes."""
 
     kind: type
     held: Hashable
 
 
 def freeze(value: Any, within: tuple[int, ...] = ()) -> Hashable:
-    """Returns something that equals what this function gives for the same value later on.
+    """Returns a hashable that is equal for equal values, now and later.
 
-    `within`: the identities of the objects that hold it, which may be met again.
+    `within` are the identities of the objects around the value, which may occur in it again.
     """
     if isinstance(value, _VALUES):
         return type(value), value
@@ -109,7 +109,7 @@ def _content(cell: Any) -> Any:
 
 
 def _is_plain_object(value: Any) -> bool:
-    """Whether an object is its attributes, all of which can be seen."""
+    """Returns True for an object that its visible attributes describe completely."""
     kind = type(value)
     builtin = (nn.Module, torch.Tensor, type, dict, list, set, tuple)
     return not isinstance(value, builtin) and not is_library(kind.__module__)
@@ -117,7 +117,7 @@ def _is_plain_object(value: Any) -> bool:
 
 @functools.cache
 def slots_of(cls: Hashable) -> frozenset[str]:
-    """Returns the names of the attributes that instances have in slots."""
+    """Returns the names of the slots of a class's instances."""
     found: set[str] = set()
     assert isinstance(cls, type)
     for base in cls.__mro__:

@@ -1,4 +1,4 @@
-"""globals: which globals a call can come to, by the names in the code of methods and functions."""
+"""globals: finds the globals that a call may reach, by the names in the code of functions."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from typing import Any
 from .frozen import is_library
 
 ENTRIES = ("forward", "__call__")
-"""Methods that a call of a model, or of an object in it, begins with."""
+"""The methods that calls of a model, or of an object in it, start with."""
 
 
 class CodeScan:
-    """Finds the globals that a call can come to, by the names in the code of methods.
+    """Finds the globals that a call may reach.
 
-    A method counts if code that counts has its name in it: which object it is called on is not
-    known. Functions that are globals themselves are followed.
+    A method may be reached if reachable code names it: on which object it is called is unknown.
+    Functions that are globals themselves are followed.
     """
 
     def __init__(self, functions: dict[FunctionType, None]) -> None:
-        """`functions`: those that objects hold: replaced methods, hooks."""
+        """Starts from functions that objects hold, such as replaced methods and hooks."""
         self._held = functions
         self._called: set[str] = set(ENTRIES)
         self._waiting: dict[str, list[FunctionType]] = {}
         self._scanned: set[FunctionType] = set()
 
     def follow(self, classes: Iterable[type]) -> Iterator[tuple[dict[str, Any], str]]:
-        """Yields pairs of a dictionary of globals and a name in it, for these classes too."""
+        """Adds classes, and yields what is found: a dictionary of globals and a name in it."""
         ready = list(self._held)
         for cls in classes:
             for name, value in vars(cls).items():
@@ -54,7 +54,7 @@ class CodeScan:
 
 
 def _functions_in(value: Any) -> list[FunctionType]:
-    """Returns the functions that a class attribute, or a global, comes to."""
+    """Returns the functions behind a class attribute or a global, decorated ones included."""
     if isinstance(value, (staticmethod, classmethod)):
         value = value.__func__
     parts = [value.fget] if isinstance(value, property) else [value]
@@ -77,12 +77,12 @@ def _names_in(code: CodeType) -> frozenset[str]:
 
 @functools.cache
 def _globals_in(code: CodeType) -> frozenset[str]:
-    """Returns those of the names that are not of attributes."""
+    """Returns the names in the code that stand for globals, not attributes."""
     inner = (_globals_in(c) for c in code.co_consts if isinstance(c, CodeType))
     own = (i.argval for i in dis.get_instructions(code) if i.opname.endswith(("_GLOBAL", "_NAME")))
     return frozenset(own).union(*inner)
 
 
 def is_of_library(function: FunctionType) -> bool:
-    """By where its code is: `functools.wraps` copies the name of another module."""
+    """Returns True if the code lies in a library: `functools.wraps` copies another `__module__`."""
     return is_library(function.__globals__.get("__name__"))

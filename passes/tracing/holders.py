@@ -1,4 +1,4 @@
-"""holders: places that Python code can write to, and what they hold."""
+"""holders: places that Python code can write to, and their contents."""
 
 from __future__ import annotations
 
@@ -42,15 +42,16 @@ class Holder:
     """A place that Python code can write to.
 
     Attributes:
-        path: how a user finds it: `blocks.1`, `blocks.1.attn.processor`, `cache['k']`.
-        module: the qualified name of the module from which it was reached; None: it was not.
+        path: the path by which a user finds it: `blocks.1`, `blocks.1.attn.processor`,
+            `cache['k']`.
+        module: the qualified name of the module that it was reached from, or None.
         value: a dictionary, list, set, cell, class, array, or object with slots.
-        kind: what it is of: the attributes of an object, or of a module; a module's children,
-            its parameters or buffers, its hooks; a container; a variable; a class; globals;
-            attributes in slots; the values of a NumPy array.
-        owner: whose attributes they are: its class; None: no object's.
-        names: of globals, those that the code names; of slots, all; of a library's class, those
-            that a call begins with; None: all are looked at.
+        kind: attributes of an object or of a module; a module's children, tensors (parameters or
+            buffers), or hooks; a container; a variable that a function closes over; a class;
+            globals; slots; the values of a NumPy array.
+        owner: the class of the object whose attributes they are, or None.
+        names: the keys that are read: of globals, those that code names; of slots, all; of a
+            library's class, the methods that a call starts with. None means all.
     """
 
     path: str
@@ -61,7 +62,7 @@ class Holder:
     names: frozenset[str] | None = None
 
     def read(self) -> dict[Any, Any]:
-        """What it holds, by key."""
+        """Returns the contents, by key."""
         value = self.value
         if self.kind == "slots":
             return {n: getattr(value, n) for n in self.names or () if hasattr(value, n)}
@@ -84,7 +85,7 @@ class Holder:
         return dict(enumerate(value))
 
     def write(self, contents: dict[Any, Any]) -> None:
-        """Makes it hold that again."""
+        """Replaces the contents by those that :meth:`read` returned earlier."""
         value = self.value
         if self.kind == "array":
             value[...] = np.frombuffer(contents[""], value.dtype).reshape(value.shape)
@@ -106,7 +107,7 @@ class Holder:
             value.extend(contents.values())
 
     def _write_names(self, contents: Mapping[str, Any]) -> None:
-        """Puts attributes, or a module's globals, back one by one."""
+        """Restores attributes, or globals, one by one."""
         now = self.read()
         is_dictionary = self.kind == "globals"
         for name in {**now, **contents}:
@@ -120,7 +121,7 @@ class Holder:
                     setter(self.value, name, contents[name])
 
     def name_of(self, key: Any) -> str:
-        """How a user finds what it holds under a key."""
+        """Returns the path by which a user finds the value under a key."""
         if isinstance(self.value, CellType) or self.kind == "array":
             return self.path
         if self.kind in _NAMED:
@@ -130,7 +131,7 @@ class Holder:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What a holder has under a key, before and after; :data:`MISSING` where it has nothing."""
+    """The value of a holder under a key, before and after; :data:`MISSING` if there is none."""
 
     holder: Holder
     key: Any
@@ -139,5 +140,5 @@ class Change:
 
     @property
     def name(self) -> str:
-        """How a user finds it."""
+        """The path by which a user finds it."""
         return self.holder.name_of(self.key)

@@ -1,8 +1,8 @@
-"""hooks: forward hooks of the modules within a model, while its forward is traced.
+"""hooks: captures the forward hooks of the modules within a model.
 
-A hook that changes values is part of what is computed: it is traced. One that only looks on, and
-keeps features or counts, say, would run at the trace and never again: the graph calls it instead,
-at its place, with the tensors that the module was given and gave.
+A hook that changes values is part of the computation, and is traced. One that only observes, to
+keep features or counts, would run during the trace and never again: the graph calls it instead,
+with the tensors that the module takes and returns.
 """
 
 from __future__ import annotations
@@ -17,14 +17,20 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .outside import OutsideCall, TensorCall
+from .opaque import OpaqueCall
 from .python_state import Snapshot
+from .tensor_call import TensorCall
 from .walk import HOOKS, hook_path
 
 
 @dataclass(slots=True, kw_only=True)
-class HookCall(OutsideCall):
-    """One call of a hook by the graph; its module runs in the graph."""
+class HookCall(OpaqueCall):
+    """One call of a hook by the graph, which contains the hook's module.
+
+    Attributes:
+        hook: the hook.
+        module: the module that it is registered on.
+    """
 
     hook: Callable[..., Any]
     module: nn.Module
@@ -33,17 +39,17 @@ class HookCall(OutsideCall):
         return f"{self.path} is called with what its module is given and gives"
 
     def run(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Calls the hook, with tensors that it may keep: a graph may use their memory again."""
+        """Calls the hook with copies, which it may keep: a graph reuses its tensors' memory."""
         self.call.run(partial(self.hook, self.module), [t.clone() for t in tensors])
         return [_token(tensors)]
 
     def fake(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """What :meth:`run` returns."""
+        """Returns a fake result of :meth:`run`."""
         return [_token(tensors)]
 
 
 def _token(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Something for a trace to return, so that the call is not taken for dead code."""
+    """Returns a tensor for a trace to return, so that the call is not dead code."""
     return tensors[0].new_empty(0) if tensors else torch.empty(0)
 
 
@@ -51,12 +57,12 @@ class HookTracer:
     """Calls the hooks of inner modules while a forward runs.
 
     Attributes:
-        calls: the calls of hooks that the graph is to make, in order.
-        refused: what cannot be captured, and why.
+        calls: the calls of hooks that the graph must make, in order.
+        refused: error messages about hooks that cannot be captured.
     """
 
     def __init__(self, model: nn.Module, tokens: list[torch.Tensor]) -> None:
-        """`tokens`: gains the results of these calls, for the trace to return."""
+        """Takes a list that gains the results of these calls, for the trace to return."""
         self.calls: list[HookCall] = []
         self.refused: list[str] = []
         self._model, self._tokens = model, tokens
@@ -127,7 +133,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 
 class _WriteWatch(TorchFunctionMode):
-    """Notices functions that write to a tensor."""
+    """Sets `seen` when a function writes to a tensor."""
 
     def __init__(self) -> None:
         super().__init__()

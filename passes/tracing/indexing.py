@@ -1,6 +1,6 @@
-"""indexing: what Python reads of tensors within an index, in a form that a graph can hold.
+"""indexing: rewrites indices of which Python reads tensor data into ops that a graph can hold.
 
-`x[mask]` has a size that follows from data; `x[i]` reads a number, if `i` is a tensor without
+The size of `x[mask]` follows from data; `x[i]` reads a number if `i` is a tensor without
 dimensions.
 """
 
@@ -19,18 +19,18 @@ _NONZERO = (torch.nonzero, torch.Tensor.nonzero)
 
 
 def is_mask(item: Any) -> bool:
-    """Whether a part of an index picks elements by a mask."""
+    """Returns True for a part of an index that is a mask."""
     return isinstance(item, torch.Tensor) and item.dtype in MASKS
 
 
 def is_position(item: Any) -> bool:
-    """Whether a part of an index is a tensor that Python reads as a number."""
+    """Returns True for a part of an index that is a tensor which Python reads as a number."""
     integers = not isinstance(item, torch.Tensor) or not item.is_floating_point()
     return isinstance(item, torch.Tensor) and item.ndim == 0 and integers and not is_mask(item)
 
 
 def with_numbers(index: Any, read: Callable[[torch.Tensor], Any]) -> Any:
-    """An index whose tensors without dimensions are read one by one: indexing itself would."""
+    """Returns an index with `read` applied to the tensors that indexing would read as numbers."""
     if isinstance(index, tuple):
         return tuple(with_numbers(item, read) for item in index)
     if isinstance(index, slice):
@@ -40,7 +40,7 @@ def with_numbers(index: Any, read: Callable[[torch.Tensor], Any]) -> Any:
 
 
 def can_select(source: torch.Tensor, index: Any) -> bool:
-    """Whether an index has positions that tensors give, and a graph can look there by itself."""
+    """Returns True if an index has tensors as positions that a graph can look up."""
     items = index if isinstance(index, tuple) else (index,)
     places = [item for item in items if is_position(item)]
     devices = (source.device, torch.device("cpu"))
@@ -52,10 +52,10 @@ def can_select(source: torch.Tensor, index: Any) -> bool:
 
 
 def select_positions(source: torch.Tensor, index: Any) -> tuple[torch.Tensor, tuple[Any, ...]]:
-    """Takes out of an index the positions that tensors give: what is there, by ops of the graph,
-    and what is left of the index.
+    """Returns the part of `source` at the tensors among an index, and the rest of the index.
 
-    A copy, where Python gives a view: see :func:`check_copies_are_not_written_to`.
+    The part is a copy where Python returns a view: see :func:`check_copies_are_not_written_to`.
+
     Requires: :func:`can_select`.
     """
     items = list(index) if isinstance(index, tuple) else [index]
@@ -68,7 +68,7 @@ def select_positions(source: torch.Tensor, index: Any) -> tuple[torch.Tensor, tu
 
 
 def _span(item: Any) -> int | None:
-    """How many dimensions of its source a part of an index takes; None: not known."""
+    """Returns the number of dimensions of the source that a part of an index takes, or None."""
     if item is None or item is Ellipsis:
         return 0
     if isinstance(item, torch.Tensor):
@@ -77,16 +77,16 @@ def _span(item: Any) -> int | None:
 
 
 def _dimension(items: Sequence[Any], spans: Sequence[int], place: int, ndim: int) -> int:
-    """Which dimension of its source a part of an index takes."""
+    """Returns the dimension of the source that a part of an index takes."""
     if any(item is Ellipsis for item in items[:place]):
         return ndim - sum(spans[place:])
     return sum(spans[:place])
 
 
 def mask_positions(index: Any, counts: Sequence[int]) -> Any:
-    """An index with positions in the place of masks; None where that cannot be.
+    """Returns an index with positions in place of masks, or None if that is not possible.
 
-    `counts`: how many elements of each mask are set.
+    `counts` are the numbers of elements that are set, one per mask.
     """
     items = list(index) if isinstance(index, tuple) else [index]
     rest = list(counts)
@@ -104,10 +104,10 @@ def mask_positions(index: Any, counts: Sequence[int]) -> Any:
 def call_with_known_sizes(
     func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], shapes: Sequence[Any], value: Any
 ) -> Any:
-    """What a function gives whose result has a size that follows from data, but is known; None for
-    functions of which that is left to :mod:`pabc.passes.tracing.known_sizes`.
+    """Calls a function with the recorded size of its result, which follows from data.
 
-    `shapes`: of the results; `value`: what they follow from.
+    Returns None for functions that are left to :mod:`pabc.passes.tracing.known_sizes`. `shapes` are
+    those of the results, `value` is what they follow from.
     """
     if func is torch.Tensor.__getitem__:
         masks = [
@@ -127,7 +127,7 @@ def call_with_known_sizes(
 
 
 def check_copies_are_not_written_to(graph: Graph) -> None:
-    """Raises `ValueError` where a write to a part picked by a tensor would not reach the whole."""
+    """Raises `ValueError` for a write to a part that a tensor selects, which is a copy here."""
     copies = {
         node
         for node in graph.nodes
@@ -153,7 +153,7 @@ def _written(node: Node) -> list[Node]:
 
 
 def _bases(node: Node) -> Iterator[Node]:
-    """A node, and what it is a view of."""
+    """Yields a node and all that it is a view of."""
     while True:
         yield node
         op = node.target

@@ -1,8 +1,7 @@
-"""known_sizes: a traced graph whose sizes are numbers, those that follow from data included.
+"""known_sizes: makes all sizes of a traced graph numbers, even those that follow from data.
 
-Those were recorded, and are checked at each call. Ops that find a size are told it: so the graph
-can run where sizes must be known beforehand: a compiler allocates results, and a device is not
-waited for.
+Such sizes were recorded, and are checked at each call. Ops that would compute a size are given it,
+so that a compiler can allocate results, and the host need not wait for the device.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from ..ir import MASKS, aten, is_call, is_tensor, value
 
 
 def with_static_sizes(graph: Graph) -> list[Node]:
-    """Replaces sizes known by now by numbers, in facts and arguments.
+    """Replaces sizes that are known by numbers, in fake tensors and arguments.
 
-    Returns the nodes whose sizes, or numbers, are still not known.
+    Returns the nodes whose sizes, or values, are still unknown.
     """
     unknown = []
     for node in list(graph.nodes):
@@ -42,7 +41,10 @@ def with_static_sizes(graph: Graph) -> list[Node]:
 
 
 def _take_size_from_view(node: Node) -> bool:
-    """Whether a result is only read with its size fixed: PyTorch forgets an empty one's own."""
+    """Gives a node the size of the views that alone read it; returns False if there are none.
+
+    PyTorch loses the size of an empty result.
+    """
     readers = [user for user in node.users if is_tensor(user)]
     views = [user for user in readers if is_call(user, (aten.view.default,))]
     if not is_tensor(node) or not views or len(views) < len(readers):
@@ -77,9 +79,10 @@ def _number(size: int | torch.SymInt) -> int | None:
 
 
 def tell_sizes(graph: Graph) -> None:
-    """Rewrites `nonzero`, `x[mask]`, `masked_select` and `repeat_interleave`, bit for bit.
+    """Gives `nonzero`, `x[mask]`, `masked_select` and `repeat_interleave` their results' sizes.
 
-    Requires: their results have sizes that are numbers.
+    Requires: those sizes are numbers.
+    Ensures: the same bits.
     """
     for node in list(graph.nodes):
         rewrite = _REWRITES.get(node.target) if node.op == "call_function" else None
@@ -93,7 +96,7 @@ def tell_sizes(graph: Graph) -> None:
 
 
 def _call(like: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
-    """A call with the facts of `like`, but for its own fake result."""
+    """Returns a new call with the facts of `like`, except its fake result."""
     call = like.graph.call_function(target, args, kwargs)
     call.meta.update(like.meta)
     fakes, named = map_arg((args, kwargs), lambda n: n.meta["val"])
@@ -107,7 +110,7 @@ def _nonzero(node: Node) -> Node:
 
 
 def _positions(node: Node, mask: Node, count: int) -> list[Node]:
-    """Where a mask is set: one vector per dimension of it."""
+    """Returns the positions at which a mask is set, one vector per dimension."""
     found = _call(node, aten.nonzero_static.default, mask, size=count)
     return [_call(node, aten.select.int, found, 1, d) for d in range(value(mask).ndim)]
 

@@ -1,4 +1,4 @@
-"""tracing: what torch.export does and says for its own sake only, switched off while it traces."""
+"""lean: switches off what torch.export does and prints beside tracing."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _NO_TRACES = "do_not_emit_stack_traces"  # not in every release of PyTorch; else
 
 @contextmanager
 def lean_tracing() -> Iterator[None]:
-    """Neither notes a stack trace per node nor collects garbage; a third of the time of tracing.
+    """While active, no stack trace is kept per node and no garbage is collected.
 
-    Traces are for messages that pabc does not print.
+    That saves a third of the time of tracing; pabc does not print those stack traces.
     """
     traces = getattr(fx.config, _NO_TRACES, False)
     setattr(fx.config, _NO_TRACES, True)
@@ -32,8 +32,8 @@ def lean_tracing() -> Iterator[None]:
 
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """Nearly all that tracing and lowering make lives as long as the graph does: to look for
-    garbage in it again and again finds none."""
+    """While active, no garbage is collected: nearly all that tracing and lowering allocate lives as
+    long as the graph."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -45,10 +45,10 @@ def without_garbage_collection() -> Iterator[None]:
 
 @contextmanager
 def quiet_tracing() -> Iterator[None]:
-    """Holds back what torch.export tells its own users: errors that it raises carry the reason.
+    """While active, torch.export's warnings and prints are held back.
 
-    It warns of its tree specs, of attributes set while tracing, which are restored, and of sizes it
-    does not know; where it stops, it prints the graph so far.
+    It warns of tree specs, of attributes set while tracing, which pabc restores, and of unknown
+    sizes; where it stops, it prints the graph so far, but its errors carry the reason too.
     """
     sizes = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     level = sizes.level

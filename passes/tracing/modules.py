@@ -32,7 +32,7 @@ Description = dict[Hashable, Hashable]
 
 
 @dataclass(frozen=True, eq=False)
-class Modules:
+class ModelState:
     """The Python state of a model that a graph is specialized on.
 
     Attributes:
@@ -53,7 +53,7 @@ class Modules:
         model: nn.Module,
         opaque: Collection[str] = (),
         written: Collection[tuple[HolderKey, Hashable]] = (),
-    ) -> Modules:
+    ) -> ModelState:
         """Returns the state of a model as it is now.
 
         `opaque` are paths of modules and hooks, `written` names that the forward only writes.

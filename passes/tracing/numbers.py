@@ -1,14 +1,14 @@
-"""numbers: Python numbers that stay ones for the model, and are tensors for the graph.
+"""numbers: traces Python numbers as tensors of the graph.
 
 A model that is called with a new timestep at every step, as a Python float or int, or that reads
 one with `t.item()`, would be recaptured at every step. Instead it is traced with a number that
-remembers the tensor it stands for: `isinstance(t, float)` holds and `torch.is_tensor(t)` does not,
-as in the user's call, but arithmetic on it and PyTorch functions that take it are recorded with
-the tensor. Where Python needs its value (a comparison, a size, `int(t)`), a policy decides:
-numbers among the arguments refuse, and stay constants; for numbers read from data, the outcome of
-the comparison, or the value, is one more thing that the graph assumes.
+knows its tensor: `isinstance(t, float)` is True and `torch.is_tensor(t)` is False, as in the user's
+call, but arithmetic on it, and PyTorch functions that take it, are recorded with the tensor. Where
+Python needs the value (a comparison, a size, `int(t)`), a policy decides: a number among the
+arguments stops the trace, and becomes a constant; for a number read from data, the graph is
+specialized on the outcome of the comparison, or on the value.
 
-It is no subclass of float: C code (`math.cos`, NumPy) would read the value without being seen.
+The class is no subclass of float: C code (`math.cos`, NumPy) would read the value unseen.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from .indexing import can_select, select_positions
 
 
 class NumberIsReadError(ValueError):
-    """The value of a lifted number is needed while tracing."""
+    """Raised when the value of a lifted scalar is needed while tracing."""
 
 
 class TracedNumber:
-    """A number as it was given, and as a value of the graph: a tensor without dimensions."""
+    """A Python number, and the tensor without dimensions that is its value in the graph."""
 
     __slots__ = ("_plain", "policy", "tensor")
 
@@ -44,7 +44,7 @@ class TracedNumber:
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """What `isinstance` asks for."""
+        """The class that `isinstance` sees."""
         return type(self._plain)
 
     def __getattr__(self, name: str) -> Any:
@@ -54,22 +54,22 @@ class TracedNumber:
 
     @classmethod
     def __torch_function__(cls, *_: Any) -> Any:
-        """Makes PyTorch's functions take it, for :class:`RecordNumbers` to see."""
+        """Lets PyTorch's functions take it, so that :class:`RecordNumbers` sees them."""
         return NotImplemented
 
 
 class Policy:
-    """What happens where Python needs a number; this one refuses, as promotion does."""
+    """Decides what happens where Python needs a number's value; this one refuses."""
 
     records = False
-    """Whether a value can be had: then it is, for functions not known to take a tensor alike."""
+    """True if functions that may treat a tensor differently get the value instead."""
 
     def value(self, number: TracedNumber) -> Any:
-        """The number itself."""
+        """Returns the number, or raises."""
         raise NumberIsReadError("the value of a number is needed")
 
     def compare(self, number: TracedNumber, ask: Callable[[Any], bool]) -> bool:
-        """What `ask` says of the number."""
+        """Returns `ask` of the number."""
         return ask(self.value(number))
 
 
@@ -79,7 +79,7 @@ def lift(number: Any, tensor: torch.Tensor) -> TracedNumber:
 
 
 def plain(number: Any) -> int | float:
-    """The value alone, without asking for it."""
+    """Returns the value, past the policy."""
     if isinstance(number, TracedNumber):
         return number._plain
     return int(number) if isinstance(number, Integral) else float(number)
@@ -99,13 +99,13 @@ def _read(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Asks how a number compares with another; `name` is the operator's."""
+    """A comparison with another number; `name` is that of the operator."""
 
     name: str
     other: Any
 
     def __call__(self, number: Any) -> bool:
-        """The outcome."""
+        """Returns the outcome for a number."""
         return bool(getattr(operator, self.name)(number, self.other))
 
 
@@ -119,9 +119,9 @@ def _compare(name: str) -> Callable[..., Any]:
 
 
 def _compute(name: str, *, swapped: bool = False) -> Callable[..., Any]:
-    """An arithmetic method: Python's own result, and the same from the tensors, in its precision.
+    """Returns an arithmetic method, which computes with numbers and tensors in the same precision.
 
-    With anything but a number the other operand decides, as it does for Python's own numbers.
+    Operands that are no numbers decide themselves, as with Python's own numbers.
     """
     function = getattr(operator, name)
 
@@ -166,11 +166,11 @@ _ELEMENTWISE = frozenset(
         *_COMPARISONS,
     )
 )
-"""Functions of two operands that give the same for a number and for a tensor that holds it."""
+"""Functions of two operands with the same result for a number and for a tensor that holds it."""
 
 
 class RecordNumbers(TorchFunctionMode):
-    """While active, PyTorch functions that are given traced numbers get their tensors instead."""
+    """While active, PyTorch functions get the tensors of traced numbers."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -199,13 +199,13 @@ class RecordNumbers(TorchFunctionMode):
 
 
 def _with_tensors(index: Any) -> Any:
-    """An index with the tensors of numbers in their place."""
+    """Returns an index with the tensors of traced numbers."""
     items = index if isinstance(index, tuple) else (index,)
     return tuple(item.tensor if isinstance(item, TracedNumber) else item for item in items)
 
 
 def _is_elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a tensor of the graph can take a number's place without a change of type."""
+    """Returns True if a tensor can take the number's place without a change of type."""
     if getattr(func, "__name__", "") not in _ELEMENTWISE or len(args) != 2 or kwargs:
         return False
     tensors = [x for x in args if isinstance(x, torch.Tensor)]
@@ -223,7 +223,7 @@ _FILLING = (torch.full, torch.full_like, torch.Tensor.new_full)
 
 
 def _from_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """A tensor built from (lists of) numbers: as PyTorch would, its elements then the inputs."""
+    """Returns what PyTorch builds from (lists of) numbers, built from their tensors."""
     constant: torch.Tensor = func(*_replace(args, plain), **_replace(kwargs, plain))
     data = args[1] if func is torch.Tensor.new_tensor else (*args, *kwargs.values())[0]
     elements = [_tensor_of(x) if is_number(x) else torch.as_tensor(x) for x in _elements(data)]
@@ -240,10 +240,10 @@ def _elements(data: Any) -> Iterator[Any]:
 
 
 def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Calls with tensors in place of numbers, promoted as numbers are.
+    """Calls a function with tensors in place of numbers, under the type promotion of numbers.
 
-    A number takes part in type promotion as PyTorch's default dtype and below any tensor; a tensor
-    without dimensions does so only beside one with dimensions, of its own category.
+    A number counts as PyTorch's default dtype, below any tensor; a tensor without dimensions counts
+    as its own dtype, below tensors with dimensions only.
     """
     operands = [x for x in _flat((args, kwargs)) if isinstance(x, torch.Tensor)]
 
@@ -275,7 +275,7 @@ def _numbers_in(value: Any) -> Iterator[TracedNumber]:
 
 
 def _replace(value: Any, function: Callable[[Any], Any]) -> Any:
-    """`value` with every traced number in it replaced."""
+    """Returns `value` with `function` of every traced number in it."""
     if isinstance(value, TracedNumber):
         return function(value)
     if type(value) in (list, tuple):
@@ -290,7 +290,7 @@ def check_numbers_stay_tensors(
 ) -> None:
     """Raises :class:`NumberIsReadError` if a graph needs the values of the inputs `names`.
 
-    `read`: per value read from data, the inputs that it follows from.
+    `read` has, per value read from data, the inputs that it follows from.
     """
     for node in graph.nodes:
         if is_call(node, (aten.item.default, aten._local_scalar_dense.default)):
@@ -301,5 +301,5 @@ def check_numbers_stay_tensors(
 
 
 def plain_result(leaf: Any) -> Any:
-    """A leaf of the result, as it is kept: a traced number's value is needed there."""
+    """Returns a leaf of the model's result, for a traced number its value."""
     return _value(leaf)

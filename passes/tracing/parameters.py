@@ -1,8 +1,8 @@
-"""parameters: a module's parameters as its own code sees them, while the model is traced.
+"""parameters: keeps the classes and attributes of a module's parameters during a trace.
 
-A tracer puts tensors of its own in their place. Those know nothing of the class and the attributes
-of a user's parameter, such as the format of quantized bytes, and they cannot be moved or cast with
-their module. For the time of a traced forward, both work.
+A tracer puts tensors of its own in their place, without the class and the attributes of a user's
+parameter, such as the format of quantized bytes, and without a way to move or cast them with their
+module. During a traced forward, both work.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 class Parameters:
-    """The parameters and buffers of a model that are more than tensors."""
+    """The parameters and buffers of a model that are more than plain tensors."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -36,8 +36,7 @@ class Parameters:
 
     @contextmanager
     def as_written(self) -> Iterator[None]:
-        """While active, they have their classes and attributes, and modules can be cast; in the
-        end everything is as it was."""
+        """While active, they have their classes and attributes, and modules can be cast."""
         modules = list(self._model.modules())
         held = [(tensors, dict(tensors)) for tensors in _registers(self._model)]
         for tensors, name, original in self._originals:
@@ -68,15 +67,17 @@ def _registers_of(module: nn.Module) -> list[dict[str, Any]]:
 
 
 def is_more_than_a_tensor(tensor: torch.Tensor) -> bool:
-    """Whether Python code can tell it from a plain tensor; those that are made of several tensors
-    are traced as such."""
+    """Returns True if Python code can tell a tensor from a plain one.
+
+    Returns False for one that is made of several tensors: it is traced as those.
+    """
     if is_traceable_wrapper_subclass(tensor):
         return False
     return type(tensor) not in _PLAIN or any(not name.startswith("_is_") for name in vars(tensor))
 
 
 def has_functions_of_its_own(tensor: torch.Tensor) -> bool:
-    """Whether PyTorch's functions do something else for a tensor of this class."""
+    """Returns True if PyTorch's functions are overridden for the class of a tensor."""
     function = type(tensor).__torch_function__
     return type(tensor) not in _PLAIN and function not in _PLAIN_FUNCTIONS
 
@@ -94,7 +95,7 @@ def _apply(module: nn.Module, function: Callable[[Any], Any], recurse: bool = Tr
 
 
 def _dress(traced: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
-    """The traced tensor with the class and the attributes of the user's own."""
+    """Returns the traced tensor with the class and the attributes of the user's own."""
     attributes = {name: x for name, x in vars(original).items() if not name.startswith("_is_")}
     if type(original) in _PLAIN:
         vars(traced).update((n, x) for n, x in attributes.items() if n not in vars(traced))
@@ -105,10 +106,9 @@ def _dress(traced: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
 
 
 class _StandIn:
-    """Goes before a tensor's class: an object of that class, whose values are a traced tensor's.
+    """A base, before a tensor's class, of objects whose values are those of a traced tensor.
 
-    What PyTorch's functions get is the traced tensor. A class that has them do something else does
-    that with their result.
+    PyTorch's functions get the traced tensor; a class that overrides them gets their result.
     """
 
     _kind: type[torch.Tensor]
@@ -160,14 +160,14 @@ def _traced(value: Any) -> Any:
 
 
 def _as(kind: type[torch.Tensor], value: Any) -> Any:
-    """A stand-in's values as a tensor of another class."""
+    """Returns a stand-in's values as a tensor of another class."""
     kind = getattr(kind, "_kind", kind)
     return _traced(value) if kind is torch.Tensor else _stand_in(kind, _traced(value))
 
 
 @contextmanager
 def _making_stand_ins() -> Iterator[None]:
-    """While active, a subclass that is made of a stand-in, or of its results, is one."""
+    """While active, subclasses that are made of stand-ins are stand-ins."""
     make = torch.Tensor._make_subclass
 
     def make_subclass(cls: Any, data: Any, *args: Any, **kwargs: Any) -> Any:

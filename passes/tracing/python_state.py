@@ -1,10 +1,9 @@
-"""python_state: what a model's forward can reach beside its tensors, at one time.
+"""python_state: snapshots of the Python state that a model's forward can reach.
 
-Attributes of modules and of the objects they hold, containers, variables that replaced methods and
-hooks close over, class attributes, and the globals that the code of all these names
-(:mod:`pabc.passes.tracing.walk`). The same list of places serves three questions: what a traced
-forward has left behind (:class:`Snapshot`), how that is undone, and whether the model still is as
-it was captured (:mod:`pabc.passes.tracing.modules`).
+The state consists of attributes of modules and of the objects in them, containers, variables that
+replaced methods and hooks close over, class attributes, and the globals that all this code names
+(:mod:`pabc.passes.tracing.walk`). A snapshot tells what a traced forward has changed, and undoes
+it; :mod:`pabc.passes.tracing.modules` describes the same holders for later comparison.
 """
 
 from __future__ import annotations
@@ -18,26 +17,27 @@ from torch import nn
 from .holders import MISSING, Change, Holder
 from .walk import walk_from
 
-Values = Literal["none", "unregistered", "all"]
+CountedValues = Literal["none", "unregistered", "all"]
+"""The tensors whose values belong to a snapshot."""
 
 
 class Snapshot:
-    """What every holder that is reached from some roots holds at one time.
+    """The contents, at one time, of every holder that is reached from some roots.
 
     Attributes:
-        holders: what was reached.
-        iterators: paths of objects whose state cannot be seen: iterators, generators of random
-            numbers.
+        holders: the holders that were reached.
+        iterators: paths of objects whose state cannot be seen, such as iterators and random number
+            generators.
     """
 
     def __init__(
-        self, roots: Iterable[tuple[str, str | None, Any]], *, values: Values = "none"
+        self, roots: Iterable[tuple[str, str | None, Any]], *, values: CountedValues = "none"
     ) -> None:
-        """`roots`: path, module and value of each; see :class:`Holder`.
+        """Takes the path, module and value of each root; see :class:`Holder`.
 
-        `values`: of which tensors the values count as well. `"unregistered"`: of those that are no
-        parameters or buffers, which a trace replaces by fake ones; they are restored. `"all"`: of
-        all, which :class:`SavedWrites` restores.
+        `values` names the tensors whose values count. `"unregistered"` are those that are neither
+        parameters nor buffers, which a trace replaces by fake ones: they are restored. `"all"` are
+        not: see :class:`SavedWrites`.
         """
         walk = walk_from(roots)
         self.holders, self.iterators = walk.holders, walk.iterators
@@ -56,14 +56,14 @@ class Snapshot:
         model: nn.Module,
         arguments: Mapping[str, Any] | None = None,
         *,
-        values: Values = "none",
+        values: CountedValues = "none",
     ) -> Snapshot:
-        """All that a call of the model with these arguments can reach."""
+        """Returns the state that a call of the model with these arguments can reach."""
         given = ((f"argument {name}", None, x) for name, x in (arguments or {}).items())
         return cls([("", "", model), *given], values=values)
 
     def changes(self) -> list[Change]:
-        """What is not as it was."""
+        """Returns the differences between the state now and the snapshot."""
         return [
             Change(holder, key, old.get(key, MISSING), now.get(key, MISSING))
             for holder, old, now in self._read()
@@ -73,7 +73,7 @@ class Snapshot:
         ]
 
     def restore(self) -> None:
-        """Makes everything as it was; what has not changed is not written to."""
+        """Undoes all changes; what has not changed is not written to."""
         for holder, old, now in self._read():
             if old.keys() != now.keys() or not all(_is_same(now[key], old[key]) for key in old):
                 holder.write(old)
@@ -83,12 +83,12 @@ class Snapshot:
                     tensor.copy_(value)
 
     def _is_written(self, value: Any) -> bool:
-        """Whether a tensor has other values than it had."""
+        """Returns True for a tensor that was written to."""
         known = self._versions.get(id(value))
         return known is not None and known[0]._version != known[1]
 
     def tensors(self, *, registered: bool) -> Iterator[torch.Tensor]:
-        """Yields the tensors that are held; `registered`: parameters and buffers as well."""
+        """Yields the tensors that are held, with `registered` also parameters and buffers."""
         for holder, contents in zip(self.holders, self._contents, strict=True):
             if holder.kind == "tensors" and not registered:
                 continue

@@ -1,9 +1,9 @@
-"""reads: the Python values that a forward takes from tensor data, and what checks them later.
+"""reads: records the Python values that a forward reads from tensor data, and replays them.
 
 Text lengths by `mask.sum(1).tolist()`, `int(positions.max())`, a branch on `torch.any(mask)`, sizes
-that follow from data (`x[mask]`, `nonzero`): a graph is right for the values it was traced with.
-The model is run once to record them, the trace replays them, and every tensor they were read from
-becomes a result of the trace, so that a later call can be checked against them
+that follow from data (`x[mask]`, `nonzero`): a graph is specialized on the values it was traced
+with. The model is run once to record them, the trace replays them, and every tensor they were read
+from becomes a result of the trace, so that a later call can be checked
 (:mod:`pabc.passes.tracing.guards`).
 """
 
@@ -28,15 +28,25 @@ from .. import ir
 from ..ir import MASKS, aten
 from .indexing import call_with_known_sizes, can_select, select_positions, with_numbers
 from .numbers import Policy, TracedNumber, plain
-from .outside import TensorCall
-from .records import Again, Asked, Checked, Count, Measure, Read, ShapesOf, Total, tensors_in
+from .records import (
+    CallAgain,
+    Checked,
+    MaskCount,
+    Measure,
+    NumberAnswer,
+    Read,
+    RepeatCount,
+    ShapesAgain,
+    tensors_in,
+)
+from .tensor_call import TensorCall
 
 OWN_FOLDERS = tuple(
     os.path.dirname(os.path.abspath(file)) for file in (torch.__file__, ir.__file__)
 )
-"""PyTorch's and the passes' own: what is called from files elsewhere is the model's code."""
+"""The folders of PyTorch and of the passes: code elsewhere is the model's."""
 _UNSEEN = (torch.Tensor.numpy, torch.Tensor.__array__)
-"""Functions that read memory without an op that a dispatch mode would see."""
+"""Functions that read memory without a dispatched op."""
 _INDEXING = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
 _REPEATS = (torch.repeat_interleave, torch.Tensor.repeat_interleave)
 _MASKING = (aten.index.Tensor, aten._unsafe_index.Tensor)
@@ -46,13 +56,13 @@ _SEARCHES = frozenset(
     for name in ("argmax", "argmin", "nonzero", "where", "searchsorted", "bucketize")
     if hasattr(room, name)
 )
-"""Functions whose results, if they are integers, are positions."""
+"""Functions whose integer results are positions."""
 _POSITIONS = (torch.int64, torch.int32)
 _FROM_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
-class _Record(Policy):
-    """Of a number read from data, notes what is asked: how it compares, or its value."""
+class _NoteNumbers(Policy):
+    """Records what Python asks of a number read from data: a comparison, or its value."""
 
     records = True
 
@@ -64,21 +74,21 @@ class _Record(Policy):
         if any(tensor is number.tensor for tensor in self._known):
             return plain(number)
         self._known.append(number.tensor)
-        return self._note(number, Asked(None))
+        return self._note(number, NumberAnswer(None))
 
     def compare(self, number: TracedNumber, ask: Callable[[Any], bool]) -> bool:
-        (outcome,) = self._note(number, Asked(ask))
+        (outcome,) = self._note(number, NumberAnswer(ask))
         return bool(outcome)
 
-    def _note(self, number: TracedNumber, asked: Asked) -> Any:
+    def _note(self, number: TracedNumber, asked: NumberAnswer) -> Any:
         answer = asked.answer(plain(number))
         read = replace(self._read, value=answer, compared=asked.ask is not None)
         self._checked.append(Checked(read, asked, (number.tensor,)))
         return answer
 
 
-class _Frames:
-    """Finds where in the model's own code a call comes from."""
+class _CallSites:
+    """Finds the line, and the module, of the model's code that makes a call."""
 
     def __init__(self, model: nn.Module) -> None:
         self._paths = {id(module): name for name, module in model.named_modules()}
@@ -101,8 +111,8 @@ class _Frames:
         return ""
 
 
-class _Watch(TorchDispatchMode):
-    """Notices ops whose result, or its size, is read from data."""
+class _DataReadMode(TorchDispatchMode):
+    """Sets `seen` when an op's result, or its size, is read from data."""
 
     supports_higher_order_operators = True
 
@@ -122,14 +132,14 @@ class _Watch(TorchDispatchMode):
 
 
 class ReadRecorder(TorchFunctionMode):
-    """While active, notes each value that is read from data, in order, in `reads`."""
+    """While active, records each value that is read from data, in order, in `reads`."""
 
     def __init__(self, model: nn.Module, *, watch: bool) -> None:
-        """`watch`: of a tensor that is looked up by one, the trace is to find the place itself."""
+        """With `watch`, positions that tensors give are looked up in the graph, and not read."""
         super().__init__()
         self.reads: list[Read] = []
         self._watch = watch
-        self._frames = _Frames(model)
+        self._frames = _CallSites(model)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -145,7 +155,7 @@ class ReadRecorder(TorchFunctionMode):
                     return args[0]
             with self:
                 args = (args[0], with_numbers(args[1], torch.Tensor.item), *args[2:])
-        with _Watch() as watch:
+        with _DataReadMode() as watch:
             result = func(*args, **kwargs)
         if result is not None and (watch.seen or func in _UNSEEN):
             shapes = tuple(tuple(tensor.shape) for tensor in tensors_in(result))
@@ -161,19 +171,18 @@ class ReadRecorder(TorchFunctionMode):
 def _size_source(
     func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[torch.Tensor, ...], Measure]:
-    """The tensors that a result's size follows from, and how: masks, repeats, else the call."""
+    """Returns the tensors that a result's size follows from, and how to measure them again."""
     call, tensors = TensorCall.of(args, kwargs)
     masks = tuple(tensor for tensor in tensors if tensor.dtype in MASKS)
     if masks:
-        return masks, Count()
+        return masks, MaskCount()
     if func in _REPEATS:
-        return tensors[-1:], Total()
-    return tensors, ShapesOf(func, call)
+        return tensors[-1:], RepeatCount()
+    return tensors, ShapesAgain(func, call)
 
 
 def _may_read(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call of a function that may read from data does: other calls of it, on the same
-    line, say, do not."""
+    """Returns True if this call of a function reads from data, as not all calls of it do."""
     if func is torch.Tensor.__getitem__:
         plain = (int, slice, type(None), type(Ellipsis))
         index = args[1] if isinstance(args[1], tuple) else (args[1],)
@@ -187,28 +196,28 @@ def _may_read(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool
 
 
 def _to_list(tensor: torch.Tensor) -> Any:
-    """`Tensor.tolist` element by element, as a fake tensor does it."""
+    """Returns `tensor.tolist()`, read element by element, as fake tensors do."""
     if tensor.dim() == 0:
         return tensor.item()
     return [_to_list(part) for part in tensor.unbind(0)]
 
 
 class ReadReplayer(TorchFunctionMode):
-    """While active, gives the recorded values in place of reading; `checked` gains the tensors."""
+    """While active, replays recorded values instead of reading; `checked` gains the tensors."""
 
     def __init__(self, model: nn.Module, reads: Iterable[Read], *, watch: bool) -> None:
-        """`watch`: a float of :meth:`torch.Tensor.item`, or a position that was searched for, is a
-        value of the graph where it can be."""
+        """With `watch`, floats of `Tensor.item`, and positions that were searched for, are values
+        of the graph where possible."""
         super().__init__()
         self.checked: list[Checked] = []
         self.watches = False
         self._watch = watch
         self._places: dict[int, torch.Tensor] = {}
-        """Tensors of positions that were searched for, and what is computed from them."""
+        """Tensors of positions that were searched for, or computed from such."""
         self._coming = deque(reads)
         self._num_reads = len(self._coming)
         self._functions = {read.function for read in self._coming}
-        self._frames = _Frames(model)
+        self._frames = _CallSites(model)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -250,29 +259,29 @@ class ReadReplayer(TorchFunctionMode):
             self.checked.append(Checked(read, measure, givers))
             return _fix_sizes(result, read.shapes)
         call, tensors = TensorCall.of(args, kwargs)
-        again = Again(read.function, call)
+        again = CallAgain(read.function, call)
         if func is not torch.Tensor.item or not self._can_watch(read.value, tensors[0]):
             self.checked.append(Checked(read, again, tensors))
             return read.value
         self.watches = True
         dtype = torch.double if type(read.value) is float else torch.int64
         tensor = tensors[0].reshape(()).to(dtype, copy=True)  # it may be written to later
-        return TracedNumber(read.value, tensor, _Record(read, self.checked))
+        return TracedNumber(read.value, tensor, _NoteNumbers(read, self.checked))
 
     def skip(self, num_reads: int, num_checked: int) -> None:
-        """Goes to where so many values had been read when recorded, and so many are checked."""
+        """Continues as if so many values had been read, of which so many are checked."""
         while len(self._coming) > self._num_reads - num_reads:
             self._coming.popleft()
         del self.checked[num_checked:]
 
     def _can_watch(self, value: Any, source: torch.Tensor) -> bool:
-        """Whether a number can be a value of the graph: one that is computed with, or a position;
-        other integers are sizes, as a rule."""
+        """Returns True for a float or a position, which can be a value of the graph; other integers
+        are usually sizes."""
         is_place = type(value) is int and id(source) in self._places
         return self._watch and (type(value) is float or is_place)
 
     def _next(self, func: Any) -> Read | None:
-        """The record of this call; those before it were made by code that did not run again."""
+        """Returns the record of this call, past those of code that did not run again."""
         site = self._frames.site()
         for i, read in enumerate(self._coming):
             if read.function == func and read.site == site:
@@ -283,7 +292,7 @@ class ReadReplayer(TorchFunctionMode):
 
 
 def _fix_sizes(result: Any, shapes: Sequence[tuple[int, ...]]) -> Any:
-    """The result with its sizes as recorded."""
+    """Returns the result with its sizes as recorded."""
     known = iter(shapes)
     return pytree.tree_map_only(torch.Tensor, lambda t: _fix_size(t, next(known)), result)
 

@@ -1,4 +1,4 @@
-"""records: one value that a forward took from tensor data, and how it is taken again."""
+"""records: values that a forward reads from tensor data, and how to read them again."""
 
 from __future__ import annotations
 
@@ -9,66 +9,66 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from .outside import TensorCall
+from .tensor_call import TensorCall
 
 Measure = Callable[[Sequence[torch.Tensor]], Any]
-"""Takes a value from tensors, or what the size of a result follows from."""
+"""A function of tensors: reads a value, or what the size of a result follows from."""
 
 
 @dataclass(frozen=True, slots=True)
-class Again:
-    """Calls what the model called."""
+class CallAgain:
+    """Reads a value by the call that the model made."""
 
     function: Callable[..., Any]
     call: TensorCall
 
     def __call__(self, given: Sequence[torch.Tensor]) -> Any:
-        """The value that is read."""
+        """Returns the value."""
         return self.call.run(self.function, given)
 
 
 @dataclass(frozen=True, slots=True)
-class ShapesOf:
-    """Calls what the model called, for the shapes of its results."""
+class ShapesAgain:
+    """Repeats the call that the model made, for the shapes of its results."""
 
     function: Callable[..., Any]
     call: TensorCall
 
     def __call__(self, given: Sequence[torch.Tensor]) -> Any:
-        """One shape per tensor."""
+        """Returns one shape per tensor."""
         return tuple(tuple(t.shape) for t in tensors_in(self.call.run(self.function, given)))
 
 
 @dataclass(frozen=True, slots=True)
-class Count:
-    """How many elements of each mask are set."""
+class MaskCount:
+    """Counts the elements of masks that are set."""
 
     def __call__(self, given: Sequence[torch.Tensor]) -> Any:
-        """One number per mask."""
+        """Returns one number per mask."""
         return tuple(int(t.count_nonzero()) for t in given)
 
 
 @dataclass(frozen=True, slots=True)
-class Total:
-    """How many repeats there are."""
+class RepeatCount:
+    """Counts repeats."""
 
     def __call__(self, given: Sequence[torch.Tensor]) -> Any:
-        """The sum."""
+        """Returns their number."""
         return int(given[0].sum())
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What is asked of a number: how it compares, the answer in a tuple; None: its value."""
+class NumberAnswer:
+    """Answers a question about a number, in a tuple; without a question, returns its value."""
 
     ask: Callable[[Any], bool] | None
 
     def __call__(self, given: Sequence[torch.Tensor]) -> Any:
-        """The answer for the number that a tensor holds."""
+        """Returns the answer for the number that a tensor holds."""
         return self.answer(given[0].item())
 
     def answer(self, number: Any) -> Any:
-        """The answer for a number."""
+        """Returns the answer for a number."""
         if self.ask is None:
             return number
         return (bool(self.ask(number)),)
@@ -76,16 +76,16 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """One value taken from data.
+    """One value read from data.
 
     Attributes:
-        function: what was called, e.g. `torch.Tensor.item`.
+        function: the function that was called, e.g. `torch.Tensor.item`.
         site: file and line of the model's code that called it.
         path: the qualified name of the module whose code that is; empty for the model itself.
-        value: what came out: a number, an array.
-        shapes: of a result whose size follows from data; then `value` is what the size follows
-            from: how many elements of a mask are set, how many repeats there are.
-        compared: whether `value` is how a number compares, in the order of comparisons.
+        value: the result: a number or an array. If only the size of the result follows from data,
+            what the size follows from: the count of elements set in a mask, or of repeats.
+        shapes: the shapes of such results, else None.
+        compared: True if `value` is the outcome of a comparison.
     """
 
     function: Callable[..., Any]
@@ -97,7 +97,7 @@ class Read:
 
     @property
     def is_float_array(self) -> bool:
-        """Whether it is an array of floating-point values: never the same twice."""
+        """True for an array of floating-point values, which never repeat."""
         return getattr(self.value, "ndim", 0) > 0 and self.value.dtype.kind == "f"
 
     def __str__(self) -> str:
@@ -110,7 +110,13 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A read with the tensors it was taken from, as they occur in a trace or its graph."""
+    """A read, with the tensors that it is read from.
+
+    Attributes:
+        read: the value.
+        again: reads it again.
+        tensors: the tensors, or their nodes in a graph.
+    """
 
     read: Read
     again: Measure
@@ -118,5 +124,5 @@ class Checked:
 
 
 def tensors_in(tree: Any) -> list[torch.Tensor]:
-    """The tensors in nested containers, in order."""
+    """Returns the tensors in nested containers, in order."""
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

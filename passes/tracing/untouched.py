@@ -1,4 +1,4 @@
-"""untouched: undoes what a traced forward leaves behind: tables built lazily would hold fake
+"""untouched: undoes the side effects of a traced forward, such as lazily built tables of fake
 tensors."""
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _FunctionCache = type(functools.lru_cache(lambda: None))
 
 @contextmanager
 def untouched(model: nn.Module, *, runs: bool = False) -> Iterator[None]:
-    """Restores the model's Python state (:class:`Snapshot`), and empties function caches that were
-    used. `runs`: the model really runs, so that it may write to its tensors: they are restored."""
+    """Restores the model's Python state (:class:`Snapshot`) on exit, and clears the function caches
+    that were used. With `runs`, where the model really runs, its tensors are restored too."""
     snapshot = Snapshot.of(model, values="none" if runs else "unregistered")
     saved = SavedWrites(snapshot.tensors(registered=True)) if runs else None
     caches = [(cache, cache.cache_info()) for cache in _function_caches()]
@@ -39,17 +39,17 @@ def untouched(model: nn.Module, *, runs: bool = False) -> Iterator[None]:
 
 
 def _function_caches() -> list[Any]:
-    """Functions under `functools.lru_cache`, but for those of Python and of PyTorch itself.
+    """Returns the functions under `functools.lru_cache`, except Python's and PyTorch's own.
 
-    Found as what refers to their type. Not among `gc.get_objects()`: to hold all objects, even for
-    a moment, breaks every `tuple(...)` that another thread is about to build from an iterator.
+    They are found as referrers of their type. To go through `gc.get_objects()` would hold all
+    objects for a moment, which breaks a `tuple(...)` that another thread builds from an iterator.
     """
     caches = [c for c in gc.get_referrers(_FunctionCache) if type(c) is _FunctionCache]
     return [c for c in caches if not is_library(c.__module__)]
 
 
 class SavedWrites(TorchDispatchMode):
-    """While active, keeps the values of given tensors when they are first written to."""
+    """While active, saves the values of given tensors before they are first written to."""
 
     supports_higher_order_operators = True
 
@@ -75,13 +75,13 @@ class SavedWrites(TorchDispatchMode):
             self._saved[address] = self._memory[address].clone()
 
     def restore(self) -> None:
-        """Gives the tensors the values that they had."""
+        """Restores the values of the tensors."""
         for address, values in self._saved.items():
             self._memory[address].copy_(values)
 
 
 def _storage(tensor: torch.Tensor) -> torch.UntypedStorage | None:
-    """Returns the memory of a tensor; None: it has none of its own, being made of others."""
+    """Returns the memory of a tensor, or None if it is made of other tensors."""
     try:
         return tensor.untyped_storage() if tensor.device.type != "meta" else None
     except (NotImplementedError, RuntimeError):

@@ -1,4 +1,4 @@
-"""walk: finds every place that a forward can write to, under the path by which a user finds it."""
+"""walk: finds every holder that a forward can write to, under the path by which a user finds it."""
 
 from __future__ import annotations
 
@@ -34,31 +34,31 @@ _PLAIN_OBJECTS = (
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.Tensor, torch.dtype)
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 _LARGE = 1 << 20
-"""Bytes of an array above which its values are not looked at."""
+"""Values of arrays with more bytes are not compared."""
 _MANY = 10_000
-"""Entries above which a container is looked at, but not into: a vocabulary, say."""
+"""Containers with more entries, such as a vocabulary, are compared but not walked into."""
 _CODE = (FunctionType, staticmethod, classmethod, property)
 
 
 def find_holders(roots: Iterable[tuple[str, str | None, Any]]) -> list[Holder]:
-    """Returns every holder that is reached from the roots, each once, under its first path."""
+    """Returns the holders that are reached from the roots, each once, under its first path."""
     return walk_from(roots).holders
 
 
-def walk_from(roots: Iterable[tuple[str, str | None, Any]]) -> Walk:
+def walk_from(roots: Iterable[tuple[str, str | None, Any]]) -> StateWalk:
     """Returns the walk over all that is reached from the roots."""
-    walk = Walk()
+    walk = StateWalk()
     for path, module, value in roots:
         walk.visit(path, module, value)
     walk.visit_code()
     return walk
 
 
-class Walk:
-    """A walk over what objects hold, breadth first, so that paths are short.
+class StateWalk:
+    """A walk over the contents of objects, breadth first, so that paths are short.
 
     Attributes:
-        holders: what was found.
+        holders: the holders that were found.
         iterators: paths of objects whose state cannot be seen.
     """
 
@@ -72,13 +72,13 @@ class Walk:
         self._waiting: deque[tuple[str, str | None, Any]] = deque()
 
     def visit(self, path: str, module: str | None, value: Any) -> None:
-        """Notes a value and all that is reached from it."""
+        """Adds a value and all that is reached from it."""
         self._later((path, module, value))
         while self._waiting:
             self._note(*self._waiting.popleft())
 
     def visit_code(self) -> None:
-        """Notes classes, and the globals named by code that a call can come to."""
+        """Adds classes, and the globals that reachable code names."""
         scan = CodeScan(self._functions)
         names: dict[int, tuple[dict[str, Any], str, set[str]]] = {}
         done: set[type] = set()
@@ -129,7 +129,7 @@ class Walk:
             self._note_object(path, module, value)
 
     def _note_module(self, path: str, module: str | None, value: nn.Module) -> None:
-        """A module's attributes; `module` None: one that is no part of the model."""
+        """Adds a module's attributes; `module` is None for one that is no part of the model."""
         own = None if module is None else path
         self._add_class(type(value))
         self._add(Holder(path, own, vars(value), "module", type(value)))
@@ -150,7 +150,7 @@ class Walk:
                 self._later((_join(path, name), own, item))
 
     def _note_function(self, path: str, module: str | None, function: FunctionType) -> None:
-        """The variables that a function closes over, and what its defaults hold."""
+        """Adds the variables that a function closes over, and its defaults."""
         if is_of_library(function):
             return
         self._functions[function] = None
@@ -212,7 +212,7 @@ class Walk:
 
 
 def hook_path(path: str, hook: Any) -> str:
-    """Returns how a user finds a hook of the module at `path`."""
+    """Returns the path by which a user finds a hook of the module at `path`."""
     name = getattr(hook, "__qualname__", None) or type(hook).__qualname__
     return _join(path, f"hook {name}")
 

@@ -1,7 +1,9 @@
-"""outside: modules that a trace does not enter; the graph calls them, and they run as they are.
+"""opaque: modules that a trace does not enter, and that the graph calls.
 
-Each call of such a module becomes an op of its own, whose results have the shapes that were seen
-when the model was run once. So the rest of the model is one graph around it.
+Each call of such a module becomes an op of its own, whose fake results have the layouts of a
+recorded run, so that the rest of the model is one graph around it. The op's implementation is the
+module as the user wrote it. It is registered with the op, at capture: the graph of a capture can be
+run by itself, which is how each stage is compared with the model.
 """
 
 from __future__ import annotations
@@ -18,78 +20,31 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pabc.base.structure import Structure, flatten
-
 from ..attention_ops import is_attention
-from ..ir import EFFECT, OUTSIDE, SOFTMAXES
+from ..ir import EFFECT, OPAQUE, SOFTMAXES
+from .patch import patched
 from .python_state import Snapshot
+from .tensor_call import ResultLayout, TensorCall
 
 _numbers = count()
 
 
-@dataclass(frozen=True, slots=True)
-class TensorCall:
-    """A call's arguments but for its tensors, and where those go."""
-
-    leaves: tuple[Any, ...]
-    places: tuple[int, ...]
-    structure: Structure
-
-    @classmethod
-    def of(
-        cls, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> tuple[TensorCall, tuple[torch.Tensor, ...]]:
-        """The call and its tensors."""
-        leaves, structure = flatten((tuple(args), dict(kwargs)))
-        places = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
-        others = tuple(None if i in places else leaf for i, leaf in enumerate(leaves))
-        return cls(others, places, structure), tuple(leaves[i] for i in places)
-
-    def fill(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Args and kwargs with these tensors."""
-        leaves = list(self.leaves)
-        for place, tensor in zip(self.places, tensors, strict=True):
-            leaves[place] = tensor
-        args, kwargs = self.structure.unflatten(leaves)
-        return args, kwargs
-
-    def run(self, function: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> Any:
-        """Calls `function` with these tensors."""
-        args, kwargs = self.fill(tensors)
-        return function(*args, **kwargs)
-
-
-@dataclass(frozen=True, slots=True)
-class ResultLayout:
-    """What a tensor among the results looked like."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> ResultLayout:
-        """The layout of a tensor."""
-        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
-
-    def empty(self) -> torch.Tensor:
-        """A tensor of this layout, with any values."""
-        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
-
-
 @dataclass(slots=True)
-class OutsideCall:
+class OpaqueCall:
     """One call of a module by the graph.
 
     Attributes:
+        model: the model that the module is in.
         path: the module's qualified name.
-        reason: why it is not part of the graph.
-        num_attentions: how many attentions ran in it.
-        layouts: of the tensors among its results.
-        keeps: whether it leaves something behind: such a call is made whoever needs its results,
+        reason: why the module is opaque.
+        num_attentions: the number of attentions that ran in it.
+        call: its arguments.
+        layouts: the layouts of the tensors in its result.
+        results: its result.
+        keeps: True if the call has side effects: it must run even if nothing needs its results,
             which have one more, empty tensor.
-        op: what the graph calls: a list of tensors -> a list of tensors.
+        op: the op that the graph calls: a list of tensors -> a list of tensors.
+        library: what keeps the op registered.
     """
 
     model: nn.Module
@@ -108,7 +63,10 @@ class OutsideCall:
         return f"{self.path} runs as it is: {self.reason}{count}"
 
     def run(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Runs the module as it is now."""
+        """Runs the module as it is now.
+
+        Raises: RuntimeError if its results are laid out otherwise than when captured.
+        """
         with torch._C._EnableTorchFunction():
             result = self.call.run(self.model.get_submodule(self.path).forward, tensors)
         results, found = TensorCall.of((result,), {})
@@ -125,34 +83,33 @@ class OutsideCall:
         return [torch.empty(0)] if self.keeps else []
 
     def fake(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Empty results of the right layout."""
+        """Returns empty results of the right layout."""
         return [*(layout.empty() for layout in self.layouts), *self._token()]
 
     def register(self) -> None:
-        """Makes this call an op; it lives as long as `library`."""
+        """Registers this call as an op, for as long as `library` lives."""
         name = f"{EFFECT if self.keeps else 'call'}_{next(_numbers)}"
-        self.library = torch.library.Library(OUTSIDE, "FRAGMENT")
+        self.library = torch.library.Library(OPAQUE, "FRAGMENT")
         self.library.define(f"{name}(Tensor[] inputs) -> Tensor[]")
         self.library.impl(name, self.run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{OUTSIDE}::{name}", self.fake, lib=self.library)
-        self.op = getattr(getattr(torch.ops, OUTSIDE), name).default
+        torch.library.register_fake(f"{OPAQUE}::{name}", self.fake, lib=self.library)
+        self.op = getattr(getattr(torch.ops, OPAQUE), name).default
 
 
-class OutsideRecorder:
-    """Runs chosen modules as they are and notes each of their calls, in order, in `calls`."""
+class OpaqueRecorder:
+    """Records each call of opaque modules, in order, in `calls`."""
 
     def __init__(
         self, model: nn.Module, reasons: Mapping[str, str], keeping: Collection[str] = ()
     ) -> None:
-        """`reasons`: qualified names of modules -> why they are not part of the graph; `keeping`:
-        of those that leave something behind."""
-        self.calls: list[OutsideCall] = []
+        """Takes the modules, each with why it is opaque, and those of them with side effects."""
+        self.calls: list[OpaqueCall] = []
         self._model, self._reasons, self._keeping = model, reasons, keeping
         self._is_within = False
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """While active, the modules' calls are noted."""
+        """While active, the modules' calls are recorded."""
         with ExitStack() as stack:
             for path in self._reasons:
                 module = self._model.get_submodule(path)
@@ -161,7 +118,7 @@ class OutsideRecorder:
 
     def _run(self, path: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._is_within:
-            return forward(*args, **kwargs)  # by another module that runs as it is
+            return forward(*args, **kwargs)  # called by another opaque module
         call, inputs = TensorCall.of(args, kwargs)
         versions = [tensor._version for tensor in inputs]
         module = self._model.get_submodule(path)
@@ -169,7 +126,7 @@ class OutsideRecorder:
         self._is_within = True
         try:
             with torch._C.DisableTorchFunction(), _AttentionCounter() as counter:
-                result = forward(*args, **kwargs)  # what it reads is its own affair
+                result = forward(*args, **kwargs)  # its reads need no check: it runs at every call
         finally:
             self._is_within = False
         if versions != [tensor._version for tensor in inputs]:
@@ -180,7 +137,7 @@ class OutsideRecorder:
         results, tensors = TensorCall.of((result,), {})
         layouts = tuple(map(ResultLayout.of, tensors))
         self.calls.append(
-            OutsideCall(
+            OpaqueCall(
                 self._model,
                 path,
                 self._reasons[path],
@@ -209,12 +166,14 @@ class _AttentionCounter(TorchDispatchMode):
 
 
 @contextmanager
-def replayed_outside(
-    model: nn.Module, calls: Sequence[OutsideCall], tokens: list[torch.Tensor]
+def replaying_opaque(
+    model: nn.Module, calls: Sequence[OpaqueCall], tokens: list[torch.Tensor]
 ) -> Iterator[None]:
-    """While active, the modules' forwards call the recorded ops instead; `tokens` gains what is to
-    be returned of those that leave something behind."""
-    coming: dict[str, deque[OutsideCall]] = {}
+    """While active, the modules' forwards call the recorded ops instead.
+
+    `tokens` gains, for the trace to return, the empty tensors of those with side effects.
+    """
+    coming: dict[str, deque[OpaqueCall]] = {}
     for call in calls:
         call.register()
         coming.setdefault(call.path, deque()).append(call)
@@ -233,17 +192,3 @@ def replayed_outside(
         for path in coming:
             stack.enter_context(patched(model.get_submodule(path), partial(replay, path)))
         yield
-
-
-@contextmanager
-def patched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Gives one module another forward for a while."""
-    own = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = own
