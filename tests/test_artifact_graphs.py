@@ -148,13 +148,19 @@ def test_a_plain_tensor_of_a_module_is_the_models_as_a_weight_is() -> None:
         assert torch.equal(found, other(*call))
 
 
+def read_check(guarded: GraphModule) -> ReadCheck:
+    reads = guarded.meta["reads"]
+    return ReadCheck(reads, Weights((guarded, guarded.meta["prologue"], reads.graph)))
+
+
 def test_what_is_read_from_data_is_checked_as_before() -> None:
     model, (call, *_) = make(TextLengths, Branch()), make_calls(**make_text(3, 5))
     guarded = analyzed(model, *call.values())
-    reads, again = guarded.meta["reads"], through_json(guarded, model).meta["reads"]
+    loaded = through_json(guarded, model)
+    reads, again = guarded.meta["reads"], loaded.meta["reads"]
     assert reads and again.entries == reads.entries and again.inputs == reads.inputs
     assert again.used == reads.used and again.weights == reads.weights
-    found, expected = ReadCheck(again), ReadCheck(reads)
+    found, expected = read_check(loaded), read_check(guarded)
     assert found.difference([*call.values()]) is None
     other = [*{**call, **make_text(3, 4)}.values()]
     assert found.difference(other) is not None
@@ -165,8 +171,7 @@ def test_what_is_read_from_data_is_checked_as_before() -> None:
 def test_numbers_read_from_the_timestep_are_compared_as_before(kind: Any) -> None:
     model, (call, *_) = make(kind, Branch()), make_calls()
     guarded = analyzed(model, *call.values())
-    reads, again = guarded.meta["reads"], through_json(guarded, model).meta["reads"]
-    found, expected = ReadCheck(again), ReadCheck(reads)
+    found, expected = read_check(through_json(guarded, model)), read_check(guarded)
     for time in (1.0, 0.5, 0.0, 900.0, -3.0):
         moved = [torch.full_like(x, time) if name == "t_B" else x for name, x in call.items()]
         assert str(found.difference(moved)) == str(expected.difference(moved))
