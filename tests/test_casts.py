@@ -117,7 +117,13 @@ def _as_traced():
 
 
 @pytest.mark.usefixtures("_as_traced")
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode",
+    [
+        each if each == "off within" else pytest.param(each, marks=pytest.mark.slow)
+        for each in MODES
+    ],
+)
 def test_composites_under_autocast_give_eagers_bits(mode):
     torch.manual_seed(0)
     dtype, *regions = MODES[mode]

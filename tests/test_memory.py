@@ -83,7 +83,9 @@ OPTIONS = {
 
 
 @pytest.mark.runtime
-@pytest.mark.parametrize("entry", ENTRIES, ids=str)
+@pytest.mark.parametrize(
+    "entry", [ENTRIES[0], *(pytest.param(e, marks=pytest.mark.slow) for e in ENTRIES[1:])], ids=str
+)
 def test_predicted_bytes_are_the_measured_ones(entry, add_row, capture_once):
     model, call = entry.build()
     kinds = set(pabc.explain(model, **call).attention.values()) - {"other"}
