@@ -41,7 +41,7 @@ _ORDER: tuple[HolderKind, ...] = (*_OF_MODULES, *_REACHED[1:])
 
 
 class Watch:
-    """The Python state of a model as it is now; it is described anew only when it changes.
+    """The Python state of a model as it is now; it is described again only when it changes.
 
     :meth:`look` compares versions of dictionaries, in loops without Python code: those of objects'
     attributes, of classes, and of globals that are read. The attributes of modules that PyTorch

@@ -118,7 +118,7 @@ def _describe(model: nn.Module, change: Change) -> str:
     return (
         f"{type(model).__name__}: expected a forward that keeps nothing from one call to the next, "
         f"found that it changes {change.name}, from {_short(change.old)} to {_short(change.new)}; "
-        "keep such state outside of the model, or in a module of its own, which then runs as it is"
+        "keep such state outside of the model, or in a module of its own, which is then opaque"
     )
 
 

@@ -57,7 +57,7 @@ class Parameters:
 
 
 def _registers(model: nn.Module) -> list[dict[str, Any]]:
-    """The dictionaries in which modules hold parameters and buffers."""
+    """Returns the dictionaries in which modules hold parameters and buffers."""
     return [held for module in model.modules() for held in _registers_of(module)]
 
 

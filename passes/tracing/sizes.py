@@ -1,9 +1,9 @@
-"""sizes: graphs captured for any sizes, and the sizes that the analysis sees.
+"""sizes: graphs with dynamic shapes, and the sizes that passes see.
 
 A graph captured with `dynamic=True` has symbols for the sizes of its inputs; its shapes, and the
-numbers among the arguments of its ops, are expressions in them. What runs is that graph. What the
-analysis sees are the sizes of the call that was captured, its hints: :func:`hinted` puts them in
-place for as long as a pass looks, and the facts it leaves on nodes stay.
+numbers among the arguments of its ops, are expressions of them. That graph is what runs. Passes see
+the sizes of the captured call, the hints: :func:`hinted` puts them in place while a pass looks, and
+the facts that it leaves on nodes stay.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from torch.fx.node import map_arg
 
 from ..ir import make_module, user_inputs
 
-Binding = Mapping[sympy.Symbol, int]
-"""Symbol -> the size it stands for in one call."""
+SizeBinding = Mapping[sympy.Symbol, int]
+"""The size that each symbol stands for in one call."""
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Which calls a graph serves.
+    """The sizes of inputs that a graph serves.
 
     Attributes:
         inputs: per graph input its shape and strides, in symbols, or None if it is no tensor; a
             graph serves inputs of other strides once they are copied to these.
-        ranges: symbol -> the least and the largest value it may have.
-        guards: what else was taken for granted while tracing.
+        ranges: the least and the largest value of each symbol.
+        guards: the other conditions that the trace is specialized on.
         hints: the sizes of the captured call.
     """
 
     inputs: tuple[tuple[Any, ...] | None, ...]
     ranges: Mapping[sympy.Symbol, tuple[float, float]]
     guards: tuple[Any, ...]
-    hints: Binding
+    hints: SizeBinding
 
     def bind(self, inputs: Sequence[Any]) -> dict[sympy.Symbol, int] | None:
-        """The sizes of these inputs, or None if the graph does not serve them."""
+        """Returns the sizes of these inputs, or None if the graph does not serve them."""
         known = [(s, x) for s, x in zip(self.inputs, inputs, strict=True) if s is not None]
         pairs = [pair for s, x in known for pair in zip(s, x.shape, strict=False)]
         binding = {size: found for size, found in pairs if isinstance(size, sympy.Symbol)}
@@ -60,8 +60,10 @@ class Sizes:
         return binding if fits else None
 
     def strides(self, inputs: Sequence[Any]) -> list[tuple[int, ...]]:
-        """The strides that the graph takes for granted of the tensors among these inputs, which it
-        serves."""
+        """Returns the strides that the graph needs for the tensors among these inputs.
+
+        Requires: the graph serves the inputs.
+        """
         binding = self.bind(inputs)
         assert binding is not None
         known = [(s, x) for s, x in zip(self.inputs, inputs, strict=True) if s is not None]
@@ -69,9 +71,9 @@ class Sizes:
 
 
 def read_sizes(graph: Graph, inputs: Sequence[Any], ranges: Mapping[Any, Any]) -> Sizes:
-    """What a traced graph takes for granted of its inputs; `inputs` are those it was traced with.
+    """Returns the sizes that a graph, traced with `inputs`, serves.
 
-    Raises: ValueError where a size within the graph does not follow from the inputs' alone.
+    Raises: ValueError where a size within the graph does not follow from the inputs' sizes alone.
     """
     placeholders = user_inputs(graph)
     vals = [node.meta.get("val") for node in placeholders]
@@ -92,7 +94,7 @@ def read_sizes(graph: Graph, inputs: Sequence[Any], ranges: Mapping[Any, Any]) -
         if isinstance(val, torch.Tensor)
         and (env := getattr(getattr(val, "fake_mode", None), "shape_env", None)) is not None
     }
-    # Sizes that turned out to be equal, or numbers, have symbols of their own in earlier guards.
+    # Earlier guards have separate symbols for sizes that turned out to be equal, or numbers.
     guards = tuple(
         dict.fromkeys(env.replace(g.expr) for env in environments.values() for g in env.guards)
     )
@@ -108,29 +110,29 @@ def read_sizes(graph: Graph, inputs: Sequence[Any], ranges: Mapping[Any, Any]) -
 
 
 def has_free_sizes(graph: Graph) -> bool:
-    """Whether a graph was traced for any sizes of some input."""
+    """Returns True for a graph with dynamic shapes."""
     vals = [n.meta.get("val") for n in user_inputs(graph)]
     shapes = (val.shape for val in vals if isinstance(val, torch.Tensor))
     return any(isinstance(size, torch.SymInt) for shape in shapes for size in shape)
 
 
 def same_sizes(sizes: Sequence[Any], others: Sequence[Any]) -> bool:
-    """Whether sizes are equal whatever their symbols stand for; it takes nothing for granted."""
+    """Returns True if sizes are equal whatever their symbols stand for; it adds no guard."""
     return [_expression(s) for s in sizes] == [_expression(s) for s in others]
 
 
 def hint(node: Node) -> Any:
-    """What a node yields, at the sizes of the captured call."""
+    """Returns the fake value of a node at the sizes of the captured call."""
     return node.meta.get("hint", node.meta.get("val"))
 
 
 def is_size(node: Node) -> bool:
-    """Whether a node computes a number from sizes."""
+    """Returns True for a node that computes a number from sizes."""
     return isinstance(node.meta.get("val"), _SYMBOLIC)
 
 
-def concrete(val: Any, binding: Binding) -> Any:
-    """A size, or (a list of) fake tensors, with numbers in place of symbols."""
+def concrete(val: Any, binding: SizeBinding) -> Any:
+    """Returns a size, or (a list of) fake tensors, with numbers in place of symbols."""
     if isinstance(val, _SYMBOLIC):
         return _evaluate(val.node.expr, binding)
     if isinstance(val, (tuple, list)):
@@ -142,7 +144,7 @@ def concrete(val: Any, binding: Binding) -> Any:
         return torch.empty_strided(shape, strides, dtype=val.dtype, device=val.device)
 
 
-def fold_sizes(gm: GraphModule, binding: Binding) -> GraphModule:
+def fold_sizes(gm: GraphModule, binding: SizeBinding) -> GraphModule:
     """The graph for these sizes alone: numbers in place of its symbols and of nodes that are sizes.
 
     Without a symbol, the graph as it is.
@@ -201,8 +203,8 @@ def _expression(size: Any) -> Any:
     return size.node.expr if isinstance(size, _SYMBOLIC) else int(size)
 
 
-def _evaluate(expression: Any, binding: Binding) -> Any:
-    """The number, or the truth, of an expression; None if it has symbols without a value."""
+def _evaluate(expression: Any, binding: SizeBinding) -> Any:
+    """Returns the value of an expression, or None if it has symbols without a value."""
     if isinstance(expression, (int, float)):
         return expression
     result = expression.xreplace({s: sympy.Integer(v) for s, v in binding.items()})
