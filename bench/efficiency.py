@@ -20,10 +20,9 @@ the same ops and what differs is what the schedule has left; `as shipped` is wit
 from __future__ import annotations
 
 import argparse
-import contextlib
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +33,11 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import pabc
-from pabc import passes
 from pabc.plan import Phase, Plan
 
 MODELS = ("demo", "latte")
+OTHER_OPS = ("formulas", "onednn")
+"""The stages without which pabc compiles the model's own formulas and PyTorch's own products."""
 NUM_STEPS = 30
 AIM = 1.05
 TOLERANCE = 1e-4
@@ -175,7 +175,7 @@ def measure(workload: workloads.Workload, rounds: int) -> dict[str, Any]:
     timesteps = workloads.timesteps(workload, NUM_STEPS)
     schedule = pabc.Schedule.pyramid(timesteps, **workload.ranges, fraction=workloads.FRACTION)
     fast = pabc.compile(model, schedule)
-    plain = pabc.compile(model, schedule)
+    plain = pabc.compile(model, schedule, disable=OTHER_OPS)
     start = workloads.draw(workload, 0)
     latents = torch.cat([start.latents] * 2)
     calls = [
@@ -190,8 +190,7 @@ def measure(workload: workloads.Workload, rounds: int) -> dict[str, Any]:
         return first_of(plain(**calls[step]))
 
     fast.prepare(**calls[0])
-    with ops_as_they_are():
-        plain.prepare(**calls[0])
+    plain.prepare(**calls[0])
     by_hand = ByHand(model, fast.plan)
 
     def run_by_hand(step: int) -> Tensor:
@@ -221,17 +220,6 @@ def measure(workload: workloads.Workload, rounds: int) -> dict[str, Any]:
             }
         )
     return {"model": workload.name, **workload.shapes, "max_error": max(errors), "phases": rows}
-
-
-@contextlib.contextmanager
-def ops_as_they_are() -> Iterator[None]:
-    """Within it, pabc compiles the model's own formulas and PyTorch's own products."""
-    kept = passes.use_onednn_pass, passes.rewrite_formulas_pass
-    passes.use_onednn_pass = passes.rewrite_formulas_pass = lambda gm: gm
-    try:
-        yield
-    finally:
-        passes.use_onednn_pass, passes.rewrite_formulas_pass = kept
 
 
 def first_of(output: Any) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from pabc.demo.latte import MAX_TOKENS, TEXT_DIM, load_transformer
 from pabc.options import Options
 from pabc.passes.hoist import find_invariants
 from pabc.passes.ir import copy_into, is_tensor, output_node, user_inputs, value
+from pabc.stages import Compilation, run_stages
 
 Call = dict[str, Any]
 NUM_STEPS = 30
@@ -148,25 +149,26 @@ def measure_kept(make: Callable[[], tuple[nn.Module, Call]], rounds: int) -> dic
     """With and without the pass `repeats`, in turn; phases run as they are, not compiled."""
     torch.manual_seed(0)
     model, call = make()
-    stages = pipeline.ANALYSIS
     compiled = {}
-    for name in ("whole", "one"):
-        kept = tuple(s for s in stages if s.name != "repeats" or name == "one")
-        pipeline.ANALYSIS = kept
-        schedule = pabc.Schedule.none(range(10_000))
-        compiled[name] = pabc.compile(model, schedule, backend="eager", example_inputs=((), call))
-    pipeline.ANALYSIS = stages
+    for name, disable in (("whole", ("repeats",)), ("one", ())):
+        compiled[name] = pabc.compile(
+            model,
+            pabc.Schedule.none(range(10_000)),
+            backend="eager",
+            disable=disable,
+            example_inputs=((), call),
+        )
     first = {name: fast(**call)[0] for name, fast in compiled.items()}
     assert torch.equal(first["whole"], first["one"])
     programs = {name: fast._captured("a benchmark")[0] for name, fast in compiled.items()}
     runs = {f"{name} step": lambda f=fast: f(**call) for name, fast in compiled.items()}
     for name, program in programs.items():
         inputs = [call.get(n) for n in program.signature.inputs]
-        runs[f"{name} prologue"] = lambda p=program, i=inputs: p.prologue.graph(*i)
+        runs[f"{name} prologue"] = lambda p=program, i=inputs: p._prologue(*i)
     seconds = time_in_turn(runs, rounds)
     return {
         name: {
-            "bytes": count_bytes(program.prologue.graph),
+            "bytes": count_bytes(program._prologue),
             "prologue_seconds": report.summarize(seconds[f"{name} prologue"], 5),
             "step_seconds": report.summarize(seconds[f"{name} step"], 5),
         }
@@ -182,17 +184,19 @@ def measure_full_size() -> dict[str, Any]:
             model.bfloat16(),
             {name: t.bfloat16() if t.is_floating_point() else t for name, t in call.items()},
         )
-    rows = {}
-    stages = pipeline.ANALYSIS
+    facts = {
+        name: run_to(model, call, last).facts[passes.PrologueGraph]
+        for name, last in (("whole", "hoist"), ("one", "repeats"))
+    }
+    return {name: {"bytes": count_bytes(found.graph)} for name, found in facts.items()}
+
+
+def run_to(model: nn.Module, call: Call, last: str) -> Compilation:
+    """Runs the stages up to and including the one named `last`."""
+    stages = (*pipeline.NAMING, *pipeline.GUARDING)
     names = [stage.name for stage in stages]
-    gm = passes.capture(model, (), call)
-    for name in ("hoist", "repeats"):
-        start = 0 if name == "hoist" else names.index("hoist") + 1
-        gm, _ = pipeline.run_stages(stages[start : names.index(name) + 1], gm, Options())
-        rows[{"hoist": "whole", "repeats": "one"}[name]] = {
-            "bytes": count_bytes(gm.meta["prologue"])
-        }
-    return rows
+    start = pipeline.begin_capture(passes.ModelCall(model=model, args=(), kwargs=call))
+    return run_stages(stages[: names.index(last) + 1], start, Options())
 
 
 def count_bytes(prologue: GraphModule) -> int:
@@ -205,20 +209,17 @@ def measure_timely(make: Callable[..., tuple[nn.Module, Call]], rounds: int, **h
     """Seconds of what no latents reach, once hoisted values are given, and of a whole step."""
     torch.manual_seed(0)
     model, call = make(**how)
-    names = [stage.name for stage in pipeline.ANALYSIS]
-    gm = passes.capture(model, (), call)
-    stages = pipeline.ANALYSIS[: names.index("hoist") + 1]
-    gm, _ = pipeline.run_stages(stages, gm, Options())
-    inputs = [call.get(name) for name in gm.meta["signature"].inputs]
-    inputs += gm.meta["prologue"](*inputs)
-    timely = build_timely(gm)
+    made = run_to(model, call, "hoist")
+    gm, facts = made.graph, made.facts
+    inputs = [call.get(name) for name in facts[passes.Captured].signature.inputs]
+    inputs += facts[passes.PrologueGraph].graph(*inputs)
+    timely = build_timely(gm, facts[passes.Denoised].streams)
     seconds = time_in_turn({"timely": lambda: timely(*inputs), "step": lambda: gm(*inputs)}, rounds)
     return {name: report.summarize(found, 5) for name, found in seconds.items()}
 
 
-def build_timely(gm: GraphModule) -> GraphModule:
-    """The part of a hoisted graph that no denoised input reaches."""
-    denoised = gm.meta["denoised"]
+def build_timely(gm: GraphModule, denoised: Collection[str]) -> GraphModule:
+    """Returns the part of a hoisted graph that no denoised input reaches."""
     given = user_inputs(gm.graph)
     free = [n for n in given if is_tensor(n) and n.name not in denoised]
     found = find_invariants(gm.graph, free)

@@ -19,8 +19,11 @@ import torch
 from torch import nn
 
 import pabc
+from pabc.api import explain_call
 from pabc.base.kinds import KINDS
+from pabc.options import Options
 from pabc.passes import Cut
+from pabc.stages import format_records
 
 EXTRA = ("diffusers", "safetensors", "sklearn", "PIL", "tqdm")
 """What `pip install 'pabc[demo]'` adds, by import name."""
@@ -138,6 +141,7 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="divided among N processes, or BxN, none of which need be there: what each sends",
     )
+    add("--stages", action="store_true", help="list the compiler's stages: nodes, seconds, bits")
     parser.set_defaults(run=run_explain)
 
 
@@ -146,7 +150,8 @@ def run_demo(options: argparse.Namespace) -> None:
     _check_extra()
     from pabc.demo import digits
     from pabc.demo.launch import check_mesh
-    from pabc.demo.run import Options, run
+    from pabc.demo.run import Options as DemoOptions
+    from pabc.demo.run import run
 
     prompts = options.prompts
     if len(prompts) == 1 and re.fullmatch(r"[+-]?\d+", prompts[0]):
@@ -165,8 +170,8 @@ def run_demo(options: argparse.Namespace) -> None:
             check_mesh(options.mesh)
         except ValueError as error:
             raise UsageError(f"--mesh: {error}") from error
-    given = {field.name: getattr(options, field.name) for field in fields(Options)}
-    run(Options(**{**given, "prompts": chosen}))
+    given = {field.name: getattr(options, field.name) for field in fields(DemoOptions)}
+    run(DemoOptions(**{**given, "prompts": chosen}))
 
 
 def run_explain(options: argparse.Namespace) -> None:
@@ -178,14 +183,17 @@ def run_explain(options: argparse.Namespace) -> None:
         print("note: the model was in training mode; explained in eval mode", file=sys.stderr)
         model.eval()
     try:
-        found = pabc.explain(
+        found = explain_call(
             model,
-            *args,
-            kinds=dict(options.kinds),
-            latents=options.latents,
-            cut=options.cut,
-            ranks=options.ranks,
-            **kwargs,
+            args,
+            kwargs,
+            Options.of(
+                kinds=dict(options.kinds),
+                latents=options.latents,
+                cut=options.cut,
+                ranks=options.ranks,
+            ),
+            traces_phase=options.stages,
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
@@ -194,6 +202,8 @@ def run_explain(options: argparse.Namespace) -> None:
             f"{options.target}: the model does not take these inputs: {error}"
         ) from error
     print(found)
+    if options.stages:
+        print("\n".join(format_records(found.stages)))
 
 
 def load_target(

@@ -16,9 +16,9 @@ from pabc.base.forward import inner_forward
 from pabc.compiled import CompiledModel
 from pabc.explanation import Explanation, describe
 from pabc.inplace import check_place
-from pabc.options import Backend, Offload, Options
+from pabc.options import Backend, DisabledStage, Offload, Options
 from pabc.passes import refuse_hooks
-from pabc.pipeline import analyze
+from pabc.pipeline import analyze, trace_phase
 from pabc.runtime.bindings import Bindings
 from pabc.runtime.peers import Peers
 from pabc.runtime.phases import compiling
@@ -42,6 +42,7 @@ def compile(
     mesh: DeviceMesh | None = None,
     shard: int | None = None,
     output: passes.Output = "full",
+    disable: Sequence[DisabledStage] = (),
     check_finite: bool = False,
     example_inputs: tuple[Sequence[Any], Mapping[str, Any]] | None = None,
     inplace: bool = False,
@@ -88,6 +89,9 @@ def compile(
         output: with a mesh, `"full"`: every rank gets the whole of the model's outputs;
             `"sharded"`: its positions of what is divided, the last ranks' padded so that all are as
             large.
+        disable: names of stages to leave out, so that a fault can be bisected: none of `"hoist"`,
+            `"repeats"`, `"encode"`, `"offload"`, `"formulas"`, `"onednn"`, `"lower"` and
+            `"blocks"` is needed for results to be right (:mod:`pabc.pipeline`).
         check_finite: a NaN or infinity that would be kept raises :class:`pabc.GuardError`; looking
             for one waits for the device at each step that stores.
         example_inputs: `(args, kwargs)` of a call: captures and compiles now, not when called.
@@ -126,6 +130,7 @@ def compile(
         mesh=mesh,
         shard=shard,
         output=output,
+        disable=disable,
         check_finite=check_finite,
     )
     peers = None if mesh is None else Peers(mesh)
@@ -175,10 +180,28 @@ def explain(
         shard=shard,
         schedule=schedule,
     )
+    return explain_call(model, args, kwargs, options, schedule)
+
+
+def explain_call(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    options: Options,
+    schedule: Schedule | None = None,
+    *,
+    traces_phase: bool = False,
+) -> Explanation:
+    """Explains a call as :func:`explain` does, given its options as one object.
+
+    `traces_phase`: the stages of the phase that reuses nothing are run, and listed, as well.
+    """
     bound = bind_call(inner_forward(model), args, kwargs)
     with compiling():
-        guarded, _ = analyze(model, *bound, options)
-    found = describe(guarded)
+        guarded, records = analyze(model, *bound, options)
+        if traces_phase:
+            records += trace_phase(guarded, options)
+    found = describe(guarded, stages=records)
     if schedule is None:
         return found
     bindings = Bindings(guarded, options.memory_budget)

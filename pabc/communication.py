@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from torch.fx import GraphModule
 
 from pabc.base.format import format_bytes
-from pabc.passes import Collective, Region, Sharded, find_collectives
+from pabc.passes import Collective, Guarded, ShardedAxis, find_collectives
 from pabc.plan import Plan
 
 
@@ -29,26 +28,25 @@ class Communication:
         gathered: names of the regions whose attention every rank computes as a whole.
     """
 
-    sharded: tuple[Sharded, ...]
+    sharded: tuple[ShardedAxis, ...]
     kinds: tuple[str, ...]
     regions: tuple[tuple[Collective, ...], ...]
     outside: tuple[Collective, ...]
     gathered: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, guarded: GraphModule) -> Communication | None:
-        """What a guarded graph sends; None where it is no shard."""
-        sharded: tuple[Sharded, ...] = guarded.meta.get("sharded", ())
+    def of(cls, guarded: Guarded) -> Communication | None:
+        """Returns what a guarded graph sends, or None if it is not sharded."""
+        sharded, regions = guarded.shards.axes, guarded.regions
         if not sharded:
             return None
-        regions: tuple[Region, ...] = guarded.meta["regions"]
-        graphs = [guarded.get_submodule(region.name) for region in regions]
+        graphs = [guarded.graph.get_submodule(region.name) for region in regions]
         gathered = sorted({i for each in sharded for i in each.gathered})
         return cls(
             sharded=sharded,
             kinds=tuple(region.kind for region in regions),
             regions=tuple(find_collectives(gm.graph) for gm in graphs),  # type: ignore[arg-type]
-            outside=find_collectives(guarded.graph),
+            outside=find_collectives(guarded.graph.graph),
             gathered=tuple(regions[i].name for i in gathered),
         )
 

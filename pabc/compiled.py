@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import warnings
@@ -20,6 +19,7 @@ from pabc import inplace, passes
 from pabc.artifact.files import write_artifact
 from pabc.base.forward import inner_forward
 from pabc.base.structure import Structure
+from pabc.dumps import write_dump
 from pabc.explanation import Explanation, describe
 from pabc.options import Options
 from pabc.plan import Plan
@@ -255,24 +255,16 @@ class CompiledModel(Wrapper):
             unmatched=self._schedule.unmatched(program.slots),
             compile_seconds=program.phases.compile_seconds,
             lowered=passes.summarize(program.phases.lowered),
+            stages=program.records,
         )
 
     def dump(self, folder: str | Path) -> Path:
-        """Writes what the compiler did: each stage's graph, the phases, the plan, the findings."""
+        """Writes what the compiler did: the graph after every stage, for each phase too, a table of
+        the stages with nodes and seconds, the plan, and what was found."""
         program, binding = self._captured("dump()")
         target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        for i, record in enumerate(program.records):
-            (target / f"{i}_{record.name}.py").write_text(record.code)
-        for region in program.regions:
-            code = program.guarded.get_submodule(region.name).code
-            (target / f"region_{region.name}.py").write_text(str(code))
-        for i, phase in enumerate(self.phases):
-            (target / f"phase_{i}.py").write_text(phase.code)
-        (target / "plan.json").write_text(binding.plan.to_json())
-        (target / "explain.txt").write_text(f"{self.explain()}\n")
-        seconds = {record.name: record.seconds for record in program.records}
-        (target / "seconds.json").write_text(json.dumps(seconds, indent=1))
+        with self._lock:
+            write_dump(target, program, binding, self.explain())
         return target
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -402,7 +394,7 @@ class CompiledModel(Wrapper):
         return {
             "step": str(step.index) if step.branch.is_scheduled else "none of the schedule",
             "inputs": ", ".join(f"{list(x.shape)} {x.dtype}" for x in tensors),
-            "model": program.guarded.meta["digest"][:12],
+            "model": program.guarded.shards.digest[:12],
             "plan": step.binding.plan.digest()[:12],
             "reused slots": str(step.reused),
             **values,

@@ -10,13 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from torch.fx import GraphModule
 
 from pabc.base.arguments import bind_call, check_constants, leaf_key
 from pabc.base.forward import inner_forward
 from pabc.base.structure import flatten
 from pabc.options import Options
-from pabc.passes import Cut, Cuts, Region
+from pabc.passes import Cut, Cuts, Guarded
 from pabc.pipeline import analyze
 
 
@@ -47,7 +46,7 @@ class Differences:
     ) -> None:
         self._model = model
         self._options = Options.of(cut=cut, kinds=kinds, latents=latents)
-        self._graphs: dict[Any, GraphModule] = {}
+        self._graphs: dict[Any, Guarded] = {}
         self._key: Any = None
         self._recorder = _Recorder()
 
@@ -61,9 +60,10 @@ class Differences:
         """
         guarded, inputs = self._select(args, kwargs)
         with torch.no_grad():
-            outputs = guarded(self._recorder, *inputs, *guarded.meta["prologue"](*inputs))
+            hoisted = guarded.prologue.graph(*inputs)
+            outputs = guarded.graph(self._recorder, *inputs, *hoisted)
         self._recorder.steps += 1
-        return guarded.meta["signature"].out_spec.unflatten(outputs)
+        return guarded.captured.signature.out_spec.unflatten(outputs)
 
     def reset(self) -> None:
         """Forgets what was measured: the next call is step 0 of a new generation."""
@@ -81,14 +81,14 @@ class Differences:
                 f"differences: expected two steps or more, found {self._recorder.steps}; "
                 "call it in place of the model for a whole generation first"
             )
-        regions: tuple[Region, ...] = self._graphs[self._key].meta["regions"]
+        regions = self._graphs[self._key].regions
         rows: dict[str, list[npt.NDArray[np.float64]]] = {}
         for slot, region in enumerate(regions):
             measured = torch.stack(self._recorder.errors[slot]).double().cpu().numpy()
             rows.setdefault(region.kind, []).append(measured)
         return {kind: np.stack(measured) for kind, measured in rows.items()}
 
-    def _select(self, args: Any, kwargs: Any) -> tuple[GraphModule, list[Any]]:
+    def _select(self, args: Any, kwargs: Any) -> tuple[Guarded, list[Any]]:
         """The guarded graph for these arguments, captured if need be, and its flat inputs."""
         if self._model.training:
             raise RuntimeError(

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.fx import GraphModule
-
-from pabc.base.format import format_bytes
+from pabc.base.format import format_bytes, format_table
 from pabc.budget import Fit
 from pabc.communication import Communication
-from pabc.passes import (
-    Attention,
-    FlopCounter,
-    Region,
-    fetch_cached,
-)
+from pabc.passes import Attention, FlopCounter, Guarded, fetch_cached
 from pabc.plan import Plan
+from pabc.stages import StageRecord
 
 
 @dataclass(frozen=True)
@@ -55,6 +48,7 @@ class Explanation:
         offloaded: whether slots lie in host memory, and the model on a device.
         compile_seconds: spent on compiling phases so far.
         communication: what ranks send, where a model is divided among some.
+        stages: what each stage of the compiler did, as far as it is known.
         lowered: what Triton kernels compute, and what not and why, in the phases compiled so far.
     """
 
@@ -74,6 +68,7 @@ class Explanation:
     compile_seconds: float = 0.0
     lowered: tuple[str, ...] = ()
     communication: Communication | None = None
+    stages: tuple[StageRecord, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -107,7 +102,7 @@ class Explanation:
         return [
             f"{len(self.attention)} attentions, {len(self.regions)} regions;"
             f" latents: {self.latents}",
-            *_table(header, rows),
+            *format_table(header, rows),
             *others,
             *(f"  outside: {line}" for line in self.outside),
             *(f"  assumed: {line}" for line in self.assumed),
@@ -127,8 +122,20 @@ class Explanation:
             f"{total / 1e9:.3f} GFLOP a call: {', '.join(parts)};"
             f" {self.flops['prologue'] / 1e9:.3f} GFLOP once a generation",
             f"slots {format_bytes(self.nbytes)}",
+            *self._stage_lines(),
             *(f"  kernels: {line}" for line in self.lowered),
         ]
+
+    def _stage_lines(self) -> list[str]:
+        """Returns a line that names the stages that may change bits, and those that do not."""
+        if not self.stages:
+            return []
+        names: dict[bool, list[str]] = {False: [], True: []}
+        for record in self.stages:
+            if record.is_on:
+                names[record.stage.changes_bits].append(record.name)
+        changing = ", ".join(names[True]) or "none"
+        return [f"  stages: {', '.join(names[False])} keep bits; may change them: {changing}"]
 
     def _plan_lines(self) -> list[str]:
         if self.plan is None:
@@ -148,48 +155,43 @@ class Explanation:
         ]
 
 
-def describe(guarded: GraphModule, **facts: Any) -> Explanation:
-    """Collects an :class:`Explanation` from a guarded graph; `facts` are passed on."""
-    regions: tuple[Region, ...] = guarded.meta["regions"]
+def describe(guarded: Guarded, **facts: Any) -> Explanation:
+    """Collects an :class:`Explanation` of a guarded graph; `facts` are passed on."""
+    graph, captured, regions = guarded.graph, guarded.captured, guarded.regions
     attentions = find_attentions(guarded)
-    count_flops = FlopCounter()
-    flops = [count_flops(guarded.get_submodule(region.name)) for region in regions]
+    count_flops = FlopCounter(captured.sizes)
+    flops = [count_flops(graph.get_submodule(region.name)) for region in regions]
     per_kind: dict[str, int] = {}
     for region, count in zip(regions, flops, strict=True):
         per_kind[region.kind] = per_kind.get(region.kind, 0) + count
-    per_kind["outside"] = count_flops(guarded)
-    per_kind["prologue"] = count_flops(guarded.meta["prologue"])
+    per_kind["outside"] = count_flops(graph)
+    per_kind["prologue"] = count_flops(guarded.prologue.graph)
     rows = tuple(
         RegionFacts(r.name, r.kind, r.path, r.shapes, r.nbytes, count, r.attentions)
         for r, count in zip(regions, flops, strict=True)
     )
-    signature = guarded.meta["signature"]
     return Explanation(
         attention={a.name: a.kind for a in attentions},
         linear=tuple(a.name for a in attentions if a.linear),
         regions=rows,
         flops=per_kind,
-        outside=guarded.meta["outside"] + _modules_outside(guarded),
-        assumed=tuple(map(str, guarded.meta["reads"].entries)),
-        compiled=guarded.meta.get("compiled", ()),
-        inputs=signature.inputs,
-        latents=guarded.meta["latents"],
+        outside=(*guarded.marked.outside, *dict.fromkeys(map(str, captured.calls))),
+        assumed=tuple(map(str, captured.reads.entries)),
+        compiled=captured.compiled,
+        inputs=captured.signature.inputs,
+        latents=guarded.denoised.latents,
         communication=Communication.of(guarded),
-        offloaded=any(node.target is fetch_cached for node in guarded.graph.nodes),
+        offloaded=any(node.target is fetch_cached for node in graph.graph.nodes),
         **facts,
     )
 
 
-def _modules_outside(guarded: GraphModule) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(map(str, guarded.meta["calls"])))
-
-
-def find_attentions(guarded: GraphModule) -> list[Attention]:
-    """Every tagged attention: in the prologue, in regions in execution order, then outside."""
-    graphs = [guarded.get_submodule(region.name) for region in guarded.meta["regions"]]
-    return guarded.meta["prologue"].meta["attentions"] + [
+def find_attentions(guarded: Guarded) -> list[Attention]:
+    """Returns every tagged attention: in the prologue, in regions in execution order, outside."""
+    graphs = [guarded.graph.get_submodule(region.name) for region in guarded.regions]
+    return [*guarded.prologue.attentions] + [
         node.meta["attention"]
-        for gm in (*graphs, guarded)
+        for gm in (*graphs, guarded.graph)
         for node in gm.graph.nodes  # type: ignore[union-attr]
         if "attention" in node.meta
     ]
@@ -197,12 +199,3 @@ def find_attentions(guarded: GraphModule) -> list[Attention]:
 
 def _format_shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
-
-
-def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    return [
-        "  "
-        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [header, *rows]
-    ]

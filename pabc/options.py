@@ -6,19 +6,24 @@ form of error: `name: expected ..., found ...`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args
 
 from torch.distributed.device_mesh import DeviceMesh
 
 from pabc import passes
 from pabc.schedule import Schedule
-from pabc.sharding import Sharding
+from pabc.sharding import shard_for, shard_over, shares_computed
 from pabc.validate import as_bytes, check_choice
 
 Backend = Literal["inductor", "eager", "oracle"]
 Offload = Literal["cpu"]
+DisabledStage = Literal[
+    "hoist", "repeats", "encode", "offload", "formulas", "onednn", "lower", "blocks"
+]
+"""The stages that results do not depend on, but for rounding."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,8 +74,12 @@ class Options:
     """Where Triton kernels replace ops: where a measured table says that they are faster,
     `"off"`: nowhere, or `"force"`: wherever one computes the same."""
 
-    sharding: Sharding | None = None
+    sharding: passes.Sharding | None = None
     """How the model's work is divided among processes; None: it is not."""
+
+    disable: tuple[DisabledStage, ...] = ()
+    """Names of stages to leave out, so that a fault can be bisected; results do not depend on them,
+    but for rounding (:mod:`pabc.pipeline`)."""
 
     check_finite: bool = False
     """Raises :class:`pabc.GuardError` for a NaN or infinity among the values to be kept."""
@@ -78,6 +87,8 @@ class Options:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)
+        for name in self.disable:
+            check_choice("disable", name, get_args(DisabledStage))
         if not isinstance(self.cudagraphs, bool):
             raise ValueError(f"cudagraphs: expected True or False, found {self.cudagraphs!r}")
         for name, reason, is_in_conflict in self._conflicts():
@@ -99,6 +110,7 @@ class Options:
         *,
         kinds: Mapping[str, str] | None = None,
         memory_budget: int | str | None = None,
+        disable: Sequence[DisabledStage] = (),
         mesh: DeviceMesh | None = None,
         ranks: int | tuple[int, ...] | None = None,
         shard: int | None = None,
@@ -111,6 +123,7 @@ class Options:
         Args:
             kinds: see :attr:`kinds`; None: none are stated.
             memory_budget: a number of bytes, or text with a unit, such as "2GiB".
+            disable: see :attr:`disable`.
             mesh: the processes that share the model.
             ranks: in place of a mesh, how many processes would share it, or the two sizes of a
                 mesh; none of them need exist.
@@ -122,17 +135,25 @@ class Options:
         """
         check_choice("output", output, get_args(passes.Output))
         if ranks is not None:
-            sharding: Sharding | None = Sharding.imagined(
-                _as_mesh_sizes(ranks), dim=shard, schedule=schedule
-            )
+            weigh = None if schedule is None else partial(shares_computed, schedule)
+            sizes = _as_mesh_sizes(ranks)
+            sharding: passes.Sharding | None = shard_for(sizes, dim=shard, weigh=weigh)
         elif mesh is not None:
-            sharding = Sharding.over(mesh, dim=shard, output=output)
+            sharding = shard_over(mesh, dim=shard, output=output)
         else:
             _check_is_default("shard", shard, None)
             _check_is_default("output", output, "full")
             sharding = None
         budget = None if memory_budget is None else as_bytes(memory_budget, "memory_budget")
-        return cls(kinds=dict(kinds or {}), memory_budget=budget, sharding=sharding, **fields)
+        if isinstance(disable, str):
+            raise ValueError(f"disable: expected a sequence of names of stages, found {disable!r}")
+        return cls(
+            kinds=dict(kinds or {}),
+            memory_budget=budget,
+            disable=tuple(disable),
+            sharding=sharding,
+            **fields,
+        )
 
 
 _CHOICES: Mapping[str, tuple[object, ...]] = {

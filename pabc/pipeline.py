@@ -1,99 +1,187 @@
-"""The compiler as a list: which pass follows which, and what must hold after each.
+"""The compiler as three lists of stages: which pass follows which, and what must hold after each.
 
-    capture -> canonicalize -> axes (-> enlarge) -> tag -> regions -> shard -> hoist -> repeats
-    -> outline -> cache -> encode -> offload                 once per signature
-    specialize -> inline -> lift -> rewrites -> onednn -> lower -> blocks    once per phase
-    Inductor                                                 once per distinct block
-
-Passes neither print, time nor check themselves: :func:`run_stages` does.
+NAMING    once per signature of a call, and again while an opaque module is found
+GUARDING  once per signature of a call
+PHASE     once per phase of a plan; then Inductor compiles each distinct block once
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from time import perf_counter
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 from pabc import passes
 from pabc.options import Options
+from pabc.stages import Compilation, Stage, StageRecord, run_stages
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """A pass with its name, its arguments taken from :class:`Options`, and its postcondition.
-
-    `annotates`: the pass only writes facts on nodes, so that the code of the graph stays. Of a
-    graph with dynamic shapes, it sees the sizes of the captured call.
-    """
-
-    name: str
-    run: Callable[[GraphModule, Options], GraphModule]
-    verify: Callable[[GraphModule], None] | None = None
-    annotates: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What the runner saw of one stage: seconds, nodes after it, the graph's code after it."""
-
-    name: str
-    seconds: float
-    num_nodes: int
-    code: str
+def capture_call(
+    gm: GraphModule, call: passes.ModelCall, *, dynamic: bool
+) -> tuple[GraphModule, passes.Captured]:
+    """Exports the model for a call; `gm` is empty."""
+    return passes.capture(
+        call.model,
+        call.args,
+        call.kwargs,
+        opaque=call.opaque,
+        lifted=call.lifted,
+        dynamic=dynamic,
+    )
 
 
-ANALYSIS: tuple[Stage, ...] = (
-    Stage("canonicalize", lambda gm, o: passes.canonicalize_pass(gm)),
+def capture_larger_call(
+    gm: GraphModule,
+    call: passes.ModelCall,
+    captured: passes.Captured,
+    denoised: passes.Denoised,
+    *,
+    kinds: dict[str, str],
+) -> tuple[GraphModule, passes.Enlarged]:
+    """Captures a larger call, where token axes of one position hide kinds."""
+    larger = passes.enlarge_call(gm, call, captured.signature, denoised, kinds=kinds)
+    if larger is None:
+        return gm, passes.Enlarged()
+    options = Options(latents=denoised.latents)
+    try:
+        named = run_stages(NAMING, begin_capture(larger), options)
+    except ValueError as error:  # the kinds may still be stated
+        logger.info("the larger call was not captured: %s", error)
+        return gm, passes.Enlarged()
+    return gm, passes.Enlarged(named.graph, named.facts[passes.Denoised])
+
+
+def split_phase(gm: GraphModule, *, cudagraphs: bool) -> tuple[GraphModule, passes.Blocks]:
+    """Splits a phase into blocks, with ops that cannot be in one kept apart."""
+    return passes.split_blocks_pass(gm, apart=_kept_apart(cudagraphs))
+
+
+def keep_phase_whole(gm: GraphModule, *, cudagraphs: bool) -> tuple[GraphModule, passes.Blocks]:
+    """Makes a phase one block, but for ops that cannot be in one."""
+    return passes.split_blocks_pass(gm, apart=_kept_apart(cudagraphs), whole=True)
+
+
+def _kept_apart(cudagraphs: bool) -> Callable[..., bool]:
+    """Returns what tells the ops that are blocks by themselves."""
+    return passes.cannot_be_recorded if cudagraphs else passes.is_effect
+
+
+def is_compiled(options: Options) -> bool:
+    """Returns True if Inductor compiles what the stages leave."""
+    return options.backend == "inductor"
+
+
+NAMING: tuple[Stage, ...] = (
+    Stage(name="capture", run=capture_call),
+    Stage(name="canonicalize", run=passes.canonicalize_pass),
     Stage(
-        "axes",
-        lambda gm, o: passes.name_axes_pass(gm, latents=o.latents),
-        passes.verify_axes,
+        name="axes",
+        run=passes.name_axes_pass,
+        verify=passes.verify_axes,
         annotates=True,
-    ),
-    Stage(
-        "tag",
-        lambda gm, o: passes.tag_attention_pass(gm, kinds=o.kinds),
-        passes.verify_tags,
-        annotates=True,
-    ),
-    Stage(
-        "regions",
-        lambda gm, o: passes.mark_regions_pass(gm, cut=o.cut),
-        passes.verify_marks,
-        annotates=True,
-    ),
-    Stage(
-        "shard",
-        lambda gm, o: o.sharding.apply(gm) if o.sharding else gm,
-        lambda gm: passes.verify_shard(gm) if gm.meta.get("sharded") else None,
-    ),
-    Stage("hoist", lambda gm, o: passes.hoist_invariants_pass(gm), passes.verify_hoist),
-    Stage("repeats", lambda gm, o: passes.keep_unrepeated_pass(gm), passes.verify_repeats),
-    Stage("outline", lambda gm, o: passes.outline_regions_pass(gm), passes.verify_outline),
-    Stage("cache", lambda gm, o: passes.insert_cache_pass(gm), passes.verify_cache),
-    Stage(
-        "encode",
-        lambda gm, o: passes.encode_cuts_pass(gm, cache_dtype=o.cache_dtype),
-        passes.verify_cache,
-    ),
-    Stage(
-        "offload",
-        lambda gm, o: passes.offload_cuts_pass(gm) if o.offload else gm,
-        passes.verify_cache,
     ),
 )
-"""The stages between capture and specialization, in order."""
-NUM_NAMING = 2
-"""How many of these it takes to know which input is denoised."""
+"""What captures the model and names the axes of its tensors."""
+
+GUARDING: tuple[Stage, ...] = (
+    Stage(name="enlarge", run=capture_larger_call, annotates=True),
+    Stage(
+        name="tag",
+        run=passes.tag_attention_pass,
+        verify=passes.verify_tags,
+        annotates=True,
+    ),
+    Stage(
+        name="regions",
+        run=passes.mark_regions_pass,
+        verify=passes.verify_marks,
+        annotates=True,
+    ),
+    Stage(
+        name="shard",
+        run=passes.shard_pass,
+        verify=passes.verify_shard,
+        when=lambda options: options.sharding is not None,
+        instead=lambda gm: (gm, passes.Shards()),
+        changes_bits=True,
+    ),
+    Stage(
+        name="hoist",
+        run=passes.hoist_invariants_pass,
+        verify=passes.verify_hoist,
+        instead=passes.hoist_nothing,
+        is_optional=True,
+    ),
+    Stage(
+        name="repeats",
+        run=passes.keep_unrepeated_pass,
+        verify=passes.verify_repeats,
+        is_optional=True,
+    ),
+    Stage(name="outline", run=passes.outline_regions_pass, verify=passes.verify_outline),
+    Stage(name="cache", run=passes.insert_cache_pass, verify=passes.verify_cache),
+    Stage(
+        name="encode",
+        run=passes.encode_cuts_pass,
+        verify=passes.verify_cache,
+        when=lambda options: options.cache_dtype != "keep",
+        is_optional=True,
+        changes_bits=True,
+    ),
+    Stage(
+        name="offload",
+        run=passes.offload_cuts_pass,
+        verify=passes.verify_cache,
+        when=lambda options: options.offload is not None,
+        is_optional=True,
+    ),
+)
+"""What makes the guarded graph."""
+
+PHASE: tuple[Stage, ...] = (
+    Stage(name="specialize", run=passes.specialize_phase_pass, verify=passes.verify_phase),
+    Stage(name="inline", run=passes.inline_regions_pass, verify=passes.verify_inline),
+    Stage(name="lift", run=passes.lift_weights_pass, verify=passes.verify_lift),
+    Stage(name="sizes", run=passes.fold_sizes_pass, verify=passes.verify_sizes),
+    Stage(name="held", run=passes.lay_out_held_pass),
+    Stage(
+        name="formulas",
+        run=passes.rewrite_formulas_pass,
+        when=is_compiled,
+        is_optional=True,
+        changes_bits=True,
+    ),
+    Stage(
+        name="onednn",
+        run=passes.use_onednn_pass,
+        when=is_compiled,
+        is_optional=True,
+        changes_bits=True,
+    ),
+    Stage(
+        name="lower",
+        run=passes.lower_pass,
+        when=lambda options: options.kernels != "off",
+        instead=lambda gm: (gm, passes.KernelMatches()),
+        is_optional=True,
+        changes_bits=True,
+    ),
+    Stage(
+        name="blocks",
+        run=split_phase,
+        verify=passes.verify_blocks,
+        instead=keep_phase_whole,
+        is_optional=True,
+    ),
+)
+"""What makes a phase of the guarded graph."""
 
 
 def analyze(
@@ -102,85 +190,96 @@ def analyze(
     kwargs: dict[str, Any],
     options: Options,
     lifted: Collection[int] = (),
-) -> tuple[GraphModule, tuple[Record, ...]]:
-    """Captures the model for these arguments: its guarded graph, and how it came about.
+) -> tuple[passes.Guarded, tuple[StageRecord, ...]]:
+    """Captures the model for a call; returns what is guarded, and what each stage did.
 
-    Modules that read Python values from what follows from the latents would need a capture a step:
-    the graph calls them, and they run as they are. `lifted`: positions among the flattened
-    arguments of numbers that become inputs. The model and the arguments may be fake tensors, of
-    whatever modes.
+    A module that reads Python values from what follows from the latents would have to be captured
+    at every step: it is opaque instead, and the graph calls it. The model and the arguments may be
+    fake tensors, of whatever modes.
+
+    Args:
+        model: the model, in eval mode.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        options: what the user decided.
+        lifted: positions among the flattened arguments of numbers that become inputs.
     """
     with unset_fake_temporarily():
         args, kwargs = passes.share_fake_mode((args, kwargs))
-        return _analyze(model, args, kwargs, options, lifted)
+        call = passes.ModelCall(model=model, args=args, kwargs=kwargs, lifted=tuple(lifted))
+        while True:
+            named = run_stages(NAMING, begin_capture(call), options, keeps_code=True)
+            captured, denoised = named.facts[passes.Captured], named.facts[passes.Denoised]
+            moving = captured.reads.follow(denoised.streams)
+            if not moving:
+                break
+            known = {each.path: each.reason for each in captured.calls}
+            call = replace(call, opaque={**call.opaque, **known, **moving})
+        made = run_stages(GUARDING, named, options, keeps_code=True)
+    return collect_guarded(made), made.records
 
 
-def _analyze(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+def begin_capture(call: passes.ModelCall) -> Compilation:
+    """Returns an empty graph, for the first stage to capture the call."""
+    return Compilation(GraphModule({}, Graph()), passes.Facts([call]))
+
+
+def collect_guarded(made: Compilation) -> passes.Guarded:
+    """Returns the graph that :data:`GUARDING` left, with all that is known of it."""
+    facts = made.facts
+    return passes.Guarded(
+        graph=made.graph,
+        captured=facts[passes.Captured],
+        denoised=facts[passes.Denoised],
+        marked=facts[passes.Marked],
+        shards=facts[passes.Shards],
+        prologue=facts[passes.PrologueGraph],
+        regions=facts[passes.Regions].all,
+    )
+
+
+def specialize_phase(
+    guarded: passes.Guarded,
+    slots: passes.PhaseSlots,
     options: Options,
-    lifted: Collection[int],
-) -> tuple[GraphModule, tuple[Record, ...]]:
-    """:func:`analyze`, outside of any fake mode."""
-    opaque: dict[str, str] = {}
-    while True:
-        start = perf_counter()
-        gm = passes.capture(
-            model, args, kwargs, opaque=opaque, lifted=lifted, dynamic=options.dynamic
-        )
-        first = _record("capture", start, gm)
-        gm, named = run_stages(ANALYSIS[:NUM_NAMING], gm, options)
-        moving = gm.meta["reads"].follow(gm.meta["denoised"])
-        if not moving:
-            gm.meta["larger"] = capture_larger(model, args, kwargs, gm, options, opaque)
-            gm, others = run_stages(ANALYSIS[NUM_NAMING:], gm, options)
-            return gm, (first, *named, *others)
-        opaque.update({call.path: call.reason for call in gm.meta["calls"]}, **moving)
+    *,
+    keeps_code: bool = False,
+) -> Compilation:
+    """Runs the first stage of :data:`PHASE` on a guarded graph: what is left runs op by op."""
+    facts = passes.Facts([passes.Regions(guarded.regions), slots])
+    start = Compilation(guarded.graph, facts)
+    return run_stages(PHASE[:1], start, options, keeps_code=keeps_code)
 
 
-def capture_larger(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    gm: GraphModule,
+def lower_phase(
+    specialized: Compilation,
+    sizes: passes.InputSizes,
     options: Options,
-    opaque: Mapping[str, str],
-) -> GraphModule | None:
-    """The graph, with axes, of a larger call, where token axes of one position hide kinds."""
-    with passes.hinted(gm):
-        call = passes.enlarge_call(model, args, kwargs, gm, kinds=options.kinds)
-    if call is None:
-        return None
-    options = replace(options, latents=gm.meta["latents"])
-    try:
-        larger = passes.capture(model, *call, opaque=opaque)
-        return run_stages(ANALYSIS[:NUM_NAMING], larger, options)[0]
-    except ValueError as error:  # the kinds may still be stated
-        logger.info("the larger call was not captured: %s", error)
-        return None
+    *,
+    keeps_code: bool = False,
+) -> Compilation:
+    """Runs the other stages of :data:`PHASE`: what is left is a chain of blocks to compile.
+
+    Args:
+        specialized: what :func:`specialize_phase` returned.
+        sizes: the sizes to compile for.
+        options: what the user decided.
+        keeps_code: True to record the graph's code after each stage.
+    """
+    start = replace(specialized, facts=specialized.facts.adding(sizes))
+    return run_stages(PHASE[1:], start, options, keeps_code=keeps_code)
 
 
-def run_stages(
-    stages: tuple[Stage, ...], gm: GraphModule, options: Options
-) -> tuple[GraphModule, tuple[Record, ...]]:
-    """Runs each stage, lints and recompiles the graph, checks the postcondition, and times it."""
-    records = []
-    for stage in stages:
-        start = perf_counter()
-        before = gm
-        with passes.hinted(gm) if stage.annotates else nullcontext():
-            gm = stage.run(gm, options)
-            if stage.verify is not None:
-                stage.verify(gm)
-        gm.graph.lint()
-        if gm is before and not stage.annotates:  # a new module is compiled as it is made
-            gm.recompile()
-        records.append(_record(stage.name, start, gm))
-    return gm, tuple(records)
+def trace_phase(
+    guarded: passes.Guarded, options: Options, slots: passes.PhaseSlots | None = None
+) -> tuple[StageRecord, ...]:
+    """Returns what each stage of :data:`PHASE` makes of a phase, with the graph's code after it.
 
-
-def _record(name: str, start: float, gm: GraphModule) -> Record:
-    record = Record(name, perf_counter() - start, len(gm.graph.nodes), gm.code)
-    logger.debug("%s: %.3f s, %d nodes", name, record.seconds, record.num_nodes)
-    return record
+    By default, the phase is the one that reuses and stores nothing; its sizes are those of the call
+    that was captured.
+    """
+    slots = slots or passes.PhaseSlots((), ())
+    sizes = guarded.captured.sizes
+    values = passes.InputSizes({} if sizes is None else sizes.hints)
+    made = specialize_phase(guarded, slots, options, keeps_code=True)
+    return lower_phase(made, values, options, keeps_code=True).records

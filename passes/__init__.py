@@ -6,27 +6,53 @@ This module is the front door: code outside of this folder imports nothing else 
 
 from .attention_ops import register_attention_op
 from .axes import name_axes_pass, verify_axes
-from .blocks import split_blocks_pass
-from .cache import (
+from .blocks import split_blocks_pass, verify_blocks
+from .cache import insert_cache_pass, verify_cache
+from .canonicalize import canonicalize_pass
+from .capture import CONSTANTS, capture, find_tensor
+from .emit import Code, compile_blocks, example_inputs, prepare_inductor, run_blocks
+from .encode import CacheDtype, encode_cuts_pass
+from .enlarge import enlarge_call
+from .facts import (
+    Block,
+    Blocks,
+    Captured,
+    Denoised,
+    Enlarged,
+    Facts,
+    Guarded,
+    InputSizes,
+    KernelMatch,
+    KernelMatches,
+    Lifted,
+    Marked,
+    ModelCall,
+    PhaseSlots,
+    PrologueGraph,
+    Regions,
+    ResultIndex,
+    ShardedAxis,
+    Shards,
+    Signature,
+    Tagged,
+)
+from .flatten import inline_regions_pass, lift_weights_pass, verify_inline, verify_lift
+from .flops import FlopCounter
+from .fold import fold_sizes_pass, verify_sizes
+from .guard_ops import (
+    GUARD_OPS,
     Cuts,
+    StepState,
     cache_read,
     cache_write,
     compute_unless,
     decode_cached,
     encode_unless,
     fetch_cached,
-    insert_cache_pass,
     stash_unless,
-    verify_cache,
 )
-from .canonicalize import canonicalize_pass
-from .capture import CONSTANTS, Signature, capture, find_tensor
-from .emit import Code, compile_blocks, example_inputs, prepare_inductor, run_blocks
-from .encode import CacheDtype, encode_cuts_pass
-from .enlarge import enlarge_call
-from .flatten import Place, inline_regions_pass, lift_weights_pass
-from .flops import FlopCounter
-from .hoist import hoist_invariants_pass, needed_by, verify_hoist
+from .held import lay_out_held_pass
+from .hoist import hoist_invariants_pass, hoist_nothing, needed_by, verify_hoist
 from .ir import (
     Attention,
     Axis,
@@ -34,6 +60,7 @@ from .ir import (
     Reach,
     Region,
     attribute,
+    cannot_be_recorded,
     copy_into,
     is_collective,
     is_effect,
@@ -43,14 +70,14 @@ from .ir import (
     user_inputs,
     value,
 )
-from .lower import Kernels, Lowering, lower_pass, summarize
+from .lower import Kernels, lower_pass, summarize
 from .offload import offload_cuts_pass
 from .onednn import lowering_onednn, use_onednn_pass
 from .outline import outline_regions_pass, verify_outline
 from .regions import Cut, mark_regions_pass, verify_marks
 from .repeats import keep_one, keep_unrepeated_pass, verify_repeats
 from .rewrites import rewrite_formulas_pass
-from .shard import Sharded, shard_batch_pass, shard_pass, verify_shard
+from .shard import Sharding, Weigh, shard_batch, shard_pass, shard_tokens, verify_shard
 from .sharding.moves import Collective, find_collectives
 from .sharding.places import Ranks
 from .sharding.sharder import Output
@@ -83,7 +110,7 @@ from .tracing.records import (
     RepeatCount,
     ShapesAgain,
 )
-from .tracing.sizes import Sizes, concrete, fold_sizes, hinted
+from .tracing.sizes import Sizes, concrete, hinted
 from .tracing.tensor_call import ResultLayout, TensorCall
 from .tracing.untouched import untouched
 from .tracing.walk import find_holders
@@ -100,11 +127,13 @@ __all__ = [  # noqa: RUF022
     "mark_regions_pass",
     "verify_marks",
     "shard_pass",
-    "shard_batch_pass",
+    "shard_tokens",
+    "shard_batch",
     "verify_shard",
     "outline_regions_pass",
     "verify_outline",
     "hoist_invariants_pass",
+    "hoist_nothing",
     "verify_hoist",
     "keep_unrepeated_pass",
     "verify_repeats",
@@ -115,31 +144,56 @@ __all__ = [  # noqa: RUF022
     "specialize_phase_pass",
     "verify_phase",
     "inline_regions_pass",
+    "verify_inline",
     "lift_weights_pass",
-    "fold_sizes",
+    "verify_lift",
+    "fold_sizes_pass",
+    "verify_sizes",
+    "lay_out_held_pass",
     "rewrite_formulas_pass",
     "use_onednn_pass",
     "lower_pass",
     "split_blocks_pass",
+    "verify_blocks",
     # Choices that users make, and what they can add.
     "Cut",
     "CacheDtype",
     "Kernels",
     "Output",
     "register_attention_op",
-    # Facts that passes find.
+    "Sharding",
+    "Weigh",
+    # Facts that passes take and return.
+    "Facts",
+    "ModelCall",
+    "Captured",
     "Signature",
+    "Denoised",
+    "Enlarged",
+    "Tagged",
+    "Marked",
+    "Shards",
+    "ShardedAxis",
+    "PrologueGraph",
+    "Regions",
+    "Guarded",
+    "PhaseSlots",
+    "InputSizes",
+    "Lifted",
+    "ResultIndex",
+    "KernelMatch",
+    "KernelMatches",
+    "Block",
+    "Blocks",
+    # What these are made of.
     "ResultForm",
     "Attention",
     "Axis",
     "Factor",
     "Region",
-    "Sharded",
     "Ranks",
     "Collective",
     "find_collectives",
-    "Place",
-    "Lowering",
     "summarize",
     "tagged",
     "FlopCounter",
@@ -151,7 +205,9 @@ __all__ = [  # noqa: RUF022
     "prepare_inductor",
     "lowering_onednn",
     # Ops of guarded graphs.
+    "GUARD_OPS",
     "Cuts",
+    "StepState",
     "cache_read",
     "cache_write",
     "compute_unless",
@@ -171,6 +227,7 @@ __all__ = [  # noqa: RUF022
     "user_inputs",
     "value",
     "Reach",
+    "cannot_be_recorded",
     "is_collective",
     "is_effect",
     "is_opaque",

@@ -15,6 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from .attention_ops import attended_dims, attention_call, is_attention_op
+from .facts import Captured, Denoised, Signature
 from .ir import (
     GETITEM,
     Axis,
@@ -36,17 +37,18 @@ from .provenance.positions import find_positions, rejoin
 _SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default})
 
 
-def name_axes_pass(gm: GraphModule, *, latents: str | None = None) -> GraphModule:
-    """Gives every tensor node `meta["axes"]` and the graph `meta["latents"]`.
+def name_axes_pass(
+    gm: GraphModule, captured: Captured, *, latents: str | None = None
+) -> tuple[GraphModule, Denoised]:
+    """Gives every tensor node `meta["axes"]` and finds which inputs are denoised.
 
     Requires: a canonical ATen graph whose nodes carry fake tensors.
     Ensures: each tensor node has one tuple of factors per dimension whose sizes multiply to the
-    dimension's; `gm.meta["latents"]` names the input that is denoised: `latents` where given, else
-    the first input whose axes (but for channels) come out again in the first output: of those of
-    three dimensions or more, else of packed tokens (N, C), else of token ids.
-    `gm.meta["denoised"]` maps each input that is denoised to the one whose axes it has: the latents
-    and the other inputs in the same list, samples of one batch, to the latents; so too the inputs
-    of other streams (audio beside video), which come out again in some output.
+    dimension's. The latents are the input named `latents`, or else the first input whose axes (but
+    for channels) come out again in the first output: of those of three dimensions or more, else of
+    packed tokens (N, C), else of token ids. The other inputs in the same list, samples of one
+    batch, are denoised as well, and so are those of other streams (audio beside video), which come
+    out again in some output.
     Raises: ValueError if `latents` names no input, or no input qualifies.
 
         # before                                # after
@@ -56,25 +58,24 @@ def name_axes_pass(gm: GraphModule, *, latents: str | None = None) -> GraphModul
     if latents is not None and latents not in names:
         raise ValueError(f"latents: expected one of the inputs {names}, found {latents!r}")
     candidates = [latents] if latents is not None else _find_candidates(gm)
-    outputs = model_outputs(gm)
+    outputs = model_outputs(gm.graph, captured.signature.out_spec.num_outputs)
     for name in candidates:
-        streams = dict.fromkeys(_samples(gm, name), name)
+        streams = dict.fromkeys(_samples(gm, captured.signature, name), name)
         _propagate(gm, streams)
         if latents is not None or any(_comes_out_again(gm, name, n) for n in outputs[:1]):
             _propagate(gm, streams, conditions=names)
-            if others := _find_other_streams(gm, streams, outputs):
+            if others := _find_other_streams(gm, captured.signature, streams, outputs):
                 streams |= others
                 _propagate(gm, streams, conditions=names)
-            gm.meta["latents"], gm.meta["denoised"] = name, streams
-            return gm
+            return gm, Denoised(name, streams)
     raise ValueError(
         f"latents: expected an input whose axes come out again in the model's output, found none "
-        f"among {candidates}; name the denoised input with latents={_why_lost(gm)}"
+        f"among {candidates}; name the denoised input with latents={_why_lost(gm, captured)}"
     )
 
 
 def verify_axes(gm: GraphModule) -> None:
-    """Every tensor node's factors multiply to its shape."""
+    """Checks that every tensor node's factors multiply to its shape."""
     for node in gm.graph.nodes:
         if is_tensor(node):
             sizes = tuple(length(product) for product in node.meta["axes"])
@@ -92,9 +93,8 @@ def _find_candidates(gm: GraphModule) -> list[str]:
     return [n.name for n in nodes]
 
 
-def _samples(gm: GraphModule, name: str) -> tuple[str, ...]:
-    """An input, or all inputs of the list that it is in, where they have as many dimensions."""
-    signature = gm.meta["signature"]
+def _samples(gm: GraphModule, signature: Signature, name: str) -> tuple[str, ...]:
+    """Returns an input, or all inputs of its list if these have as many dimensions."""
     args, kwargs = signature.in_spec.unflatten(range(len(signature.inputs)))
     index = signature.inputs.index(name)
     ranks = {n.name: value(n).ndim for n in user_inputs(gm.graph) if is_tensor(n)}
@@ -106,9 +106,9 @@ def _samples(gm: GraphModule, name: str) -> tuple[str, ...]:
     return (name,)
 
 
-def _why_lost(gm: GraphModule) -> str:
-    """Names the first module that the graph calls as it is, where there is one."""
-    called = {call.op: call for call in gm.meta.get("calls", ())}
+def _why_lost(gm: GraphModule, captured: Captured) -> str:
+    """Returns a remark that names the first opaque module, or an empty one."""
+    called = {call.op: call for call in captured.calls}
     node = next((n for n in gm.graph.nodes if is_opaque(n) and n.users), None)
     if node is None:
         return ""
@@ -137,7 +137,10 @@ def _comes_out_again(gm: GraphModule, name: str, output: Node, *, alone: bool = 
 
 
 def _find_other_streams(
-    gm: GraphModule, streams: Mapping[str, str], outputs: Sequence[Node]
+    gm: GraphModule,
+    signature: Signature,
+    streams: Mapping[str, str],
+    outputs: Sequence[Node],
 ) -> dict[str, str]:
     """The inputs that come out again beside the latents, each mapped to its stream's name.
 
@@ -152,7 +155,7 @@ def _find_other_streams(
         if name in streams or name in others:
             continue
         if any(_comes_out_again(gm, name, output, alone=True) for output in outputs):
-            others |= dict.fromkeys(_samples(gm, name), name)
+            others |= dict.fromkeys(_samples(gm, signature, name), name)
     return others
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from .facts import Block, Blocks
 from .ir import (
     GETITEM,
     attribute,
@@ -26,29 +27,26 @@ from .ir import (
     value,
 )
 
-Key = Hashable
-"""What a graph computes, for inputs of which layout: equal for graphs that may share code."""
-
 
 def split_blocks_pass(
-    gm: GraphModule, *, apart: Callable[[Node], bool] = lambda node: False
-) -> GraphModule:
+    gm: GraphModule, *, apart: Callable[[Node], bool] = lambda node: False, whole: bool = False
+) -> tuple[GraphModule, Blocks]:
     """Splits a flat graph into blocks, and calls blocks that are alike by one module.
 
     Requires: a flat graph whose inputs are all there is (:func:`lift_weights_pass`), with marks of
     the regions that its nodes are from (:func:`inline_regions_pass`), and no symbols for sizes.
     Ensures: the same inputs and results, bitwise as before; nothing but `call_module` nodes and
     their items; each distinct block is one submodule, a flat graph of its own whose inputs come in
-    the order of their first use, and `block.meta["key"]` is its :data:`Key`. Views never cross from
-    one block to another: each block takes them anew of what they are views of. An op that is to be
-    kept `apart` is a block of its own.
+    the order of their first use. Views never cross from one block to another: each block takes them
+    anew of what they are views of. An op that is to be kept `apart` is a block of its own. `whole`:
+    what lies between such ops is one block.
 
         # before                                # after
         %y = add(%x, %g)                        %b = call_module[block_0](%x, %g, ...)
         %n = layer_norm(%y)                     %y, %n = getitem(%b, 0), getitem(%b, 1)
         %h = linear(%n, %w)                     %c = call_module[block_1](%n, %w, %y, ...)
     """
-    ordinals = _ordinals(gm.graph, apart)
+    ordinals = _ordinals(gm.graph, apart, whole)
     blocks: dict[int, list[Node]] = {}
     for node, ordinal in ordinals.items():
         blocks.setdefault(ordinal, []).append(node)
@@ -57,27 +55,33 @@ def split_blocks_pass(
     mapping: dict[Node, Node] = {}
     for node in user_inputs(gm.graph):
         mapping[node] = graph.node_copy(node)
-    distinct: dict[Key, str] = {}
-    root: dict[str, Any] = {}
+    distinct: dict[Hashable, str] = {}
+    named: dict[str, Block] = {}
     for ordinal in sorted(blocks):
         given = [n for n in blocks[ordinal] if n in results]
         body, inputs = _build(gm, blocks[ordinal], given)
         key = block_key(body)
         if key not in distinct:
             distinct[key] = f"block_{len(distinct)}"
-            body.meta["key"] = key
-            root[distinct[key]] = body
+            named[distinct[key]] = Block(body, key)
         call = graph.call_module(distinct[key], tuple(mapping[n] for n in inputs))
         for i, node in enumerate(given):
             mapping[node] = graph.call_function(GETITEM, (call, i))
             mapping[node].meta["val"] = node.meta["val"]
     graph.output(tuple(mapping[n] for n in output_node(gm.graph).args[0]))
-    result = make_module(root, graph)
-    result.meta.update(gm.meta)
-    return result
+    root: dict[str, Any] = {name: block.graph for name, block in named.items()}
+    return make_module(root, graph), Blocks(named)
 
 
-def _ordinals(graph: Graph, apart: Callable[[Node], bool]) -> dict[Node, int]:
+def verify_blocks(gm: GraphModule, blocks: Blocks) -> None:
+    """Checks that the graph does nothing but call blocks and take their results."""
+    for node in gm.graph.nodes:
+        is_item = node.target is GETITEM and node.args[0].op == "call_module"
+        is_call = node.op == "call_module" and node.target in blocks.by_name
+        assert node.op in ("placeholder", "output") or is_item or is_call, node.name
+
+
+def _ordinals(graph: Graph, apart: Callable[[Node], bool], whole: bool) -> dict[Node, int]:
     """Which block each op is in: its place in the graph says, but for what comes before the first
     product of a branch that begins a block; that still belongs to the block before."""
     ordinals: dict[Node, int] = {}
@@ -96,7 +100,7 @@ def _ordinals(graph: Graph, apart: Callable[[Node], bool]) -> dict[Node, int]:
             ordinals[node] = block + 1 + bool(begun)
             block, begun = ordinals[node] + 1, set()
             continue
-        slot = node.meta.get("slot")
+        slot = None if whole else node.meta.get("slot")
         if slot != current:
             block += bool(begun)
             begun, current = set(), slot
@@ -181,7 +185,7 @@ def _is_view(node: Node) -> bool:
     return first.untyped_storage()._cdata == given.untyped_storage()._cdata
 
 
-def block_key(gm: GraphModule) -> Key:
+def block_key(gm: GraphModule) -> Hashable:
     """What tells a flat graph from others, whatever its nodes and inputs are called."""
     index: dict[Node, int] = {}
     entries: list[Hashable] = []

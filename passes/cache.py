@@ -7,84 +7,17 @@ region, and is the oracle that each specialized module is compared with.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Protocol
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from .ir import GETITEM, Region, aten, copy_into, derived, output_node, user_inputs, value
-from .transfers import fetch, stash
-
-Cuts = tuple[torch.Tensor, ...]
-
-
-class Slots(Protocol):
-    """What a guarded graph asks of the state of one generation; slots are region ordinals."""
-
-    def read(self, slot: int) -> Cuts | None:
-        """The cuts to reuse at the current step, or None if the region must be computed."""
-
-    def write(self, slot: int, cuts: Cuts) -> None:
-        """Offers freshly computed cuts; the trajectory keeps them if a later step reads them."""
+from .facts import Captured, Regions
+from .guard_ops import cache_read, cache_write, compute_unless
+from .ir import GETITEM, aten, copy_into, make_module, output_node, user_inputs, value
 
 
-def cache_read(trajectory: Slots, slot: int) -> Cuts | None:
-    """The guard and the read: cuts where the plan reuses the slot at this step, else None."""
-    return trajectory.read(slot)
-
-
-def compute_unless(cached: Cuts | None, region: GraphModule, *inputs: torch.Tensor) -> Cuts:
-    """Runs the region only where there is nothing to reuse."""
-    return region(*inputs) if cached is None else cached
-
-
-def cache_write(trajectory: Slots, slot: int, cached: Cuts | None, cuts: Cuts) -> Cuts:
-    """Stores freshly computed cuts where the plan says so; passes the cuts on."""
-    if cached is None:
-        trajectory.write(slot, cuts)
-    return cuts
-
-
-def fetch_cached(cached: Cuts | None, devices: tuple[torch.device | None, ...]) -> Cuts | None:
-    """What a slot holds, each tensor on its device; None: it was never moved."""
-    if cached is None:
-        return None
-    pairs = zip(cached, devices, strict=True)
-    return tuple(fetch(kept, device) if device is not None else kept for kept, device in pairs)
-
-
-def decode_cached(cached: Cuts | None, decoder: GraphModule) -> Cuts | None:
-    """The cuts whose encoded form a slot holds; None where there is nothing to reuse."""
-    return None if cached is None else decoder(*cached)
-
-
-def encode_unless(cached: Cuts | None, encoder: GraphModule, cuts: Cuts) -> Cuts:
-    """The encoded form of freshly computed cuts; where there is one to reuse, that."""
-    return encoder(*cuts) if cached is None else cached
-
-
-def stash_unless(cached: Cuts | None, devices: tuple[torch.device | None, ...], cuts: Cuts) -> Cuts:
-    """What a slot is to hold, moved to host memory if it has a device; else what it holds."""
-    if cached is not None:
-        return cached
-    pairs = zip(cuts, devices, strict=True)
-    return tuple(stash(cut) if device is not None else cut for cut, device in pairs)
-
-
-_GUARDS = (fetch_cached, decode_cached, compute_unless, encode_unless, stash_unless)
-
-
-def slot_of(node: Node) -> int | None:
-    """The slot of a guard in a guarded graph; None of any other node."""
-    if node.target in (cache_read, cache_write):
-        return int(node.args[1])
-    if node.target in _GUARDS:
-        return slot_of(node.args[0])
-    return None
-
-
-def insert_cache_pass(gm: GraphModule) -> GraphModule:
+def insert_cache_pass(gm: GraphModule, captured: Captured, regions: Regions) -> GraphModule:
     """Puts a read, a guarded call and a write in place of every region's call.
 
     Requires: regions (:func:`outline_regions_pass`).
@@ -97,7 +30,7 @@ def insert_cache_pass(gm: GraphModule) -> GraphModule:
                                                 %u = compute_unless(%c, spatial_0, %x)
                                                 %r = cache_write(%trajectory, 0, %c, %u)
     """
-    slots = {region.name: slot for slot, region in enumerate(gm.meta["regions"])}
+    slots = {region.name: slot for slot, region in enumerate(regions.all)}
     graph = Graph()
     trajectory = graph.placeholder("trajectory")
     mapping: dict[Node, Node] = {}
@@ -113,9 +46,9 @@ def insert_cache_pass(gm: GraphModule) -> GraphModule:
         computed = graph.call_function(compute_unless, (cached, region, *inputs))
         mapping[node] = graph.call_function(cache_write, (trajectory, slot, cached, computed))
         mapping[node].meta.update(node.meta)
-    hoisted = user_inputs(gm.graph)[len(gm.meta["signature"].inputs) :]
+    hoisted = user_inputs(gm.graph)[len(captured.signature.inputs) :]
     _copy_kept_outputs(graph, {mapping[node] for node in hoisted})
-    return derived(gm, graph)
+    return make_module(gm, graph)
 
 
 def _cuts(gm: GraphModule, call: Node) -> tuple[Node, ...]:
@@ -154,9 +87,8 @@ def _may_be_view(node: Node) -> bool:
     return any(r.alias_info is not None for r in returns) and isinstance(node.args[0], Node)
 
 
-def verify_cache(gm: GraphModule) -> None:
-    """Every region has exactly one read and one write."""
-    regions: tuple[Region, ...] = gm.meta["regions"]
+def verify_cache(gm: GraphModule, regions: Regions) -> None:
+    """Checks that every region has exactly one read and one write."""
     for target in (cache_read, cache_write):
         slots = [n.args[1] for n in gm.graph.nodes if n.target is target]
-        assert sorted(slots) == list(range(len(regions))), (target.__name__, slots)
+        assert sorted(slots) == list(range(len(regions.all))), (target.__name__, slots)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
@@ -14,10 +14,9 @@ from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from pabc.base.structure import Structure
-
+from .facts import Captured, Signature
 from .ir import make_module, output_node
-from .tracing.calls import ResultForm, TracedCall
+from .tracing.calls import TracedCall
 from .tracing.effects import Effects, WrittenName, check_writes, find_written_tensors, judge_effects
 from .tracing.export import export, export_any_sizes
 from .tracing.foreign import refuse_hooks
@@ -33,18 +32,6 @@ CONSTANTS = "constants."
 """Prefix of the graph's own tensors, which are not the model's to replace."""
 
 
-@dataclass(frozen=True, slots=True)
-class Signature:
-    """How the graph's inputs and outputs pack into the model's own arguments and result.
-
-    `inputs` names one graph input per flattened argument.
-    """
-
-    in_spec: Structure
-    out_spec: ResultForm
-    inputs: tuple[str, ...]
-
-
 def capture(
     model: nn.Module,
     args: tuple[Any, ...],
@@ -53,26 +40,22 @@ def capture(
     opaque: Mapping[str, str] | None = None,
     lifted: Collection[int] = (),
     dynamic: bool = False,
-) -> GraphModule:
-    """Exports `model` for these arguments and returns its graph.
+) -> tuple[GraphModule, Captured]:
+    """Exports `model` for these arguments; returns its graph and what was found out about it.
 
     Where the forward reads Python values from tensor data, the model is run once with these
-    arguments to record them, and the graph is right as long as `gm.meta["reads"]` hold. A module
-    that cannot be traced, or is named in `opaque` (with the reason), is called by the graph and
-    runs as it is.
+    arguments to record them, and the graph is right as long as the reads hold. A module that cannot
+    be traced, or is named in `opaque` (with the reason), is opaque: the graph calls it.
 
     `lifted`: positions among the flattened arguments of numbers that become inputs, as tensors
     without dimensions; all other numbers are constants of the graph. `dynamic`: for all sizes of
-    the tensors for which the model does the same; `gm.meta["sizes"]` says which.
+    the tensors for which the model does the same; :attr:`Captured.sizes` says which.
 
     Requires: `model` in eval mode; `args` and `kwargs` as :func:`pabc.base.arguments.bind_call`
     returns them.
     Ensures: inputs are placeholders, one per flattened argument, in order; parameters and buffers
     are `get_attr` nodes under their qualified names, sharing the model's tensors; every op is
-    functional; run on the same arguments it gives the model's bits; `model` is as it was;
-    `gm.meta["calls"]` has one :class:`OpaqueCall` per call of a module that runs as it is;
-    `gm.meta["modules"]` tells whether the model still is as it was captured; `gm.meta["writes"]`:
-    the positions of inputs that the forward writes to, whose new values follow the results.
+    functional; run on the same arguments it gives the model's bits; `model` is as it was.
     Raises: ValueError where the model's own forward, not that of a module in it, cannot be traced,
     or where a module holds its weights in a TorchScript object or has a hook of another library
     that moves weights, or keeps values between calls.
@@ -85,22 +68,24 @@ def capture(
     _refuse_packed_weights(model)
     call = TracedCall(args, kwargs, lifted)
     with call.replacing_forward(model):
-        gm, effects = _capture_results(model, call, dict(opaque or {}), dynamic)
-    gm.meta["deleted"], gm.meta["written"] = effects.deleted, effects.written
-    gm.meta["modules"] = ModelState.of(model, {c.path for c in gm.meta["calls"]}, effects.written)
+        exported, effects = _export(model, call, dict(opaque or {}), dynamic)
+    gm, captured = _finish(model, call, effects, *exported)
     if lifted:
-        names = [gm.meta["signature"].inputs[i] for i in lifted]
-        check_numbers_stay_tensors(gm.graph, names, gm.meta["reads"].inputs)
-    return gm
+        names = [captured.signature.inputs[i] for i in lifted]
+        check_numbers_stay_tensors(gm.graph, names, captured.reads.inputs)
+    return gm, captured
 
 
-def _capture_results(
+def _export(
     model: nn.Module, call: TracedCall, opaque: dict[str, str], dynamic: bool
-) -> tuple[GraphModule, Effects]:
-    """The graph, around modules whose forwards do more than give results."""
+) -> tuple[tuple[Any, ...], Effects]:
+    """Exports the model around modules whose forwards do more than return results.
+
+    Returns what :func:`pabc.passes.tracing.export.export` does, and what the forward leaves behind.
+    """
     written: tuple[WrittenName, ...] = ()
     while True:
-        exported: Any
+        exported: tuple[Any, ...]
         try:
             exported = (export_any_sizes(model, call),) if dynamic else export(model, call, opaque)
         except ValueError:
@@ -116,7 +101,7 @@ def _capture_results(
         written += effects.written
         modules = {**_written_buffers(exported[0]), **effects.modules}
         if not modules:
-            return _finish(model, call, *exported), replace(effects, written=written)
+            return exported, replace(effects, written=written)
         if dynamic:
             raise ValueError("; ".join(f"{name}: {why}" for name, why in modules.items()))
         opaque.update(modules)
@@ -126,11 +111,12 @@ def _capture_results(
 def _finish(
     model: nn.Module,
     call: TracedCall,
+    effects: Effects,
     program: torch.export.ExportedProgram,
     replayer: ReadReplayer | None = None,
     calls: Sequence[OpaqueCall] = (),
-) -> GraphModule:
-    """The graph with weights as attribute reads, and the facts about it."""
+) -> tuple[GraphModule, Captured]:
+    """Returns the graph with weights as attribute reads, and the facts about it."""
     graph = program.graph
     writes = _split_off_writes(program)
     _take_names(graph)
@@ -155,21 +141,28 @@ def _finish(
         _read_attribute(graph, node, name, position)
     gm = make_module(root, graph)
     checked = _split_off_tensors(graph, call, [] if replayer is None else replayer.checked)
-    gm.meta["reads"] = Reads.of(gm, checked)
-    gm.meta["compiled"] = tuple(dict.fromkeys(call.compiled))
-    gm.meta["calls"] = (*calls, *call.hooks.calls)
+    reads = Reads.of(gm, checked)
     names = tuple(n for n in inputs if n in writes)
     if names:
         check_writes(call, [inputs.index(n) for n in names], names)
     results = output_node(graph)
     results.args = ((*results.args[0], *(writes[n] for n in names)),)
-    gm.meta["writes"] = tuple(inputs.index(n) for n in names)
-    gm.meta["aliases"] = _find_aliases(model, root)
     assert call.result is not None
-    gm.meta["signature"] = Signature(call.structure, call.result, tuple(inputs))
-    if has_free_sizes(graph):
-        gm.meta["sizes"] = read_sizes(graph, call.inputs, program.range_constraints)
-    return gm
+    opaque = (*calls, *call.hooks.calls)
+    is_dynamic = has_free_sizes(graph)
+    captured = Captured(
+        signature=Signature(call.structure, call.result, tuple(inputs)),
+        reads=reads,
+        modules=ModelState.of(model, {each.path for each in opaque}, effects.written),
+        calls=opaque,
+        aliases=_find_aliases(model, root),
+        writes=tuple(inputs.index(n) for n in names),
+        deleted=effects.deleted,
+        written=effects.written,
+        compiled=tuple(dict.fromkeys(call.compiled)),
+        sizes=read_sizes(graph, call.inputs, program.range_constraints) if is_dynamic else None,
+    )
+    return gm, captured
 
 
 def _take_names(graph: torch.fx.Graph) -> None:

@@ -17,7 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pabc.kernels.dtypes import FP8, FP8_MAX, OVER_FP8_MAX, TINY
 
-from .cache import (
+from .facts import Captured, Regions
+from .guard_ops import (
     Cuts,
     cache_read,
     cache_write,
@@ -68,13 +69,15 @@ def decode(kept: Sequence[torch.Tensor], form: CacheDtype, dtype: torch.dtype) -
     return kept[0].to(dtype)
 
 
-def encode_cuts_pass(gm: GraphModule, *, cache_dtype: CacheDtype) -> GraphModule:
+def encode_cuts_pass(
+    gm: GraphModule, captured: Captured, regions: Regions, *, cache_dtype: CacheDtype
+) -> tuple[GraphModule, Regions]:
     """Decodes what each cache read gives, and encodes what each cache write is offered.
 
     Requires: a guarded graph (:func:`insert_cache_pass`).
-    Ensures: slots hold encoded cuts, and `gm.meta["regions"]` says what these are; regions whose
-    cuts would not become smaller, and with `"keep"` all, are as before; so are outputs, bit for
-    bit, where nothing is reused.
+    Ensures: slots hold encoded cuts (:attr:`Region.encoded`); regions whose cuts would not become
+    smaller, and with `"keep"` all, are as before; so are outputs, bit for bit, where nothing is
+    reused.
 
         # before                                # after
         %c = cache_read(%trajectory, 0)         %c = cache_read(%trajectory, 0)
@@ -84,9 +87,9 @@ def encode_cuts_pass(gm: GraphModule, *, cache_dtype: CacheDtype) -> GraphModule
         %v = getitem(%r, 0)                     %w = cache_write(%trajectory, 0, %c, %e)
                                                 %v = getitem(%u, 0)
     """
-    codecs = _find_codecs(gm, cache_dtype)
+    codecs = _find_codecs(gm, regions.all, captured.sizes, cache_dtype)
     if not codecs:
-        return gm
+        return gm, regions
     graph = Graph()
     mapping: dict[Node, Node] = {}
     for node in gm.graph.nodes:
@@ -111,13 +114,11 @@ def encode_cuts_pass(gm: GraphModule, *, cache_dtype: CacheDtype) -> GraphModule
     for codec in codecs.values():
         root[f"encode_{codec.index}"] = codec.encoder
         root[f"decode_{codec.index}"] = codec.decoder
-    result = make_module(root, graph)
-    result.meta.update(gm.meta)
-    result.meta["regions"] = tuple(
+    encoded = (
         replace(region, encoded=codecs[slot].layout) if slot in codecs else region
-        for slot, region in enumerate(gm.meta["regions"])
+        for slot, region in enumerate(regions.all)
     )
-    return result
+    return make_module(root, graph), Regions(tuple(encoded))
 
 
 @dataclass(frozen=True)
@@ -131,10 +132,10 @@ class _Codec:
     layout: tuple[tuple[tuple[int, ...], torch.dtype], ...]
 
 
-def _find_codecs(gm: GraphModule, cache_dtype: CacheDtype) -> Mapping[int | None, _Codec]:
-    """A codec for each slot whose cuts become smaller; one for all whose cuts are alike."""
-    regions: tuple[Region, ...] = gm.meta["regions"]
-    sizes: Sizes | None = gm.meta.get("sizes")
+def _find_codecs(
+    gm: GraphModule, regions: Sequence[Region], sizes: Sizes | None, cache_dtype: CacheDtype
+) -> Mapping[int | None, _Codec]:
+    """Returns a codec for each slot whose cuts become smaller; one for all whose cuts are alike."""
     known: dict[str, _Codec] = {}
     codecs: dict[int | None, _Codec] = {}
     for slot, region in enumerate(regions):

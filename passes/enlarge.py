@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 from pabc.base.forward import inner_forward
 from pabc.base.structure import Structure, flatten
 
+from .facts import Denoised, ModelCall, Signature
 from .single_axes import find_single_axes, hinges_on_single_axes
 from .tag import find_attentions, stated_by
 from .tracing.fakes import fake_like
@@ -33,38 +34,38 @@ Leaves = Sequence[Any]
 
 
 def enlarge_call(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
     gm: GraphModule,
+    call: ModelCall,
+    signature: Signature,
+    denoised: Denoised,
     *,
     kinds: Mapping[str, str],
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """The smallest call that the model takes with the latents larger along each such axis.
+) -> ModelCall | None:
+    """Returns the smallest call that the model takes with the latents larger along each such axis.
 
-    None where no kind hinges on one, or the user states them all (`kinds`). Other inputs as large
-    at the same place, counted from the last dimension (the mask of a video, say), grow with the
-    latents if the model does not take the call otherwise. An axis that the model does not take
-    larger stays as it is.
+    Returns None if no kind hinges on one, or the user states them all (`kinds`). Other inputs as
+    large at the same place, counted from the last dimension (the mask of a video, say), grow with
+    the latents if the model does not take the call otherwise. An axis that the model does not take
+    larger stays as it is. No number of the larger call is lifted.
 
     Requires: axes (:func:`name_axes_pass`) of the graph of this call.
     """
-    found = find_attentions(gm)
-    axes = find_single_axes(gm, found)
-    name = gm.meta["latents"]
+    found = find_attentions(gm, denoised)
+    axes = find_single_axes(gm, denoised, found)
+    name = denoised.latents
     if not axes or not any(
         hinges_on_single_axes(f, name) and not stated_by(f, kinds) for f in found
     ):
         return None
     leaves: Leaves
-    leaves, structure = flatten((args, kwargs))
-    latents = gm.meta["signature"].inputs.index(name)
-    with _takes(model, structure) as takes:
+    leaves, structure = flatten((call.args, call.kwargs))
+    latents = signature.inputs.index(name)
+    with _takes(call.model, structure) as takes:
         for dim in axes:
             taken = (larger for larger in _grow(leaves, latents, dim) if takes(larger))
             leaves = next(taken, leaves)
-    enlarged: tuple[tuple[Any, ...], dict[str, Any]] = structure.unflatten(leaves)
-    return enlarged
+    args, kwargs = structure.unflatten(leaves)
+    return ModelCall(model=call.model, args=args, kwargs=kwargs, opaque=call.opaque)
 
 
 def _grow(leaves: Leaves, latents: int, dim: int) -> Iterator[Leaves]:

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from .facts import Lifted, Regions, ResultIndex
 from .ir import attribute, copy_into, make_module, output_node
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Which of a flat graph's results one of the model's outputs is."""
-
-    index: int
-
-
-def inline_regions_pass(gm: GraphModule) -> GraphModule:
+def inline_regions_pass(gm: GraphModule, regions: Regions) -> GraphModule:
     """Copies every called region into the graph that calls it.
 
     Requires: a phase (:func:`specialize_phase_pass`).
@@ -30,7 +23,7 @@ def inline_regions_pass(gm: GraphModule) -> GraphModule:
         %r = call_module[cross_0](%x)           %q = aten.linear(%x, %w)
         %c = getitem(%r, 0)                     %o = aten.scaled_dot_product_attention(%q, ...)
     """
-    slots = {region.name: slot for slot, region in enumerate(gm.meta["regions"])}
+    slots = {region.name: slot for slot, region in enumerate(regions.all)}
     graph = Graph()
     mapping: dict[Node, Any] = {}
     root: dict[str, Any] = {}
@@ -50,9 +43,14 @@ def inline_regions_pass(gm: GraphModule) -> GraphModule:
         if node.op == "call_function" and "val" not in node.meta:
             args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
             node.meta["val"] = node.target(*args, **kwargs)
-    result = make_module(root, graph)
-    result.meta.update(gm.meta)
-    return result
+    return make_module(root, graph)
+
+
+def verify_inline(gm: GraphModule) -> None:
+    """Checks that no module is called, and that every op has its fake result."""
+    for node in gm.graph.nodes:
+        assert node.op != "call_module", f"{node.name} calls a module"
+        assert node.op != "call_function" or "val" in node.meta, f"{node.name} has no fake result"
 
 
 def _inline(
@@ -72,13 +70,12 @@ def _inline(
     return tuple(inner[n] for n in output_node(body.graph).args[0])
 
 
-def lift_weights_pass(gm: GraphModule) -> GraphModule:
+def lift_weights_pass(gm: GraphModule) -> tuple[GraphModule, Lifted]:
     """Turns attribute reads into leading inputs and packs the results into one flat tuple.
 
     Requires: a flat graph (:func:`inline_regions_pass`) that returns (outputs, stored cuts).
-    Ensures: no tensor is read by `get_attr`; `gm.meta["weights"]` names the leading inputs in
-    order; every result is a tensor, the model's outputs first, and `gm.meta["outputs"]` says how to
-    put them back: per output its place among the results, or the constant it is.
+    Ensures: no tensor is read by `get_attr`: weights are the first inputs; every result is a
+    tensor, the model's outputs first.
 
         # before                                # after
         %w = get_attr[blocks.0.ff.weight]       %blocks_0_ff_weight = placeholder
@@ -105,10 +102,15 @@ def lift_weights_pass(gm: GraphModule) -> GraphModule:
     tensors = [n for n in outputs if isinstance(n, Node)]
     graph.output(tuple(mapping[n] for n in (*tensors, *stored)))
     places = iter(range(len(tensors)))
-    result = make_module(graphs, graph)
-    result.meta.update(gm.meta)
-    result.meta["weights"] = tuple(reads)
-    result.meta["outputs"] = tuple(
-        Place(next(places)) if isinstance(n, Node) else n for n in outputs
-    )
-    return result
+    packed = tuple(ResultIndex(next(places)) if isinstance(n, Node) else n for n in outputs)
+    return make_module(graphs, graph), Lifted(tuple(reads), packed)
+
+
+def verify_lift(gm: GraphModule, lifted: Lifted) -> None:
+    """Checks that weights are the first inputs, and that all results are tensors."""
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    assert len(inputs) >= len(lifted.weights), (len(inputs), lifted.weights)
+    for node in gm.graph.nodes:
+        is_read = node.op == "get_attr"
+        assert not is_read or isinstance(attribute(gm, str(node.target)), nn.Module), node.name
+    assert all(isinstance(result, Node) for result in output_node(gm.graph).args[0])

@@ -11,19 +11,24 @@ from torch.utils import _pytree as pytree
 from pabc.base.flops import count_op_flops
 
 from .attention_ops import attention_call, is_attention_op
-from .tracing.sizes import hinted
+from .tracing.sizes import Sizes, hinted
 
 
 class FlopCounter:
-    """Counts FLOPs of graphs by PyTorch's own formulas, once for all calls of equal shapes."""
+    """Counts FLOPs of graphs by PyTorch's own formulas, once for all calls of equal shapes.
 
-    def __init__(self) -> None:
+    `sizes`: the sizes that the graphs serve, where they have dynamic shapes; the FLOPs are then
+    those of the captured call.
+    """
+
+    def __init__(self, sizes: Sizes | None = None) -> None:
+        self._sizes = sizes
         self._known: dict[tuple[object, str], int] = {}
 
     def __call__(self, gm: nn.Module) -> int:
         """Returns the FLOPs of one run of a graph module, without those of its submodules."""
         assert isinstance(gm, GraphModule)
-        with hinted(gm):
+        with hinted(gm, self._sizes):
             return sum(map(self._count, gm.graph.nodes))
 
     def _count(self, node: Node) -> int:

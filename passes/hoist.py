@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from .facts import Captured, Denoised, PrologueGraph
 from .ir import (
     LAYOUTS,
     copy_into,
     dead_without,
-    derived,
     is_opaque,
     is_random,
     is_tensor,
@@ -39,7 +39,7 @@ class _Invariants:
     frontier: tuple[Node, ...]
 
 
-def hoist_invariants_pass(gm: GraphModule) -> GraphModule:
+def hoist_invariants_pass(gm: GraphModule, denoised: Denoised) -> tuple[GraphModule, PrologueGraph]:
     """Splits off the ops that depend on weights, constants and steady inputs alone: text
     projections, cross attention's keys and values, position and rotary tables, masks.
 
@@ -47,11 +47,9 @@ def hoist_invariants_pass(gm: GraphModule) -> GraphModule:
     have one. That is a guess about cost, never about results: whoever runs the prologue runs it
     again when a steady input or a weight has changed (:class:`pabc.runtime.program.Program` does).
 
-    Requires: `gm.meta["denoised"]` (:func:`name_axes_pass`); regions are marked, since a stream
-    that is hoisted could no longer be found.
-    Ensures: `gm.meta["prologue"]` maps the model's inputs to a tuple of tensors, which are the
-    last inputs of the graph; `gm.meta["steady"]` lists the positions of the inputs that the
-    prologue reads; outputs bitwise as before. Views of weights and constants are left in place, and
+    Requires: regions are marked, since a stream that is hoisted could no longer be found.
+    Ensures: the prologue maps the model's inputs to a tuple of tensors, which are the last inputs
+    of the graph; outputs bitwise as before. Views of weights and constants are left in place, and
     so is the unpacking of quantized weights: kept for a generation, it would take the memory that
     quantization saves.
 
@@ -61,7 +59,7 @@ def hoist_invariants_pass(gm: GraphModule) -> GraphModule:
         %o = sdpa(%q, %k, %v)                   # prologue: %e, %k; return (%k,)
     """
     inputs = user_inputs(gm.graph)
-    steady = [n for n in inputs if _is_steady(n, gm.meta["denoised"])]
+    steady = [n for n in inputs if _is_steady(n, denoised.streams)]
     found = find_invariants(gm.graph, steady)
     prologue = _build_prologue(gm, inputs, found)
     graph = Graph()
@@ -74,20 +72,26 @@ def hoist_invariants_pass(gm: GraphModule) -> GraphModule:
             mapping[node].meta.pop(mark, None)
     stays = _needed_without(gm.graph, found.frontier)
     copy_into(graph, [n for n in gm.graph.nodes if n in stays], mapping)
-    result = derived(gm, graph)
-    result.meta["prologue"] = prologue
     used = {n.name for n in user_inputs(prologue.graph) if _is_read(n)}
-    result.meta["steady"] = tuple(i for i, n in enumerate(inputs) if n.name in used)
-    return result
+    reads = tuple(i for i, n in enumerate(inputs) if n.name in used)
+    attentions = tuple(n.meta["attention"] for n in found.nodes if "attention" in n.meta)
+    return make_module(gm, graph), PrologueGraph(prologue, reads, attentions)
 
 
-def verify_hoist(gm: GraphModule) -> None:
-    """The prologue reads nothing that varies, and its results are the graph's last inputs."""
-    prologue: GraphModule = gm.meta["prologue"]
-    for node in user_inputs(prologue.graph):
-        assert not _is_read(node) or _is_steady(node, gm.meta["denoised"]), f"{node.name} varies"
+def hoist_nothing(gm: GraphModule) -> tuple[GraphModule, PrologueGraph]:
+    """Returns the graph as it is, with a prologue that computes nothing."""
+    return gm, PrologueGraph(_build_prologue(gm, user_inputs(gm.graph), _Invariants((), ())))
+
+
+def verify_hoist(
+    gm: GraphModule, captured: Captured, denoised: Denoised, prologue: PrologueGraph
+) -> None:
+    """Checks that the prologue reads nothing that varies, and that its results are the graph's last
+    inputs."""
+    for node in user_inputs(prologue.graph.graph):
+        assert not _is_read(node) or _is_steady(node, denoised.streams), f"{node.name} varies"
     hoisted = [n for n in user_inputs(gm.graph) if n.name.startswith("hoisted_")]
-    assert user_inputs(gm.graph)[len(gm.meta["signature"].inputs) :] == hoisted
+    assert user_inputs(gm.graph)[len(captured.signature.inputs) :] == hoisted
 
 
 def _is_read(node: Node) -> bool:
@@ -183,9 +187,4 @@ def _build_prologue(gm: GraphModule, inputs: list[Node], found: _Invariants) -> 
     copy_into(graph, inputs, mapping)
     copy_into(graph, found.nodes, mapping)
     graph.output(tuple(mapping[n] for n in found.frontier))
-    prologue = make_module(gm, graph)
-    prologue.meta["sizes"] = gm.meta.get("sizes")
-    prologue.meta["attentions"] = [
-        n.meta["attention"] for n in found.nodes if "attention" in n.meta
-    ]
-    return prologue
+    return make_module(gm, graph)

@@ -2,9 +2,9 @@
 
 A graph here is a :class:`torch.fx.Graph` of ATen ops. Facts about one node lie in ``node.meta``
 (``"val"``: its fake tensor, ``"axes"``: its :data:`Dims`, ``"attention"``: an :class:`Attention`);
-facts about the whole graph in ``gm.meta`` (``"signature"``, ``"latents"``, ``"regions"``). In a
-graph for any sizes (``gm.meta["sizes"]``), fake tensors have symbols for sizes, and ``"hint"`` is
-the same at the sizes of the captured call (:mod:`pabc.passes.tracing.sizes`).
+facts about the whole graph are dataclasses (:mod:`pabc.passes.facts`). In a graph with dynamic
+shapes, fake tensors have symbols for sizes, and ``"hint"`` is the same at the sizes of the captured
+call (:mod:`pabc.passes.tracing.sizes`).
 """
 
 from __future__ import annotations
@@ -218,6 +218,12 @@ def is_collective(node: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target.namespace in COLLECTIVES
 
 
+def cannot_be_recorded(node: Node) -> bool:
+    """Returns True if an op may wait for the device or for other processes, which a CUDA graph
+    cannot contain."""
+    return is_opaque(node) or is_collective(node)
+
+
 def is_contraction(node: Node) -> bool:
     """Whether the op sums over products of two tensors: a projection, a convolution, a product.
 
@@ -276,9 +282,12 @@ def output_node(graph: Graph) -> Node:
     return next(node for node in reversed(graph.nodes) if node.op == "output")
 
 
-def model_outputs(gm: GraphModule) -> list[Node]:
-    """The tensors that the model returns; values that it writes to inputs follow them."""
-    results = output_node(gm.graph).args[0][: gm.meta["signature"].out_spec.num_outputs]
+def model_outputs(graph: Graph, num_outputs: int) -> list[Node]:
+    """Returns the tensors among the first `num_outputs` results: those that the model returns.
+
+    Values that it writes to inputs follow them.
+    """
+    results = output_node(graph).args[0][:num_outputs]
     return list(dict.fromkeys(node for node in results if is_tensor(node)))
 
 
@@ -351,13 +360,6 @@ def make_module(root: nn.Module | dict[str, Any], graph: Graph) -> GraphModule:
     Most are never run: each pass makes one.
     """
     return _LazyGraphModule(root, graph)
-
-
-def derived(gm: GraphModule, graph: Graph) -> GraphModule:
-    """A graph module over `graph` with the attributes and graph-wide facts of `gm`."""
-    result = make_module(gm, graph)
-    result.meta.update(gm.meta)
-    return result
 
 
 def layout_key(val: Any) -> Hashable:

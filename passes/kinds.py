@@ -47,11 +47,6 @@ class TokenAxes:
     space: tuple[Axis, ...]
 
 
-def find_streams(gm: GraphModule) -> list[str]:
-    """The inputs whose axes the denoised streams have, the latents first."""
-    return list(dict.fromkeys(gm.meta["denoised"].values()))
-
-
 def find_token_axes(gm: GraphModule, found: list[Found], stream: str) -> TokenAxes:
     """A stream's axes that tokens are made of: all but the batch and the contracted channels.
 

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .ir import copy_into, derived, erase_unneeded, remove_dead_code
+from pabc.kernels.gains import find_gain
+
+from .facts import KernelMatch, KernelMatches
+from .ir import copy_into, erase_unneeded, make_module, remove_dead_code
 from .lowering.attention import match_attention
 from .lowering.encode_rows import match_encode_rows
 from .lowering.joint_norm import match_joint_norm
@@ -49,45 +51,32 @@ FREE_LAYOUTS = {KERNEL: ("y_like_x", "n_like_x")}
 """Kernel -> its keywords that lay a result out like its first argument."""
 
 
-@dataclass(frozen=True, slots=True)
-class Lowering:
-    """What became of a part that a kernel might compute.
-
-    `reason`: why it was left alone; None: it was lowered.
-    """
-
-    kernel: str
-    node: str
-    shape: tuple[int, ...]
-    reason: str | None
-
-
-def lower_pass(gm: GraphModule, *, kernels: Kernels, gains: Gains) -> GraphModule:
+def lower_pass(
+    gm: GraphModule, *, kernels: Kernels, gains: Gains = find_gain
+) -> tuple[GraphModule, KernelMatches]:
     """Replaces what Triton kernels compute by calls of them.
 
     Requires: a flat graph of one size.
-    Ensures: the same function, within the kernels' tolerances, with results laid out as before;
-    `meta["lowered"]` says what was looked at. On a CPU, `auto` looks at nothing.
+    Ensures: the same function, within the kernels' tolerances, with results laid out as before. On
+    a CPU, `auto` looks at nothing.
 
         # before                                           # after
         %o = scaled_dot_product_attention(%q, %k, %v)      %o = pabc.short_attention(%q, %k, %v)
     """
     if kernels == "off":
-        return gm
+        return gm, KernelMatches()
     graph = Graph()
     copy_into(graph, gm.graph.nodes, {})
     remove_dead_code(graph)
-    lowering = _Lowering(kernels, gains)
+    lowering = _Lowerer(kernels, gains)
     for node in reversed(list(graph.nodes)):
         lowering.look_at(node)
     keep_layouts(graph)
     settle_layouts(graph, FREE_LAYOUTS)
-    result = derived(gm, graph)
-    result.meta["lowered"] = tuple(reversed(lowering.looked))
-    return result
+    return make_module(gm, graph), KernelMatches(tuple(reversed(lowering.looked)))
 
 
-class _Lowering:
+class _Lowerer:
     """What has been looked at, from the end of a graph on.
 
     Attributes:
@@ -95,7 +84,7 @@ class _Lowering:
     """
 
     def __init__(self, kernels: Kernels, gains: Gains) -> None:
-        self.looked: list[Lowering] = []
+        self.looked: list[KernelMatch] = []
         self._kernels = kernels
         self._gains = gains
         self._covered: set[tuple[str, Node]] = set()
@@ -113,7 +102,7 @@ class _Lowering:
             if match is None or (match.kernel, node) in self._covered:
                 continue
             reason = _why_not(match, self._kernels, self._gains, device)
-            looked = Lowering(match.kernel, node.name, match.shape, reason)
+            looked = KernelMatch(match.kernel, node.name, match.shape, reason)
             if reason is None:
                 match.rewrite()
                 self._erased |= erase_unneeded((node, *match.covers))
@@ -142,7 +131,7 @@ def _device(node: Node) -> torch.device | None:
     return first.device if isinstance(first, torch.Tensor) else None
 
 
-def summarize(phases: Mapping[Any, Sequence[Lowering]]) -> tuple[str, ...]:
+def summarize(phases: Mapping[Any, Sequence[KernelMatch]]) -> tuple[str, ...]:
     """A line for each kernel and outcome, of the phase in which most was looked at."""
     counts: Counter[str] = Counter()
     for each in max(phases.values(), key=len, default=()):

@@ -13,7 +13,8 @@ from itertools import pairwise
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .cache import (
+from .guard_ops import (
+    Devices,
     cache_read,
     cache_write,
     compute_unless,
@@ -22,11 +23,8 @@ from .cache import (
     slot_of,
     stash_unless,
 )
-from .ir import copy_into, derived
+from .ir import copy_into, make_module
 from .transfers import fetch, stash
-
-Devices = tuple[torch.device | None, ...]
-"""Per tensor that a slot holds: the device it comes from and goes to; None: it stays there."""
 
 
 def offload_cuts_pass(gm: GraphModule, *, accelerators: Sequence[str] = ("cuda",)) -> GraphModule:
@@ -71,28 +69,11 @@ def offload_cuts_pass(gm: GraphModule, *, accelerators: Sequence[str] = ("cuda",
             with graph.inserting_before(mapping[node]):
                 fetched = graph.call_function(fetch_cached, (mapping[node.args[0]], devices))
             mapping[node].update_arg(0, fetched)
-    return derived(gm, graph)
+    return make_module(gm, graph)
 
 
 def _devices(vals: Sequence[torch.Tensor], accelerators: Sequence[str]) -> Devices:
     return tuple(val.device if val.device.type in accelerators else None for val in vals)
-
-
-def insert_fetches(graph: Graph, held: Sequence[Node], devices: Devices) -> tuple[Node, ...]:
-    """Fetches what slots hold, at the end of the graph; what is not moved is left as it is."""
-    pairs = zip(held, devices, strict=True)
-    return tuple(
-        node if device is None else graph.call_function(fetch, (node, device))
-        for node, device in pairs
-    )
-
-
-def insert_stashes(graph: Graph, cuts: Sequence[Node], devices: Devices) -> tuple[Node, ...]:
-    """Stashes cuts, at the end of the graph; what is not moved is left as it is."""
-    pairs = zip(cuts, devices, strict=True)
-    return tuple(
-        node if device is None else graph.call_function(stash, (node,)) for node, device in pairs
-    )
 
 
 def link_fetches(graph: Graph) -> None:

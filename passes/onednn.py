@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .ir import aten, copy_into, derived, is_call, value
+from .ir import aten, copy_into, is_call, make_module, value
 
 _FEW_ROWS = 16
 """Below, oneDNN's call costs more than its product gains."""
@@ -43,7 +43,7 @@ def use_onednn_pass(gm: GraphModule) -> GraphModule:
         x, weight, bias = (*mapping[node].args, None)[:3]
         mapping[node].target = torch.ops.mkldnn._linear_pointwise.default
         mapping[node].args = (x, weight, bias, "none", [], "")
-    return derived(gm, graph)
+    return make_module(gm, graph)
 
 
 def _fits(node: Node) -> bool:

@@ -8,12 +8,12 @@ from itertools import takewhile
 
 from torch.fx import Graph, GraphModule, Node
 
+from .facts import Marked, Regions
 from .ir import (
     GETITEM,
     Region,
     attribute,
     copy_into,
-    derived,
     is_contraction,
     make_module,
     module_path,
@@ -33,12 +33,12 @@ class _Branch:
     cuts: tuple[Node, ...]
 
 
-def outline_regions_pass(gm: GraphModule) -> GraphModule:
-    """Builds the graph anew with one call in place of each region's nodes.
+def outline_regions_pass(gm: GraphModule, marked: Marked) -> tuple[GraphModule, Regions]:
+    """Replaces each region's nodes by one call.
 
     Requires: marks (:func:`mark_regions_pass`).
-    Ensures: outputs bitwise as before; `gm.meta["regions"]` lists the regions in execution order;
-    region i is one `call_module` node that returns the tuple of its cuts.
+    Ensures: outputs bitwise as before; region i, in execution order, is one `call_module` node that
+    returns the tuple of its cuts.
 
         # before                                # after
         %n = layer_norm(%x)                     %r = call_module[spatial_0](%x, %shift, %scale)
@@ -47,32 +47,31 @@ def outline_regions_pass(gm: GraphModule) -> GraphModule:
         %g = mul(%gate, %p)                     %y = add(%x, %g)
         %y = add(%x, %g)
     """
-    return _outline(gm, _collect(gm))
+    return _outline(gm, _collect(gm, marked))
 
 
-def verify_outline(gm: GraphModule) -> None:
-    """Each region is called once, and no tagged attention of a region is left outside."""
+def verify_outline(gm: GraphModule, regions: Regions) -> None:
+    """Checks that each region is called once, and that none of its attentions is left outside."""
     calls = [node.target for node in gm.graph.nodes if node.op == "call_module"]
-    regions: tuple[Region, ...] = gm.meta["regions"]
-    assert sorted(calls) == sorted(r.name for r in regions), (calls, regions)
-    inside = {name for region in regions for name in region.attentions}
+    assert sorted(calls) == sorted(r.name for r in regions.all), (calls, regions)
+    inside = {name for region in regions.all for name in region.attentions}
     for node in tagged(gm):
         assert node.meta["attention"].name not in inside, f"{node.name} is alive outside its region"
 
 
-def _collect(gm: GraphModule) -> list[_Branch]:
+def _collect(gm: GraphModule, marked: Marked) -> list[_Branch]:
     nodes: dict[int, list[Node]] = {}
     for node in gm.graph.nodes:
         if "region" in node.meta:
             nodes.setdefault(node.meta["region"], []).append(node)
     branches = []
-    for i, (kind, attentions) in enumerate(gm.meta["branches"]):
+    for i, (kind, attentions) in enumerate(marked.branches):
         cuts = sorted((n for n in nodes[i] if "cut" in n.meta), key=lambda n: n.meta["cut"])
         branches.append(_Branch(kind, attentions, tuple(nodes[i]), tuple(cuts)))
     return branches
 
 
-def _outline(gm: GraphModule, branches: Sequence[_Branch]) -> GraphModule:
+def _outline(gm: GraphModule, branches: Sequence[_Branch]) -> tuple[GraphModule, Regions]:
     owner = {node: branch for branch in branches for node in branch.nodes}
     counts: dict[str, int] = {}
     root: dict[str, object] = {}
@@ -96,10 +95,7 @@ def _outline(gm: GraphModule, branches: Sequence[_Branch]) -> GraphModule:
             mapping[node].meta.update({k: node.meta[k] for k in facts if k in node.meta})
     reads = (str(n.target) for n in graph.nodes if n.op == "get_attr")
     root.update((name, attribute(gm, name)) for name in reads)
-    result = make_module(root, graph)
-    result.meta.update(gm.meta)
-    result.meta["regions"] = tuple(regions)
-    return result
+    return make_module(root, graph), Regions(tuple(regions))
 
 
 def _in_order(graph: Graph, owner: dict[Node, _Branch]) -> list[Node | _Branch]:
@@ -144,7 +140,7 @@ def _body(gm: GraphModule, branch: _Branch) -> GraphModule:
         mapping[node].meta.update(node.meta)
     copy_into(graph, branch.nodes, mapping)
     graph.output(tuple(mapping[n] for n in branch.cuts))
-    return derived(gm, graph)
+    return make_module(gm, graph)
 
 
 def _describe(branch: _Branch, layer: int) -> Region:

@@ -9,6 +9,7 @@ from typing import Literal
 from torch.fx import GraphModule, Node
 
 from .attention_ops import attention_result
+from .facts import Denoised, Marked, Tagged
 from .ir import (
     LAYOUTS,
     Attention,
@@ -40,16 +41,17 @@ class _Branch:
     adds: frozenset[Node] = frozenset()
 
 
-def mark_regions_pass(gm: GraphModule, *, cut: Cut = "attention") -> GraphModule:
+def mark_regions_pass(
+    gm: GraphModule, denoised: Denoised, tags: Tagged, *, cut: Cut = "attention"
+) -> tuple[GraphModule, Marked]:
     """Marks the nodes of every residual branch, up to its cut.
 
     `cut="attention"`: the last value before the gate, so that what follows from the timestep stays
     fresh. `cut="branch"`: the value that is added to the residual stream.
 
     Requires: tags (:func:`tag_attention_pass`).
-    Ensures: `gm.meta["branches"]` has the kind and the attentions of each region; a node that only
-    region i needs has `meta["region"] == i`, its cuts `meta["cut"]` as well, their ordinal; no node
-    is in two regions; `gm.meta["outside"]` lists attentions that no region holds, with the reason.
+    Ensures: a node that only region i needs has `meta["region"] == i`, its cuts `meta["cut"]` as
+    well, their ordinal; no node is in two regions.
 
         # before                                # after
         %n = layer_norm(%x)                     %n: region 0
@@ -64,7 +66,8 @@ def mark_regions_pass(gm: GraphModule, *, cut: Cut = "attention") -> GraphModule
     groups = _group_by_exits(reach, tagged(gm), residuals)
     branches, outside = _find_attention_branches(reach, groups, residuals, cut)
     shares = find_shares(reach, groups, residuals)
-    branches += _find_mlp_branches(gm, reach, residuals, shares, branches, cut)
+    streams = set(denoised.streams.values())
+    branches += _find_mlp_branches(streams, reach, residuals, shares, branches, cut)
     branches = _split_around_others(reach, branches, residuals, outside)
     branches.sort(key=lambda b: reach.index[b.cuts[0]])
     for i, (branch, nodes) in enumerate(_own(reach, branches, residuals)):
@@ -73,22 +76,22 @@ def mark_regions_pass(gm: GraphModule, *, cut: Cut = "attention") -> GraphModule
             node.meta["region"] = i
         for ordinal, node in enumerate(branch.cuts):
             node.meta["cut"] = ordinal
-    gm.meta["branches"] = tuple(
-        (b.kind, tuple(n.meta["attention"].name for n in b.attentions)) for b in branches
-    )
-    gm.meta["outside"] = (*outside, *find_inner_attentions(gm), *gm.meta["unclaimed"])
-    return gm
+    kinds = tuple((b.kind, tuple(n.meta["attention"].name for n in b.attentions)) for b in branches)
+    return gm, Marked(kinds, (*outside, *find_inner_attentions(gm), *tags.unclaimed))
 
 
-def verify_marks(gm: GraphModule) -> None:
-    """Every region has a cut and can be called at once; every attention on the latents is in a
-    region, or named outside."""
+def verify_marks(gm: GraphModule, marked: Marked) -> None:
+    """Checks the marks of regions.
+
+    Every region has a cut and can be called at once; every attention on the latents is in a region,
+    or named outside.
+    """
     cuts = {node.meta["region"] for node in gm.graph.nodes if "cut" in node.meta}
-    assert cuts == set(range(len(gm.meta["branches"]))), cuts
+    assert cuts == set(range(len(marked.branches))), cuts
     for node in tagged(gm):
         attention: Attention = node.meta["attention"]
         held = "region" in node.meta or attention.kind == "other"
-        assert held or any(attention.name in line for line in gm.meta["outside"]), attention.name
+        assert held or any(attention.name in line for line in marked.outside), attention.name
     reach = Reach(gm.graph)
     for i in cuts:
         nodes = [n for n in gm.graph.nodes if n.meta.get("region") == i]
@@ -206,7 +209,7 @@ def _cut_raw(attention: Node) -> _Branch | None:
 
 
 def _find_mlp_branches(
-    gm: GraphModule,
+    streams: Collection[str],
     reach: Reach,
     residuals: Sequence[Residual],
     shares: Sequence[Residual],
@@ -219,7 +222,6 @@ def _find_mlp_branches(
     positions, a projection at either end of the model under a skip over all blocks. Of a share of
     a branch, a product after the merge counts; the share is the region.
     """
-    streams = set(gm.meta["denoised"].values())
     owned = _own(reach, attention_branches, residuals)
     claimed = {node for _, nodes in owned for node in nodes}
     groups: dict[frozenset[Node], list[Residual]] = {}

@@ -7,14 +7,15 @@ dimension are copies of one another follows from the dataflow (:mod:`.provenance
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .ir import aten, copy_into, derived, output_node, user_inputs, value
+from .facts import Captured, PrologueGraph
+from .ir import aten, copy_into, make_module, output_node, user_inputs, value
 from .provenance.copies import Copies, find_copies
 
 
@@ -30,7 +31,9 @@ def keep_one(whole: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
     return first.clone() if torch.equal(whole, first.expand_as(whole)) else whole
 
 
-def keep_unrepeated_pass(gm: GraphModule) -> GraphModule:
+def keep_unrepeated_pass(
+    gm: GraphModule, captured: Captured, prologue: PrologueGraph
+) -> tuple[GraphModule, PrologueGraph]:
     """Makes the prologue give one of the copies that hoisted values hold, and repeats it at reads.
 
     The prologue still computes all of them, as the model does, since a product with fewer rows may
@@ -41,7 +44,7 @@ def keep_unrepeated_pass(gm: GraphModule) -> GraphModule:
     has dimensions of one in their place, or is whole where the copies differ in some bit; that
     region repeats it into the layout that it had. Left as they are: values that several regions
     read (masks, tables), which are kept once for all layers and would be repeated at every step;
-    values whose memory has gaps; and graphs for any sizes.
+    values whose memory has gaps; and graphs with dynamic shapes.
 
         # before                                # after
         %o = sdpa(%q, %hoisted_0, %v)           %e = expand(%hoisted_0, [B, T, L, D])
@@ -50,32 +53,31 @@ def keep_unrepeated_pass(gm: GraphModule) -> GraphModule:
                                                 %o = sdpa(%q, %k, %v)
         # prologue: return (%k,)                # prologue: return (keep_one(%k as [B, T, L, D]),)
     """
-    if gm.meta.get("sizes") is not None:
-        return gm
-    prologue: GraphModule = gm.meta["prologue"]
-    known = find_copies(prologue.graph)
+    if captured.sizes is not None:
+        return gm, prologue
+    known = find_copies(prologue.graph.graph)
     found = {}
-    for i, (output, node) in enumerate(_hoisted(gm)):
+    for i, (output, node) in enumerate(_hoisted(gm, prologue)):
         layout = _Layout.of(output, known[output])
         region = _reading_region(node)
         if layout is not None and region is not None:
             found[i] = _Kept(node, layout, region)
     result = _with_reads(gm, {kept.node: kept for kept in found.values()})
-    result.meta["prologue"] = _with_keeps(prologue, {i: k.layout for i, k in found.items()})
-    return result
+    keeps = _with_keeps(prologue.graph, {i: k.layout for i, k in found.items()})
+    return result, replace(prologue, graph=keeps)
 
 
-def verify_repeats(gm: GraphModule) -> None:
-    """What the prologue gives has the shape that the graph reads."""
-    if gm.meta.get("sizes") is not None:
+def verify_repeats(gm: GraphModule, captured: Captured, prologue: PrologueGraph) -> None:
+    """Checks that what the prologue returns has the shape that the graph reads."""
+    if captured.sizes is not None:
         return
-    for output, node in _hoisted(gm):
+    for output, node in _hoisted(gm, prologue):
         assert value(output).shape == value(node).shape, (output.name, node.name)
 
 
-def _hoisted(gm: GraphModule) -> list[tuple[Node, Node]]:
-    """What the prologue gives, and the inputs of the graph that take it."""
-    outputs: Sequence[Node] = output_node(gm.meta["prologue"].graph).args[0]
+def _hoisted(gm: GraphModule, prologue: PrologueGraph) -> list[tuple[Node, Node]]:
+    """Returns what the prologue returns, with the inputs of the graph that take it."""
+    outputs: Sequence[Node] = output_node(prologue.graph.graph).args[0]
     inputs = user_inputs(gm.graph)
     return list(zip(outputs, inputs[len(inputs) - len(outputs) :], strict=True))
 
@@ -179,7 +181,7 @@ def _with_keeps(prologue: GraphModule, layouts: Mapping[int, _Layout]) -> GraphM
         if node in places:  # at once, so that the whole need not live on
             kept[node] = layouts[places[node]].keep(graph, mapping[node])
     graph.output(tuple(kept.get(n) or mapping[n] for n in outputs))
-    return derived(prologue, graph)
+    return make_module(prologue, graph)
 
 
 def _with_reads(gm: GraphModule, found: Mapping[Node, _Kept]) -> GraphModule:
@@ -194,4 +196,4 @@ def _with_reads(gm: GraphModule, found: Mapping[Node, _Kept]) -> GraphModule:
         if node in found:
             mapping[node].meta["val"] = found[node].layout.first(value(node))
             mapping[node].meta.pop("axes", None)
-    return derived(gm, graph)
+    return make_module(gm, graph)

@@ -6,7 +6,7 @@ import math
 
 from torch.fx import Graph, GraphModule, Node
 
-from .ir import aten, copy_into, derived, is_call
+from .ir import aten, copy_into, is_call, make_module
 
 _SLOPE = 2 * math.sqrt(2 / math.pi)
 _CUBIC = 0.044715 * _SLOPE
@@ -33,7 +33,7 @@ def rewrite_formulas_pass(gm: GraphModule) -> GraphModule:
             mapping[node] = _gelu(graph, mapping[node.args[0]], node)
         else:
             copy_into(graph, [node], mapping)
-    return derived(gm, graph)
+    return make_module(gm, graph)
 
 
 def _gelu(graph: Graph, x: Node, node: Node) -> Node:

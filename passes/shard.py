@@ -12,51 +12,63 @@ The batch can be divided as well, from the inputs on, by the same rules: nothing
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch.fx import GraphModule
 
+from .facts import Captured, Denoised, Marked, ShardedAxis, Shards
 from .ir import Axis, Factor, user_inputs
 from .regions import verify_marks
 from .sharding.moves import find_collective
 from .sharding.places import Ranks
 from .sharding.sharder import Output, Sharder, attentions_by_region, mix
+from .tracing.hooks import HookCall
+
+Weigh = Callable[[Sequence[str]], Sequence[float]]
+"""Kinds of regions -> the share of steps that compute each."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sharded:
-    """What a graph is a shard of: an axis of the latents, divided among so many ranks.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sharding:
+    """How a model is sharded over processes; see :func:`pabc.compile`.
 
-    `gathered`: the regions of which every rank computes the whole, since their ops have no rule.
+    Attributes:
+        tokens: the ranks that share the tokens of a sample.
+        batch: the ranks that share the samples of a batch; None: the batch is not sharded.
+        dim: the dimension of the latents that is sharded; None: that for which they send least.
+        output: whether every rank returns the whole outputs or its positions.
+        weigh: kinds of regions -> the share of steps that compute each, which decides how much is
+            sent; None: every step does.
     """
 
-    axis: Axis
-    ranks: int
-    gathered: tuple[int, ...] = ()
+    tokens: Ranks
+    batch: Ranks | None = None
+    dim: int | None = None
+    output: Output = "full"
+    weigh: Weigh | None = None
 
 
 def shard_pass(
     gm: GraphModule,
-    ranks: Ranks,
+    captured: Captured,
+    denoised: Denoised,
+    marked: Marked,
     *,
-    axis: int | None = None,
-    weights: Sequence[float] = (),
-    output: Output = "full",
-) -> GraphModule:
-    """Has each rank compute its positions of one token axis.
-
-    Args:
-        axis: which dimension of the latents to divide; by default, that for which a rank sends the
-            fewest bytes; of those that the same regions mix, the one that is padded least.
-        weights: of each region, the share of steps that compute it; by default, all do.
-        output: whether every rank gets the whole of the model's outputs, or its positions.
+    sharding: Sharding,
+) -> tuple[GraphModule, Shards]:
+    """Has each rank compute its samples of the batch, and its positions of one token axis.
 
     Requires: marks (:func:`mark_regions_pass`) of a graph of one size.
     Ensures: outputs as on one rank, but for the order of sums; collectives of a region are marked
-    as its own; cuts are shards. `gm.meta["sharded"]` says what is divided.
+    as its own; cuts are shards.
+    Raises: ValueError for what would see a shard alone (a hook that keeps what it is given, an
+    input that the model writes to), and where no axis can be sharded.
 
-        # before                                # after, T divided
+        # before                                # after, T sharded
         %n = layer_norm(%x)                     %s = all_to_all(%x: T -> S)       region 0
         %o = sdpa(...)  # over T                %n = layer_norm(%s)               region 0
         %p = linear(%o)                         %o = sdpa(...)                    region 0
@@ -64,7 +76,64 @@ def shard_pass(
                                                 %c = all_to_all(%p: S -> T)       region 0
                                                 %y = add(%x, %c)
     """
-    sizes = find_token_axes(gm)
+    _refuse_effects(captured)
+    digest = _digest(gm, sharding)
+    axes: list[ShardedAxis] = []
+    if sharding.batch is not None:
+        gm, batch = shard_batch(gm, denoised, sharding.batch, output=sharding.output)
+        axes += [batch] if batch is not None else []
+    kinds = [kind for kind, _ in marked.branches]
+    weights = () if sharding.weigh is None else sharding.weigh(kinds)
+    gm, tokens = shard_tokens(
+        gm, denoised, sharding.tokens, axis=sharding.dim, weights=weights, output=sharding.output
+    )
+    axes += [tokens] if tokens is not None else []
+    names = [str(each.axis) for each in axes]
+    return gm, Shards(tuple(axes), hashlib.sha256(f"{digest} {names}".encode()).hexdigest())
+
+
+def _refuse_effects(captured: Captured) -> None:
+    hook = next((call for call in captured.calls if isinstance(call, HookCall)), None)
+    if hook is not None:
+        raise ValueError(f"mesh: expected no hooks that keep what they see, found {hook.path}")
+    if captured.writes:
+        written = [captured.signature.inputs[i] for i in captured.writes]
+        raise ValueError(f"mesh: expected no writes to inputs, found that of {written}")
+
+
+def _digest(gm: GraphModule, sharding: Sharding) -> str:
+    """Returns the SHA-256, as hex, of what is sharded and how: the same on all ranks."""
+    lines = [str([each and each.size for each in (sharding.batch, sharding.tokens)])]
+    lines.append(f"{sharding.dim} {sharding.output}")
+    for node in gm.graph.nodes:
+        val = node.meta.get("val")
+        layout = (tuple(val.shape), val.dtype) if isinstance(val, torch.Tensor) else ""
+        lines.append(f"{node.format_node()} {layout} {node.meta.get('region')}")
+    text = re.sub(r"\b(cuda|xpu|mps):\d+", r"\1", "\n".join(lines))  # each rank has its own
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def shard_tokens(
+    gm: GraphModule,
+    denoised: Denoised,
+    ranks: Ranks,
+    *,
+    axis: int | None = None,
+    weights: Sequence[float] = (),
+    output: Output = "full",
+) -> tuple[GraphModule, ShardedAxis | None]:
+    """Has each rank compute its positions of one token axis.
+
+    Args:
+        gm: a marked graph of one size.
+        denoised: which of its inputs are denoised.
+        ranks: the ranks that share the axis; of one alone, the graph is returned as it is.
+        axis: the dimension of the latents to shard; by default, that for which a rank sends the
+            fewest bytes; of those that the same regions mix, the one that is padded least.
+        weights: of each region, the share of steps that compute it; by default, all do.
+        output: whether every rank returns the whole of the model's outputs, or its positions.
+    """
+    sizes = find_token_axes(gm, denoised.latents)
     if not sizes:
         raise ValueError(
             "mesh: expected a model with attention along axes of its latents, found none whose "
@@ -76,33 +145,37 @@ def shard_pass(
         dims = [each.dim for each in sizes]
         raise ValueError(f"shard: expected a token dimension of the latents, {dims}, found {axis}")
     if ranks.size == 1:
-        return gm
-    made = [_shard(gm, ranks, axes, each, output) for each in _one_of_alike(gm, chosen)]
-    return min(made, key=lambda sharded: _weigh(sharded, weights))
+        return gm, None
+    streams = denoised.streams
+    made = [_shard(gm, streams, ranks, axes, each, output) for each in _one_of_alike(gm, chosen)]
+    return min(made, key=lambda sharded: _weigh(sharded[0], weights))
 
 
-def shard_batch_pass(gm: GraphModule, ranks: Ranks, *, output: Output = "full") -> GraphModule:
+def shard_batch(
+    gm: GraphModule, denoised: Denoised, ranks: Ranks, *, output: Output = "full"
+) -> tuple[GraphModule, ShardedAxis | None]:
     """Has each rank compute its samples of the batch: its guidance branches, or its videos.
 
-    Requires, Ensures: as :func:`shard_pass`; no region sends anything.
+    No region sends anything. Arguments as for :func:`shard_tokens`.
     """
     if ranks.size == 1:
-        return gm
-    latents = next(n for n in user_inputs(gm.graph) if n.name == gm.meta["latents"])
+        return gm, None
+    latents = next(n for n in user_inputs(gm.graph) if n.name == denoised.latents)
     (batch,) = latents.meta["axes"][0]
-    return _shard(gm, ranks, [batch.axis], batch.axis, output, early=True)
+    return _shard(gm, denoised.streams, ranks, [batch.axis], batch.axis, output, early=True)
 
 
-def verify_shard(gm: GraphModule) -> None:
-    """Regions are still such, collectives included."""
-    verify_marks(gm)
+def verify_shard(gm: GraphModule, marked: Marked) -> None:
+    """Checks that regions are still such, collectives included."""
+    verify_marks(gm, marked)
 
 
-def find_token_axes(gm: GraphModule) -> dict[Axis, int]:
-    """The axes of the latents along which some attention has its queries, in their order, and how
-    many positions each has: more than one. Of positions that are mixed, each axis is said to have
-    one."""
-    source = gm.meta["latents"]
+def find_token_axes(gm: GraphModule, source: str) -> dict[Axis, int]:
+    """Returns the axes of the latents along which some attention has its queries, in their order,
+    and how many positions each has: more than one.
+
+    Of positions that are mixed, each axis is said to have one. `source` names the latents.
+    """
     found: dict[Axis, int] = {}
     for node in gm.graph.nodes:
         if "attention" in node.meta:
@@ -132,22 +205,21 @@ def _one_of_alike(gm: GraphModule, axes: Sequence[Axis]) -> list[Axis]:
 
 def _shard(
     gm: GraphModule,
+    streams: Collection[str],
     ranks: Ranks,
     axes: Sequence[Axis],
     axis: Axis,
     output: Output,
     *,
     early: bool = False,
-) -> GraphModule:
-    sharder = Sharder(gm, ranks, axes, axis, output, early=early)
+) -> tuple[GraphModule, ShardedAxis]:
+    sharder = Sharder(gm, streams, ranks, axes, axis, output, early=early)
     result = sharder.run()
-    said = Sharded(axis, ranks.size, tuple(sorted(sharder.gathered)))
-    result.meta["sharded"] = (*gm.meta.get("sharded", ()), said)
-    return result
+    return result, ShardedAxis(axis, ranks.size, tuple(sorted(sharder.gathered)))
 
 
 def _weigh(gm: GraphModule, weights: Sequence[float]) -> float:
-    """The bytes that a rank sends at a step, on average."""
+    """Returns the bytes that a rank sends at a step, on average."""
     total = 0.0
     for node in gm.graph.nodes:
         sent = find_collective(node)

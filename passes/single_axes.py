@@ -16,19 +16,20 @@ from torch.fx import GraphModule
 
 from pabc.base.kinds import KINDS
 
+from .facts import Denoised
 from .ir import Axis, Factor, user_inputs, value
-from .kinds import Found, TokenAxes, find_streams, find_token_axes, name_kind, undecided
+from .kinds import Found, TokenAxes, find_token_axes, name_kind, undecided
 from .provenance.factors import is_join, is_named, length
 
 Dimension = tuple[Factor, ...]
 
 
-def find_single_axes(gm: GraphModule, found: list[Found]) -> list[int]:
+def find_single_axes(gm: GraphModule, denoised: Denoised, found: list[Found]) -> list[int]:
     """The dimensions of the latents that may be token axes of one position, or the channels.
 
     None where all but the batch and the channels have several positions.
     """
-    shape, positions = _latent_positions(gm, found)
+    shape, positions = _latent_positions(gm, denoised.latents, found)
     single = [dim for dim in range(1, len(shape)) if positions.get(dim, 1) == 1]
     return single if len(single) > 1 else []
 
@@ -57,19 +58,19 @@ class SingleAxes:
     choices: list[tuple[list[Axis], list[TokenAxes]]]
 
     @classmethod
-    def of(cls, gm: GraphModule, found: list[Found]) -> SingleAxes:
-        """The axes of one position of a graph with these attentions."""
-        latents: str = gm.meta["latents"]
-        shape, positions = _latent_positions(gm, found)
-        single = find_single_axes(gm, found)
+    def of(cls, gm: GraphModule, denoised: Denoised, found: list[Found]) -> SingleAxes:
+        """Returns the axes of one position of a graph with these attentions."""
+        latents = denoised.latents
+        shape, positions = _latent_positions(gm, latents, found)
+        single = find_single_axes(gm, denoised, found)
         open_axes = [Axis(latents, d) for d in single if shape[d] == 1 or d in positions]
         has_channels = len(open_axes) < len(single)
         choices = []
         for channels in [None] if has_channels else open_axes:
             tokens = [axis for axis in open_axes if axis != channels]
             seen = [_place(f, open_axes, outside=tokens) for f in found]
-            choices.append((tokens, _find_streams(gm, seen)))
-        return cls(latents, _find_streams(gm, found), choices if open_axes else [])
+            choices.append((tokens, _find_streams(gm, denoised, seen)))
+        return cls(latents, _find_streams(gm, denoised, found), choices if open_axes else [])
 
     def name_kind(self, found: Found) -> str:
         """The kind of an attention, if it is the same wherever these axes lie.
@@ -106,8 +107,9 @@ class SingleAxes:
                     yield placed, streams
 
 
-def _find_streams(gm: GraphModule, found: list[Found]) -> list[TokenAxes]:
-    return [find_token_axes(gm, found, name) for name in find_streams(gm)]
+def _find_streams(gm: GraphModule, denoised: Denoised, found: list[Found]) -> list[TokenAxes]:
+    streams = dict.fromkeys(denoised.streams.values())  # the latents first
+    return [find_token_axes(gm, found, name) for name in streams]
 
 
 def _place(
@@ -133,9 +135,10 @@ def _without(dimension: Dimension, axes: set[Axis]) -> Dimension:
     return tuple(kept)
 
 
-def _latent_positions(gm: GraphModule, found: list[Found]) -> tuple[torch.Size, dict[int, int]]:
-    """The latents' shape, and per dimension the positions along it in the attentions."""
-    latents: str = gm.meta["latents"]
+def _latent_positions(
+    gm: GraphModule, latents: str, found: list[Found]
+) -> tuple[torch.Size, dict[int, int]]:
+    """Returns the latents' shape, and per dimension the positions along it in the attentions."""
     shape = next(value(n).shape for n in user_inputs(gm.graph) if n.name == latents)
     positions: dict[int, int] = {}
     for attention in found:

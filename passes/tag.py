@@ -11,6 +11,7 @@ from pabc.base.kinds import KINDS
 
 from .attention_chains import Chain, find_chains, find_unclaimed_softmaxes
 from .attention_ops import attention_call, is_attention_op
+from .facts import Denoised, Enlarged, Tagged
 from .ir import (
     SOFTMAXES,
     Attention,
@@ -25,15 +26,20 @@ from .kinds import Found, name_in_kinds
 from .single_axes import SingleAxes
 
 
-def tag_attention_pass(gm: GraphModule, *, kinds: Mapping[str, str] | None = None) -> GraphModule:
+def tag_attention_pass(
+    gm: GraphModule,
+    denoised: Denoised,
+    enlarged: Enlarged = Enlarged(),  # noqa: B008  (frozen)
+    *,
+    kinds: Mapping[str, str] | None = None,
+) -> tuple[GraphModule, Tagged]:
     """Puts an :class:`Attention` into `meta["attention"]` of every attention's output node.
 
     `kinds` maps patterns (fnmatch, on the qualified module name) to kinds the user states.
 
-    Requires: axes (:func:`name_axes_pass`); where a token axis has one position, `meta["larger"]`:
-    the graph, with axes, of a larger call (:func:`pabc.passes.enlarge_call`), or None.
-    Ensures: every fused attention op, and every product-softmax-product chain, is tagged;
-    `gm.meta["unclaimed"]` has a line for each other softmax over tokens.
+    Requires: axes (:func:`name_axes_pass`); where a token axis has one position, the graph, with
+    axes, of a larger call (:func:`pabc.passes.enlarge_call`) if there is one.
+    Ensures: every fused attention op, and every product-softmax-product chain, is tagged.
     Raises: ValueError that names the node where a kind cannot be told from the axes, and for an
     unknown kind or a pattern that matches no attention.
 
@@ -45,13 +51,13 @@ def tag_attention_pass(gm: GraphModule, *, kinds: Mapping[str, str] | None = Non
     for key, wanted in stated.items():
         if wanted not in KINDS:
             raise ValueError(f"kinds[{key!r}]: expected one of {KINDS}, found {wanted!r}")
-    found, chains = _find(gm)
-    gm.meta["unclaimed"] = tuple(
+    found, chains = _find(gm, denoised)
+    unclaimed = tuple(
         f"{node.name} ({module_path(node)}): a softmax over tokens, in no attention that was found"
         for node in find_unclaimed_softmaxes(gm, chains)
     )
-    telling, larger = _find_in_larger(gm, found)
-    axes = SingleAxes.of(larger, telling)
+    graph, inputs, telling = _find_in_larger(gm, denoised, found, enlarged)
+    axes = SingleAxes.of(graph, inputs, telling)
     names: dict[str, int] = {}
     used: set[str] = set()
     for attention, same in zip(found, telling, strict=True):
@@ -67,7 +73,7 @@ def tag_attention_pass(gm: GraphModule, *, kinds: Mapping[str, str] | None = Non
     if unused := set(stated) - used:
         paths = sorted(names)
         raise ValueError(f"kinds: no attention matches {sorted(unused)}; found {paths}")
-    return gm
+    return gm, Tagged(unclaimed)
 
 
 def stated_by(found: Found, kinds: Mapping[str, str]) -> str | None:
@@ -76,17 +82,19 @@ def stated_by(found: Found, kinds: Mapping[str, str]) -> str | None:
     return next((pattern for pattern in kinds if fnmatchcase(path, pattern)), None)
 
 
-def _find_in_larger(gm: GraphModule, found: list[Found]) -> tuple[list[Found], GraphModule]:
-    """The same attentions in the graph of a larger call, where there is one and they are the same.
+def _find_in_larger(
+    gm: GraphModule, denoised: Denoised, found: list[Found], enlarged: Enlarged
+) -> tuple[GraphModule, Denoised, list[Found]]:
+    """Returns the graph that tells the kinds, its denoised inputs and its attentions.
 
-    That is: as many, of the same modules, by the same ops, in the same order.
+    It is the graph of a larger call if it has the same attentions: as many, of the same modules, by
+    the same ops, in the same order.
     """
-    larger: GraphModule | None = gm.meta.pop("larger", None)
-    if larger is not None:
-        others = find_attentions(larger)
+    if enlarged.graph is not None and enlarged.denoised is not None:
+        others = find_attentions(enlarged.graph, enlarged.denoised)
         if list(map(_identity, others)) == list(map(_identity, found)):
-            return others, larger
-    return found, gm
+            return enlarged.graph, enlarged.denoised, others
+    return gm, denoised, found
 
 
 def _identity(found: Found) -> tuple[str, object]:
@@ -94,7 +102,7 @@ def _identity(found: Found) -> tuple[str, object]:
 
 
 def verify_tags(gm: GraphModule) -> None:
-    """No fused attention op is left without a tag."""
+    """Checks that every fused attention op has a tag."""
     for node in gm.graph.nodes:
         assert not is_attention_op(node) or "attention" in node.meta, node.name
 
@@ -128,15 +136,15 @@ def _is_graph(value: object) -> bool:
     return isinstance(value, GraphModule)
 
 
-def find_attentions(gm: GraphModule) -> list[Found]:
-    """Fused attention ops, and those written out as products, in graph order."""
-    return _find(gm)[0]
+def find_attentions(gm: GraphModule, denoised: Denoised) -> list[Found]:
+    """Returns fused attention ops, and those written out as products, in graph order."""
+    return _find(gm, denoised)[0]
 
 
-def _find(gm: GraphModule) -> tuple[list[Found], list[Chain]]:
+def _find(gm: GraphModule, denoised: Denoised) -> tuple[list[Found], list[Chain]]:
     reach = Reach(gm.graph)
     chains = find_chains(gm, reach)
-    latents = reach.mask(n for n in user_inputs(gm.graph) if n.name in gm.meta["denoised"])
+    latents = reach.mask(n for n in user_inputs(gm.graph) if n.name in denoised.streams)
     written = [
         Found(
             chain.node,

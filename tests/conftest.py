@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from models import Case
-from stages import capture_call, copy_graph
+from stages import capture_call, copy_graph, facts_of
 from tapes import Tape
 from torch import nn
 from torch.fx import GraphModule
@@ -74,7 +74,9 @@ def compile_captured(captured: Captured, monkeypatch: pytest.MonkeyPatch) -> Cal
 
     def compile_case(case: Case, schedule: pabc.Schedule, **options: Any) -> pabc.CompiledModel:
         model, _ = captured(case)
-        monkeypatch.setattr(passes, "capture", lambda *_, **__: captured(case)[1])
+        gm = captured(case)[1]
+        known = facts_of(gm)[passes.Captured]
+        monkeypatch.setattr(passes, "capture", lambda *_, **__: (copy_graph(gm), known))
         return pabc.compile(model, schedule, **options)
 
     return compile_case

@@ -4,11 +4,12 @@ from typing import NamedTuple
 
 import torch
 from lowering import export, unmeasured
+from stages import with_facts
 from torch import nn
 from torch.nn.functional import layer_norm
 
 from pabc.kernels.residual_norm import OP
-from pabc.passes import canonicalize_pass, lower_pass
+from pabc.passes import Facts, canonicalize_pass, lower_pass
 
 B, T, C = 2, 5, 24
 
@@ -47,7 +48,8 @@ ROWS = (*MODULATION, draw(C, seed=20), draw(C, seed=21))
 def lower(function, *inputs, rows=ROWS, kernels="force", gains=unmeasured):
     """The graph of a function, lowered, and both called with the same."""
     gm = canonicalize_pass(export(Call(function), *inputs, *rows))
-    lowered = lower_pass(gm, kernels=kernels, gains=gains)
+    lowered, matches = lower_pass(gm, kernels=kernels, gains=gains)
+    lowered = with_facts(lowered, Facts([matches]))
     lowered.graph.lint()
     return lowered, lambda: (lowered(*inputs, *rows), gm(*inputs, *rows))
 

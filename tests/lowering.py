@@ -1,10 +1,11 @@
 """Graphs before and after lowering, each op forced to the kernel that computes it."""
 
 import torch
+from stages import facts_of, with_facts
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from pabc.passes import lower_pass
+from pabc.passes import Facts, KernelMatches, lower_pass
 
 
 def unmeasured(kernel, device, shape):
@@ -32,6 +33,11 @@ def make_qkv(N=2, H=3, T=6, S=6, D=8, dtype=torch.float32):
 
 def lower(model, *inputs, kernels="force", gains=unmeasured):
     gm = export(model, *inputs)
-    lowered = lower_pass(gm, kernels=kernels, gains=gains)
+    lowered, matches = lower_pass(gm, kernels=kernels, gains=gains)
     lowered.graph.lint()
-    return gm, lowered
+    return gm, with_facts(lowered, Facts([matches]))
+
+
+def matches_of(lowered):
+    """Returns what kernels may compute in a graph that was lowered."""
+    return facts_of(lowered)[KernelMatches].all

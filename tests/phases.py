@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from stages import with_hoisted
+from stages import facts_of, with_facts, with_hoisted
 from torch import Tensor
 from torch.fx import GraphModule
 
-from pabc.passes import inline_regions_pass, lift_weights_pass, specialize_phase_pass
+from pabc.passes import (
+    PhaseSlots,
+    Regions,
+    inline_regions_pass,
+    lift_weights_pass,
+    specialize_phase_pass,
+)
 from pabc.passes.ir import attribute
 
 
@@ -17,18 +23,22 @@ def specialize(
     gm: GraphModule, *, reused: Iterable[int] = (), stored: Iterable[int] = ()
 ) -> GraphModule:
     """Returns the phase of a guarded graph that reuses and stores these slots."""
-    return specialize_phase_pass(gm, reused=reused, stored=stored)
+    slots = PhaseSlots(tuple(sorted(reused)), tuple(sorted(stored)))
+    phase = specialize_phase_pass(gm, facts_of(gm)[Regions], slots)
+    return with_facts(phase, facts_of(gm).adding(slots))
 
 
 def inline(phase: GraphModule) -> GraphModule:
     """Returns a phase without calls of its regions."""
-    return inline_regions_pass(phase)
+    regions = facts_of(phase).get(Regions) or Regions(())
+    return with_facts(inline_regions_pass(phase, regions), facts_of(phase))
 
 
 def lift(gm: GraphModule) -> tuple[GraphModule, list[Tensor]]:
     """Returns a graph that takes its weights as its first inputs, and these weights."""
-    lifted = lift_weights_pass(gm)
-    return lifted, [attribute(gm, name) for name in lifted.meta["weights"]]
+    graph, lifted = lift_weights_pass(gm)
+    facts = facts_of(gm).adding(lifted)
+    return with_facts(graph, facts), [attribute(gm, name) for name in lifted.weights]
 
 
 class FakeTrajectory:

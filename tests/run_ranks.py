@@ -85,7 +85,8 @@ def keep_captures() -> None:
         key = model, *(x.shape if isinstance(x, Tensor) else x for x in leaves)
         if key not in kept:
             kept[key] = capture(model, args, kwargs, **options)
-        return copy_graph(kept[key])
+        gm, known = kept[key]
+        return copy_graph(gm), known
 
     passes.capture = capture_once
 

@@ -10,6 +10,7 @@ from models import Tiny
 from torch import nn
 
 import pabc
+from pabc.pipeline import GUARDING, NAMING, PHASE
 
 STEPS = (3, 2, 1)
 
@@ -157,23 +158,16 @@ def test_dump_writes_stages_phases_and_plan(model, inputs, tmp_path):
     fast = pabc.compile(model, SCHEDULE, backend="eager", example_inputs=(inputs, {}))
     folder = fast.dump(tmp_path / "dump")
     names = {path.name for path in folder.iterdir()}
-    assert {"0_capture.py", "9_cache.py", "phase_0.py", "phase_1.py", "region_full_0.py"} <= names
+    assert {"0_capture.py", "10_cache.py", "phase_0", "phase_1", "region_full_0.py"} <= names
     assert pabc.Plan.from_json((folder / "plan.json").read_text()) == fast.plan
-    assert "cache_read" in (folder / "9_cache.py").read_text()
-    assert list(json.loads((folder / "seconds.json").read_text())) == [
-        "capture",
-        "canonicalize",
-        "axes",
-        "tag",
-        "regions",
-        "shard",
-        "hoist",
-        "repeats",
-        "outline",
-        "cache",
-        "encode",
-        "offload",
-    ]
+    assert "cache_read" in (folder / "10_cache.py").read_text()
+    stages = [stage.name for stage in (*NAMING, *GUARDING)]
+    assert list(json.loads((folder / "seconds.json").read_text())) == stages
+    for place, expected in ((folder, stages), (folder / "phase_1", [s.name for s in PHASE])):
+        rows = (place / "stages.txt").read_text().splitlines()[1:]
+        assert [row.split()[0] for row in rows] == expected
+        for i, name in enumerate(expected):
+            assert "def forward" in (place / f"{i}_{name}.py").read_text()
 
 
 def test_another_shape_mid_generation_computes(model, inputs):

@@ -13,15 +13,16 @@ from models import CASES, WIDTH, Branch, Case, Experts, Image, Mlp
 from phases import inline, specialize
 from reading import OnTheHour, Plain, Scaled, TextLengths, make, make_calls
 from reading import text_and_mask as make_text
-from stages import prologue_of, regions_of, run_graph, run_to
+from stages import guarded_of, run_to, with_facts
 from torch import nn
 from torch.fx import GraphModule
 
 import pabc
 from pabc import ArtifactError, passes
-from pabc.artifact.analysis import read_analysis, write_analysis
+from pabc.artifact.analysis import read_guarded, write_guarded
 from pabc.artifact.values import decode, encode
 from pabc.options import Options
+from pabc.passes import Guarded
 from pabc.pipeline import analyze
 from pabc.runtime.bindings import slot_specs
 from pabc.runtime.reads import ReadCheck
@@ -39,9 +40,9 @@ TRIED = [BY_NAME[n] for n in ("Factorized", "Rearranged", "JointImage", "Refined
 ]
 
 
-def through_json(guarded: GraphModule, model: nn.Module) -> GraphModule:
-    content, constants = write_analysis(guarded)
-    return read_analysis(json.loads(json.dumps(content)), constants, model)
+def through_json(guarded: Guarded, model: nn.Module) -> Guarded:
+    content, constants = write_guarded(guarded)
+    return read_guarded(json.loads(json.dumps(content)), constants, model)
 
 
 def layout(val: Any) -> Any:
@@ -62,40 +63,52 @@ def facts(gm: GraphModule) -> list[Any]:
 @pytest.mark.parametrize("case", TRIED, ids=str)
 def test_graphs_and_their_phases_are_the_same_after_a_round_trip(case: Case, captured) -> None:
     model, gm = captured(case)
-    guarded = run_to(gm, "cache")
+    guarded = guarded_of(run_to(gm, "cache"))
     again = through_json(guarded, model)
-    assert facts(again) == facts(guarded)
-    assert facts(prologue_of(again)) == facts(prologue_of(guarded))
-    for name in ("regions", "steady", "signature", "latents", "outside", "aliases"):
-        assert again.meta[name] == guarded.meta[name], name
+    assert facts(again.graph) == facts(guarded.graph)
+    assert facts(again.prologue.graph) == facts(guarded.prologue.graph)
+    for name in ("denoised", "marked", "shards", "regions"):
+        assert getattr(again, name) == getattr(guarded, name), name
+    for name in ("signature", "aliases", "writes", "deleted", "written", "compiled", "sizes"):
+        assert getattr(again.captured, name) == getattr(guarded.captured, name), name
+    assert again.prologue.steady == guarded.prologue.steady
+    assert again.prologue.attentions == guarded.prologue.attentions
     schedule = pabc.Schedule.from_masks(range(3), {k: [False, True, True] for k in case.kinds})
-    plan = schedule.plan(slot_specs(regions_of(guarded)))
+    plan = schedule.plan(slot_specs(guarded.regions))
     call = case.call()
     for phase in plan.phases:
-        kept = [torch.randn(s) for slot in phase.reused for s in regions_of(guarded)[slot].shapes]
+        kept = [torch.randn(s) for slot in phase.reused for s in guarded.regions[slot].shapes]
         outputs = [run_phase(graphs, phase, call, kept) for graphs in (guarded, again)]
         assert all(map(torch.equal, *outputs))
-    outputs = [run_graph(graphs, call, NothingKept()) for graphs in (guarded, again)]
+    outputs = [run_all(graphs, [*call.values()]) for graphs in (guarded, again)]
     assert torch.equal(*outputs)
 
 
-def run_phase(guarded: GraphModule, phase: Any, call: Any, kept: list[Any]) -> list[torch.Tensor]:
-    gm = specialize(guarded, reused=phase.reused, stored=phase.stored)
-    flat = passes.lift_weights_pass(inline(gm))
-    weights = Weights((guarded,)).get(flat.meta["weights"])
+def run_all(guarded: Guarded, inputs: Any) -> torch.Tensor:
+    """The first output where nothing is reused."""
     with torch.no_grad():
-        hoisted = prologue_of(guarded)(*call.values())
+        hoisted = guarded.prologue.graph(*inputs)
+        return guarded.graph(NothingKept(), *inputs, *hoisted)[0]
+
+
+def run_phase(guarded: Guarded, phase: Any, call: Any, kept: list[Any]) -> list[torch.Tensor]:
+    gm = with_facts(guarded.graph, passes.Facts([passes.Regions(guarded.regions)]))
+    gm = specialize(gm, reused=phase.reused, stored=phase.stored)
+    flat, lifted = passes.lift_weights_pass(inline(gm))
+    weights = Weights((guarded.graph,), guarded.captured).get(lifted.weights)
+    with torch.no_grad():
+        hoisted = guarded.prologue.graph(*call.values())
         return list(flat(*weights, *call.values(), *hoisted, *kept))
 
 
 def test_explanations_are_the_same(captured) -> None:
     model, gm = captured(BY_NAME["Factorized"])
-    guarded = run_to(gm, "cache")
+    guarded = guarded_of(run_to(gm, "cache"))
     again = through_json(guarded, model)
     assert pabc.explanation.describe(again) == pabc.explanation.describe(guarded)
 
 
-def analyzed(model: nn.Module, *args: Any) -> GraphModule:
+def analyzed(model: nn.Module, *args: Any) -> Guarded:
     return analyze(model.eval(), args, {}, Options())[0]
 
 
@@ -120,14 +133,12 @@ def test_constants_are_saved_and_weights_are_the_models() -> None:
     other = Table()
     other.load_state_dict(model.state_dict())
     again = through_json(guarded, other.eval())
+    results = [run_all(each, call) for each in (guarded, again)]
+    assert torch.equal(*results)
     with torch.no_grad():
-        results = [g(NothingKept(), *call, *prologue_of(g)(*call)) for g in (guarded, again)]
-        assert torch.equal(results[0][0], results[1][0])
         for parameter in other.parameters():
             parameter.mul_(2)
-        hoisted = prologue_of(again)(*call)
-        doubled = again(NothingKept(), *call, *hoisted)[0]
-    assert not torch.equal(doubled, results[0][0])
+    assert not torch.equal(run_all(again, call), results[0])
 
 
 def test_a_plain_tensor_of_a_module_is_the_models_as_a_weight_is() -> None:
@@ -144,20 +155,20 @@ def test_a_plain_tensor_of_a_module_is_the_models_as_a_weight_is() -> None:
     other.offset = torch.randn(3, 1, 1)
     again = through_json(analyzed(model, *call), other.eval())
     with torch.no_grad():
-        found = again(NothingKept(), *call, *prologue_of(again)(*call))[0]
-        assert torch.equal(found, other(*call))
+        assert torch.equal(run_all(again, call), other(*call))
 
 
-def read_check(guarded: GraphModule) -> ReadCheck:
-    reads = guarded.meta["reads"]
-    return ReadCheck(reads, Weights((guarded, guarded.meta["prologue"], reads.graph)))
+def read_check(guarded: Guarded) -> ReadCheck:
+    reads = guarded.captured.reads
+    graphs = (guarded.graph, guarded.prologue.graph, reads.graph)
+    return ReadCheck(reads, Weights(graphs, guarded.captured))
 
 
 def test_what_is_read_from_data_is_checked_as_before() -> None:
     model, (call, *_) = make(TextLengths, Branch()), make_calls(**make_text(3, 5))
     guarded = analyzed(model, *call.values())
     loaded = through_json(guarded, model)
-    reads, again = guarded.meta["reads"], loaded.meta["reads"]
+    reads, again = guarded.captured.reads, loaded.captured.reads
     assert reads and again.entries == reads.entries and again.inputs == reads.inputs
     assert again.used == reads.used and again.weights == reads.weights
     found, expected = read_check(loaded), read_check(guarded)
@@ -180,11 +191,11 @@ def test_numbers_read_from_the_timestep_are_compared_as_before(kind: Any) -> Non
 def test_modules_outside_of_the_graph_are_called_as_before() -> None:
     model, (call, *_) = make(Plain, Branch(), Experts()), make_calls()
     guarded = analyzed(model, *call.values())
-    assert guarded.meta["calls"]
+    assert guarded.captured.calls
     again = through_json(guarded, model)
-    results = [run_graph(graphs, call, NothingKept()) for graphs in (guarded, again)]
+    results = [run_all(each, [*call.values()]) for each in (guarded, again)]
     assert torch.equal(*results)
-    assert list(map(str, again.meta["calls"])) == list(map(str, guarded.meta["calls"]))
+    assert list(map(str, again.captured.calls)) == list(map(str, guarded.captured.calls))
 
 
 @dataclass

@@ -3,10 +3,10 @@ import torch
 import torch.nn.functional as F
 from graphs import assert_same_graph
 from models import OneBranch
-from stages import capture_call, run_to
+from stages import apply, capture_call, facts_of, latents_of, run_to
 from torch import nn
 
-from pabc.passes import Axis, Factor, name_axes_pass, verify_axes
+from pabc.passes import Axis, Captured, Denoised, Factor, name_axes_pass, verify_axes
 from pabc.passes.ir import output_node
 
 
@@ -281,19 +281,19 @@ class TwoInputs(nn.Module):
 
 def test_the_latents_are_the_input_that_comes_out_again():
     call = {"text": torch.randn(2, 5, 6), "x": torch.randn(2, 4, 6)}
-    assert run_to(capture_call(TwoInputs(), call), "axes").meta["latents"] == "x"
+    assert latents_of(run_to(capture_call(TwoInputs(), call), "axes")) == "x"
 
 
 def test_stated_latents_win():
     call = {"text": torch.randn(2, 4, 6), "x": torch.randn(2, 4, 6)}
     gm = run_to(capture_call(TwoInputs(), call), "axes", latents="text")
-    assert gm.meta["latents"] == "text"
+    assert latents_of(gm) == "text"
 
 
 def test_unknown_latents_are_refused():
     gm = capture_call(TwoInputs(), {"text": torch.randn(2, 4, 6), "x": torch.randn(2, 4, 6)})
     with pytest.raises(ValueError, match=r"latents: expected one of the inputs .*'x'.*found 'z'"):
-        name_axes_pass(gm, latents="z")
+        apply(name_axes_pass, gm, Captured, latents="z")
 
 
 def test_no_latents_is_an_error():
@@ -303,7 +303,7 @@ def test_no_latents_is_an_error():
 
     gm = capture_call(Pooled(), {"x": torch.randn(2, 4, 6)})
     with pytest.raises(ValueError, match=r"axes come out again.*found none among \['x'\]"):
-        name_axes_pass(gm)
+        apply(name_axes_pass, gm, Captured)
 
 
 def test_verify_catches_factors_that_do_not_multiply_to_the_shape():
@@ -324,7 +324,7 @@ def test_token_ids_are_the_latents_where_no_input_has_channels():
             return self.head(self.table(ids) + text.mean(1)[:, None, None]).movedim(-1, 1)
 
     call = {"text": torch.randn(2, 7, 6), "ids": torch.randint(0, 5, (2, 3, 4))}
-    assert run_to(capture_call(Masked(), call), "axes").meta["latents"] == "ids"
+    assert latents_of(run_to(capture_call(Masked(), call), "axes")) == "ids"
 
 
 def test_packed_tokens_are_the_latents_but_pooled_conditions_are_not():
@@ -337,7 +337,7 @@ def test_packed_tokens_are_the_latents_but_pooled_conditions_are_not():
             return (self.up(x) * pooled[0]) @ self.up.weight
 
     call = {"pooled": torch.randn(2, 6), "x": torch.randn(5, 3)}
-    assert run_to(capture_call(Unbatched(), call), "axes").meta["latents"] == "x"
+    assert latents_of(run_to(capture_call(Unbatched(), call), "axes")) == "x"
 
 
 def test_all_inputs_that_come_out_again_are_denoised():
@@ -355,8 +355,9 @@ def test_all_inputs_that_come_out_again_are_denoised():
         "audio": [torch.randn(1, 7, 6), torch.randn(1, 7, 6)],
     }
     gm = run_to(capture_call(Streams(), call), "axes")
-    assert gm.meta["latents"] == "video"
-    assert gm.meta["denoised"] == {"video": "video", "audio_0": "audio_0", "audio_1": "audio_0"}
+    assert latents_of(gm) == "video"
+    streams = {"video": "video", "audio_0": "audio_0", "audio_1": "audio_0"}
+    assert facts_of(gm)[Denoised].streams == streams
 
 
 def test_every_tensor_is_given_the_axes_of_its_dimensions():

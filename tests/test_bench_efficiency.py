@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import pabc
-from pabc import passes
+from pabc.options import Options
+from pabc.pipeline import PHASE
 
 pytest.importorskip("diffusers")
 BENCH = Path(__file__).parents[1] / "bench"
@@ -35,8 +36,8 @@ def test_modules_by_hand_give_what_the_phases_give(efficiency, monkeypatch):
     assert "nothing" in printed and "as shipped" in printed
 
 
-def test_ops_are_left_as_they_are_within(efficiency):
-    before = passes.use_onednn_pass
-    with efficiency.ops_as_they_are():
-        assert passes.use_onednn_pass(before) is before
-    assert passes.use_onednn_pass is before
+def test_plain_ops_are_those_of_the_model(efficiency):
+    """The stages that it leaves out are those that write other ops where Inductor compiles."""
+    options = Options(disable=efficiency.OTHER_OPS)
+    left_out = {stage.name for stage in PHASE if not stage.is_on(options)}
+    assert left_out == {"formulas", "onednn"}

@@ -47,7 +47,7 @@ def test_a_branch_begins_a_block_that_takes_views_anew():
     gm = run_to(capture_call(OneBranch(), OneBranch.call()), "cache")
     flat, _ = lift(inline(specialize(gm, stored=(0,))))
     assert_same_graph(
-        split_blocks_pass(flat),
+        split_blocks_pass(flat)[0],
         """
         graph(%w, %w_out, %x, %t):
             %first = call_module[block_0](%t)
@@ -80,29 +80,29 @@ def test_a_branch_begins_a_block_that_takes_views_anew():
 @pytest.mark.parametrize("reused", [(), None], ids=["all computed", "some reused"])
 def test_a_chain_of_blocks_keeps_bits(case: Case, reused, captured):
     flat, inputs = make_flat(case, captured, reused)
-    split = split_blocks_pass(flat)
+    split, parts = split_blocks_pass(flat)
     split.graph.lint()
-    chain, blocks = Chain.of(split)
+    chain, blocks = Chain.of(split, parts)
     with torch.no_grad():
         expected = flat(*inputs)
         assert same(expected, split(*inputs))
-        run = chain.link([lambda given, block=block: block(*given) for block in blocks])
+        run = chain.link([lambda given, block=block: block.graph(*given) for block in blocks])
         assert same(expected, run([*inputs]))
 
 
 @pytest.mark.parametrize("case", MODELS, ids=str)
 def test_nothing_but_blocks_is_left_and_no_view_crosses(case: Case, captured):
     flat, inputs = make_flat(case, captured)
-    split = split_blocks_pass(flat)
+    split, parts = split_blocks_pass(flat)
     ops = [n for n in split.graph.nodes if n.op not in ("placeholder", "output")]
     assert all(n.op == "call_module" or n.target is GETITEM for n in ops)
-    chain, blocks = Chain.of(split)
+    chain, blocks = Chain.of(split, parts)
     crossing = {place for call in chain.calls for place in call.inputs}
     values = dict(enumerate(inputs))
     for call in chain.calls:
         given = [values[place] for place in call.inputs]
         with torch.no_grad():
-            results = blocks[call.block](*given)
+            results = blocks[call.block].graph(*given)
         memory = {t.untyped_storage().data_ptr() for t in given}
         for place, result in enumerate(results, len(values)):
             assert place not in crossing or result.untyped_storage().data_ptr() not in memory
@@ -113,10 +113,10 @@ def test_nothing_but_blocks_is_left_and_no_view_crosses(case: Case, captured):
 def test_blocks_begin_with_the_first_product_of_a_branch(case: Case, captured):
     """What comes before it in the branch, its norm, is in one block with the sum before that."""
     flat, _ = make_flat(case, captured, ())
-    chain, blocks = Chain.of(split_blocks_pass(flat))
+    chain, blocks = Chain.of(*split_blocks_pass(flat))
     assert len(chain.calls) == len(regions_of(flat)) + 1
     for call in chain.calls[1:]:
-        body = blocks[call.block]
+        body = blocks[call.block].graph
         slot = next(n.meta["slot"] for n in body.graph.nodes if "slot" in n.meta)
         own = [n for n in body.graph.nodes if n.meta.get("slot") == slot]
         begun = set()
@@ -139,7 +139,7 @@ def test_distinct_blocks_do_not_grow_with_depth():
         fast.prepare(latents, torch.full((2,), 990), encoder_hidden_states=text)
         program, binding = fast._captured("")
         phases = [program.phases.lower(reused, stored) for reused, stored in binding.stored.items()]
-        keys = [block.meta["key"] for lowered in phases for block in lowered.blocks]
+        keys = [block.key for lowered in phases for block in lowered.blocks]
         calls = [call for lowered in phases for call in lowered.chain.calls]
         counts.append((len(set(keys)), len(keys), len(calls)))
     (distinct, in_phases, calls), (others, *_, more_calls) = counts
@@ -241,9 +241,9 @@ def test_no_fusion_is_lost(captured, monkeypatch):
     sources = []
     monkeypatch.setattr(GraphLowering, "save_output_code", sources.append)
     flat, inputs = make_flat(FACTORIZED, captured, (0, 3))
-    chain, blocks = Chain.of(split_blocks_pass(flat))
+    chain, blocks = Chain.of(*split_blocks_pass(flat))
     with torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=False):
-        code = compile_blocks(blocks)
+        code = compile_blocks([block.graph for block in blocks])
         results = chain.link(code)([*inputs])
         expected = compile_fx(flat, inputs)(*inputs)
     for result, other in zip(results, expected, strict=True):

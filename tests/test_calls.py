@@ -13,12 +13,12 @@ import pytest
 import torch
 from generations import compile_eager, make_call, run_alone
 from models import ONE_BLOCK, Small, Table, Tiny
-from stages import capture_call, run_graph
+from stages import capture_call, facts_of, run_graph
 from torch import nn
 
 import pabc
 from pabc.base.arguments import bind_arguments
-from pabc.passes import capture
+from pabc.passes import Captured, capture
 
 SCHEDULE = pabc.Schedule.pyramid([3, 2, 1], full=2)
 
@@ -200,7 +200,7 @@ def test_inputs_of_a_dataclass_are_named_by_its_fields():
     call = {"x": torch.randn(2, 3, 4), "condition": Condition(2.0, SHIFT, (SHIFT,))}
     gm = capture_call(GivesMany(), call)
     names = ("x", "condition_scale", "condition_shift", "condition_parts_0")
-    assert gm.meta["signature"].inputs == names
+    assert facts_of(gm)[Captured].signature.inputs == names
 
 
 class Holder:
@@ -328,7 +328,7 @@ def _weights(model):
 @pytest.mark.parametrize("first", [_same_twice, _overlapping, _expanded, _weights])
 def test_one_tensor_in_several_arguments_is_several_arguments(first):
     model = Pairs().eval()
-    gm = capture(model, (), {"x": torch.randn(3, 4), **first(model)})
+    gm, _ = capture(model, (), {"x": torch.randn(3, 4), **first(model)})
     x, *others = (_one() for _ in range(5))
     (found,) = gm(x, *others)
     assert torch.equal(found, model(x, **_nested(*others)))
@@ -344,7 +344,7 @@ def test_a_parameter_may_be_called_like_an_input():
             return super().forward(x) * scale + self.scale
 
     model, call = Named().eval(), {"x": torch.randn(3, 4), "scale": torch.randn(4)}
-    gm = capture(model, (), call)
+    gm, _ = capture(model, (), call)
     gm.graph.lint()
     assert torch.equal(run_graph(gm, call), model(**call))
 

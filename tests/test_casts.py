@@ -132,7 +132,7 @@ def test_composites_under_autocast_give_eagers_bits(mode):
     x = torch.randn(2, 6, WIDTH)
     with torch.no_grad():
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
-            gm, expected = capture(model, (), {"x": x}), model(x)
+            (gm, _), expected = capture(model, (), {"x": x}), model(x)
         found = iter(gm(x))
     wrong = [
         (name, i)
@@ -161,7 +161,7 @@ def test_what_autocast_casts_nothing_within_stays_whole():
 
     call = {"x": torch.randn(2, 6, WIDTH), "w": torch.randn(WIDTH, WIDTH)}
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        gm = capture(Known(), (), call)
+        gm, _ = capture(Known(), (), call)
     targets = [node.target for node in gm.graph.nodes if node.op == "call_function"]
     composites = {aten.linear, aten.layer_norm, aten.scaled_dot_product_attention}
     assert composites == {target.overloadpacket for target in targets} - {aten._to_copy}

@@ -143,8 +143,8 @@ def test_where_sizes_cannot_be_left_open_each_is_captured(monkeypatch):
 
 def test_a_size_that_is_guarded_is_not_served():
     model = IMAGE.model()
-    gm = passes.capture(model, (), IMAGE.call(sizes=HINT), dynamic=True)
-    sizes = gm.meta["sizes"]
+    _, captured = passes.capture(model, (), IMAGE.call(sizes=HINT), dynamic=True)
+    sizes = captured.sizes
     for fits, wanted in ((True, Sizes(4, 3, 6, 10, 2)), (False, Sizes(4, 3, 7, 10, 2))):
         inputs = list(IMAGE.call(sizes=wanted).values())
         assert (sizes.bind(inputs) is not None) == fits

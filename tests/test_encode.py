@@ -9,12 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import MODELS, Case, OneBranch
 from phases import FakeTrajectory, inline, lift, placeholders, specialize, store_all
-from stages import capture_call, compile_flat, regions_of, run_graph, run_to, with_hoisted
+from stages import (
+    apply,
+    capture_call,
+    compile_flat,
+    facts_of,
+    regions_of,
+    run_graph,
+    run_to,
+    with_hoisted,
+)
 
-from pabc import passes
 from pabc.kernels.dtypes import FP8, FP8_MAX, TINY
 from pabc.passes import (
+    Captured,
     Region,
+    Regions,
     encode_cuts_pass,
 )
 from pabc.passes.cache import cache_read, decode_cached, encode_unless
@@ -132,7 +142,8 @@ def test_layouts_without_gaps_keep_their_order_of_dimensions():
 
 def test_keep_leaves_the_graph_as_it_is(captured):
     gm = run_to(captured(FACTORIZED)[1], "cache")
-    assert encode_cuts_pass(gm, cache_dtype="keep") is gm
+    found = apply(encode_cuts_pass, gm, Captured, Regions, cache_dtype="keep")
+    assert found == (gm, facts_of(gm)[Regions])
 
 
 def test_a_read_is_decoded_and_a_write_encoded(captured):
@@ -260,7 +271,7 @@ def test_reads_are_decoded_and_writes_encoded_in_every_phase():
 
 def test_graphs_for_any_sizes_encode_any_sizes():
     model, call = PACKED.model(), PACKED.call()
-    gm = passes.capture(model.eval(), (), dict(call), dynamic=True)
+    gm = capture_call(model, call, dynamic=True)
     gm = run_to(gm, "encode", cache_dtype="fp8")
     region = regions_of(gm)[0]
     assert region.kept[0] == (region.shapes[0], FP8), "the sizes of the captured call"

@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import CASES, Case, Factorized, Sizes
-from stages import capture_call, run_to
+from stages import capture_call, facts_of, run_to
 from torch import nn
 
 import pabc
 from pabc.models import OpenSoraPlan12
-from pabc.passes import enlarge_call
+from pabc.passes import Captured, Denoised, ModelCall, enlarge_call
 
 BY_NAME = {case.name: case for case in CASES}
 FRAME = Sizes(frames=1)
@@ -142,7 +142,9 @@ def test_several_positions_need_no_larger_call():
     case = BY_NAME["Full3d"]
     model, call = case.model().eval(), case.call()
     gm = run_to(capture_call(model, call), "axes")
-    assert enlarge_call(model, (), dict(call), gm, kinds={}) is None
+    facts = facts_of(gm)
+    signature, denoised = facts[Captured].signature, facts[Denoised]
+    assert enlarge_call(gm, facts[ModelCall], signature, denoised, kinds={}) is None
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 1, 6, 8), (1, 4, 1, 8, 8), (2, 4, 3, 2, 2)])

@@ -7,7 +7,7 @@ from models import MODELS, Case, OneBranch
 from phases import inline, lift, specialize, store_all
 from stages import capture_call, regions_of, run_to, with_hoisted
 
-from pabc.passes import Place, lift_weights_pass
+from pabc.passes import ResultIndex, lift_weights_pass
 from pabc.passes.ir import attribute
 
 CASES = [c for c in MODELS if c.name in ("Factorized", "JointText")]
@@ -77,16 +77,16 @@ def test_inlining_keeps_bits_and_leaves_no_call(case: Case, captured):
 def test_lifting_keeps_bits_and_leaves_no_weight(case: Case, captured):
     phase, inputs = make_phase(case, captured)
     flat = inline(phase)
-    lifted = lift_weights_pass(flat)
+    lifted, facts = lift_weights_pass(flat)
     lifted.graph.lint()
     assert not any(n.op == "get_attr" for n in lifted.graph.nodes)
-    names = lifted.meta["weights"]
+    names = facts.weights
     assert len(set(names)) == len(names)
     weights = [attribute(flat, name) for name in names]
     with torch.no_grad():
         (expected, cuts), results = phase(*inputs), lifted(*weights, *inputs)
     assert same([*expected, *cuts], results)
-    assert lifted.meta["outputs"] == (Place(0),)
+    assert facts.outputs == (ResultIndex(0),)
 
 
 def test_lifted_weights_decide_the_result(captured):
@@ -115,8 +115,8 @@ def test_a_weight_that_is_read_twice_is_one_input():
     total = graph.call_function(torch.add, (product, graph.get_attr("weight")))
     graph.output(((total,), ()))
     weight = torch.nn.Parameter(torch.full((2,), 3.0))
-    lifted = lift_weights_pass(torch.fx.GraphModule({"weight": weight}, graph))
-    assert lifted.meta["weights"] == ("weight",)
+    lifted, facts = lift_weights_pass(torch.fx.GraphModule({"weight": weight}, graph))
+    assert facts.weights == ("weight",)
     assert torch.equal(lifted(torch.ones(2), torch.ones(2))[0], torch.full((2,), 2.0))
 
 
@@ -124,6 +124,6 @@ def test_outputs_that_are_no_tensors_keep_their_place():
     graph = torch.fx.Graph()
     x = graph.placeholder("x")
     graph.output(((None, x, 3), ()))
-    lifted = lift_weights_pass(torch.fx.GraphModule({}, graph))
-    assert lifted.meta["outputs"] == (None, Place(0), 3)
+    lifted, facts = lift_weights_pass(torch.fx.GraphModule({}, graph))
+    assert facts.outputs == (None, ResultIndex(0), 3)
     assert lifted(torch.ones(1)) == (torch.ones(1),)

@@ -41,7 +41,7 @@ FLOORS = (
     # What happens at each call.
     ("pabc.runtime.*",),
     # A compiled model: as a file, in place of a module, and by itself.
-    ("pabc.artifact.*", "pabc.wrapper", "pabc.inplace", "pabc.compiled"),
+    ("pabc.artifact.*", "pabc.wrapper", "pabc.inplace", "pabc.dumps", "pabc.compiled"),
     # What users call.
     ("pabc.api",),
     ("pabc.pipelines.*",),

@@ -4,11 +4,12 @@ import pytest
 import torch
 from graphs import assert_same_graph
 from phases import inline
-from stages import prologue_of
+from stages import facts_of, prologue_of, run_to, with_facts
 from torch import nn
 
 import pabc
 from pabc import passes
+from pabc.passes import Facts, ModelCall, PrologueGraph
 from pabc.passes.ir import user_inputs
 
 STEPS = tuple(range(6, 0, -1))
@@ -44,12 +45,10 @@ def inputs():
 
 
 def hoisted(model, inputs):
-    gm = passes.canonicalize_pass(passes.capture(model, inputs, {}))
-    gm = passes.mark_regions_pass(passes.tag_attention_pass(passes.name_axes_pass(gm)))
-    gm = passes.hoist_invariants_pass(gm)
-    gm.recompile()
-    passes.verify_hoist(gm)
-    return gm
+    gm, captured = passes.capture(model, inputs, {})
+    return run_to(
+        with_facts(gm, Facts([captured, ModelCall(model=model, args=inputs, kwargs={})])), "hoist"
+    )
 
 
 PROLOGUE = """
@@ -96,7 +95,7 @@ def test_projections_of_the_text_move_to_the_prologue(model, inputs):
     assert_same_graph(prologue, PROLOGUE)
     assert_same_graph(gm, HOISTED)
     assert [n.name for n in user_inputs(gm.graph)[3:]] == ["hoisted_0", "hoisted_1"]
-    assert gm.meta["steady"] == (2,)
+    assert facts_of(gm)[PrologueGraph].steady == (2,)
     (output,) = gm(*inputs, *prologue(*inputs))
     assert torch.equal(output, model(*inputs))
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from graphs import assert_same_graph
-from lowering import lower
+from lowering import lower, matches_of
 from models import MODELS
 from torch import nn
 
@@ -64,13 +64,13 @@ def by_columns(x):
 @pytest.mark.parametrize("by", [by_another_range, by_columns])
 def test_other_encodings_are_left_alone(by):
     _, lowered = lower(Encode(by), torch.randn(2, 5, 24))
-    assert not calls(lowered) and not lowered.meta["lowered"]
+    assert not calls(lowered) and not matches_of(lowered)
 
 
 def test_reasons():
     x = torch.randn(2, 20000)
     _, lowered = lower(Encode(), x)
-    assert [each.reason for each in lowered.meta["lowered"]] == ["20000 channels: at most 16384"]
+    assert [each.reason for each in matches_of(lowered)] == ["20000 channels: at most 16384"]
 
 
 @pytest.mark.parametrize("name", ["Factorized", "JointImage"])

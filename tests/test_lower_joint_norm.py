@@ -12,6 +12,7 @@ from lowered_norms import (
     graph_text,
     left,
     lower,
+    matches_of,
     modulate,
     norms,
     plain,
@@ -78,7 +79,7 @@ def test_norms_become_one_call(function):
     lowered, run = lower(function, TEXT, LATENTS)
     assert_same_graph(lowered, graph_text("%text, %latents", *EXPECTED[function]))
     check_same(run())
-    assert [each.kernel for each in lowered.meta["lowered"]] == ["joint_norm"]
+    assert [each.kernel for each in matches_of(lowered)] == ["joint_norm"]
 
 
 APART = {
@@ -110,7 +111,7 @@ def test_what_does_not_gain_is_looked_at_part_by_part():
         return kernel == "residual_norm"
 
     lowered = lower(norms, *inputs[:2], rows=inputs[2:], kernels="auto", gains=gains)[0]
-    assert [(each.kernel, each.reason) for each in lowered.meta["lowered"]] == [
+    assert [(each.kernel, each.reason) for each in matches_of(lowered)] == [
         ("residual_norm", None),
         ("residual_norm", None),
         ("joint_norm", "not faster here"),

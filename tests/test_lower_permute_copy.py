@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from graphs import assert_same_graph
-from lowering import lower
+from lowering import lower, matches_of
 from torch import nn
 from torch.distributed._functional_collectives import all_to_all_single, wait_tensor
 
@@ -57,7 +57,7 @@ def test_copies_around_collectives_become_calls(group):
     assert_same_graph(lowered, expected_graph)
     for found, expected in zip(lowered(x), gm(x), strict=True):
         assert torch.equal(found, expected) and found.stride() == expected.stride()
-    assert [each.reason for each in lowered.meta["lowered"]] == [None, None]
+    assert [each.reason for each in matches_of(lowered)] == [None, None]
 
 
 class SwitchWide(Switch):
@@ -68,4 +68,4 @@ class SwitchWide(Switch):
 
 def test_reasons(group):
     _, lowered = lower(SwitchWide(group), torch.randn([2] * 7))
-    assert [each.reason for each in lowered.meta["lowered"]] == ["7 dimensions: at most 6"]
+    assert [each.reason for each in matches_of(lowered)] == ["7 dimensions: at most 6"]

@@ -17,6 +17,7 @@ from lowered_norms import (
     graph_text,
     left,
     lower,
+    matches_of,
     plain,
 )
 from torch.nn.functional import layer_norm, rms_norm
@@ -104,8 +105,8 @@ def test_norms_become_one_call(name):
     )
     assert_same_graph(lowered, expected)
     check_same(run())
-    assert [each.reason for each in lowered.meta["lowered"]] == [None]
-    assert lowered.meta["lowered"][0].shape == (B * T, C, 8)
+    assert [each.reason for each in matches_of(lowered)] == [None]
+    assert matches_of(lowered)[0].shape == (B * T, C, 8)
 
 
 SUMS = {  # the function; x, cuts, their scales, gates and factors of the call
@@ -352,7 +353,7 @@ NOT_ONE = {
 @pytest.mark.parametrize("name", NOT_ONE)
 def test_other_things_are_not_looked_at(name):
     lowered, run = lower(NOT_ONE[name], X, CUT)
-    assert lowered.meta["lowered"] == () and not calls(lowered)
+    assert matches_of(lowered) == () and not calls(lowered)
     check_same(run())
 
 
@@ -373,7 +374,7 @@ SPREAD = torch.zeros(3, 3, 3, 3, 8)[::2, ::2, ::2, ::2]
 )
 def test_what_the_kernel_does_not_compute_is_left_alone(x, function, reason):
     lowered, run = lower(function, x)
-    (each,) = lowered.meta["lowered"]
+    (each,) = matches_of(lowered)
     assert reason in each.reason and not calls(lowered)
     assert all(map(torch.equal, *run()))
 
@@ -384,7 +385,7 @@ def test_parts_of_what_is_not_lowered_are_not_listed():
         return plain(y) * (1 + m.scale) + m.shift, y
 
     inputs = [each.to("meta") for each in (X, CUT, *ROWS)]
-    found = lower(function, *inputs[:2], rows=inputs[2:], kernels="auto")[0].meta["lowered"]
+    found = matches_of(lower(function, *inputs[:2], rows=inputs[2:], kernels="auto")[0])
     assert [(each.shape, each.reason) for each in found] == [
         ((B * T, C, 16), "not measured on this device")
     ]

@@ -5,7 +5,16 @@ import torch
 from graphs import assert_same_graph
 from models import MODELS, Case, OneBranch
 from phases import FakeTrajectory, inline, lift, specialize, store_all
-from stages import capture_call, compile_flat, regions_of, run_graph, run_to, with_hoisted
+from stages import (
+    capture_call,
+    compile_flat,
+    facts_of,
+    regions_of,
+    run_graph,
+    run_to,
+    with_facts,
+    with_hoisted,
+)
 
 from pabc.passes import (
     offload_cuts_pass,
@@ -21,7 +30,7 @@ CPU = torch.device("cpu")
 def offload(case, captured, cache_dtype="keep"):
     """With the CPU as the accelerator: the ops then copy from it to itself."""
     gm = run_to(captured(case)[1], "encode", cache_dtype=cache_dtype)
-    return offload_cuts_pass(gm, accelerators=("cpu",))
+    return with_facts(offload_cuts_pass(gm, accelerators=("cpu",)), facts_of(gm))
 
 
 def test_on_a_cpu_the_graph_is_left_as_it_is(captured):
@@ -83,7 +92,7 @@ STORED = """
 
 def test_reads_are_fetched_and_writes_stashed_in_every_phase():
     gm = run_to(capture_call(OneBranch(), OneBranch.call()), "encode")
-    gm = offload_cuts_pass(gm, accelerators=("cpu",))
+    gm = with_facts(offload_cuts_pass(gm, accelerators=("cpu",)), facts_of(gm))
     assert_same_graph(gm, GUARDED)
     assert_same_graph(specialize(gm, reused=(0,)), REUSED)
     assert_same_graph(specialize(gm, stored=(0,)), STORED)

@@ -155,7 +155,7 @@ class Passed(Branch):
 def test_results_of_a_module_that_runs_as_it_is_are_no_arguments():
     """As a compiler takes for granted that uses the memory of one for another."""
     model, (call, *_) = make(Plain, Passed()), make_calls()
-    (outside,) = capture(model, (), call).meta["calls"]
+    (outside,) = capture(model, (), call)[1].calls
     x = outside.fake([])[0].fill_(2)
     (y,) = outside.run([x])
     assert torch.equal(x, y) and x.data_ptr() != y.data_ptr()

@@ -4,10 +4,10 @@ import pytest
 import torch
 from graphs import assert_same_graph
 from models import CASES, MODELS, Case, OneBranch
-from stages import capture_call, regions_of, run_graph, run_to
+from stages import apply, capture_call, facts_of, regions_of, run_graph, run_to
 from torch import nn
 
-from pabc.passes import Attention, verify_outline
+from pabc.passes import Attention, Marked, Regions, verify_outline
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -57,7 +57,7 @@ def test_regions_are_listed_as_they_run(captured):
     assert [region.name for region in regions_of(gm)] == names
     assert [n.target for n in gm.graph.nodes if n.op == "call_module"] == names
     assert regions_of(gm)[3].path == "temporal.0.0.attn"
-    assert gm.meta["outside"] == ()
+    assert facts_of(gm)[Marked].outside == ()
 
 
 def test_a_model_without_branches_has_no_region():
@@ -69,8 +69,8 @@ def test_a_model_without_branches_has_no_region():
 
 def test_verify_catches_an_attention_left_alive(captured):
     gm = outline("Branch", captured)
-    verify_outline(gm)
+    apply(verify_outline, gm, Regions)
     node = next(n for n in gm.graph.nodes if n.op == "call_function")
     node.meta["attention"] = Attention(regions_of(gm)[0].attentions[0], "full", "", (), ())
     with pytest.raises(AssertionError, match="alive outside its region"):
-        verify_outline(gm)
+        apply(verify_outline, gm, Regions)

@@ -18,10 +18,10 @@ from models import (
 )
 from models import Attention as Attend
 from reuse import STEPS, make_masks, make_schedule
-from stages import capture_call, regions_of, run_to
+from stages import apply, capture_call, facts_of, regions_of, run_to
 from torch import nn
 
-from pabc.passes import mark_regions_pass, tagged, verify_marks
+from pabc.passes import Denoised, Marked, Tagged, mark_regions_pass, tagged, verify_marks
 from pabc.passes.ir import aten, output_node
 
 
@@ -120,7 +120,7 @@ def test_what_only_the_branch_needs_is_in_the_region(captured):
 
 def test_attention_off_the_latents_stays_where_it_is(captured):
     gm = run_to(captured(BY_NAME["Refined"])[1], "regions")
-    assert {kind for kind, _ in gm.meta["branches"]} == {"full", "cross", "mlp"}
+    assert {kind for kind, _ in facts_of(gm)[Marked].branches} == {"full", "cross", "mlp"}
     left = [n.meta["attention"].kind for n in tagged(gm) if "region" not in n.meta]
     assert left == ["other", "other"]
 
@@ -159,15 +159,15 @@ def test_a_branch_is_marked_up_to_its_cut(cut, product, gated):
 def test_an_unknown_cut_is_refused(captured):
     gm = run_to(captured(BY_NAME["Branch"])[1], "tag")
     with pytest.raises(ValueError, match="cut: expected 'attention' or 'branch', found 'gate'"):
-        mark_regions_pass(gm, cut="gate")
+        apply(mark_regions_pass, gm, Denoised, Tagged, cut="gate")
 
 
 def test_verify_catches_an_attention_that_is_nowhere(captured):
     gm = run_to(captured(BY_NAME["Branch"])[1], "regions")
-    verify_marks(gm)
+    apply(verify_marks, gm, Marked)
     del tagged(gm)[0].meta["region"]
     with pytest.raises(AssertionError, match=r"blocks\.0\.attn"):
-        verify_marks(gm)
+        apply(verify_marks, gm, Marked)
 
 
 class SkipOverPlainAttention(nn.Module):

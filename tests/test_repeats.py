@@ -10,7 +10,7 @@ from torch import nn
 
 import pabc
 from pabc import passes
-from pabc.artifact.analysis import read_analysis, write_analysis
+from pabc.artifact.analysis import read_guarded, write_guarded
 from pabc.options import Options
 from pabc.passes.ir import user_inputs
 from pabc.passes.provenance.copies import find_copies
@@ -182,9 +182,9 @@ def test_changed_texts_are_seen():
 def test_they_can_be_saved():
     model, call = OverFrames().eval(), make_call()
     guarded, _ = pabc.pipeline.analyze(model, (), call, Options())
-    content, constants = write_analysis(guarded)
-    again = read_analysis(json.loads(json.dumps(content)), constants, model)
-    kept = prologue_of(again)(*call.values())
+    content, constants = write_guarded(guarded)
+    again = read_guarded(json.loads(json.dumps(content)), constants, model)
+    kept = again.prologue.graph(*call.values())
     assert [tuple(t.shape) for t in kept] == [(B, 1, L, 2, D // 2)] * 2
 
 

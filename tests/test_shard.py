@@ -5,23 +5,36 @@ Real processes are in `test_ranks.py`, rules and moves in `test_shard_rules.py` 
 
 import inspect
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
 from graphs import assert_same_graph
 from models import MODELS, Branch, Factorized, Image, Mlp, OneBranch, Sizes
 from sharded.simulator import GROUP, run_ranks
-from stages import capture_call, run_to
+from stages import apply, capture_call, facts_of, latents_of, run_to, with_facts
 from torch import nn
 from torch.utils import _pytree as pytree
 
 import pabc
 from pabc.base.arguments import bind_arguments
-from pabc.passes import Ranks, capture, shard_batch_pass, shard_pass, verify_shard
+from pabc.passes import (
+    Captured,
+    Denoised,
+    Facts,
+    Marked,
+    ModelCall,
+    Ranks,
+    capture,
+    shard_batch,
+    shard_pass,
+    shard_tokens,
+    verify_shard,
+)
 from pabc.passes.ir import aten
 from pabc.passes.shard import find_token_axes
 from pabc.passes.sharding import moves
-from pabc.sharding import Sharding
+from pabc.sharding import shard_for, shares_computed
 
 BY_NAME = {case.name: case for case in MODELS}
 STEPS = range(12)
@@ -29,12 +42,13 @@ PAB = pabc.Schedule.pyramid(STEPS, spatial=2, temporal=4, cross=6)
 TOLERANCE = 1e-6
 
 
-def shard_all(gm, num_ranks, shard=shard_pass, **options):
+def shard_all(gm, num_ranks, shard=shard_tokens, **options):
     """Each rank's graph."""
-    made = [shard(gm, Ranks(num_ranks, rank, GROUP), **options) for rank in range(num_ranks)]
+    ranks = [Ranks(num_ranks, rank, GROUP) for rank in range(num_ranks)]
+    made = [apply(shard, gm, Denoised, ranks=each, **options)[0] for each in ranks]
     for graph in made:
         graph.graph.lint()
-        verify_shard(graph)
+        apply(verify_shard, with_facts(graph, facts_of(gm)), Marked)
     return made
 
 
@@ -49,14 +63,14 @@ def test_ranks_give_what_one_gives(case, captured):
     """Along each token axis: 4, 2, 3 positions and more, on numbers that do not divide them."""
     gm = run_to(captured(case)[1], "regions")
     inputs = [*case.call().values()]
-    for axis, num_ranks in zip(find_token_axes(gm), (2, 3, 5), strict=False):
+    for axis, num_ranks in zip(find_token_axes(gm, latents_of(gm)), (2, 3, 5), strict=False):
         assert_ranks_equal_one(gm, inputs, shard_all(gm, num_ranks, axis=axis.dim))
 
 
 @pytest.mark.parametrize("case", MODELS, ids=str)
 def test_samples_on_more_ranks_than_there_are(case, captured):
     gm = run_to(captured(case)[1], "regions")
-    graphs = shard_all(gm, 3, shard_batch_pass)
+    graphs = shard_all(gm, 3, shard_batch)
     assert_ranks_equal_one(gm, [*case.call().values()], graphs)
     sends = {node.meta.get("region") for node in find_nodes(graphs[0].graph)}
     # Its second block shifts windows by an op without a rule, which every rank computes whole.
@@ -77,13 +91,16 @@ def test_zoo_ranks_give_what_one_gives(name):
     (entry,) = (entry for entry in ENTRIES if entry.name == name)
     model, call = entry.build()
     args, kwargs = bind_arguments(inspect.signature(model.forward), (), call)
-    gm = run_to(capture(model.requires_grad_(False), args, kwargs), "regions")
+    gm, known = capture(model.requires_grad_(False), args, kwargs)
+    gm = run_to(
+        with_facts(gm, Facts([known, ModelCall(model=model, args=args, kwargs=kwargs)])), "regions"
+    )
     assert_ranks_equal_one(gm, pytree.tree_leaves((args, kwargs)), shard_all(gm, 3))
 
 
 def test_each_rank_computes_its_samples_and_gathers_the_output():
     gm = run_to(capture_call(OneBranch(), OneBranch.call()), "regions")
-    (first, *_) = shard_all(gm, 2, shard_batch_pass)
+    (first, *_) = shard_all(gm, 2, shard_batch)
     assert_same_graph(
         first,
         """
@@ -135,7 +152,7 @@ def test_what_is_sent_lies_in_the_regions_that_mix_the_axis(name, dim, expected,
     The first region's latents are cut from what every rank has: it has no switch at its entry.
     """
     (gm, *_) = shard_all(run_to(captured(BY_NAME[name])[1], "regions"), 2, axis=dim)
-    kinds = [kind for kind, _ in gm.meta["branches"]]
+    kinds = [kind for kind, _ in facts_of(gm)[Marked].branches]
     nodes = find_nodes(gm.graph)
     found = {}
     for node in nodes[:-1]:
@@ -149,7 +166,7 @@ def test_what_is_sent_lies_in_the_regions_that_mix_the_axis(name, dim, expected,
 
 def test_a_region_switches_before_its_attention_and_back_after_it(captured):
     (gm, *_) = shard_all(run_to(captured(BY_NAME["Factorized"])[1], "regions"), 2, axis=2)
-    kinds = [kind for kind, _ in gm.meta["branches"]]
+    kinds = [kind for kind, _ in facts_of(gm)[Marked].branches]
     inside = [n for n in gm.graph.nodes if n.meta.get("region") == kinds.index("temporal")]
     known = (moves.ALL_TO_ALL, moves.WAIT, aten.layer_norm.default)
     attend = aten.scaled_dot_product_attention.default
@@ -198,13 +215,16 @@ def test_the_axis_that_is_divided_sends_fewest_bytes_under_the_schedule(ranges, 
 
     def count_bytes(dim):
         """In a generation, and which dimension is divided."""
-        gm = Sharding.imagined((2,), dim=dim, schedule=schedule).apply(deep)
-        kinds = [kind for kind, _ in gm.meta["branches"]]
+        sharding = shard_for((2,), dim=dim, weigh=partial(shares_computed, schedule))
+        kinds = (Captured, Denoised, Marked)
+        gm, shards = apply(shard_pass, deep, *kinds, sharding=sharding)
+        gm = with_facts(gm, facts_of(deep))
+        kinds = [kind for kind, _ in facts_of(gm)[Marked].branches]
         total = 0
         for node in find_nodes(gm.graph):
             reused = schedule.mask(kinds[node.meta["region"]]) if "region" in node.meta else ()
             total += moves.find_collective(node).nbytes * (len(STEPS) - sum(reused))
-        return total, gm.meta["sharded"][0].axis.dim
+        return total, shards.axes[0].axis.dim
 
     every = {count_bytes(each) for each in (2, 3)}
     assert len({total for total, _ in every}) == 2, "both send alike"
@@ -263,7 +283,7 @@ def test_positions_that_are_mixed_on_the_way_are_gathered():
     gm, inputs = capture_changed(lambda model: model.spatial[1].insert(0, Shuffle()))
     graphs = shard_all(gm, 2, axis=2)
     assert_ranks_equal_one(gm, inputs, graphs)
-    kinds = [kind for kind, _ in gm.meta["branches"]]
+    kinds = [kind for kind, _ in facts_of(gm)[Marked].branches]
     sends = [node.meta["region"] for node in find_nodes(graphs[0].graph) if "region" in node.meta]
     assert {kinds[region] for region in sends} == {"temporal"}
 
@@ -339,7 +359,8 @@ def test_a_mesh_of_two_sizes_divides_samples_first():
 
 def test_one_rank_is_no_mesh(captured):
     gm = run_to(captured(BY_NAME["Full3d"])[1], "regions")
-    assert shard_pass(gm, Ranks(1, 0, GROUP)) is gm is shard_batch_pass(gm, Ranks(1, 0, GROUP))
+    for shard in (shard_tokens, shard_batch):
+        assert apply(shard, gm, Denoised, ranks=Ranks(1, 0, GROUP)) == (gm, None)
     assert explain(ranks=1).communication is None
 
 

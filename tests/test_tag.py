@@ -22,12 +22,10 @@ from models import (
     attend_in_float,
     attend_matmul,
 )
-from stages import capture_call, run_to
+from stages import apply, capture_call, run_to
 from torch import nn
 
-from pabc.options import Options
-from pabc.passes import tag_attention_pass, tagged, verify_tags
-from pabc.pipeline import capture_larger
+from pabc.passes import Denoised, Enlarged, tag_attention_pass, tagged, verify_tags
 
 BY_NAME = {case.name: case for case in CASES}
 IMAGE = Case("image", nn.Identity, "BCHW", ())
@@ -38,10 +36,7 @@ def kinds_of(gm):
 
 
 def tag(model, call, **config):
-    """As :func:`pabc.pipeline.analyze` does, up to this pass."""
-    gm = run_to(capture_call(model, call), "axes", **config)
-    gm.meta["larger"] = capture_larger(model, (), dict(call), gm, Options(**config), {})
-    return tag_attention_pass(gm, kinds=config.get("kinds"))
+    return run_to(capture_call(model, call), "tag", **config)
 
 
 def tag_core(attend, sizes=None):
@@ -260,19 +255,19 @@ def test_the_kind_that_the_user_states_wins():
 
 
 def test_an_unknown_kind_is_refused():
-    gm = run_to(capture_call(Image(Branch()), IMAGE.call()), "axes")
+    gm = run_to(capture_call(Image(Branch()), IMAGE.call()), "enlarge")
     with pytest.raises(
         ValueError, match=r"kinds\['\*'\]: expected one of .*'spatial'.*found 'self'"
     ):
-        tag_attention_pass(gm, kinds={"*": "self"})
+        apply(tag_attention_pass, gm, Denoised, Enlarged, kinds={"*": "self"})
 
 
 def test_a_pattern_that_matches_nothing_is_refused():
-    gm = run_to(capture_call(Image(Branch()), IMAGE.call()), "axes")
+    gm = run_to(capture_call(Image(Branch()), IMAGE.call()), "enlarge")
     with pytest.raises(
         ValueError, match=r"no attention matches \['b'\]; found \['blocks.0.attn'\]"
     ):
-        tag_attention_pass(gm, kinds={"b": "full"})
+        apply(tag_attention_pass, gm, Denoised, Enlarged, kinds={"b": "full"})
 
 
 def test_a_kind_that_cannot_be_told_is_an_error_that_names_the_node():

@@ -6,11 +6,12 @@ import math
 import pytest
 import torch
 from models import ONE_BLOCK
-from stages import capture_call, copy_graph
+from stages import apply, capture_call, copy_graph
 from torch import nn
 from torch.nn.utils import parametrize
 from weights import Int8Tensor, add_adapter, quantize, with_int8_tensor
 
+from pabc.passes import Captured
 from pabc.runtime.weights import Weights
 
 
@@ -34,7 +35,11 @@ class Scaled(nn.Module):
 
 def captured_weights(model, **call):
     gm = capture_call(model, call)
-    return gm, Weights([gm])
+    return gm, apply(make_weights, gm, Captured)
+
+
+def make_weights(gm, captured):
+    return Weights([gm], captured)
 
 
 @pytest.fixture
@@ -228,7 +233,7 @@ def test_a_parameter_that_is_no_longer_shared_is_noticed(name):
     attn = model.blocks[0].attn
     attn.to_k.weight = attn.to_q.weight
     gm = capture_call(model, call)
-    weights = Weights([gm])
+    weights = apply(make_weights, gm, Captured)
     assert weights.is_current(model)
     getattr(attn, name).weight = nn.Parameter(torch.randn(16, 16))
     assert not weights.is_current(model)

@@ -1,6 +1,10 @@
-"""What was found in a model for one call, as JSON: the guarded graph and the facts about it."""
+"""A guarded graph and what is known of it, as JSON: each fact field by field."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule
@@ -11,70 +15,91 @@ from pabc.artifact.reads import read_reads, write_reads
 from pabc.artifact.tensors import TensorWriter, read_tensors
 from pabc.artifact.values import Json, decode, encode
 from pabc.passes import (
+    Captured,
+    Guarded,
     HookCall,
     ModelState,
     OpaqueCall,
+    PrologueGraph,
+    Reads,
 )
 
-_FACTS = (
-    "regions",
-    "steady",
-    "signature",
-    "latents",
-    "outside",
-    "aliases",
-    "compiled",
-    "written",
-    "writes",
-    "deleted",
-)
-"""Keys of `gm.meta` that are read after the analysis, beside those that hold graphs."""
+_HOLDERS = {c.__name__: c for c in (Captured, Guarded, PrologueGraph)}
+"""Facts with fields that are more than values."""
+_REBUILT = ("calls", "modules")
+"""Fields of :class:`Captured` that are made anew for the model at hand."""
 _CALL = ("path", "reason", "num_attentions", "call", "layouts", "results", "keeps")
 """What is saved of an :class:`OpaqueCall`."""
 
 
-def write_analysis(guarded: GraphModule) -> tuple[Json, bytes]:
-    """The guarded graph with all that :func:`read_analysis` needs, and its constants' bytes.
+def write_guarded(guarded: Guarded) -> tuple[Json, bytes]:
+    """Returns all that :func:`read_guarded` needs, and the bytes of the graphs' constants.
 
     Raises: :class:`ArtifactError` naming what cannot be saved.
     """
-    calls = guarded.meta["calls"]
+    calls = guarded.captured.calls
     for call in calls:
         if isinstance(call, HookCall):
             raise ArtifactError(f"{call.path}: expected no hooks that keep something; remove it")
     tensors = TensorWriter()
-    writer = GraphWriter(calls, tensors)
-    prologue: GraphModule = guarded.meta["prologue"]
     content = {
-        "guarded": writer.write(guarded),
-        "prologue": writer.write(prologue),
-        "prologue attentions": encode(prologue.meta["attentions"]),
-        "reads": write_reads(guarded.meta["reads"], writer),
-        "facts": {name: encode(guarded.meta[name]) for name in _FACTS},
         "calls": [{name: encode(getattr(call, name)) for name in _CALL} for call in calls],
+        "guarded": _write(guarded, GraphWriter(calls, tensors)),
         "constants": tensors.table,
     }
     return content, tensors.data
 
 
-def read_analysis(content: Json, constants: bytes, model: nn.Module) -> GraphModule:
-    """The guarded graph, over the tensors of `model`."""
+def _write(value: Any, writer: GraphWriter) -> Json:
+    if _HOLDERS.get(type(value).__name__) is type(value):
+        names = [f.name for f in fields(value) if f.name not in _REBUILT]
+        parts = {name: _write(getattr(value, name), writer) for name in names}
+        return {"fact": [type(value).__name__, parts]}
+    if isinstance(value, GraphModule):
+        return {"graph": writer.write(value)}
+    if isinstance(value, Reads):
+        return {"reads": write_reads(value, writer)}
+    return {"value": encode(value)}
+
+
+def read_guarded(content: Json, constants: bytes, model: nn.Module) -> Guarded:
+    """Returns the guarded graph over the tensors of `model`."""
     calls = tuple(
         OpaqueCall(model, **{name: decode(part) for name, part in call.items()})
         for call in content["calls"]
     )
     for call in calls:
         call.register()
-    reader = GraphReader(model, read_tensors(content["constants"], constants), calls)
-    guarded = reader.read(content["guarded"])
-    prologue = reader.read(content["prologue"])
-    prologue.meta["attentions"] = decode(content["prologue attentions"])
-    prologue.meta["sizes"] = None
-    guarded.meta.update({name: decode(part) for name, part in content["facts"].items()})
-    guarded.meta["calls"] = calls
-    guarded.meta["modules"] = ModelState.of(
-        model, {call.path for call in calls}, guarded.meta["written"]
-    )
-    guarded.meta["prologue"] = prologue
-    guarded.meta["reads"] = read_reads(content["reads"], reader)
+    graphs = GraphReader(model, read_tensors(content["constants"], constants), calls)
+    guarded = _Reader(model, calls, graphs).read(content["guarded"])
+    if not isinstance(guarded, Guarded):
+        raise ArtifactError(f"expected a guarded graph, found {type(guarded).__name__}")
     return guarded
+
+
+class _Reader:
+    """Reads facts for a model."""
+
+    def __init__(self, model: nn.Module, calls: Sequence[OpaqueCall], graphs: GraphReader) -> None:
+        self._model, self._calls, self._graphs = model, tuple(calls), graphs
+
+    def read(self, content: Json) -> Any:
+        """Returns the value that :func:`_write` wrote."""
+        ((tag, inner),) = content.items()
+        if tag == "fact":
+            name, parts = inner
+            found = {field: self.read(part) for field, part in parts.items()}
+            return _HOLDERS[name](**found, **self._rebuild(name, found))
+        if tag == "graph":
+            return self._graphs.read(inner)
+        if tag == "reads":
+            return read_reads(inner, self._graphs)
+        return decode(inner)
+
+    def _rebuild(self, name: str, found: dict[str, Any]) -> dict[str, Any]:
+        """Returns the fields of a fact that were not written."""
+        if name != Captured.__name__:
+            return {}
+        paths = {call.path for call in self._calls}
+        modules = ModelState.of(self._model, paths, found["written"])
+        return {"calls": self._calls, "modules": modules}

@@ -19,32 +19,17 @@ from pabc.artifact.tensors import TensorWriter
 from pabc.artifact.values import Json, decode, encode
 from pabc.passes import (
     CONSTANTS,
+    GUARD_OPS,
     OpaqueCall,
     attribute,
-    cache_read,
-    cache_write,
-    compute_unless,
-    decode_cached,
-    encode_unless,
-    fetch_cached,
     find_tensor,
     is_opaque,
     keep_one,
     make_module,
-    stash_unless,
 )
 
-_GUARDS = (
-    cache_read,
-    cache_write,
-    compute_unless,
-    decode_cached,
-    encode_unless,
-    fetch_cached,
-    stash_unless,
-)
 _FUNCTIONS: dict[str, Any] = {
-    **{function.__name__: function for function in _GUARDS},
+    **{function.__name__: function for function in GUARD_OPS},
     "getitem": operator.getitem,
     "keep_one": keep_one,
 }

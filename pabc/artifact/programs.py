@@ -13,13 +13,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from pabc.artifact.analysis import read_analysis, write_analysis
+from pabc.artifact.analysis import read_guarded, write_guarded
 from pabc.artifact.code import compile_code, load_code, used_inputs
 from pabc.artifact.errors import ArtifactError
 from pabc.artifact.values import Json, decode, encode
 from pabc.base.arguments import leaf_key
 from pabc.options import Options
-from pabc.passes import Place, is_opaque
+from pabc.passes import Lifted, ResultIndex, is_opaque, user_inputs
 from pabc.runtime.bindings import Binding
 from pabc.runtime.chain import Call, Chain
 from pabc.runtime.executables import LoweredPhase, PhaseKey
@@ -64,7 +64,7 @@ def write_program(program: Program, binding: Binding, folder: str) -> dict[str, 
     """
     if program.inputs.has_dynamic_shapes:
         raise ArtifactError("dynamic: expected False for a model to be saved, found True")
-    analysis, constants = write_analysis(program.guarded)
+    analysis, constants = write_guarded(program.guarded)
     members = {f"{folder}/constants": constants}
     blocks, phases = [], []
     if program.phases.backend == "inductor":
@@ -97,7 +97,7 @@ def read_program(
 ) -> tuple[Program, str]:
     """The program that :func:`write_program` wrote, and its plan as JSON."""
     content = json.loads(members[f"{folder}/program.json"])
-    guarded = read_analysis(content["analysis"], members[f"{folder}/constants"], model)
+    guarded = read_guarded(content["analysis"], members[f"{folder}/constants"], model)
     program = Program(
         guarded,
         lifted=content["lifted"],
@@ -134,19 +134,19 @@ def _compile(program: Program, phase: PhaseKey, known: Packages) -> None:
     """Nothing for a phase that calls modules of the model: what is called by name from a library
     would be those of one model alone. Whoever loads the file compiles it."""
     lowered = program.phases.lower(*phase)
-    if any(is_opaque(node) for block in lowered.blocks for node in block.graph.nodes):
+    if any(is_opaque(node) for block in lowered.blocks for node in block.graph.graph.nodes):
         return
     for block in lowered.blocks:
-        if block.meta["key"] not in known.blocks:
-            package = Package(compile_code(block), tuple(used_inputs(block)))
-            known.blocks[block.meta["key"]] = package
-    keys = tuple(block.meta["key"] for block in lowered.blocks)
+        if block.key not in known.blocks:
+            package = Package(compile_code(block.graph), tuple(used_inputs(block.graph)))
+            known.blocks[block.key] = package
+    keys = tuple(block.key for block in lowered.blocks)
     known.phases[phase] = replace(lowered, blocks=()), keys
 
 
 def _device(program: Program) -> torch.device:
     """The device that code runs on: that of the inputs that is no CPU, if there is one."""
-    vals = [n.meta.get("val") for n in program.guarded.graph.nodes if n.op == "placeholder"]
+    vals = [n.meta.get("val") for n in user_inputs(program.guarded.graph.graph)]
     devices = [val.device for val in vals if isinstance(val, torch.Tensor)]
     return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
 
@@ -157,23 +157,24 @@ def _write_lowered(lowered: LoweredPhase) -> Json:
         "inputs": chain.num_inputs,
         "calls": [[call.block, list(call.inputs), call.num_results] for call in chain.calls],
         "results": list(chain.outputs),
-        "weights": list(lowered.weights),
-        "outputs": [_write_output(output) for output in lowered.outputs],
+        "weights": list(lowered.lifted.weights),
+        "outputs": [_write_output(output) for output in lowered.lifted.outputs],
     }
 
 
 def _read_lowered(content: Json) -> LoweredPhase:
     calls = [Call(block, tuple(inputs), num) for block, inputs, num in content["calls"]]
     chain = Chain(content["inputs"], tuple(calls), tuple(content["results"]))
-    return LoweredPhase(chain, (), tuple(content["weights"]), _read_outputs(content["outputs"]))
+    lifted = Lifted(tuple(content["weights"]), _read_outputs(content["outputs"]))
+    return LoweredPhase(chain, (), lifted)
 
 
 def _write_output(output: Any) -> Json:
-    return output.index if isinstance(output, Place) else {"constant": encode(output)}
+    return output.index if isinstance(output, ResultIndex) else {"constant": encode(output)}
 
 
 def _read_outputs(contents: list[Json]) -> tuple[Any, ...]:
-    return tuple(Place(c) if isinstance(c, int) else decode(c["constant"]) for c in contents)
+    return tuple(ResultIndex(c) if isinstance(c, int) else decode(c["constant"]) for c in contents)
 
 
 def write_key(key: CallKey) -> Json:

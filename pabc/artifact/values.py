@@ -23,10 +23,14 @@ from pabc.base.structure import DataclassForm, Structure
 from pabc.passes import (
     Attention,
     Axis,
+    Denoised,
     Factor,
+    Marked,
     Region,
     ResultForm,
     ResultLayout,
+    ShardedAxis,
+    Shards,
     Signature,
     TensorCall,
 )
@@ -36,8 +40,8 @@ Json = Any
 _CONTAINERS = {c.__name__: c for c in (list, tuple, dict, OrderedDict, defaultdict, deque)}
 _FACTS = {
     c.__name__: c
-    for c in (Attention, Axis, DataclassForm, Factor, Region, ResultForm, ResultLayout, Signature)
-    + (Structure, TensorCall)
+    for c in (Attention, Axis, DataclassForm, Denoised, Factor, Marked, Region, ResultForm)
+    + (ResultLayout, ShardedAxis, Shards, Signature, Structure, TensorCall)
 }
 """The compiler's own records, written field by field."""
 _NAMED: dict[str, type] = {

@@ -1,6 +1,8 @@
-"""format: byte counts and sets of indices as short text."""
+"""format: byte counts, sets of indices and tables as text."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 def format_numbers(numbers: set[int]) -> str:
@@ -17,3 +19,13 @@ def format_bytes(count: int) -> str:
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count} B"
+
+
+def format_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Returns the lines of a table with aligned columns, indented by two spaces."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    return [
+        "  "
+        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [header, *rows]
+    ]

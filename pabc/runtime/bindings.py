@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from torch.fx import GraphModule
-
 from pabc import passes
 from pabc.budget import Fit, fit_plan
 from pabc.passes import cache_read
@@ -100,11 +98,11 @@ class Bindings:
         slots: one per region, with the bytes that it takes in the call that was captured.
     """
 
-    def __init__(self, guarded: GraphModule, memory_budget: int | None) -> None:
-        self.slots = slot_specs(guarded.meta["regions"])
+    def __init__(self, guarded: passes.Guarded, memory_budget: int | None) -> None:
+        self.slots = slot_specs(guarded.regions)
         self._guarded = guarded
         self._memory_budget = memory_budget
-        self._sizes: passes.Sizes | None = guarded.meta.get("sizes")
+        self._sizes = guarded.captured.sizes
         self._bindings: dict[tuple[Schedule, Layout], Binding] = {}
         self._bound: tuple[Schedule | None, Layout, Binding | None] = None, (), None
 
@@ -128,7 +126,7 @@ class Bindings:
         sizes = self._sizes.bind(inputs) if self._sizes is not None and inputs is not None else None
         if sizes is None:
             return self.slots
-        reads = [n for n in self._guarded.graph.nodes if n.target is cache_read]
+        reads = [n for n in self._guarded.graph.graph.nodes if n.target is cache_read]
         held = {int(n.args[1]): passes.concrete(n.meta["val"], sizes) for n in reads}
         return tuple(
             replace(spec, nbytes=sum(t.numel() * t.element_size() for t in held[slot]))
@@ -144,8 +142,6 @@ class Bindings:
     @cached_property
     def _flops(self) -> list[int]:
         """What one run of each region costs."""
-        count = passes.FlopCounter()
-        return [
-            count(self._guarded.get_submodule(region.name))
-            for region in self._guarded.meta["regions"]
-        ]
+        count = passes.FlopCounter(self._guarded.captured.sizes)
+        graph = self._guarded.graph
+        return [count(graph.get_submodule(region.name)) for region in self._guarded.regions]

@@ -65,8 +65,8 @@ class Chain:
         return tuple(reversed(pieces))
 
     @classmethod
-    def of(cls, gm: GraphModule) -> tuple[Chain, tuple[GraphModule, ...]]:
-        """The chain of a graph that was split (:func:`split_blocks_pass`), and its blocks."""
+    def of(cls, gm: GraphModule, split: passes.Blocks) -> tuple[Chain, tuple[passes.Block, ...]]:
+        """Returns the chain of a split graph (:func:`split_blocks_pass`), and its blocks."""
         places: dict[Node, int] = {}
         names: dict[str, int] = {}
         calls = []
@@ -80,9 +80,8 @@ class Chain:
                 calls.append(Call(block, tuple(places[n] for n in node.args), len(node.users)))
                 count += len(node.users)
         outputs = tuple(places[n] for n in output_node(gm.graph).args[0])
-        blocks = [gm.get_submodule(name) for name in names]
-        assert all(isinstance(block, GraphModule) for block in blocks)
-        return cls(len(inputs), tuple(calls), outputs), tuple(blocks)  # type: ignore[arg-type]
+        blocks = tuple(split.by_name[name] for name in names)
+        return cls(len(inputs), tuple(calls), outputs), blocks
 
     def link(self, code: Sequence[passes.Code]) -> Callable[[list[Any]], list[torch.Tensor]]:
         """What runs it: a list of the inputs, which it empties -> the outputs.
@@ -146,21 +145,20 @@ class BlockCode:
     def __len__(self) -> int:
         return len(self._code)
 
-    def compile(self, blocks: Iterable[GraphModule], *, op_by_op: bool = False) -> None:
+    def compile(self, blocks: Iterable[passes.Block], *, op_by_op: bool = False) -> None:
         """Compiles those blocks with Inductor that are like none before; or runs them as they are,
         op by op."""
         fresh: dict[Hashable, None] = {}
 
         def find_fresh() -> Iterator[GraphModule]:
             for block in blocks:
-                key = block.meta["key"]
-                if key not in self._code and key not in fresh:
-                    fresh[key] = None
-                    yield block
+                if block.key not in self._code and block.key not in fresh:
+                    fresh[block.key] = None
+                    yield block.graph
 
         code = (passes.run_blocks if op_by_op else passes.compile_blocks)(find_fresh())
         self._code.update(zip(fresh, code, strict=True))
 
-    def get(self, block: GraphModule) -> passes.Code:
-        """The code of a block."""
-        return self._code[block.meta["key"]]
+    def get(self, block: passes.Block) -> passes.Code:
+        """Returns the code of a block."""
+        return self._code[block.key]

@@ -160,7 +160,9 @@ class Workspace:
             self._phases[phase] = None
         kept = self._keep(phase, values)
         tensors = [values[place].clone() for place in phase.tensors]
-        outputs = [tensors[p.index] if isinstance(p, passes.Place) else p for p in phase.outputs]
+        outputs = [
+            tensors[p.index] if isinstance(p, passes.ResultIndex) else p for p in phase.outputs
+        ]
         return outputs, kept
 
     def _play(self, phase: Recordable, values: dict[int, Any]) -> None:
@@ -260,20 +262,21 @@ class Workspaces:
             self._idle.append(workspace)
 
 
-def find_device(guarded: GraphModule) -> torch.device:
+def find_device(guarded: passes.Guarded) -> torch.device:
     """The device on which all of a model's inputs lie, and all of its weights.
 
     Raises: ValueError naming one that lies elsewhere.
     """
-    names: tuple[str, ...] = guarded.meta["signature"].inputs
-    placeholders = [n for n in guarded.graph.nodes if n.op == "placeholder"][1:]
+    names = guarded.captured.signature.inputs
+    graph = guarded.graph
+    placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"][1:]
     given = {
         f"input {name!r}": node.meta.get("val")
         for name, node in zip(names, placeholders, strict=False)
     }
     given |= {
         str(node.target): node.meta.get("val")
-        for module in guarded.modules()
+        for module in graph.modules()
         if isinstance(module, GraphModule)
         for node in module.graph.find_nodes(op="get_attr")
         if not str(node.target).startswith(CONSTANTS)

@@ -128,15 +128,13 @@ class LoweredPhase:
 
     Attributes:
         chain: the calls of the blocks.
-        blocks: the graphs that it calls; empty where only their code is known (loaded files).
-        weights: the names of its first inputs.
-        outputs: the model's outputs: a `Place` among the results of the chain, or a constant.
+        blocks: what it calls; empty where only their code is known (loaded files).
+        lifted: the weights that its first inputs take, and the model's outputs among its results.
     """
 
     chain: Chain
-    blocks: tuple[GraphModule, ...]
-    weights: tuple[str, ...]
-    outputs: tuple[Any, ...]
+    blocks: tuple[passes.Block, ...]
+    lifted: passes.Lifted
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -206,8 +204,8 @@ class PhaseChain(CompiledPhase):
 
     def link(self, kept: SlotIndices) -> PhaseExecutable | RecordedExecutable:
         """Returns what runs the chain with no results but the outputs and the kept cuts."""
-        chain, outputs = self.lowered.chain, self.lowered.outputs
-        num_tensors = sum(isinstance(place, passes.Place) for place in outputs)
+        chain, outputs = self.lowered.chain, self.lowered.lifted.outputs
+        num_tensors = sum(isinstance(place, passes.ResultIndex) for place in outputs)
         tensors, stored = chain.outputs[:num_tensors], chain.outputs[num_tensors:]
         cuts = tuple(stored[index] for index in self._indices(kept))
         shorter = replace(chain, outputs=tensors + cuts)
@@ -217,7 +215,10 @@ class PhaseChain(CompiledPhase):
 
         def execute(*args: Any) -> tuple[Sequence[Any], Sequence[torch.Tensor]]:
             results = run([*weights, *args])
-            packed = [results[p.index] if isinstance(p, passes.Place) else p for p in outputs]
+            packed = [
+                results[out.index] if isinstance(out, passes.ResultIndex) else out
+                for out in outputs
+            ]
             return packed, results[num_tensors:]
 
         return PhaseExecutable(execute, self._spans(kept))
@@ -234,7 +235,7 @@ class PhaseChain(CompiledPhase):
         phase = Recordable(
             tuple(LinkedPiece(p, p.chain.link(self.code)) for p in chain.split(self.unrecordable)),
             self.weights,
-            self.lowered.outputs,
+            self.lowered.lifted.outputs,
             tensors,
             {slot: tuple(islice(rest, self.widths[slot])) for slot in kept},
         )

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.fx import GraphModule
 
+from pabc.passes import PrologueGraph
 from pabc.runtime.prologue import ProloguePart, first_copies, part_of_prologue, whole_prologue
 from pabc.runtime.versions import TensorVersions
 from pabc.runtime.weights import Weights
@@ -24,26 +24,25 @@ class Prologue:
     """Computes the hoisted values of a program.
 
     Args:
-        graph: (inputs) -> hoisted values.
-        steady: ascending positions of the inputs that the graph reads.
+        prologue: the graph, and the positions of the inputs that it reads.
         weights: the tensors of the model that it reads, and others.
         narrows_copies: whether repeated copies are returned as the first of them, as compiled
             phases expect them.
 
     Attributes:
-        graph: as given.
-        steady: as given.
+        graph: (inputs) -> hoisted values.
+        steady: ascending positions of the inputs that the graph reads.
     """
 
     def __init__(
         self,
-        graph: GraphModule,
-        steady: Sequence[int],
+        prologue: PrologueGraph,
         weights: Weights,
         *,
         narrows_copies: bool,
     ) -> None:
-        self.graph, self.steady = graph, tuple(steady)
+        graph = prologue.graph
+        self.graph, self.steady = graph, prologue.steady
         self._weights = weights.live(
             str(node.target) for node in graph.graph.nodes if node.op == "get_attr"
         )

@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
 
 from pabc import passes
 from pabc.base.arguments import pack
@@ -19,35 +18,26 @@ class ProgramInputs:
     """The inputs of one program's graphs.
 
     Args:
-        guarded: its placeholders are the state of a step, then the inputs.
-        names: of the inputs.
+        guarded: the guarded graph and what is known of it.
         lifted: positions among the flattened arguments of numbers that are inputs.
-        sizes: the sizes that the graphs leave open; None: none.
-        writes: positions of the inputs that the model writes to.
-        deleted: paths of what the model takes out of dictionaries that it is passed.
         conditions: positions of the inputs of which copies are worth keeping.
 
     Attributes:
-        names: as given.
+        names: the names of the inputs.
         lifted: as given.
         tensors: the tensors among the inputs, by name: dtype, device, and shape as captured.
     """
 
     def __init__(
-        self,
-        guarded: GraphModule,
-        *,
-        names: Sequence[str],
-        lifted: Collection[int],
-        sizes: passes.Sizes | None,
-        writes: Sequence[int],
-        deleted: Sequence[tuple[Any, ...]],
-        conditions: Collection[int],
+        self, guarded: passes.Guarded, *, lifted: Collection[int], conditions: Collection[int]
     ) -> None:
-        self.names, self.lifted = tuple(names), frozenset(lifted)
-        self._sizes, self._writes, self._deleted = sizes, tuple(writes), tuple(deleted)
-        self._strides = Strides(guarded, len(self.names), conditions)
-        vals = [n.meta.get("val") for n in user_inputs(guarded.graph)[1 : 1 + len(self.names)]]
+        captured = guarded.captured
+        self.names, self.lifted = captured.signature.inputs, frozenset(lifted)
+        self._sizes, self._writes = captured.sizes, captured.writes
+        self._deleted = captured.deleted
+        self._strides = Strides(guarded, conditions)
+        inputs = user_inputs(guarded.graph.graph)[1 : 1 + len(self.names)]
+        vals = [node.meta.get("val") for node in inputs]
         self.tensors: Mapping[str, tuple[Any, ...]] = {
             name: (x.dtype, x.device, tuple(map(str, x.shape)))
             for name, x in zip(self.names, vals, strict=True)

@@ -8,12 +8,11 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from pabc import passes
-from pabc.kernels.gains import find_gain
 from pabc.options import Options
-from pabc.passes import is_collective, is_effect, is_opaque, user_inputs, value
+from pabc.pipeline import lower_phase, specialize_phase, trace_phase
 from pabc.runtime.bindings import Binding, Layout
 from pabc.runtime.chain import BlockCode, Chain
 from pabc.runtime.cudagraphs import Workspaces
@@ -27,9 +26,9 @@ from pabc.runtime.executables import (
     PhaseKey,
     SlotIndices,
 )
-from pabc.runtime.slots import without_spare_memory
 from pabc.runtime.stats import Recorder
 from pabc.runtime.weights import Weights
+from pabc.stages import Compilation, StageRecord
 
 FP8_CAPABILITY = (8, 9)
 """The least CUDA compute capability for which Triton converts to float8_e4m3fn."""
@@ -72,7 +71,7 @@ class Phases:
 
     def __init__(
         self,
-        guarded: GraphModule,
+        guarded: passes.Guarded,
         weights: Weights,
         options: Options,
         recorder: Recorder,
@@ -80,25 +79,25 @@ class Phases:
         workspaces: Workspaces | None,
     ) -> None:
         self.compile_seconds = 0.0
-        self.lowered: dict[SlotIndices, tuple[passes.Lowering, ...]] = {}
+        self.lowered: dict[SlotIndices, tuple[passes.KernelMatch, ...]] = {}
         self._guarded = guarded
         self._weights = weights
         self._recorder = recorder
         self._code = code
         self._workspaces = workspaces
-        self._reference = GuardedGraph(guarded, guarded.meta["prologue"])
+        self._reference = GuardedGraph(guarded.graph, guarded.prologue.graph)
         self._options = options
         self.backend = options.backend
-        self._sizes: passes.Sizes | None = guarded.meta.get("sizes")
-        self._modules: dict[PhaseKey, GraphModule] = {}
+        self._sizes = guarded.captured.sizes
+        self._specialized: dict[PhaseKey, Compilation] = {}
         self._compiled: dict[tuple[SlotIndices, Layout], list[CompiledPhase]] = {}
         self._executables: dict[tuple[PhaseKey, SlotIndices, Layout], Executable] = {}
-        self._widths = [len(region.kept) for region in guarded.meta["regions"]]
+        self._widths = [len(region.kept) for region in guarded.regions]
 
     @property
     def modules(self) -> tuple[GraphModule, ...]:
         """Those that were specialized so far."""
-        return tuple(self._modules.values())
+        return tuple(specialized.graph for specialized in self._specialized.values())
 
     def layout(self, inputs: Sequence[Any]) -> Layout:
         """What the graphs leave open of the inputs' sizes: a value kept under one fits no other."""
@@ -142,13 +141,13 @@ class Phases:
 
     def specialize(self, reused: SlotIndices, stored: SlotIndices) -> GraphModule:
         """The graph of steps that reuse some slots and give out the cuts of others."""
-        key = PhaseKey(reused, stored)
-        if key not in self._modules:
-            gm = passes.specialize_phase_pass(self._guarded, reused=reused, stored=stored)
-            gm.graph.lint()
-            passes.verify_phase(gm, reused=reused)
-            self._modules[key] = gm
-        return self._modules[key]
+        return self._specialize(PhaseKey(reused, stored)).graph
+
+    def _specialize(self, phase: PhaseKey) -> Compilation:
+        if phase not in self._specialized:
+            slots = passes.PhaseSlots(*phase)
+            self._specialized[phase] = specialize_phase(self._guarded, slots, self._options)
+        return self._specialized[phase]
 
     def _compile(self, phases: Sequence[PhaseKey], inputs: Sequence[Any]) -> list[CompiledPhase]:
         start = perf_counter()
@@ -182,7 +181,7 @@ class Phases:
 
     def _lower_all(
         self, phases: Sequence[PhaseKey], inputs: Sequence[Any], lowered: list[LoweredPhase]
-    ) -> Iterator[GraphModule]:
+    ) -> Iterator[passes.Block]:
         """The blocks of one phase after the other, each lowered when its blocks are asked for."""
         for phase in phases:
             lowered.append(self.lower(*phase, inputs))
@@ -192,24 +191,23 @@ class Phases:
         self, reused: SlotIndices, stored: SlotIndices, inputs: Sequence[Any] | None = None
     ) -> LoweredPhase:
         """A phase for the sizes of these inputs; by default, of the call that was captured."""
-        gm = self.specialize(reused, stored)
-        flat = passes.lift_weights_pass(passes.inline_regions_pass(gm))
-        if self._sizes is not None:
-            binding = self._sizes.hints if inputs is None else self._sizes.bind(inputs)
-            assert binding is not None
-            flat = passes.fold_sizes(flat, binding)
-        if self.backend == "inductor":
-            flat = passes.use_onednn_pass(passes.rewrite_formulas_pass(flat))
-        flat = passes.lower_pass(flat, kernels=self._options.kernels, gains=find_gain)
-        self.lowered[reused] = flat.meta.get("lowered", ())
-        num_cuts = sum(len(self._guarded.meta["regions"][slot].kept) for slot in reused)
-        for node in user_inputs(flat.graph)[-num_cuts:] if num_cuts else ():
-            node.meta["val"] = _as_held(value(node))
-        apart = _cannot_be_recorded if self._options.cudagraphs else is_effect
-        split = passes.split_blocks_pass(flat, apart=apart)
-        split.graph.lint()
-        chain, blocks = Chain.of(split)
-        return LoweredPhase(chain, blocks, split.meta["weights"], split.meta["outputs"])
+        specialized = self._specialize(PhaseKey(reused, stored))
+        made = lower_phase(specialized, self._input_sizes(inputs), self._options)
+        self.lowered[reused] = made.facts[passes.KernelMatches].all
+        chain, blocks = Chain.of(made.graph, made.facts[passes.Blocks])
+        return LoweredPhase(chain, blocks, made.facts[passes.Lifted])
+
+    def _input_sizes(self, inputs: Sequence[Any] | None) -> passes.InputSizes:
+        if self._sizes is None:
+            return passes.InputSizes({})
+        found = self._sizes.hints if inputs is None else self._sizes.bind(inputs)
+        assert found is not None
+        return passes.InputSizes(found)
+
+    def trace(self, reused: SlotIndices, stored: SlotIndices) -> tuple[StageRecord, ...]:
+        """Returns what each stage makes of a phase, with the graph's code after it."""
+        slots = passes.PhaseSlots(reused, stored)
+        return trace_phase(self._guarded, self._options, slots)
 
     def add_code(self, phase: PhaseKey, lowered: LoweredPhase, code: Sequence[passes.Code]) -> None:
         """Takes code for the blocks of a phase that were compiled elsewhere."""
@@ -231,20 +229,11 @@ class Phases:
     ) -> PhaseChain:
         """Returns a phase of compiled code, given the weights as they are now."""
         unrecordable = frozenset(
-            i for i, b in enumerate(lowered.blocks) if any(map(_cannot_be_recorded, b.graph.nodes))
+            i
+            for i, block in enumerate(lowered.blocks)
+            if any(map(passes.cannot_be_recorded, block.graph.graph.nodes))
         )
-        weights = self._weights.live(lowered.weights)
+        weights = self._weights.live(lowered.lifted.weights)
         return PhaseChain(
             stored, self._widths, lowered, code, weights, self._workspaces, unrecordable
         )
-
-
-def _cannot_be_recorded(node: Node) -> bool:
-    """Whether an op may wait for the device, or for other processes."""
-    return is_opaque(node) or is_collective(node)
-
-
-def _as_held(val: torch.Tensor) -> torch.Tensor:
-    """What a slot holds of a value laid out like this one."""
-    computed = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device="meta")
-    return val.new_empty_strided(val.shape, without_spare_memory(computed).stride())

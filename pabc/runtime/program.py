@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from pabc import passes
 from pabc.options import Options
 from pabc.passes import Cuts, has_functions_of_its_own
-from pabc.pipeline import Record, analyze
+from pabc.pipeline import analyze
 from pabc.plan import SlotSpec
 from pabc.runtime.bindings import Binding, Bindings
 from pabc.runtime.branch import ServedCall
@@ -31,6 +31,7 @@ from pabc.runtime.stats import Recorder
 from pabc.runtime.strides import without_overlaps
 from pabc.runtime.weights import Weights
 from pabc.schedule import Schedule
+from pabc.stages import StageRecord
 
 
 class Program:
@@ -52,33 +53,24 @@ class Program:
 
     def __init__(
         self,
-        guarded: GraphModule,
+        guarded: passes.Guarded,
         *,
         options: Options,
         lifted: Collection[int] = (),
-        records: tuple[Record, ...] = (),
+        records: tuple[StageRecord, ...] = (),
         recorder: Recorder | None = None,
         code: BlockCode | None = None,
     ) -> None:
         self.guarded, self.records = guarded, records
-        self.regions: tuple[passes.Region, ...] = guarded.meta["regions"]
-        self.signature: passes.Signature = guarded.meta["signature"]
-        self.reads: passes.Reads = guarded.meta["reads"]
-        steady: tuple[int, ...] = guarded.meta["steady"]
-        self.inputs = ProgramInputs(
-            guarded,
-            names=self.signature.inputs,
-            lifted=lifted,
-            sizes=guarded.meta.get("sizes"),
-            writes=guarded.meta["writes"],
-            deleted=guarded.meta["deleted"],
-            conditions=(*steady, *self.reads.used),
-        )
-        prologue: GraphModule = guarded.meta["prologue"]
-        self._weights = Weights((guarded, prologue, self.reads.graph))
-        self.prologue = Prologue(
-            prologue, steady, self._weights, narrows_copies=options.backend == "inductor"
-        )
+        captured, prologue = guarded.captured, guarded.prologue
+        self.regions = guarded.regions
+        self.signature, self.reads = captured.signature, captured.reads
+        conditions = (*prologue.steady, *self.reads.used)
+        self.inputs = ProgramInputs(guarded, lifted=lifted, conditions=conditions)
+        graphs = (guarded.graph, prologue.graph, self.reads.graph)
+        self._weights = Weights(graphs, captured)
+        is_compiled = options.backend == "inductor"
+        self.prologue = Prologue(prologue, self._weights, narrows_copies=is_compiled)
         self.bindings = Bindings(guarded, options.memory_budget)
         recorder, code = recorder or Recorder(), BlockCode() if code is None else code
         workspaces = Workspaces(find_device(guarded), recorder) if options.cudagraphs else None
@@ -107,7 +99,7 @@ class Program:
         if prepared is not None:
             prepared()
         if options.backend == "inductor" and options.cache_dtype == "fp8":
-            vals = [n.meta.get("val") for n in guarded.graph.nodes if n.op == "placeholder"]
+            vals = [n.meta.get("val") for n in passes.user_inputs(guarded.graph.graph)]
             check_fp8({val.device for val in vals if isinstance(val, torch.Tensor)})
         return cls(
             guarded,
@@ -161,7 +153,7 @@ class Program:
         """Returns the model's result for flattened arguments, with nothing reused or kept."""
         inputs = self.inputs.pack(leaves)
         with self.with_plain_weights():
-            outputs = self.guarded(_NothingKept(), *inputs, *self.prologue.graph(*inputs))
+            outputs = self.guarded.graph(_NothingKept(), *inputs, *self.prologue.graph(*inputs))
         return self.signature.out_spec.unflatten(outputs)
 
     def difference(self, leaves: Sequence[Any]) -> tuple[passes.Read, Any] | None:
@@ -184,7 +176,7 @@ class Program:
     @property
     def calls_modules(self) -> bool:
         """Whether the graphs call modules of the model."""
-        return bool(self.guarded.meta["calls"])
+        return bool(self.guarded.captured.calls)
 
     def share(self, watch: Watch) -> None:
         """Looks at the model's Python state through `watch`, as other programs of the model do."""
@@ -206,7 +198,7 @@ class Program:
         """
         if not at_start and self._weights.is_current(model):
             return True
-        graphs = (self.guarded, self.prologue.graph, self.reads.graph, *self.phases.modules)
+        graphs = (self.guarded.graph, self.prologue.graph, self.reads.graph, *self.phases.modules)
         replaced = self._weights.follow(model, graphs)
         if replaced:
             self.prologue.follow_weights()

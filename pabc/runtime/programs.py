@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -27,6 +28,7 @@ from pabc.runtime.state import Watch
 from pabc.runtime.stats import Recorder
 from pabc.runtime.timesteps import Places
 from pabc.schedule import Schedule
+from pabc.sharding import shares_computed
 
 logger = logging.getLogger(__name__)
 MAX_STATES = 8
@@ -93,7 +95,8 @@ class Programs:
         self._log_what_changed(call_key(structure, leaves, self.scalars.of(structure)))
         options = self.options
         if options.sharding is not None:
-            options = replace(options, sharding=replace(options.sharding, schedule=schedule))
+            weigh = partial(shares_computed, schedule)
+            options = replace(options, sharding=replace(options.sharding, weigh=weigh))
         program = self._capture(args, kwargs, structure, leaves, options)
         self.recorder.add(captures=1)
         _warn_of_reads(differences)

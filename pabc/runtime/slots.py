@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from pabc.base.memory import without_spare_memory
 from pabc.passes import Cuts
 from pabc.runtime.stats import Recorder
 
@@ -96,14 +97,6 @@ def _count_bytes(cuts: Cuts) -> int:
         return cuts[0].untyped_storage().nbytes()
     storages = [t.untyped_storage() for t in cuts]
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
-
-
-def without_spare_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns the tensor, or, where it is a part of a larger buffer, a copy of it alone.
-
-    The copy of a tensor without gaps has the same strides.
-    """
-    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

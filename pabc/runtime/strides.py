@@ -7,7 +7,6 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
 
 from pabc import passes
 from pabc.base.structure import flatten
@@ -29,9 +28,11 @@ class Strides:
         conditions: the inputs of which copies are kept.
     """
 
-    def __init__(self, guarded: GraphModule, num_inputs: int, conditions: Collection[int]) -> None:
-        vals = [n.meta.get("val") for n in user_inputs(guarded.graph)[1 : 1 + num_inputs]]
-        self._sizes: passes.Sizes | None = guarded.meta.get("sizes")
+    def __init__(self, guarded: passes.Guarded, conditions: Collection[int]) -> None:
+        num_inputs = len(guarded.captured.signature.inputs)
+        inputs = user_inputs(guarded.graph.graph)[1 : 1 + num_inputs]
+        vals = [node.meta.get("val") for node in inputs]
+        self._sizes = guarded.captured.sizes
         self._tensors = [i for i, val in enumerate(vals) if isinstance(val, torch.Tensor)]
         self._wanted = [() if self._sizes else vals[i].stride() for i in self._tensors]
         self._conditions = frozenset(conditions)

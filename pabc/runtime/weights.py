@@ -12,11 +12,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from pabc.passes import (
-    CONSTANTS,
-    attribute,
-    find_tensor,
-)
+from pabc.passes import CONSTANTS, Captured, attribute, find_tensor
 from pabc.runtime.state import StateCheck, Watch
 
 logger = logging.getLogger(__name__)
@@ -29,15 +25,15 @@ class Weights:
     :meth:`is_current` at each call, :meth:`follow` where a generation starts.
     """
 
-    def __init__(self, graphs: Sequence[GraphModule]) -> None:
+    def __init__(self, graphs: Sequence[GraphModule], captured: Captured) -> None:
         self._tensors: dict[str, torch.Tensor] = {}
         for module in (m for gm in graphs for m in gm.modules()):
             if isinstance(module, GraphModule):
                 reads = [str(n.target) for n in module.graph.nodes if n.op == "get_attr"]
                 values = ((name, attribute(module, name)) for name in reads)
                 self._tensors.update((n, v) for n, v in values if isinstance(v, torch.Tensor))
-        self._aliases: dict[str, tuple[str, ...]] = graphs[0].meta.get("aliases", {})
-        self._modules = StateCheck(graphs[0].meta["modules"])
+        self._aliases = captured.aliases
+        self._modules = StateCheck(captured.modules)
         self._watch: Watch | None = None
         self._layouts = {name: _layout(tensor) for name, tensor in self._tensors.items()}
         self._places: _Places | None = None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Literal
 
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from ..ir import Axis, aten, derived, is_tensor, output_node, user_inputs, value
+from ..ir import Axis, aten, is_tensor, make_module, output_node, user_inputs, value
 from . import moves
 from .heads import mask_of_heads, place_of_heads, split_heads
 from .places import Place, Ranks, find_place, resize
@@ -41,6 +41,7 @@ class Sharder:
     def __init__(
         self,
         gm: GraphModule,
+        streams: Collection[str],
         ranks: Ranks,
         axes: Sequence[Axis],
         axis: Axis,
@@ -48,8 +49,9 @@ class Sharder:
         *,
         early: bool,
     ) -> None:
-        """`axes`: those that can be divided, the best first; `axis`: that which is, outside of
-        regions; `early`: from the inputs on, not only from the first region."""
+        """`streams`: the inputs that are denoised; `axes`: those that can be sharded, the best
+        first; `axis`: that which is, outside of regions; `early`: from the inputs on, not only
+        from the first region."""
         self.ranks = ranks
         self.gathered: set[int] = set()
         """The regions whose attention every rank computes as a whole."""
@@ -64,7 +66,7 @@ class Sharder:
         self._versions: dict[tuple[Node, Axis | None], Node] = {}
         self._inside: dict[tuple[Node, Any, int], Node] = {}
         """Versions that were made in a region, for it alone."""
-        self._follows = _find_following(gm)
+        self._follows = _find_following(gm, streams)
         self._run_axis = {
             region: self._choose_axis(attentions)
             for region, attentions in attentions_by_region(gm).items()
@@ -84,7 +86,7 @@ class Sharder:
             if "cut" in node.meta:
                 self._leave(node)
         moves.overlap(self._graph)
-        return derived(self._gm, self._graph)
+        return make_module(self._gm, self._graph)
 
     def _choose_axis(self, attentions: Sequence[Node]) -> Axis:
         """The one that is divided within a region: as outside, or the best that none mixes."""
@@ -282,9 +284,9 @@ class Sharder:
         return self._version(node, self._axis if has_some else None)
 
 
-def _find_following(gm: GraphModule) -> set[Node]:
-    """The nodes that follow from what is denoised."""
-    found = {node for node in user_inputs(gm.graph) if node.name in gm.meta["denoised"]}
+def _find_following(gm: GraphModule, streams: Collection[str]) -> set[Node]:
+    """Returns the nodes that follow from what is denoised."""
+    found = {node for node in user_inputs(gm.graph) if node.name in streams}
     for node in gm.graph.nodes:
         if any(source in found for source in node.all_input_nodes):
             found.add(node)

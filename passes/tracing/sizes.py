@@ -145,9 +145,9 @@ def concrete(val: Any, binding: SizeBinding) -> Any:
 
 
 def fold_sizes(gm: GraphModule, binding: SizeBinding) -> GraphModule:
-    """The graph for these sizes alone: numbers in place of its symbols and of nodes that are sizes.
+    """Returns the graph for these sizes: numbers in place of symbols and of nodes that are sizes.
 
-    Without a symbol, the graph as it is.
+    A graph without symbols is returned as it is.
     """
     if not binding:
         return gm
@@ -160,21 +160,19 @@ def fold_sizes(gm: GraphModule, binding: SizeBinding) -> GraphModule:
         mapping[node] = graph.node_copy(node, lambda n: mapping[n])
         if "val" in node.meta:
             mapping[node].meta["val"] = concrete(node.meta["val"], binding)
-    result = make_module(gm, graph)
-    result.meta.update(gm.meta)
-    return result
+    return make_module(gm, graph)
 
 
 _FAKE = FakeTensorMode()
 
 
 @contextmanager
-def hinted(gm: GraphModule) -> Iterator[None]:
-    """Within it, shapes and arguments of `gm` are those of the captured call.
+def hinted(gm: GraphModule, sizes: Sizes | None) -> Iterator[None]:
+    """Has shapes and arguments of `gm` be those of the captured call, within the context.
 
-    A pass that looks at them may mark nodes, but not change the graph.
+    A pass that looks at them may mark nodes, but not change the graph. `sizes`: those that the
+    graph serves; None: it has fixed shapes.
     """
-    sizes: Sizes | None = gm.meta.get("sizes")
     if sizes is None:
         yield
         return

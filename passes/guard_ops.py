@@ -1,0 +1,193 @@
+"""Guard ops: what a guarded graph calls to read, compute and store the cuts of a region.
+
+A guarded graph takes the state of a step as its first input and asks it at every region. Each op is
+entered once, in :data:`GUARD_OPS`: the function that runs it, and the method that decides it for a
+phase, where it is known which slots are reused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from .ir import GETITEM, Region
+from .transfers import fetch, stash
+
+Devices = tuple[torch.device | None, ...]
+"""Per tensor that a slot holds: the device it comes from and goes to; None: it stays there."""
+
+
+Cuts = tuple[torch.Tensor, ...]
+
+
+class StepState(Protocol):
+    """The state of a step, as a guarded graph asks for it; slots are region ordinals."""
+
+    def read(self, slot: int) -> Cuts | None:
+        """Returns the cuts to reuse at this step, or None if the region must be computed."""
+
+    def write(self, slot: int, cuts: Cuts) -> None:
+        """Offers freshly computed cuts, which are stored if a later step reads them."""
+
+
+def cache_read(state: StepState, slot: int) -> Cuts | None:
+    """Returns the cuts if the plan reuses the slot at this step, else None."""
+    return state.read(slot)
+
+
+def compute_unless(cached: Cuts | None, region: GraphModule, *inputs: torch.Tensor) -> Cuts:
+    """Returns the cuts to reuse, or runs the region where there are none."""
+    return region(*inputs) if cached is None else cached
+
+
+def cache_write(state: StepState, slot: int, cached: Cuts | None, cuts: Cuts) -> Cuts:
+    """Stores freshly computed cuts if the plan says so; returns `cuts`."""
+    if cached is None:
+        state.write(slot, cuts)
+    return cuts
+
+
+def fetch_cached(cached: Cuts | None, devices: tuple[torch.device | None, ...]) -> Cuts | None:
+    """Returns what a slot holds, each tensor on its device (None: it was never moved)."""
+    if cached is None:
+        return None
+    pairs = zip(cached, devices, strict=True)
+    return tuple(fetch(kept, device) if device is not None else kept for kept, device in pairs)
+
+
+def decode_cached(cached: Cuts | None, decoder: GraphModule) -> Cuts | None:
+    """Returns the cuts whose encoded form a slot holds; None where there is nothing to reuse."""
+    return None if cached is None else decoder(*cached)
+
+
+def encode_unless(cached: Cuts | None, encoder: GraphModule, cuts: Cuts) -> Cuts:
+    """Returns the encoded form of freshly computed cuts, or the one that is reused."""
+    return encoder(*cuts) if cached is None else cached
+
+
+def stash_unless(cached: Cuts | None, devices: tuple[torch.device | None, ...], cuts: Cuts) -> Cuts:
+    """Returns what a slot is to hold, moved to host memory if it has a device."""
+    if cached is not None:
+        return cached
+    pairs = zip(cuts, devices, strict=True)
+    return tuple(stash(cut) if device is not None else cut for cut, device in pairs)
+
+
+Values: TypeAlias = "tuple[Node, ...] | Node"
+"""What a guard op comes to: nodes, or the call that returns them."""
+
+
+class Decisions:
+    """Decides the guard ops of a guarded graph for one phase, writing to the phase's graph.
+
+    Each method takes a guard op's node and what its operands came to (None: nothing is reused), and
+    returns what the op comes to.
+    """
+
+    def __init__(self, graph: Graph, regions: Sequence[Region], reused: Collection[int]) -> None:
+        self._graph = graph
+        self._regions = regions
+        self._held = {
+            slot: tuple(
+                graph.placeholder(f"{regions[slot].name}_cut{i}")
+                for i in range(len(regions[slot].kept))
+            )
+            for slot in sorted(reused)
+        }
+        self._written: dict[int, Values] = {}
+
+    def written(self, slot: int) -> tuple[Node, ...]:
+        """Returns what a slot is to hold."""
+        return self._items(self._written[slot], len(self._regions[slot].kept))
+
+    def read(self, node: Node, state: None, slot: int) -> Values | None:
+        """Returns the inputs that hold the slot's cuts if it is reused, else None."""
+        held = self._held.get(slot, ())
+        for tensor, val in zip(held, node.meta.get("val", ()), strict=False):
+            tensor.meta["val"] = val
+        return held or None
+
+    def fetch(self, node: Node, held: Values | None, devices: Devices) -> Values | None:
+        """Fetches what is reused to its device."""
+        return None if held is None else insert_fetches(self._graph, held, devices)
+
+    def decode(self, node: Node, held: Values | None, decoder: None) -> Values | None:
+        """Decodes what is reused."""
+        return None if held is None else self._call(node, held)
+
+    def compute(self, node: Node, held: Values | None, region: None, *inputs: Node) -> Values:
+        """Calls the region unless it is reused."""
+        return self._call(node, inputs) if held is None else held
+
+    def encode(self, node: Node, held: Values | None, encoder: None, cuts: Values) -> Values:
+        """Encodes freshly computed cuts."""
+        if held is not None:
+            return held
+        return self._call(node, self._items(cuts, len(self._region(node).cuts)))
+
+    def stash(self, node: Node, held: Values | None, devices: Devices, cuts: Values) -> Values:
+        """Moves what a slot is to hold to host memory."""
+        if held is not None:
+            return held
+        kept = self._items(cuts, len(self._region(node).kept))
+        return insert_stashes(self._graph, kept, devices)
+
+    def write(
+        self, node: Node, state: None, slot: int, held: Values | None, cuts: Values
+    ) -> Values:
+        """Notes what the slot is to hold."""
+        self._written[slot] = cuts
+        return cuts
+
+    def _region(self, node: Node) -> Region:
+        slot = slot_of(node)
+        assert slot is not None
+        return self._regions[slot]
+
+    def _call(self, node: Node, inputs: Sequence[Node]) -> Node:
+        """The call of the module that is a guard's second operand."""
+        return self._graph.call_module(str(node.args[1].target), tuple(inputs))
+
+    def _items(self, values: Values, num: int) -> tuple[Node, ...]:
+        if isinstance(values, tuple):
+            return values
+        return tuple(self._graph.call_function(GETITEM, (values, i)) for i in range(num))
+
+
+def insert_fetches(graph: Graph, held: Sequence[Node], devices: Devices) -> tuple[Node, ...]:
+    """Appends fetches of what slots hold, except of what was never moved."""
+    pairs = zip(held, devices, strict=True)
+    return tuple(
+        node if device is None else graph.call_function(fetch, (node, device))
+        for node, device in pairs
+    )
+
+
+def insert_stashes(graph: Graph, cuts: Sequence[Node], devices: Devices) -> tuple[Node, ...]:
+    """Appends stashes of cuts, except of what is not moved."""
+    pairs = zip(cuts, devices, strict=True)
+    return tuple(
+        node if device is None else graph.call_function(stash, (node,)) for node, device in pairs
+    )
+
+
+GUARD_OPS: Mapping[Callable[..., Any], Callable[..., Values | None]] = {
+    cache_read: Decisions.read,
+    fetch_cached: Decisions.fetch,
+    decode_cached: Decisions.decode,
+    compute_unless: Decisions.compute,
+    encode_unless: Decisions.encode,
+    stash_unless: Decisions.stash,
+    cache_write: Decisions.write,
+}
+"""What runs a guard op -> what decides it for a phase."""
+
+
+def slot_of(node: Node) -> int | None:
+    """Returns the slot of a guard op's node; None for any other node."""
+    if node.target in (cache_read, cache_write):
+        return int(node.args[1])
+    return slot_of(node.args[0]) if node.target in GUARD_OPS else None
