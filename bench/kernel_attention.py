@@ -3,11 +3,11 @@
     python bench/kernel_attention.py --out bench/results/kernel_attention.json
 
 Shapes (N, H, T, S, D) are those of spatial and joint attention in Latte, Open-Sora 1.2, CogVideoX
-and Wan 2.1 in bf16, with guidance where the model runs it as a batch. `sdpa` is what PyTorch takes
-by itself; its backends are timed one by one as well, where they take the shape. All yield what the
-projection after it reads. The bytes are those of q, k, v and the result.
+and Wan 2.1 in bf16, with guidance where the model runs it as a batch. `sdpa` is the backend
+that PyTorch selects; its backends are also timed one by one, where they support the shape. All
+return what the next projection reads. The bytes are those of q, k, v and the result.
 
-Without a GPU, `--smoke` checks the smallest shapes; times of Triton's interpreter say nothing.
+Without a GPU, `--smoke` checks tiny shapes only: times of Triton's interpreter mean nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SMOKE = {"smoke": (2, 2, 20, 35, 24)}
 
 
 def measure(name: str, sizes: Sizes, device: str) -> Row:
-    """The row of one shape."""
+    """Returns the row of one shape."""
     N, H, T, S, D = sizes
     q = torch.randn(N, T, H, D, dtype=torch.bfloat16, device=device).transpose(1, 2)
     k, v = torch.randn(N, S, 2, H, D, dtype=torch.bfloat16, device=device).permute(2, 0, 3, 1, 4)

@@ -2,11 +2,11 @@
 
     python bench/kernel_encode_rows.py --out bench/results/kernel_encode_rows.json
 
-Sizes are (rows, channels, bytes that are read and written for each element), of cuts of Latte,
-Open-Sora 1.2, CogVideoX and Wan 2.1 in bf16 with guidance. Results are compared bit for bit with
-those of PyTorch's ops.
+Sizes are (rows, channels, bytes read and written per element), of cuts of Latte, Open-Sora 1.2,
+CogVideoX and Wan 2.1 in bf16 with guidance. Results are compared bit for bit with those of
+PyTorch's ops.
 
-Without a GPU, `--smoke` checks the smallest shapes; times of Triton's interpreter say nothing.
+Without a GPU, `--smoke` checks tiny shapes only: times of Triton's interpreter mean nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SMOKE = {"smoke": (6, 40, 3)}
 
 
 def measure(name: str, sizes: Sizes, device: str) -> Row:
-    """The row of one shape."""
+    """Returns the row of one shape."""
     rows, C, nbytes = sizes
     x = torch.randn(2, rows // 2, C, dtype=torch.bfloat16, device=device)
     calls = {"kernel": lambda: encode_rows(x), "eager": lambda: encode(x, "fp8")}

@@ -2,11 +2,11 @@
 
     python bench/kernel_joint_norm.py --out bench/results/kernel_joint_norm.json
 
-Sizes are (rows, channels, bytes that are read and written for each element of the rows), of
-CogVideoX in bf16 with guidance, 226 of each clip's rows text. Of 4 bytes: layer norm with scale and
-shift; of 8: that of x + gate * cut, whose sum is written too.
+Sizes are (rows, channels, bytes read and written per element of the rows), of CogVideoX in bf16
+with guidance, where 226 rows of each clip are text. With 4 bytes, layer norm with scale and shift
+is computed; with 8, that of x + gate * cut, with the sum written too.
 
-Without a GPU, `--smoke` checks the smallest shapes; times of Triton's interpreter say nothing.
+Without a GPU, `--smoke` checks tiny shapes only: times of Triton's interpreter mean nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Parts = list[Tensor]
 
 
 def compute(x: Parts, cuts: Parts, rows: Parts) -> tuple[Tensor, ...]:
-    """By PyTorch's ops; `rows`: scale, shift and gate of each part."""
+    """Computes the same with PyTorch's ops; `rows` are scale, shift and gate of each part."""
     sums, normed = [], []
     for i, y in enumerate(x):
         scale, shift, gate = rows[3 * i : 3 * i + 3]
@@ -49,7 +49,7 @@ def compute(x: Parts, cuts: Parts, rows: Parts) -> tuple[Tensor, ...]:
 
 
 def measure(name: str, sizes: Sizes, device: str) -> Row:
-    """The row of one shape."""
+    """Returns the row of one shape."""
     num_rows, C, nbytes = sizes
     lengths = (TEXT, num_rows // 2 - TEXT)
 

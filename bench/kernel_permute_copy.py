@@ -2,11 +2,11 @@
 
     python bench/kernel_permute_copy.py --out bench/results/kernel_permute_copy.json
 
-Sizes are (bytes, bytes that are read side by side), of what one of 2, 4 or 8 ranks packs before the
-all-to-all that turns shards of frames into shards of positions, and unpacks after it, and of the
-same by heads; of Latte, Open-Sora 1.2 and CogVideoX in bf16 with guidance.
+Sizes are (bytes, bytes of a contiguous run in the source). With these copies one of 2, 4 or 8 ranks
+packs its part before the all-to-all that turns shards of frames into shards of positions, or of
+heads, and unpacks it afterwards; in Latte, Open-Sora 1.2 and CogVideoX in bf16 with guidance.
 
-Without a GPU, `--smoke` checks the smallest shapes; times of Triton's interpreter say nothing.
+Without a GPU, `--smoke` checks tiny shapes only: times of Triton's interpreter mean nothing.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SHAPES = {name: _sizes(name) for name in VIEWS if name not in SMOKE}
 
 
 def make_view(name: str, device: str) -> Tensor:
-    """What is copied, in the order in which it is written."""
+    """Returns the view that is copied, with dimensions in the order of the result."""
     what, P, (B, T, S, C) = VIEWS[name]
     shape = {
         "pack": (B, T // P, P, S // P, C),
@@ -60,7 +60,7 @@ def make_view(name: str, device: str) -> Tensor:
 
 
 def measure(name: str, sizes: Sizes, device: str) -> Row:
-    """The row of one shape."""
+    """Returns the row of one shape."""
     view = make_view(name, device)
     order = list(range(view.dim()))
     calls = {"kernel": lambda: permute_copy(view, order), "eager": lambda: view.contiguous()}

@@ -2,12 +2,12 @@
 
     python bench/kernel_residual_norm.py --out bench/results/kernel_residual_norm.json
 
-Sizes are (rows, channels, bytes that are read and written for each element of the rows), of Latte,
-Open-Sora 1.2, CogVideoX and Wan 2.1 in bf16 with guidance. The bytes say what is computed: of 4,
-layer norm with scale and shift; of 8, that of x + gate * cut, whose sum is written too; of 7, the
-same with a cut that was kept in fp8; of 5, only the sum with such a cut.
+Sizes are (rows, channels, bytes read and written per element of the rows), of Latte, Open-Sora 1.2,
+CogVideoX and Wan 2.1 in bf16 with guidance. The bytes say what is computed: 4, layer norm with
+scale and shift; 8, that of x + gate * cut, with the sum written too; 7, the same with a cut in fp8;
+5, only the sum with such a cut.
 
-Without a GPU, `--smoke` checks the smallest shapes; times of Triton's interpreter say nothing.
+Without a GPU, `--smoke` checks tiny shapes only: times of Triton's interpreter mean nothing.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ EPS = 1e-6
 
 
 def measure(name: str, sizes: Sizes, device: str) -> Row:
-    """The row of one shape."""
+    """Returns the row of one shape."""
     rows, C, nbytes = sizes
     new = {"dtype": torch.bfloat16, "device": device}
     x = torch.randn(2, rows // 2, C, **new)  # type: ignore[call-overload]

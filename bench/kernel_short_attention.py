@@ -3,12 +3,12 @@
     python bench/kernel_short_attention.py --out bench/results/kernel_short_attention.json
 
 Shapes (N, H, T, S, D) are those of temporal attention in Latte, Open-Sora 1.2 and CogVideoX-like
-models in bf16, with guidance; q, k and v are views of packed projections, as a model has them, and
-the result is laid out for the projection after it; `sdpa`, what PyTorch takes by itself, makes that
-layout by a copy where its own is another, and so do its backends, timed one by one. The bytes are
-those of q, k, v and the result.
+models in bf16, with guidance. As in a model, q, k and v are views of packed projections, and the
+result is laid out for the projection after it. `sdpa`, the backend that PyTorch selects, and its
+backends one by one copy their result to that layout if it differs. The bytes are those of q, k, v
+and the result.
 
-Without a GPU, `--smoke` checks the smallest shapes; times of Triton's interpreter say nothing.
+Without a GPU, `--smoke` checks tiny shapes only: times of Triton's interpreter mean nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SMOKE = {"smoke": (3, 2, 5, 5, 24)}
 
 
 def measure(name: str, sizes: Sizes, device: str) -> Row:
-    """The row of one shape."""
+    """Returns the row of one shape."""
     N, H, T, _, D = sizes
     packed = torch.randn(N, T, 3, H, D, dtype=torch.bfloat16, device=device)
     return compare_attention(name, sizes, short_attention, *packed.permute(2, 0, 3, 1, 4))

@@ -1,9 +1,9 @@
-"""What the benchmarks of kernels share: error first, then times against what one has otherwise.
+"""Shared parts of the kernels' benchmarks: the error first, then times against the alternatives.
 
-A benchmark of a kernel has `KERNEL` (its name), `SHAPES` and `SMOKE` (name -> sizes, as its gains
-are looked up by, see `pabc.kernels.gains`) and `measure(name, sizes, device) -> row`, which ends in
-:func:`compare`. Nothing is timed whose error against float64 is more than twice that of PyTorch's
-ops in the same dtype.
+The benchmark of a kernel has `KERNEL` (its name), `SHAPES` and `SMOKE` (name -> the sizes by which
+gains are looked up, see `pabc.kernels.gains`) and `measure(name, sizes, device) -> row`, which
+returns the row of :func:`compare`. A kernel is not timed if its error against float64 is more than
+twice that of PyTorch's ops in the same dtype.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ BACKENDS = (
 
 
 class Benchmark(Protocol):
-    """A benchmark's module."""
+    """The module of a benchmark."""
 
     __doc__: str | None
     KERNEL: str
@@ -52,7 +52,7 @@ class Benchmark(Protocol):
     SMOKE: Mapping[str, Sizes]
 
     def measure(self, name: str, sizes: Sizes, device: str) -> Row:
-        """The row of one shape."""
+        """Returns the row of one shape."""
 
 
 def compare(
@@ -65,17 +65,17 @@ def compare(
     flops: int = 0,
     part: slice = EVERYTHING,
 ) -> Row:
-    """Checks and times `calls["kernel"]` against the others, the alternatives.
+    """Checks `calls["kernel"]`, then times it and the alternatives, the other calls.
 
     Args:
-        calls: the first alternative is PyTorch's ops as they are, whose error sets the measure.
+        calls: the first alternative is PyTorch's ops as they are, whose error sets the bound.
         exact: the result, or results, in float64.
-        nbytes: that must be read and written; a device copy of as many is timed too.
-        flops: of its products.
-        part: of the results' dimension 1, to which `exact` is limited.
+        nbytes: the bytes that must be read and written; a device copy of as many is timed too.
+        flops: the floating-point operations of matrix products.
+        part: the part of dimension 1 of the results that `exact` has.
 
     Returns:
-        Without a GPU, errors and no times.
+        The row: errors, and times in microseconds where there is a GPU.
     """
     kernel, *others = calls
     assert kernel == "kernel" and others, calls
@@ -104,9 +104,9 @@ def compare(
 def compare_attention(
     name: str, sizes: Sizes, kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor
 ) -> Row:
-    """A kernel of (q, k, v), all (N, H, T or S, D), against each of PyTorch's backends.
+    """Compares a kernel of (q, k, v), all (N, H, T or S, D), with each of PyTorch's backends.
 
-    The error is that of the first queries: of all, scores in float64 would not fit.
+    Only the first queries are checked: the float64 scores of all would not fit in memory.
     """
     N, H, T, S, D = sizes
     part = slice(0, QUERIES_CHECKED)
@@ -121,7 +121,7 @@ def compare_attention(
     calls = {"kernel": lambda: lay_out(kernel(q, k, v)), "sdpa": attend}
     if torch.cuda.is_available():
         for each in BACKENDS:
-            with suppress(RuntimeError):  # of a backend that does not take it
+            with suppress(RuntimeError):  # raised by a backend that does not support the shape
                 attend(each)
                 calls[each.name.lower()] = partial(attend, each)
     first = [x.double() for x in (q[:, :, part], k, v)]
@@ -143,7 +143,7 @@ def _as_tuple(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def main(benchmark: Benchmark) -> None:
-    """Checks and times every shape; prints a table, writes JSON and gains where asked to."""
+    """Checks and times every shape, prints a table, and writes JSON and gains if asked to."""
     parser = argparse.ArgumentParser(
         description=benchmark.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -168,7 +168,7 @@ def main(benchmark: Benchmark) -> None:
 
 
 def format_row(row: Row) -> str:
-    """A line of a row: error, microseconds, the ratio to the best alternative."""
+    """Returns a row as a line: error, microseconds, ratio to the best alternative."""
     line = f"{row['shape']:40} {row['sizes']!s:28} error {row['max_error']:.1e}"
     if not row["passed"]:
         return f"{line}  at most {row['allowed']:.1e}: not timed"
@@ -179,7 +179,7 @@ def format_row(row: Row) -> str:
 
 
 def record_gains(kernel: str, rows: list[Row]) -> None:
-    """Writes the ratios of this device's rows to the table that `kernels="auto"` goes by."""
+    """Writes the ratios of this device to the table that `kernels="auto"` consults."""
     table: dict[str, Any] = json.loads(TABLE.read_text())
     found = [[row["sizes"], round(row["over_best"], 3)] for row in rows if "over_best" in row]
     table.setdefault(torch.cuda.get_device_name(), {})[kernel] = found

@@ -45,6 +45,7 @@ from .attention_parts import (
     strides_of,
 )
 from .registration import Constraint, Signature, TensorSpec
+from .rotary import load_normed, load_turned
 
 MAX_LENGTH = 64
 """Queries, and keys, of a sequence at most."""
@@ -134,69 +135,6 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, pairs: str) -> Tensor:
 
 
 @triton.jit
-def _load_pairs(
-    base, rows_T, stride_d, valid_T, D: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr
-):  # fmt: skip
-    """Returns rows as two float32 tiles: the first channels of the pairs, and the second ones."""
-    if PAIRS == 1:
-        pair = tl.arange(0, HALF)
-        valid = valid_T[:, None] & (pair < D // 2)[None, :]
-        at = base + rows_T[:, None] + (pair * stride_d)[None, :]
-        a = tl.load(at, mask=valid, other=0.0)
-        b = tl.load(at + (D // 2) * stride_d, mask=valid, other=0.0)
-    else:
-        channel = tl.arange(0, 2 * HALF)
-        valid = valid_T[:, None] & (channel < D)[None, :]
-        at = base + rows_T[:, None] + (channel * stride_d)[None, :]
-        x = tl.load(at, mask=valid, other=0.0)
-        a, b = tl.split(tl.reshape(x, [x.shape[0], HALF, 2]))
-    return a.to(tl.float32), b.to(tl.float32)
-
-
-@triton.jit
-def _load_turned(
-    base, rows_T, stride_d, valid_T, weight, cos, sin, position_T,
-    D: tl.constexpr, HALF: tl.constexpr, eps, NORM: tl.constexpr, PAIRS: tl.constexpr,
-    EXACT: tl.constexpr,
-):  # fmt: skip
-    """Returns rows of q or k after the norm and the rotary embedding.
-
-    The two channels of a pair are next to each other, whatever `PAIRS` is: scores do not depend on
-    the order of channels.
-    """
-    a, b = _load_pairs(base, rows_T, stride_d, valid_T, D, HALF, PAIRS)
-    if NORM:
-        inverse_T1 = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1))[:, None] / D + eps)
-        row = tl.zeros([1], tl.int64)
-        gain_a, gain_b = _load_pairs(weight, row, 1, row == 0, D, HALF, PAIRS)
-        a, b = a * inverse_T1 * gain_a, b * inverse_T1 * gain_b
-    cos_a, cos_b = _load_pairs(cos, position_T * D, 1, valid_T, D, HALF, PAIRS)
-    sin_a, sin_b = _load_pairs(sin, position_T * D, 1, valid_T, D, HALF, PAIRS)
-    dtype = base.dtype.element_ty
-    turned = tl.join(a * cos_a - b * sin_a, b * cos_b + a * sin_b)
-    turned = tl.reshape(turned, [a.shape[0], 2 * HALF])
-    # Padding is 0 already. Without this, Triton first moves what was loaded into the layout of the
-    # product, in which elements are held several times, and then computes on each copy.
-    turned = tl.where((tl.arange(0, 2 * HALF) < D)[None, :], turned, 0.0)
-    return narrow(turned, dtype, EXACT)
-
-
-@triton.jit
-def _load_normed(
-    base, rows_T, columns_D, stride_d, valid_TD, weight,
-    D: tl.constexpr, eps, NORM: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """Returns rows of q or k after the norm, if there is one."""
-    x = tl.load(base + rows_T[:, None] + (columns_D * stride_d)[None, :], mask=valid_TD, other=0.0)
-    if NORM:
-        y = x.to(tl.float32)
-        gain = tl.load(weight + columns_D, mask=columns_D < D, other=0.0).to(tl.float32)
-        y = y * tl.rsqrt(tl.sum(y * y, 1)[:, None] / D + eps) * gain[None, :]
-        x = narrow(y, x.dtype, EXACT)
-    return x
-
-
-@triton.jit
 def short_attention_kernel(
     q, k, v, out, mask, q_weight, k_weight, cos, sin,
     q_b, q_p, q_h, q_t, q_d, k_b, k_p, k_h, k_t, k_d, v_b, v_p, v_h, v_t, v_d,
@@ -226,15 +164,15 @@ def short_attention_kernel(
     inside = columns[None, :] < D
     valid_td, valid_sd = valid_t[:, None] & inside, valid_s[:, None] & inside
     if PAIRS != 0:
-        x_q = _load_turned(
+        x_q = load_turned(
             q, rows_q, q_d, valid_t, q_weight, cos, sin, t, D, HALF, eps, NORM, PAIRS, EXACT
         )
-        x_k = _load_turned(
+        x_k = load_turned(
             k, rows_k, k_d, valid_s, k_weight, cos, sin, s, D, HALF, eps, NORM, PAIRS, EXACT
         )
     else:
-        x_q = _load_normed(q, rows_q, columns, q_d, valid_td, q_weight, D, eps, NORM, EXACT)
-        x_k = _load_normed(k, rows_k, columns, k_d, valid_sd, k_weight, D, eps, NORM, EXACT)
+        x_q = load_normed(q, rows_q, columns, q_d, valid_td, q_weight, D, eps, NORM, EXACT)
+        x_k = load_normed(k, rows_k, columns, k_d, valid_sd, k_weight, D, eps, NORM, EXACT)
     scores = dot(x_q, tl.trans(x_k), EXACT) * scale
     own = (group_t[:, None] == group_s[None, :]) & valid_t[:, None] & valid_s[None, :]
     rows_m = b_t * m_b + p_t * m_p + h_t * m_h + t * m_t
