@@ -33,7 +33,7 @@ def narrow(x, dtype: tl.constexpr, EXACT: tl.constexpr):
 
 
 INTERPRETED = type(dot).__name__ == "InterpretedFunction"
-"""Whether Triton runs kernels in Python, on the CPU (`TRITON_INTERPRET=1`)."""
+"""True if Triton runs kernels in Python, on the CPU (`TRITON_INTERPRET=1`)."""
 
 
 def next_power_of_2(count: int) -> int:

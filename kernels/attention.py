@@ -47,7 +47,8 @@ class AttentionArguments(NamedTuple):
     Attributes:
         q, k, v: queries, keys and values at any strides.
         mask: bools (True takes part) or numbers to add to scores, broadcast to (N, H, T, S).
-        lengths: how many keys of each row of the batch take part, the first ones; by default all.
+        lengths: the number of keys of each row of the batch that take part, the first ones; by
+            default all.
         scale: a factor of scores; by default D ** -0.5.
     """
 

@@ -18,7 +18,7 @@ from .registration import Constraint, TensorSpec
 
 MAX_HEAD_DIM = 128
 LENGTHS = TensorSpec("(N,)", dtypes=(torch.int32, torch.int64))
-"""How many keys of each row of the batch take part."""
+"""The number of keys of each row of the batch that take part."""
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 LOG2_E = tl.constexpr(1.4426950408889634)
 

@@ -50,7 +50,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What a tensor argument, or each tensor of a list, must be like.
+    """The shape and the dtype that a tensor argument, or each tensor of a list, must have.
 
     Attributes:
         shape: names of sizes. The same name is the same size in all arguments; `...` stands for any

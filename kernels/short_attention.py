@@ -185,11 +185,11 @@ def short_attention_kernel(
         mask=valid_sd,
         other=0.0,
     )
-    found = dot(narrow(weights, x_v.dtype, EXACT), x_v, EXACT)
-    found = found / tl.where(total == 0, 1.0, total)[:, None]
+    result = dot(narrow(weights, x_v.dtype, EXACT), x_v, EXACT)
+    result = result / tl.where(total == 0, 1.0, total)[:, None]
     tl.store(
         out + (b_t * o_b + p_t * o_p + h_t * o_h + t * o_t)[:, None] + (columns * o_d)[None, :],
-        narrow(found, out.dtype.element_ty, EXACT),
+        narrow(result, out.dtype.element_ty, EXACT),
         mask=valid_td,
     )
 

@@ -50,7 +50,8 @@ class TextAttentionArguments(NamedTuple):
         q, k, v: queries, keys and values at any strides; row n of the batch attends to text
             n // (N / M). S and D are limited by :func:`fits`.
         mask: bools (True takes part) or numbers to add to scores, broadcast to (N, H, T, S).
-        lengths: how many keys of each row of the batch take part, the first ones; by default all.
+        lengths: the number of keys of each row of the batch that take part, the first ones; by
+            default all.
         scale: a factor of scores; by default D ** -0.5.
     """
 
@@ -145,14 +146,14 @@ def text_attention_kernel(
             top = tl.maximum(top, tl.max(scores_b, 1))
         weights = tl.exp(scores_a - top[:, None])
         total = tl.sum(weights, 1)
-        found = dot(narrow(weights, v.dtype.element_ty, EXACT), v_a, EXACT)
+        result = dot(narrow(weights, v.dtype.element_ty, EXACT), v_a, EXACT)
         if KEYS_B:
             weights = tl.exp(scores_b - top[:, None])
             total += tl.sum(weights, 1)
-            found += dot(narrow(weights, v.dtype.element_ty, EXACT), v_b, EXACT)
-        found = found / tl.where(total == 0, 1.0, total)[:, None]
+            result += dot(narrow(weights, v.dtype.element_ty, EXACT), v_b, EXACT)
+        result = result / tl.where(total == 0, 1.0, total)[:, None]
         rows_o = n * o_n + h * o_h + at_t * o_t
-        store_tile(out, found, rows_o, columns, o_d, valid_t, D, EXACT)
+        store_tile(out, result, rows_o, columns, o_d, valid_t, D, EXACT)
 
 
 @SIGNATURE.checked

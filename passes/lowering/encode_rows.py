@@ -23,12 +23,12 @@ def match_encode_rows(node: Node) -> Match | None:
     %s = clamp_min(mul(amax(abs(%x), -1), 1/448), TINY)
     %v = _to_copy(clamp(div(%x, %s), -448, 448), e4m3)    %v, %s = pabc.encode_rows(%x)
     """
-    found = _find_encoding(node)
-    if found is None:
+    encoding = _find_encoding(node)
+    if encoding is None:
         return None
-    x = value(found.x)
+    x = value(encoding.x)
     shape = (x.numel() // x.shape[-1], x.shape[-1], x.element_size() + FP8.itemsize)
-    return Match("encode_rows", shape, _why_not(found), partial(_rewrite, found))
+    return Match("encode_rows", shape, _why_not(encoding), partial(_rewrite, encoding))
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,30 +41,31 @@ class _Encoding:
     quotient: Node
 
 
-def _why_not(found: _Encoding) -> str | None:
+def _why_not(encoding: _Encoding) -> str | None:
     from pabc.kernels.rows import MAX_CHANNELS, MAX_ROW_DIMS, merge_rows
 
-    x = value(found.x)
-    rows, _ = merge_rows(x.shape, [x, value(found.values)])
+    x = value(encoding.x)
+    rows, _ = merge_rows(x.shape, [x, value(encoding.values)])
     return first_reason(
         {
             f"{x.dtype}": x.dtype not in FLOATS,
             f"{x.shape[-1]} channels: at most {MAX_CHANNELS}": x.shape[-1] > MAX_CHANNELS,
             f"{len(rows)} dimensions of rows: at most {MAX_ROW_DIMS}": len(rows) > MAX_ROW_DIMS,
             "scales that are read before the values": any(
-                user is not found.quotient and user < found.values for user in found.scales.users
+                user is not encoding.quotient and user < encoding.values
+                for user in encoding.scales.users
             ),
         }
     )
 
 
-def _rewrite(found: _Encoding) -> None:
+def _rewrite(encoding: _Encoding) -> None:
     from pabc.kernels.encode_rows import OP
 
-    both = insert(found.values, OP, found.x)
-    values, scales = (insert(found.values, GETITEM, both, i) for i in range(2))
-    replace(found.scales, scales, unless=found.quotient)
-    replace(found.values, values)
+    both = insert(encoding.values, OP, encoding.x)
+    values, scales = (insert(encoding.values, GETITEM, both, i) for i in range(2))
+    replace(encoding.scales, scales, unless=encoding.quotient)
+    replace(encoding.values, values)
 
 
 def _find_encoding(node: Node) -> _Encoding | None:

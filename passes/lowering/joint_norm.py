@@ -28,14 +28,14 @@ def match_joint_norm(node: Node) -> Match | None:
     tensors, dim = (*node.args, 0)[:2]
     dim %= value(node).ndim
     parts = [_find_part(part, node) for part in tensors]
-    found = [part for part in parts if part is not None]
-    if len(found) < len(parts) or dim == value(node).ndim - 1 or not _fit(found):
+    norms = [part for part in parts if part is not None]
+    if len(norms) < len(parts) or dim == value(node).ndim - 1 or not _fit(norms):
         return None
-    before = min([node, *(part.before for part in found if part.before is not part.n)])
-    if not all(read < before for part in found for read in part.reads):
+    before = min([node, *(part.before for part in norms if part.before is not part.n)])
+    if not all(read < before for part in norms for read in part.reads):
         return None
-    covers = tuple(n for part in found for n in part.nodes)
-    return Match(KERNEL, _shape(found), None, lambda: _rewrite(node, dim, found, before), covers)
+    covers = tuple(n for part in norms for n in part.nodes)
+    return Match(KERNEL, _shape(norms), None, lambda: _rewrite(node, dim, norms, before), covers)
 
 
 def _find_part(part: Node, user: Node) -> ResidualNorm | None:

@@ -36,12 +36,12 @@ def keep_layouts(graph: Graph) -> None:
     refused: dict[Node, list[Node]] = {}
     for node in graph.nodes:
         changed = [n for n in node.all_input_nodes if n in now]
-        found = _compute(node, node.kwargs, now) if changed else None
-        if found is None:
+        result = _compute(node, node.kwargs, now) if changed else None
+        if result is None:
             for source in changed:
                 refused.setdefault(source, []).append(node)
-        elif _keys(found) != _keys(node.meta["val"]):
-            now[node], before[node] = found, node.meta["val"]
+        elif _keys(result) != _keys(node.meta["val"]):
+            now[node], before[node] = result, node.meta["val"]
     if any(_has_gaps(before[source]) for source in refused):
         refused, now = {node: list(node.users) for node in origins}, {}
     for node, val in now.items():
@@ -91,11 +91,11 @@ def settle_layouts(graph: Graph, flags: Mapping[str, tuple[str, ...]]) -> None:
             freed[node] = kwargs
         elif not changed:
             continue
-        found = _compute(node, kwargs or node.kwargs, now)
-        if found is None:
+        result = _compute(node, kwargs or node.kwargs, now)
+        if result is None:
             kept += [(node, source) for source in changed]
-        elif _keys(found) != _keys(node.meta["val"]):
-            now[node] = found
+        elif _keys(result) != _keys(node.meta["val"]):
+            now[node] = result
     is_exact = not any(_has_gaps(value(source)) for _, source in kept)
     if is_exact and len(kept) < sum(_kernel(node) in flags for node in now):
         _apply(now, freed, kept)

@@ -60,9 +60,9 @@ def replace(node: Node, by: Node, *, unless: Node | None = None) -> None:
     If the strides differ, :data:`BEFORE` keeps the former ones, which users may rely on;
     :func:`~pabc.passes.lowering.layouts.keep_layouts` settles that.
     """
-    wanted, found = value(node), value(by)
-    assert wanted.shape == found.shape and wanted.dtype == found.dtype, (node, by)
-    if steps(wanted) != steps(found):
+    wanted, actual = value(node), value(by)
+    assert wanted.shape == actual.shape and wanted.dtype == actual.dtype, (node, by)
+    if steps(wanted) != steps(actual):
         by.meta[BEFORE] = node.meta.get(BEFORE, wanted)
     node.replace_all_uses_with(by, delete_user_cb=lambda user: user is not unless)
 

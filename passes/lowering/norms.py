@@ -73,9 +73,9 @@ def find_norm(node: Node, depth: int = DEPTH) -> Norm | None:
     %m = mul(%n, %s)
     %o = add(%m, %b)
     """
-    found = _find_plain(node)
-    if found is not None or depth == 0:
-        return found
+    norm = _find_plain(node)
+    if norm is not None or depth == 0:
+        return norm
     source = cast_source(node)
     if source is not None:
         inner = find_norm(source, depth - 1) if only_user(source) is node else None
@@ -148,13 +148,13 @@ def _find_plain(node: Node) -> Norm | None:
 
 def _find_written_out(node: Node) -> Norm | None:
     """Returns the norm that ends in a node as `x * rsqrt(mean(x * x) + eps)`."""
-    found = find_written_out(node)
-    for x, inverse in pairs(node, aten.mul.Tensor) if found is not None else ():
-        if found is not None and is_call(inverse, (aten.rsqrt.default,)):
+    written = find_written_out(node)
+    for x, inverse in pairs(node, aten.mul.Tensor) if written is not None else ():
+        if written is not None and is_call(inverse, (aten.rsqrt.default,)):
             inner = _inner(node, inverse)
             if inner is not None:
                 nodes = (*reversed(inner), node)
-                return Norm(kind="rms", input=exact_source(x), eps=found.eps, nodes=nodes)
+                return Norm(kind="rms", input=exact_source(x), eps=written.eps, nodes=nodes)
     return None
 
 
@@ -163,14 +163,14 @@ def _inner(node: Node, inverse: Node) -> list[Node] | None:
 
     None if one of them has another user.
     """
-    found = [node]
+    nodes = [node]
     current: Any = inverse
-    while len(found) <= 4 or (cast_source(current) is not None and only_user(current) is found[-1]):
-        if only_user(current) is not found[-1]:
+    while len(nodes) <= 4 or (cast_source(current) is not None and only_user(current) is nodes[-1]):
+        if only_user(current) is not nodes[-1]:
             return None
-        found.append(current)
+        nodes.append(current)
         current = current.args[0]
-    return found[1:]
+    return nodes[1:]
 
 
 def _split_offset(node: Node) -> tuple[Node, float]:

@@ -86,27 +86,27 @@ def match_residual_norm(node: Node) -> Match | None:
     %o = add(mul(%n, add(%scale, 1)), %shift)                scale=%scale, shift=%shift, ...)
     """
     norm = find_norm(node)
-    found = _find_sum_alone(node) if norm is None else find_with_sum(node, norm)
-    if found is None:
+    fused = _find_sum_alone(node) if norm is None else find_with_sum(node, norm)
+    if fused is None:
         return None
-    found = _with_copies(found)
-    copied = [n for copy in found.copies for n in copy.nodes]
-    covers = tuple(n for n in (*reversed(copied), *found.nodes) if n is not node)
-    return Match(KERNEL, found.shape, why_not(found), lambda: _rewrite(found), covers)
+    fused = _with_copies(fused)
+    copied = [n for copy in fused.copies for n in copy.nodes]
+    covers = tuple(n for n in (*reversed(copied), *fused.nodes) if n is not node)
+    return Match(KERNEL, fused.shape, why_not(fused), lambda: _rewrite(fused), covers)
 
 
 def _find_sum_alone(node: Node) -> ResidualNorm | None:
     """Returns the sum that ends in a node, if a term is a product and the stream is none."""
     from pabc.kernels.residual_norm import MAX_TERMS
 
-    found = find_sum(node, MAX_TERMS)
-    if found is None or not any(term.is_product for term in found.terms):
+    total = find_sum(node, MAX_TERMS)
+    if total is None or not any(term.is_product for term in total.terms):
         return None
-    if any(len(inner.users) > 1 for inner in found.path[:-1]) or _is_lone_product(found.x):
+    if any(len(inner.users) > 1 for inner in total.path[:-1]) or _is_lone_product(total.x):
         return None
-    nodes = (*found.nodes, *found.path)
+    nodes = (*total.nodes, *total.path)
     return ResidualNorm(
-        x=found.x, terms=found.terms, norm=None, y=node, n=None, before=node, nodes=nodes
+        x=total.x, terms=total.terms, norm=None, y=node, n=None, before=node, nodes=nodes
     )
 
 
@@ -119,32 +119,32 @@ def find_with_sum(node: Node, norm: Norm) -> ResidualNorm:
     """Returns the norm that ends in a node with the sum before it, if one call can compute both."""
     from pabc.kernels.residual_norm import MAX_TERMS
 
-    found = find_sum(norm.input, MAX_TERMS)
-    together = None if found is None else _join(node, norm, found)
+    total = find_sum(norm.input, MAX_TERMS)
+    together = None if total is None else _join(node, norm, total)
     if together is not None:
         return together
     x = exact_source(norm.input)
     return ResidualNorm(x=x, terms=(), norm=norm, y=None, n=node, before=node, nodes=norm.nodes)
 
 
-def _join(node: Node, norm: Norm, found: Sum) -> ResidualNorm | None:
+def _join(node: Node, norm: Norm, total: Sum) -> ResidualNorm | None:
     """Returns a norm with the sum before it.
 
     None if the sum has users that come before an operand of the norm.
     """
-    inner = {*found.path, *norm.nodes}
-    y = _find_read(found.path, inner)
-    after = found.path[found.path.index(y) + 1 :] if y is not None else ()
+    inner = {*total.path, *norm.nodes}
+    y = _find_read(total.path, inner)
+    after = total.path[total.path.index(y) + 1 :] if y is not None else ()
     kept = _find_kept(after, inner)
     users = [] if y is None else [n for n in y.users if n in kept or n not in inner]
     joined = ResidualNorm(
-        x=found.x,
-        terms=found.terms,
+        x=total.x,
+        terms=total.terms,
         norm=norm,
         y=y,
         n=node,
         before=min([node, *users]),
-        nodes=(*found.nodes, *(n for n in found.path if n not in kept), *norm.nodes),
+        nodes=(*total.nodes, *(n for n in total.path if n not in kept), *norm.nodes),
     )
     is_there = all(n < joined.before for n in joined.reads)
     return joined if is_there and _can_lay_out(joined) else None
@@ -171,101 +171,101 @@ def _find_kept(path: tuple[Node, ...], inner: set[Node]) -> set[Node]:
     return kept
 
 
-def _can_lay_out(found: ResidualNorm) -> bool:
-    return found.y is None or value(found.y).is_contiguous() or found.is_like_x(found.y)
+def _can_lay_out(fused: ResidualNorm) -> bool:
+    return fused.y is None or value(fused.y).is_contiguous() or fused.is_like_x(fused.y)
 
 
-def _with_copies(found: ResidualNorm) -> ResidualNorm:
+def _with_copies(fused: ResidualNorm) -> ResidualNorm:
     """Adds the copies of its results to another order of rows, if the kernel can make them."""
     from pabc.kernels.rows import MAX_ROW_DIMS
 
-    inner = set(found.nodes)
+    inner = set(fused.nodes)
 
     def find(node: Node | None) -> Copy | None:
         users = [] if node is None else [user for user in node.users if user not in inner]
         return find_copy(node, users[0]) if len(users) == 1 else None
 
-    y_copy, n_copy = find(found.y), find(found.n)
+    y_copy, n_copy = find(fused.y), find(fused.n)
     if y_copy is not None and n_copy is not None and y_copy.split != n_copy.split:
         y_copy = None
-    longer = replace(found, y_copy=y_copy, n_copy=n_copy)
-    return longer if _count_dimensions(longer) <= MAX_ROW_DIMS else found
+    longer = replace(fused, y_copy=y_copy, n_copy=n_copy)
+    return longer if _count_dimensions(longer) <= MAX_ROW_DIMS else fused
 
 
-def _count_dimensions(found: ResidualNorm) -> int:
+def _count_dimensions(fused: ResidualNorm) -> int:
     """Returns the number of dimensions of rows, after merging."""
     from pabc.kernels.rows import merge_rows
 
-    x, results = value(found.x), []
-    for node, copy in ((found.y, found.y_copy), (found.n, found.n_copy)):
+    x, results = value(fused.x), []
+    for node, copy in ((fused.y, fused.y_copy), (fused.n, fused.n_copy)):
         if copy is not None:
             made = torch.empty([copy.split[d] for d in copy.order], device="meta")
             results.append(made.permute([copy.order.index(d) for d in range(made.ndim)]))
         elif node is not None:
-            format = torch.preserve_format if found.is_like_x(node) else torch.contiguous_format
+            format = torch.preserve_format if fused.is_like_x(node) else torch.contiguous_format
             results.append(torch.empty_like(x, memory_format=format))
-    split = found.copies[0].split if found.copies else ()
-    return len(merge_rows(x.shape, [*map(value, found.reads), *results], split)[0])
+    split = fused.copies[0].split if fused.copies else ()
+    return len(merge_rows(x.shape, [*map(value, fused.reads), *results], split)[0])
 
 
-def why_not(found: ResidualNorm) -> str | None:
+def why_not(fused: ResidualNorm) -> str | None:
     """Returns why the kernel can't compute it; None if it can."""
     from pabc.kernels.rows import MAX_CHANNELS, MAX_ROW_DIMS
 
-    made = [n for n in (found.y, found.n) if n is not None]
-    cuts = [term.cut for term in found.terms]
-    vals = [value(n) for n in (*found.reads, *made)]
-    dtypes = {value(n).dtype for n in found.reads if n not in cuts} | {value(n).dtype for n in made}
+    made = [n for n in (fused.y, fused.n) if n is not None]
+    cuts = [term.cut for term in fused.terms]
+    vals = [value(n) for n in (*fused.reads, *made)]
+    dtypes = {value(n).dtype for n in fused.reads if n not in cuts} | {value(n).dtype for n in made}
     dtypes |= {value(n).dtype for n in cuts} - {FP8}
-    channels = value(found.x).shape[-1]
+    channels = value(fused.x).shape[-1]
     others = sorted(str(dtype) for dtype in dtypes.difference(FLOATS))
-    num_rows = _count_dimensions(found)
+    num_rows = _count_dimensions(fused)
     return first_reason(
         {
             ", ".join(others): bool(others),
             f"{channels} channels: at most {MAX_CHANNELS}": channels > MAX_CHANNELS,
             f"{num_rows} dimensions of rows: at most {MAX_ROW_DIMS}": num_rows > MAX_ROW_DIMS,
             "more than one device": len({val.device for val in vals}) > 1,
-            "an epsilon of its dtype": found.norm is not None and found.norm.eps is None,
+            "an epsilon of its dtype": fused.norm is not None and fused.norm.eps is None,
         }
     )
 
 
-def _rewrite(found: ResidualNorm) -> None:
+def _rewrite(fused: ResidualNorm) -> None:
     from pabc.kernels.residual_norm import OP
 
-    norm, terms = found.norm, found.terms
+    norm, terms = fused.norm, fused.terms
     call = insert(
-        found.before,
+        fused.before,
         OP,
-        found.x,
+        fused.x,
         [term.cut for term in terms] or None,
         [term.cut_scale for term in terms] or None,
         [term.gate for term in terms] or None,
         [float(term.factor) for term in terms] or None,
         norm="none" if norm is None else norm.kind,
-        **_find_keywords(found),
+        **_find_keywords(fused),
     )
-    results = ((found.y, found.y_copy), (found.n, found.n_copy))
+    results = ((fused.y, fused.y_copy), (fused.n, fused.n_copy))
     made = [(node, copy) for node, copy in results if node is not None]
     for i, (node, copy) in enumerate(made):
-        by = insert(found.before, GETITEM, call, i)
+        by = insert(fused.before, GETITEM, call, i)
         substitute(node if copy is None else copy.nodes[-1], by)
 
 
-def _find_keywords(found: ResidualNorm) -> dict[str, Any]:
+def _find_keywords(fused: ResidualNorm) -> dict[str, Any]:
     """Returns the keywords of the call that say what follows the sum, and how to return results."""
-    y, n, y_copy, n_copy = found.y, found.n, found.y_copy, found.n_copy
+    y, n, y_copy, n_copy = fused.y, fused.n, fused.y_copy, fused.n_copy
     keywords: dict[str, Any] = {
         "y_dtype": None if y is None else value(y).dtype,
         "n_dtype": None if n is None else value(n).dtype,
-        "y_like_x": (y_copy is None and found.is_like_x(y)) or None,
-        "n_like_x": (n_copy is None and found.is_like_x(n)) or None,
-        "split": list(found.copies[0].split) if found.copies else None,
+        "y_like_x": (y_copy is None and fused.is_like_x(y)) or None,
+        "n_like_x": (n_copy is None and fused.is_like_x(n)) or None,
+        "split": list(fused.copies[0].split) if fused.copies else None,
         "y_order": None if y_copy is None else list(y_copy.order),
         "n_order": None if n_copy is None else list(n_copy.order),
     }
-    if found.norm is not None:
+    if fused.norm is not None:
         for name in ("weight", "bias", "scale", "shift", "offset", "eps"):
-            keywords[name] = getattr(found.norm, name)
+            keywords[name] = getattr(fused.norm, name)
     return {name: given for name, given in keywords.items() if given is not None}

@@ -61,8 +61,8 @@ def find_sum(node: Node, room: int) -> Sum | None:
     path = [node]
     while (source := cast_source(path[-1])) is not None:
         path.append(source)
-    found = _collect(path[-1], room)
-    return None if found is None else replace(found, path=tuple(reversed(path)))
+    total = _collect(path[-1], room)
+    return None if total is None else replace(total, path=tuple(reversed(path)))
 
 
 def _collect(node: Node, room: int) -> Sum | None:
@@ -102,14 +102,14 @@ def _is_lone_sum(node: Node, user: Node) -> bool:
 
 def _lone_casts(node: Node, user: Node) -> list[Node]:
     """Returns a node and what it casts, in turn; empty if one of these has another user."""
-    found: list[Node] = []
+    casts: list[Node] = []
     source: Node | None = node
     while source is not None:
         if only_user(source) is not user:
             return []
-        found.append(source)
+        casts.append(source)
         user, source = source, cast_source(source)
-    return found
+    return casts
 
 
 def _find_term(node: Node, user: Node) -> Term:

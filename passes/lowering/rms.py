@@ -34,9 +34,9 @@ def find_rms_norm(node: Node) -> RmsNorm | None:
     if plain is not None:
         return plain
     for weight, normed in products(node):
-        found = find_written_out(without_casts(normed))
-        if found is not None and _is_weight(weight, found.source):
-            return RmsNorm(found.source, weight, found.eps)
+        norm = find_written_out(without_casts(normed))
+        if norm is not None and _is_weight(weight, norm.source):
+            return RmsNorm(norm.source, weight, norm.eps)
     return None
 
 

@@ -105,9 +105,9 @@ def find_rotary(node: Node) -> RotaryEmbedding | None:
     if value(node).ndim != LEAD + 1 or value(node).shape[-1] % 2:
         return None
     for source, ops in _sources(node):
-        found = _probe(source, ops)
-        if found is not None:
-            return found
+        rotary = _probe(source, ops)
+        if rotary is not None:
+            return rotary
     return None
 
 
@@ -163,14 +163,16 @@ def _probe(source: Node, ops: Sequence[Node]) -> RotaryEmbedding | None:
     """Runs the ops on unit vectors and random tables, and returns the embedding they compute."""
     D = value(source).shape[-1]
     tables = _ProbeTables()
-    found: dict[Node, Any] = {source: torch.eye(D, dtype=torch.float64).reshape(D, 1, 1, D)}
+    results: dict[Node, Any] = {source: torch.eye(D, dtype=torch.float64).reshape(D, 1, 1, D)}
     for op in ops:
         rank = value(op).ndim if is_tensor(op) else 0
-        given = {n: found[n] if n in found else tables.give(n, rank) for n in op.all_input_nodes}
+        given = {
+            n: results[n] if n in results else tables.give(n, rank) for n in op.all_input_nodes
+        }
         if any(each is None for each in given.values()):
             return None
-        found[op] = _run(op, given)
-    out = found[ops[-1]]
+        results[op] = _run(op, given)
+    out = results[ops[-1]]
     return _read(source, out.reshape(D, D), tables) if out.shape == (D, 1, 1, D) else None
 
 
