@@ -12,11 +12,11 @@ from lowered_norms import (
     graph_text,
     left,
     lower,
-    matches_of,
     modulate,
     norms,
     plain,
 )
+from lowering import matches_of
 
 import pabc
 from pabc.kernels.joint_norm import OP

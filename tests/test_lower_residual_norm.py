@@ -17,9 +17,9 @@ from lowered_norms import (
     graph_text,
     left,
     lower,
-    matches_of,
     plain,
 )
+from lowering import matches_of
 from torch.nn.functional import layer_norm, rms_norm
 
 import pabc
