@@ -22,7 +22,7 @@ from .tracing.export import export, export_any_sizes
 from .tracing.foreign import refuse_hooks
 from .tracing.guards import Reads
 from .tracing.modules import ModelState
-from .tracing.numbers import check_numbers_stay_tensors
+from .tracing.number_mode import check_numbers_stay_tensors
 from .tracing.opaque import OpaqueCall
 from .tracing.reads import ReadReplayer
 from .tracing.records import Checked

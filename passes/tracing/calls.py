@@ -29,6 +29,7 @@ from .compiled import noting_compiled
 from .extremes import exact_extremes
 from .holders import Change
 from .hooks import HookTracer
+from .number_mode import NumberMode
 from .parameters import Parameters
 from .patch import patched
 from .python_state import Snapshot
@@ -115,7 +116,7 @@ class TracedCall:
         @functools.wraps(forward)
         def call(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
             args, kwargs = self._restore((args, {name: kwargs[name] for name in self.kwargs}))
-            mode = numbers.RecordNumbers() if self._lifted else nullcontext()
+            mode = NumberMode() if self._lifted else nullcontext()
             self.tokens.clear()
             self.hooks = HookTracer(model, self.tokens)
             with (

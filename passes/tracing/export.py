@@ -30,7 +30,7 @@ from .failures import (
 from .indexing import check_copies_are_not_written_to
 from .known_sizes import tell_sizes, with_static_sizes
 from .lean import lean_tracing, quiet_tracing
-from .numbers import RecordNumbers
+from .number_mode import NumberMode
 from .opaque import OpaqueCall, OpaqueRecorder, replaying_opaque
 from .patch import patched
 from .reads import ReadRecorder, ReadReplayer
@@ -211,6 +211,6 @@ def _with_tensors(
 
     The modes are entered after torch.export's own mode, which reads the numbers in an index.
     """
-    with replayer, RecordNumbers():
+    with replayer, NumberMode():
         result = forward(*args, **kwargs)
     return result, [t for checked in replayer.checked for t in checked.tensors]

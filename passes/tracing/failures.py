@@ -17,8 +17,9 @@ import torch
 from torch import fx, nn
 
 from ..ir import module_path
+from .call_sites import OWN_FOLDERS
 from .patch import patched
-from .reads import OWN_FOLDERS, ReadReplayer
+from .reads import ReadReplayer
 from .records import Read
 from .tensor_call import ResultLayout, TensorCall
 

@@ -9,12 +9,9 @@ from becomes a result of the trace, so that a later call can be checked
 
 from __future__ import annotations
 
-import os
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from types import FrameType
 from typing import Any
 
 import torch
@@ -24,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .. import ir
 from ..ir import MASKS, aten
+from .call_sites import CallSites
 from .indexing import call_with_known_sizes, can_select, select_positions, with_numbers
 from .numbers import Policy, TracedNumber, plain
 from .records import (
@@ -41,10 +38,6 @@ from .records import (
 )
 from .tensor_call import TensorCall
 
-OWN_FOLDERS = tuple(
-    os.path.dirname(os.path.abspath(file)) for file in (torch.__file__, ir.__file__)
-)
-"""The folders of PyTorch and of the passes: code elsewhere is the model's."""
 _UNSEEN = (torch.Tensor.numpy, torch.Tensor.__array__)
 """Functions that read memory without a dispatched op."""
 _INDEXING = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
@@ -87,30 +80,6 @@ class _NoteNumbers(Policy):
         return answer
 
 
-class _CallSites:
-    """Finds the line, and the module, of the model's code that makes a call."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._paths = {id(module): name for name, module in model.named_modules()}
-
-    def site(self) -> str:
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None and frame.f_code.co_filename.startswith(OWN_FOLDERS):
-            frame = frame.f_back
-        if frame is None:
-            return ""
-        return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
-
-    def path(self) -> str:
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
-            path = self._paths.get(id(frame.f_locals.get("self")))
-            if path is not None:
-                return path
-            frame = frame.f_back
-        return ""
-
-
 class _DataReadMode(TorchDispatchMode):
     """Sets `seen` when an op's result, or its size, is read from data."""
 
@@ -139,7 +108,7 @@ class ReadRecorder(TorchFunctionMode):
         super().__init__()
         self.reads: list[Read] = []
         self._watch = watch
-        self._frames = _CallSites(model)
+        self._frames = CallSites(model)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -217,7 +186,7 @@ class ReadReplayer(TorchFunctionMode):
         self._coming = deque(reads)
         self._num_reads = len(self._coming)
         self._functions = {read.function for read in self._coming}
-        self._frames = _CallSites(model)
+        self._frames = CallSites(model)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
