@@ -15,7 +15,7 @@ B, T, C = 2, 5, 24
 
 
 class Rows(NamedTuple):
-    """What is one row for many, and what is learned."""
+    """Rows that modulate, one for many tokens, and learned weights."""
 
     gate: torch.Tensor
     scale: torch.Tensor
@@ -25,7 +25,7 @@ class Rows(NamedTuple):
 
 
 class Call(nn.Module):
-    """A function of tensors and, at last, of rows."""
+    """A function of tensors and rows as a module."""
 
     def __init__(self, function):
         super().__init__()
@@ -46,7 +46,7 @@ ROWS = (*MODULATION, draw(C, seed=20), draw(C, seed=21))
 
 
 def lower(function, *inputs, rows=ROWS, kernels="force", gains=unmeasured):
-    """The graph of a function, lowered, and both called with the same."""
+    """Returns the lowered graph of a function, and what runs it and the graph before."""
     gm = canonicalize_pass(export(Call(function), *inputs, *rows))
     lowered, matches = lower_pass(gm, kernels=kernels, gains=gains)
     lowered = with_facts(lowered, Facts([matches]))
@@ -65,7 +65,7 @@ def calls(lowered):
 
 
 def left(lowered):
-    """What is computed but for the calls."""
+    """Returns the ops that are left beside the kernel's calls."""
     skipped = {OP, getattr}
     return {
         str(n.target)

@@ -42,7 +42,7 @@ def lift(gm: GraphModule) -> tuple[GraphModule, list[Tensor]]:
 
 
 class FakeTrajectory:
-    """A trajectory that gives what it was told to, and remembers what it was asked."""
+    """A trajectory that returns given cuts and records which slots are read and written."""
 
     def __init__(self, values=()):
         self.values = dict(values)
@@ -58,7 +58,7 @@ class FakeTrajectory:
 
 
 def store_all(gm, call):
-    """What a full step leaves in each slot."""
+    """Returns the cuts that a step without reuse writes to each slot."""
     trajectory = FakeTrajectory()
     with torch.no_grad():
         gm(trajectory, *with_hoisted(gm, call))

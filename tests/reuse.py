@@ -17,7 +17,7 @@ STEPS = 6
 
 
 def make_masks(model, *, seed):
-    """A mask of its own for each region that the points of a model mark."""
+    """Draws a mask for each region that the points of a model mark."""
     rng = random.Random(seed)
     counts = Counter(
         (p.kind, p.num_points)
@@ -42,9 +42,8 @@ def make_schedule(masks):
 def compare_with_hand(
     model: nn.Module, case: Case, kinds: Mapping[str, str] | None = None
 ) -> pabc.Explanation:
-    """Nothing reused: the model's bits. A pyramid: what the cache written by hand gives.
-
-    Returns what was found in the model.
+    """Checks a compiled model, bit for bit: without reuse against the model itself, with reuse
+    against a cache written by hand. Returns the explanation.
     """
     calls = [case.call(step) for step in range(5)]
     found = pabc.explain(model, kinds=kinds, **calls[0])

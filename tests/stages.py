@@ -81,7 +81,7 @@ def apply(run: Callable[..., Any], gm: GraphModule, *kinds: type, **options: Any
 
 
 def with_hoisted(gm: GraphModule, call: Mapping[str, Any]) -> list[Any]:
-    """The call's arguments, and what the graph's prologue makes of them, where it has one."""
+    """Returns the call's arguments, then what the graph's prologue computes from them, if any."""
     with torch.no_grad():
         prologue = prologue_of(gm)
         hoisted = () if prologue is None else prologue(*call.values())
@@ -89,14 +89,15 @@ def with_hoisted(gm: GraphModule, call: Mapping[str, Any]) -> list[Any]:
 
 
 def run_graph(gm: GraphModule, call: Mapping[str, Any], *state: Any) -> torch.Tensor:
-    """The first output of a graph that takes `state`, the call's arguments and what is hoisted."""
+    """Returns the first output of a graph whose inputs are `state`, the call's arguments and what
+    is hoisted."""
     with torch.no_grad():
         outputs = gm(*state, *with_hoisted(gm, call))
     return outputs[0]
 
 
 def compile_flat(flat: GraphModule) -> Callable[..., list[torch.Tensor]]:
-    """A flat graph, block by block, with Inductor."""
+    """Compiles a flat graph block by block with Inductor."""
     chain, blocks = Chain.of(*passes.split_blocks_pass(flat))
     run = chain.link(passes.compile_blocks([block.graph for block in blocks]))
     return lambda *inputs: run([*inputs])
