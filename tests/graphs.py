@@ -53,7 +53,7 @@ class Function(nn.Module):
 def trace(function: Callable[..., Any], *inputs: torch.Tensor) -> GraphModule:
     """Returns the graph of a function or module, captured as pabc captures a model."""
     model = function if isinstance(function, nn.Module) else Function(function)
-    return passes.capture(model.eval(), inputs, {})
+    return passes.capture(model.eval(), inputs, {})[0]
 
 
 def ops(gm: GraphModule) -> list[Any]:
