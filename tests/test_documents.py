@@ -361,12 +361,21 @@ def test_messages_are_those_of_the_source(document):
                     assert part.strip() in strings_of_the_source(), f"{document.name}: {span}"
 
 
-def test_the_table_of_stages_is_the_pipeline():
+def test_the_tables_of_stages_are_the_pipeline():
     (document,) = (d for d in DOCUMENTS if d.name == "passes/README.md")
     tables = re.findall(r"^\| stage \|.*\n\|.*\n((?:\|.*\n)+)", document.prose, re.MULTILINE)
-    shown = re.findall(r"^\| `(\w+)`", "".join(tables), re.MULTILINE)
-    rows = iter(shown)
-    assert all(stage.name in rows for stage in pipeline.ANALYSIS), shown
+    shown = [[tuple(row.split(" | ")) for row in table.splitlines()] for table in tables]
+    lists = (pipeline.NAMING, pipeline.GUARDING, pipeline.PHASE)
+    for rows, stages in zip(shown, lists, strict=True):
+        expected = [
+            (
+                f"| `{stage.name}`",
+                "may change" if stage.changes_bits else "same",
+                "yes |" if stage.is_optional else "no |",
+            )
+            for stage in stages
+        ]
+        assert [(row[0], *row[-2:]) for row in rows] == expected
 
 
 def test_every_option_is_in_the_overview():
