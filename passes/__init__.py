@@ -42,14 +42,10 @@ from .fold import fold_sizes_pass, verify_sizes
 from .guard_ops import (
     GUARD_OPS,
     Cuts,
-    StepState,
     cache_read,
     cache_write,
     compute_unless,
-    decode_cached,
-    encode_unless,
     fetch_cached,
-    stash_unless,
 )
 from .held import lay_out_held_pass
 from .hoist import hoist_invariants_pass, hoist_nothing, needed_by, verify_hoist
@@ -62,7 +58,6 @@ from .ir import (
     attribute,
     cannot_be_recorded,
     copy_into,
-    is_collective,
     is_effect,
     is_opaque,
     make_module,
@@ -207,14 +202,10 @@ __all__ = [  # noqa: RUF022
     # Ops of guarded graphs.
     "GUARD_OPS",
     "Cuts",
-    "StepState",
     "cache_read",
     "cache_write",
     "compute_unless",
-    "decode_cached",
-    "encode_unless",
     "fetch_cached",
-    "stash_unless",
     "keep_one",
     # Graphs: their tensors, nodes and parts.
     "CONSTANTS",
@@ -228,7 +219,6 @@ __all__ = [  # noqa: RUF022
     "value",
     "Reach",
     "cannot_be_recorded",
-    "is_collective",
     "is_effect",
     "is_opaque",
     # Values read from data, which the runtime reads again.
