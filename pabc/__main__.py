@@ -150,8 +150,7 @@ def run_demo(options: argparse.Namespace) -> None:
     _check_extra()
     from pabc.demo import digits
     from pabc.demo.launch import check_mesh
-    from pabc.demo.run import Options as DemoOptions
-    from pabc.demo.run import run
+    from pabc.demo.run import DemoOptions, run
 
     prompts = options.prompts
     if len(prompts) == 1 and re.fullmatch(r"[+-]?\d+", prompts[0]):

@@ -148,7 +148,7 @@ class CompiledModel(Wrapper):
         return Trajectory(
             self._recorder,
             self._recorder,
-            places=self._programs.timesteps,
+            known=self._programs.timesteps,
             schedule=schedule,
             check_finite=self._options.check_finite,
             on_error=None if self._peers is None else self._peers.tell,

@@ -48,7 +48,7 @@ class Differences:
         self._options = Options.of(cut=cut, kinds=kinds, latents=latents)
         self._graphs: dict[Any, Guarded] = {}
         self._key: Any = None
-        self._recorder = _Recorder()
+        self._meter = _ChangeMeter()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One diffusion step, with the model's own arguments and result.
@@ -61,14 +61,14 @@ class Differences:
         guarded, inputs = self._select(args, kwargs)
         with torch.no_grad():
             hoisted = guarded.prologue.graph(*inputs)
-            outputs = guarded.graph(self._recorder, *inputs, *hoisted)
-        self._recorder.steps += 1
+            outputs = guarded.graph(self._meter, *inputs, *hoisted)
+        self._meter.steps += 1
         return guarded.captured.signature.out_spec.unflatten(outputs)
 
     def reset(self) -> None:
         """Forgets what was measured: the next call is step 0 of a new generation."""
         self._key = None
-        self._recorder = _Recorder()
+        self._meter = _ChangeMeter()
 
     def curves(self) -> dict[str, npt.NDArray[np.float64]]:
         """Kind -> float64 [num_layers, num_steps - 1].
@@ -76,15 +76,15 @@ class Differences:
         Column i holds the differences between steps i and i + 1; rows are the regions of the kind
         in execution order. Raises `RuntimeError` before the second step.
         """
-        if self._recorder.steps < 2:
+        if self._meter.steps < 2:
             raise RuntimeError(
-                f"differences: expected two steps or more, found {self._recorder.steps}; "
+                f"differences: expected two steps or more, found {self._meter.steps}; "
                 "call it in place of the model for a whole generation first"
             )
         regions = self._graphs[self._key].regions
         rows: dict[str, list[npt.NDArray[np.float64]]] = {}
         for slot, region in enumerate(regions):
-            measured = torch.stack(self._recorder.errors[slot]).double().cpu().numpy()
+            measured = torch.stack(self._meter.errors[slot]).double().cpu().numpy()
             rows.setdefault(region.kind, []).append(measured)
         return {kind: np.stack(measured) for kind, measured in rows.items()}
 
@@ -113,7 +113,7 @@ class Differences:
         return self._graphs[key], inputs
 
 
-class _Recorder:
+class _ChangeMeter:
     """Stands in for a trajectory: reuses nothing, compares what is offered with the step before."""
 
     def __init__(self) -> None:

@@ -15,7 +15,7 @@ from pabc.options import Options
 from pabc.passes import Denoised, Facts, Guarded, ModelCall, PrologueGraph, Region, Regions
 from pabc.passes.ir import copy_into, make_module
 from pabc.pipeline import GUARDING, NAMING, collect_guarded
-from pabc.runtime.chain import Chain
+from pabc.runtime.chain import BlockChain
 from pabc.stages import Compilation, run_stages
 
 _FACTS: WeakKeyDictionary[GraphModule, Facts] = WeakKeyDictionary()
@@ -98,6 +98,6 @@ def run_graph(gm: GraphModule, call: Mapping[str, Any], *state: Any) -> torch.Te
 
 def compile_flat(flat: GraphModule) -> Callable[..., list[torch.Tensor]]:
     """Compiles a flat graph block by block with Inductor."""
-    chain, blocks = Chain.of(*passes.split_blocks_pass(flat))
+    chain, blocks = BlockChain.of(*passes.split_blocks_pass(flat))
     run = chain.link(passes.compile_blocks([block.graph for block in blocks]))
     return lambda *inputs: run([*inputs])

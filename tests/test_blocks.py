@@ -22,7 +22,7 @@ from pabc.passes import (
 )
 from pabc.passes.blocks import block_key
 from pabc.passes.ir import GETITEM, is_contraction
-from pabc.runtime.chain import Call, Chain
+from pabc.runtime.chain import BlockCall, BlockChain
 
 FACTORIZED = next(case for case in MODELS if case.name == "Factorized")
 
@@ -82,7 +82,7 @@ def test_a_chain_of_blocks_keeps_bits(case: Case, reused, captured):
     flat, inputs = make_flat(case, captured, reused)
     split, parts = split_blocks_pass(flat)
     split.graph.lint()
-    chain, blocks = Chain.of(split, parts)
+    chain, blocks = BlockChain.of(split, parts)
     with torch.no_grad():
         expected = flat(*inputs)
         assert same(expected, split(*inputs))
@@ -96,7 +96,7 @@ def test_nothing_but_blocks_is_left_and_no_view_crosses(case: Case, captured):
     split, parts = split_blocks_pass(flat)
     ops = [n for n in split.graph.nodes if n.op not in ("placeholder", "output")]
     assert all(n.op == "call_module" or n.target is GETITEM for n in ops)
-    chain, blocks = Chain.of(split, parts)
+    chain, blocks = BlockChain.of(split, parts)
     crossing = {place for call in chain.calls for place in call.inputs}
     values = dict(enumerate(inputs))
     for call in chain.calls:
@@ -113,7 +113,7 @@ def test_nothing_but_blocks_is_left_and_no_view_crosses(case: Case, captured):
 def test_blocks_begin_with_the_first_product_of_a_branch(case: Case, captured):
     """What comes before it in the branch, its norm, is in one block with the sum before that."""
     flat, _ = make_flat(case, captured, ())
-    chain, blocks = Chain.of(*split_blocks_pass(flat))
+    chain, blocks = BlockChain.of(*split_blocks_pass(flat))
     assert len(chain.calls) == len(regions_of(flat)) + 1
     for call in chain.calls[1:]:
         body = blocks[call.block].graph
@@ -203,7 +203,9 @@ def test_values_are_let_go_of_after_their_last_use():
         given.clear()
         return result
 
-    chain = Chain(1, (Call(0, (0,), 1), Call(0, (1,), 1), Call(0, (2,), 1)), (3,))
+    chain = BlockChain(
+        1, (BlockCall(0, (0,), 1), BlockCall(0, (1,), 1), BlockCall(0, (2,), 1)), (3,)
+    )
     values = [torch.zeros(2)]
     assert torch.equal(chain.link([block])(values)[0], torch.full((2,), 3.0))
     assert not values
@@ -222,13 +224,15 @@ def test_results_that_nobody_takes_are_let_go_of_at_once():
         made.append(weakref.ref(results[1]))
         return results
 
-    chain = Chain(1, (Call(0, (0,), 2), Call(0, (1,), 2), Call(0, (3,), 2)), (5,))
+    chain = BlockChain(
+        1, (BlockCall(0, (0,), 2), BlockCall(0, (1,), 2), BlockCall(0, (3,), 2)), (5,)
+    )
     assert chain.link([block])(["x"]) == ["x"]
     assert len(made) == 3
 
 
 def test_inputs_that_are_returned_stay():
-    chain = Chain(2, (Call(0, (0,), 1),), (2, 0, 1))
+    chain = BlockChain(2, (BlockCall(0, (0,), 1),), (2, 0, 1))
     run = chain.link([lambda given: [given[0] * 2]])
     x, y = torch.ones(1), torch.zeros(1)
     results = run([x, y])
@@ -241,7 +245,7 @@ def test_no_fusion_is_lost(captured, monkeypatch):
     sources = []
     monkeypatch.setattr(GraphLowering, "save_output_code", sources.append)
     flat, inputs = make_flat(FACTORIZED, captured, (0, 3))
-    chain, blocks = Chain.of(*split_blocks_pass(flat))
+    chain, blocks = BlockChain.of(*split_blocks_pass(flat))
     with torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=False):
         code = compile_blocks([block.graph for block in blocks])
         results = chain.link(code)([*inputs])

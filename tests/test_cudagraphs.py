@@ -15,7 +15,7 @@ from tapes import Tape
 
 import pabc
 from pabc.runtime import cudagraphs
-from pabc.runtime.chain import Call, Chain
+from pabc.runtime.chain import BlockCall, BlockChain
 
 pytestmark = [pytest.mark.runtime, pytest.mark.usefixtures("graphs_on_cpu")]
 FACTORIZED = next(case for case in MODELS if case.name == "Factorized")
@@ -264,11 +264,11 @@ def test_pieces_of_a_chain_give_what_the_chain_gives(data):
     calls = []
     for number in data.draw(st.lists(st.integers(0, len(widths) - 1), min_size=1, max_size=8)):
         places = data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=3, unique=True))
-        calls.append(Call(number, tuple(places), widths[number]))
+        calls.append(BlockCall(number, tuple(places), widths[number]))
         count += widths[number]
     outputs = tuple(data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=4)))
     alone = data.draw(st.sets(st.integers(0, len(widths) - 1)))
-    chain = Chain(num_inputs, tuple(calls), outputs)
+    chain = BlockChain(num_inputs, tuple(calls), outputs)
     code = [block(number, width) for number, width in enumerate(widths)]
     values = dict(enumerate(range(10, 10 + num_inputs)))
     pieces = chain.split(alone)

@@ -22,7 +22,7 @@ from PIL import Image
 
 from pabc.__main__ import main
 from pabc.demo import charts, digits, latte, metrics
-from pabc.demo.run import FILES, Options, plan_rounds
+from pabc.demo.run import FILES, DemoOptions, plan_rounds
 from pabc.demo.timing import Run
 from pabc.plan import Plan, SlotSpec
 
@@ -108,7 +108,7 @@ def test_report_needs_nothing_beside_itself(out: Path) -> None:
 
 @pytest.mark.parametrize(("prompts", "clips", "rounds"), [(4, 40, 10), (3, 40, 14), (4, 4, 5)])
 def test_rounds_serve_repeats_and_clips(prompts: int, clips: int, rounds: int) -> None:
-    planned = plan_rounds(Options(prompts=prompts, clips=clips, repeats=5))
+    planned = plan_rounds(DemoOptions(prompts=prompts, clips=clips, repeats=5))
     assert len(planned) == rounds
     assert {len(batch.captions) for batch in planned} == {prompts}
     assert len({batch.seed for batch in planned}) == rounds
@@ -118,7 +118,7 @@ def test_rounds_serve_repeats_and_clips(prompts: int, clips: int, rounds: int) -
 
 
 def test_given_captions_are_kept_in_every_round() -> None:
-    planned = plan_rounds(Options(prompts=("a two moving up",), clips=3, repeats=1))
+    planned = plan_rounds(DemoOptions(prompts=("a two moving up",), clips=3, repeats=1))
     assert [batch.captions for batch in planned] == [("a two moving up",)] * 3
     assert [batch.seed for batch in planned] == [0, 1, 2]
 

@@ -21,7 +21,7 @@ from pabc.base.arguments import leaf_key
 from pabc.options import Options
 from pabc.passes import Lifted, ResultIndex, is_opaque, user_inputs
 from pabc.runtime.bindings import Binding
-from pabc.runtime.chain import Call, Chain
+from pabc.runtime.chain import BlockCall, BlockChain
 from pabc.runtime.executables import LoweredPhase, PhaseKey
 from pabc.runtime.lifted_scalars import CallKey
 from pabc.runtime.phases import compiling
@@ -163,8 +163,8 @@ def _write_lowered(lowered: LoweredPhase) -> Json:
 
 
 def _read_lowered(content: Json) -> LoweredPhase:
-    calls = [Call(block, tuple(inputs), num) for block, inputs, num in content["calls"]]
-    chain = Chain(content["inputs"], tuple(calls), tuple(content["results"]))
+    calls = [BlockCall(block, tuple(inputs), num) for block, inputs, num in content["calls"]]
+    chain = BlockChain(content["inputs"], tuple(calls), tuple(content["results"]))
     lifted = Lifted(tuple(content["weights"]), _read_outputs(content["outputs"]))
     return LoweredPhase(chain, (), lifted)
 

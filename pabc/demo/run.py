@@ -34,7 +34,7 @@ FRACTION = (0.15, 0.85)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class DemoOptions:
     """What to run; the command line's options of `pabc demo`.
 
     Attributes:
@@ -67,7 +67,7 @@ def example() -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]:
     return demo.transformer, (latents, torch.full((2,), 999), text), {"return_dict": False}
 
 
-def run(options: Options) -> dict[str, Any]:
+def run(options: DemoOptions) -> dict[str, Any]:
     """Runs the demo, prints its table, writes its files; returns what `metrics.json` holds.
 
     With a mesh, the first process does all but the variants of several; the others return nothing.
@@ -86,7 +86,7 @@ def run(options: Options) -> dict[str, Any]:
 
 
 def _run_first(
-    options: Options,
+    options: DemoOptions,
     processes: Launch,
     demo: latte.Demo,
     variants: Sequence[Variant],
@@ -144,7 +144,7 @@ def _describe_ranks(transformer: CompiledModel) -> list[str]:
 FILES = ("metrics.json", "clips.gif", "clips.png", "report.html")
 
 
-def plan_rounds(options: Options) -> list[Round]:
+def plan_rounds(options: DemoOptions) -> list[Round]:
     """The batches to generate: the prompts first; then, unless they were given, other captions.
 
     The number of rounds serves both `repeats` and `clips`, as every generation is timed and judged.
@@ -168,7 +168,7 @@ def _pick_prompts(count: int) -> tuple[str, ...]:
 
 
 def make_variants(
-    demo: latte.Demo, options: Options, mesh: DeviceMesh | None = None
+    demo: latte.Demo, options: DemoOptions, mesh: DeviceMesh | None = None
 ) -> list[Variant]:
     """The full model, torch.compile of it, and pabc with two or three schedules; with a mesh, also
     on all its processes, without reuse and with the same."""

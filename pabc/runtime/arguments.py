@@ -15,7 +15,7 @@ _PLAIN = frozenset((torch.Tensor, int, float, bool, str, type(None)))
 """Types of arguments that hold no others."""
 
 
-class _Place:
+class _ArgumentIndex:
     """Stands for the argument at `index` while it is found out where that goes."""
 
     def __init__(self, index: int) -> None:
@@ -68,13 +68,13 @@ class Arguments:
         spelling = len(args), tuple(kwargs)
         if spelling not in self._known:
             self._flatten(*self.bind(args, kwargs))
-            places = map(_Place, range(len(values)))
-            positional = [next(places) for _ in args]
+            indices = map(_ArgumentIndex, range(len(values)))
+            positional = [next(indices) for _ in args]
             self._known[spelling] = flatten(
-                self.bind(positional, dict(zip(kwargs, places, strict=True)))
+                self.bind(positional, dict(zip(kwargs, indices, strict=True)))
             )
         order, structure = self._known[spelling]
-        return [values[x.index] if type(x) is _Place else x for x in order], structure
+        return [values[x.index] if type(x) is _ArgumentIndex else x for x in order], structure
 
     def _flatten(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]

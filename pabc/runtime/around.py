@@ -14,14 +14,14 @@ from torch.nn.modules import module as torch_module
 from pabc.base.forward import hook_around
 from pabc.runtime.guards import GuardError
 
-Step = Callable[..., Any]
-"""Stands for a model's forward."""
+Forward = Callable[..., Any]
+"""A function that is called in the place of a model's forward."""
 
 
 def call_around(
-    model: nn.Module, step: Step, args: Any, kwargs: Any, abandon: Callable[[], None]
+    model: nn.Module, forward: Forward, args: Any, kwargs: Any, abandon: Callable[[], None]
 ) -> Any:
-    """Calls `step` as a call of `model` calls its forward: within hooks, which get the model.
+    """Calls `forward` as a call of `model` calls its forward: within hooks, which get the model.
 
     `abandon`: ends the generation where a hook raises. Raises ValueError for a hook on all modules,
     which would run in each module of the model: a graph calls none.
@@ -30,9 +30,9 @@ def call_around(
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         _refuse_hooks_on_all_modules()
     elif not (state["_forward_hooks"] or state["_forward_pre_hooks"] or "_hf_hook" in state):
-        return step(*args, **kwargs)
+        return forward(*args, **kwargs)
     try:
-        return _Hooks(model).call(step, args, kwargs)
+        return _Hooks(model).call(forward, args, kwargs)
     except GuardError:
         raise
     except BaseException:
@@ -48,11 +48,11 @@ class _Hooks:
         self._called: set[int] = set()
         self._result: Any = None
 
-    def call(self, step: Step, args: Any, kwargs: Any) -> Any:
+    def call(self, forward: Forward, args: Any, kwargs: Any) -> Any:
         """The result as hooks leave it. Where one raises, hooks that are always called are."""
         try:
             args, kwargs = self._before(args, kwargs)
-            self._result = _call_forward(self._model, step, args, kwargs)
+            self._result = _call_forward(self._model, forward, args, kwargs)
             self._after(args, kwargs)
             return self._result
         except Exception:
@@ -117,14 +117,14 @@ def _both(first: Mapping[int, Any], second: Mapping[int, Any]) -> Iterator[tuple
     yield from (*first.items(), *second.items())
 
 
-def _call_forward(model: nn.Module, step: Step, args: Any, kwargs: Any) -> Any:
+def _call_forward(model: nn.Module, forward: Forward, args: Any, kwargs: Any) -> Any:
     """The step within the hook of accelerate that replaced the model's forward, if there is one."""
     hook = hook_around(vars(model))
     if hook is None:
-        return step(*args, **kwargs)
+        return forward(*args, **kwargs)
     args, kwargs = hook.pre_forward(model, *args, **kwargs)
     with torch.no_grad() if hook.no_grad else nullcontext():
-        result = step(*args, **kwargs)
+        result = forward(*args, **kwargs)
     return hook.post_forward(model, result)
 
 

@@ -13,7 +13,7 @@ from pabc.passes import cache_read
 from pabc.plan import Plan, SlotSpec
 from pabc.schedule import Schedule
 
-Layout = tuple[tuple[int, ...], ...]
+InputShapes = tuple[tuple[int, ...], ...]
 """The inputs' shapes, where one program serves several; else empty."""
 
 
@@ -103,10 +103,10 @@ class Bindings:
         self._guarded = guarded
         self._memory_budget = memory_budget
         self._sizes = guarded.captured.sizes
-        self._bindings: dict[tuple[Schedule, Layout], Binding] = {}
-        self._bound: tuple[Schedule | None, Layout, Binding | None] = None, (), None
+        self._bindings: dict[tuple[Schedule, InputShapes], Binding] = {}
+        self._bound: tuple[Schedule | None, InputShapes, Binding | None] = None, (), None
 
-    def get(self, schedule: Schedule, layout: Layout, inputs: Sequence[Any] | None) -> Binding:
+    def get(self, schedule: Schedule, layout: InputShapes, inputs: Sequence[Any] | None) -> Binding:
         """The schedule bound to these slots, or to those of them that a memory budget allows.
 
         `inputs`, of this layout: of the call whose sizes decide how many bytes a slot takes; None:

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 
 from pabc.passes import Cuts
-from pabc.runtime.bindings import Binding, Layout, PlannedStep
+from pabc.runtime.bindings import Binding, InputShapes, PlannedStep
+from pabc.runtime.clock import Clock
 from pabc.runtime.executables import SlotIndices, Spans
-from pabc.runtime.guards import Clock, GuardError
+from pabc.runtime.guards import GuardError
 from pabc.runtime.hoisted import Hoisted, Prologue
 from pabc.runtime.phases import Phases
 from pabc.runtime.slots import FreshCuts, HeldSlots, is_finite
@@ -83,7 +84,7 @@ class ActiveStep:
         self.branch.finish(self, self._planned, self._fresh)
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> InputShapes:
         """The inputs' shapes, where one program serves several; else empty."""
         return self._source.layout
 

@@ -18,7 +18,7 @@ from pabc.passes import (
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class BlockCall:
     """One call of a block: which one, the places of its inputs, how many results it has."""
 
     block: int
@@ -27,7 +27,7 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
-class Chain:
+class BlockChain:
     """The calls that a flat function consists of.
 
     Every value has a place: first the function's `num_inputs` inputs, then the results of each call
@@ -35,13 +35,13 @@ class Chain:
     """
 
     num_inputs: int
-    calls: tuple[Call, ...]
+    calls: tuple[BlockCall, ...]
     outputs: tuple[int, ...]
 
-    def split(self, alone: Collection[int]) -> tuple[Piece, ...]:
+    def split(self, alone: Collection[int]) -> tuple[ChainPiece, ...]:
         """The chain as shorter ones, one after the other, between the calls of the blocks `alone`,
         each of which is a piece by itself."""
-        groups: list[tuple[list[Call], list[int]]] = []
+        groups: list[tuple[list[BlockCall], list[int]]] = []
         count = self.num_inputs
         for i, call in enumerate(self.calls):
             if not i or not {call.block, self.calls[i - 1].block}.isdisjoint(alone):
@@ -49,7 +49,7 @@ class Chain:
             groups[-1][0].append(call)
             groups[-1][1].extend(range(count, count + call.num_results))
             count += call.num_results
-        pieces: list[Piece] = []
+        pieces: list[ChainPiece] = []
         taken = set(self.outputs)
         for calls, made in reversed(groups):
             used = dict.fromkeys(place for call in calls for place in call.inputs)
@@ -59,13 +59,15 @@ class Chain:
             renumbered = tuple(
                 replace(call, inputs=tuple(map(local.__getitem__, call.inputs))) for call in calls
             )
-            chain = Chain(len(inputs), renumbered, tuple(map(local.__getitem__, results)))
-            pieces.append(Piece(chain, inputs, results, calls[0].block in alone))
+            chain = BlockChain(len(inputs), renumbered, tuple(map(local.__getitem__, results)))
+            pieces.append(ChainPiece(chain, inputs, results, calls[0].block in alone))
             taken.update(inputs)
         return tuple(reversed(pieces))
 
     @classmethod
-    def of(cls, gm: GraphModule, split: passes.Blocks) -> tuple[Chain, tuple[passes.Block, ...]]:
+    def of(
+        cls, gm: GraphModule, split: passes.Blocks
+    ) -> tuple[BlockChain, tuple[passes.Block, ...]]:
         """Returns the chain of a split graph (:func:`split_blocks_pass`), and its blocks."""
         places: dict[Node, int] = {}
         names: dict[str, int] = {}
@@ -77,7 +79,7 @@ class Chain:
             if node.op == "call_module":
                 block = names.setdefault(str(node.target), len(names))
                 places.update({item: count + int(item.args[1]) for item in node.users})
-                calls.append(Call(block, tuple(places[n] for n in node.args), len(node.users)))
+                calls.append(BlockCall(block, tuple(places[n] for n in node.args), len(node.users)))
                 count += len(node.users)
         outputs = tuple(places[n] for n in output_node(gm.graph).args[0])
         blocks = tuple(split.by_name[name] for name in names)
@@ -116,13 +118,13 @@ class Chain:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ChainPiece:
     """A part of a chain, as a chain of its own.
 
     `inputs`, `results`: where those of the piece have their places in the whole.
     """
 
-    chain: Chain
+    chain: BlockChain
     inputs: tuple[int, ...]
     results: tuple[int, ...]
     is_alone: bool

@@ -23,8 +23,8 @@ from torch.fx import GraphModule
 
 from pabc import passes
 from pabc.passes import CONSTANTS
-from pabc.runtime.bindings import Layout
-from pabc.runtime.chain import Piece
+from pabc.runtime.bindings import InputShapes
+from pabc.runtime.chain import ChainPiece
 from pabc.runtime.slots import without_spare_memory
 from pabc.runtime.stats import Recorder
 
@@ -67,7 +67,7 @@ class Tape:
 class LinkedPiece:
     """A piece of a phase, and its code, which takes its inputs in a list and empties it."""
 
-    piece: Piece
+    piece: ChainPiece
     code: Callable[[list[Any]], list[torch.Tensor]]
 
 
@@ -117,7 +117,7 @@ class Workspace:
     `layout`: of the inputs, where the program leaves it open; strides follow from it.
     """
 
-    def __init__(self, device: torch.device, layout: Layout, recorder: Recorder) -> None:
+    def __init__(self, device: torch.device, layout: InputShapes, recorder: Recorder) -> None:
         self.layout = layout
         self._tape = Tape(device)
         self._recorder = recorder
@@ -242,7 +242,7 @@ class Workspaces:
         self._lock = threading.RLock()
         self._owned: weakref.WeakKeyDictionary[object, Workspace] = weakref.WeakKeyDictionary()
 
-    def of(self, branch: object, layout: Layout) -> Workspace:
+    def of(self, branch: object, layout: InputShapes) -> Workspace:
         """The branch's workspace for inputs of this layout."""
         with self._lock:
             known = self._owned.get(branch)

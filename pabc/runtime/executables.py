@@ -18,8 +18,8 @@ from torch.fx import GraphModule
 
 from pabc import passes
 from pabc.passes import Cuts
-from pabc.runtime.bindings import Layout
-from pabc.runtime.chain import Chain
+from pabc.runtime.bindings import InputShapes
+from pabc.runtime.chain import BlockChain
 from pabc.runtime.cudagraphs import LinkedPiece, Recordable, Workspaces
 
 SlotIndices = tuple[int, ...]
@@ -48,7 +48,7 @@ class StepValues(Protocol):
         """The branch that the step belongs to."""
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> InputShapes:
         """The inputs' shapes, where one program serves several; else empty."""
 
     def hoisted(self) -> tuple[torch.Tensor, ...]:
@@ -132,7 +132,7 @@ class LoweredPhase:
         lifted: the weights that its first inputs take, and the model's outputs among its results.
     """
 
-    chain: Chain
+    chain: BlockChain
     blocks: tuple[passes.Block, ...]
     lifted: passes.Lifted
 
@@ -225,7 +225,7 @@ class PhaseChain(CompiledPhase):
 
     def _record(
         self,
-        chain: Chain,
+        chain: BlockChain,
         tensors: tuple[int, ...],
         cuts: tuple[int, ...],
         kept: SlotIndices,

@@ -13,8 +13,8 @@ from torch.fx import GraphModule
 from pabc import passes
 from pabc.options import Options
 from pabc.pipeline import lower_phase, specialize_phase, trace_phase
-from pabc.runtime.bindings import Binding, Layout
-from pabc.runtime.chain import BlockCode, Chain
+from pabc.runtime.bindings import Binding, InputShapes
+from pabc.runtime.chain import BlockChain, BlockCode
 from pabc.runtime.cudagraphs import Workspaces
 from pabc.runtime.executables import (
     CompiledPhase,
@@ -90,8 +90,8 @@ class Phases:
         self.backend = options.backend
         self._sizes = guarded.captured.sizes
         self._specialized: dict[PhaseKey, Compilation] = {}
-        self._compiled: dict[tuple[SlotIndices, Layout], list[CompiledPhase]] = {}
-        self._executables: dict[tuple[PhaseKey, SlotIndices, Layout], Executable] = {}
+        self._compiled: dict[tuple[SlotIndices, InputShapes], list[CompiledPhase]] = {}
+        self._executables: dict[tuple[PhaseKey, SlotIndices, InputShapes], Executable] = {}
         self._widths = [len(region.kept) for region in guarded.regions]
 
     @property
@@ -99,7 +99,7 @@ class Phases:
         """Those that were specialized so far."""
         return tuple(specialized.graph for specialized in self._specialized.values())
 
-    def layout(self, inputs: Sequence[Any]) -> Layout:
+    def layout(self, inputs: Sequence[Any]) -> InputShapes:
         """What the graphs leave open of the inputs' sizes: a value kept under one fits no other."""
         if self._sizes is None:
             return ()
@@ -194,7 +194,7 @@ class Phases:
         specialized = self._specialize(PhaseKey(reused, stored))
         made = lower_phase(specialized, self._input_sizes(inputs), self._options)
         self.lowered[reused] = made.facts[passes.KernelMatches].all
-        chain, blocks = Chain.of(made.graph, made.facts[passes.Blocks])
+        chain, blocks = BlockChain.of(made.graph, made.facts[passes.Blocks])
         return LoweredPhase(chain, blocks, made.facts[passes.Lifted])
 
     def _input_sizes(self, inputs: Sequence[Any] | None) -> passes.InputSizes:

@@ -26,7 +26,7 @@ from pabc.runtime.lifted_scalars import (
 from pabc.runtime.program import Program
 from pabc.runtime.state import Watch
 from pabc.runtime.stats import Recorder
-from pabc.runtime.timesteps import Places
+from pabc.runtime.timesteps import TimestepArguments
 from pabc.schedule import Schedule
 from pabc.sharding import shares_computed
 
@@ -45,7 +45,7 @@ class Programs:
         self._programs: dict[Any, list[Program]] = {}
         self._dynamic: dict[Any, list[Program]] = {}
         self.scalars = LiftedScalars()
-        self.timesteps = Places()
+        self.timesteps = TimestepArguments()
         self.code = BlockCode()
         self._last: tuple[CallKey, Program] | None = None
         self._watch: Watch | None = None

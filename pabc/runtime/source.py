@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pabc.runtime.bindings import Layout
+from pabc.runtime.bindings import InputShapes
 from pabc.runtime.weights import Weights
 
 
@@ -23,7 +23,7 @@ class Source:
 
     weights: Weights
     state: int
-    layout: Layout
+    layout: InputShapes
     tensors: Mapping[str, tuple[Any, ...]] = field(compare=False)
 
     def difference(self, earlier: Source) -> str:

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from pabc.base.numbers import is_number
 from pabc.base.structure import Structure
 
-Path = str
+ArgPath = str
 """Where an argument is in a call: the same in calls of other structures."""
 
 _FEW = 4096
@@ -23,10 +23,10 @@ _SHARE = 2
 """A tensor of more than one dimension has at most one element for so many of the largest's."""
 
 
-class Hand(NamedTuple):
+class TimestepArgument(NamedTuple):
     """An argument that is a timestep, and the spelling that it follows."""
 
-    path: Path
+    path: ArgPath
     spelling: int
 
 
@@ -77,8 +77,8 @@ class Reading(NamedTuple):
         return difference <= self.precision * max(abs(expected), abs(number))
 
 
-Waiting = Callable[[], Reading]
-"""What waits for a reading that is not at hand."""
+PendingReading = Callable[[], Reading]
+"""What waits for a reading that is not available."""
 
 
 class Reader:
@@ -88,15 +88,15 @@ class Reader:
     the same values, is not read again.
     """
 
-    def __init__(self, places: Places) -> None:
-        self._places = places
-        self._known: dict[Path, tuple[weakref.ref[torch.Tensor], int, Reading]] = {}
+    def __init__(self, known: TimestepArguments) -> None:
+        self._known_arguments = known
+        self._known: dict[ArgPath, tuple[weakref.ref[torch.Tensor], int, Reading]] = {}
 
     def read(
         self, structure: Structure, leaves: Sequence[Any], where: Mapping[str, Any]
-    ) -> dict[Path, Reading | Waiting]:
+    ) -> dict[ArgPath, Reading | PendingReading]:
         """What may be a timestep, by its path; `where`: what the caller says beside the call."""
-        paths = self._places.paths(structure)
+        paths = self._known_arguments.paths(structure)
         found = {paths[i]: self._read(paths[i], leaves[i]) for i in find_candidates(leaves)}
         return found | self._read_context(where)
 
@@ -105,21 +105,21 @@ class Reader:
         structure: Structure,
         leaves: Sequence[Any],
         where: Mapping[str, Any],
-        hands: tuple[Hand, ...],
-    ) -> dict[Path, Reading | Waiting]:
+        arguments: tuple[TimestepArgument, ...],
+    ) -> dict[ArgPath, Reading | PendingReading]:
         """What is found at these places; without those that the call does not have."""
-        positions = self._places.positions(structure, hands)
+        positions = self._known_arguments.positions(structure, arguments)
         found = {p: read(leaves[i]) for p, i in positions.items() if may_be_timestep(leaves[i])}
         return found | self._read_context(where) if where else found
 
-    def _read_context(self, where: Mapping[str, Any]) -> dict[Path, Reading | Waiting]:
+    def _read_context(self, where: Mapping[str, Any]) -> dict[ArgPath, Reading | PendingReading]:
         return {
             f"cache_context {name}": read(value)
             for name, value in where.items()
             if may_be_timestep(value)
         }
 
-    def _read(self, path: Path, leaf: Any) -> Reading | Waiting:
+    def _read(self, path: ArgPath, leaf: Any) -> Reading | PendingReading:
         if not isinstance(leaf, torch.Tensor) or leaf.is_inference():
             return read(leaf)
         known = self._known.get(path)
@@ -131,7 +131,7 @@ class Reader:
         return reading
 
 
-class Places:
+class TimestepArguments:
     """Where timesteps were found in the calls of one model, by the timesteps of the schedule; all
     its generations share them.
 
@@ -141,30 +141,32 @@ class Places:
 
     def __init__(self) -> None:
         self.num_waits = 0
-        self._hands: dict[tuple[float, ...], tuple[Hand, ...]] = {}
-        self._last: tuple[tuple[float, ...] | None, tuple[Hand, ...]] = None, ()
-        self._paths: dict[Structure, tuple[Path, ...]] = {}
-        self._positions: dict[tuple[Structure, tuple[Hand, ...]], dict[Path, int]] = {}
+        self._arguments: dict[tuple[float, ...], tuple[TimestepArgument, ...]] = {}
+        self._last: tuple[tuple[float, ...] | None, tuple[TimestepArgument, ...]] = None, ()
+        self._paths: dict[Structure, tuple[ArgPath, ...]] = {}
+        self._positions: dict[
+            tuple[Structure, tuple[TimestepArgument, ...]], dict[ArgPath, int]
+        ] = {}
 
-    def get(self, timesteps: tuple[float, ...]) -> tuple[Hand, ...]:
+    def get(self, timesteps: tuple[float, ...]) -> tuple[TimestepArgument, ...]:
         """Those that are known; they followed the schedule over two distinct timesteps or more."""
-        last, hands = self._last
+        last, arguments = self._last
         if timesteps is not last:  # whose hash would take longer
-            hands = self._hands.get(timesteps, ())
-            self._last = timesteps, hands
-        return hands
+            arguments = self._arguments.get(timesteps, ())
+            self._last = timesteps, arguments
+        return arguments
 
-    def set(self, timesteps: tuple[float, ...], hands: tuple[Hand, ...]) -> None:
+    def set(self, timesteps: tuple[float, ...], arguments: tuple[TimestepArgument, ...]) -> None:
         """Remembers them."""
-        self._hands[timesteps] = hands
+        self._arguments[timesteps] = arguments
         self._last = None, ()
 
-    def position(self, structure: Structure, path: Path) -> int | None:
+    def position(self, structure: Structure, path: ArgPath) -> int | None:
         """Which of the leaves is at a path, if calls of this structure have it."""
         paths = self.paths(structure)
         return paths.index(path) if path in paths else None
 
-    def paths(self, structure: Structure) -> tuple[Path, ...]:
+    def paths(self, structure: Structure) -> tuple[ArgPath, ...]:
         """Where each leaf of a call of this structure is."""
         paths = self._paths.get(structure)
         if paths is None:
@@ -175,14 +177,16 @@ class Places:
             self._paths[structure] = paths
         return paths
 
-    def positions(self, structure: Structure, hands: tuple[Hand, ...]) -> dict[Path, int]:
-        """Path -> which of the leaves is there, as far as calls of this structure have it."""
-        known = self._positions.get((structure, hands))
+    def positions(
+        self, structure: Structure, arguments: tuple[TimestepArgument, ...]
+    ) -> dict[ArgPath, int]:
+        """Returns which leaf is at each path, for the paths that calls of this structure have."""
+        known = self._positions.get((structure, arguments))
         if known is None:
-            wanted = {hand.path for hand in hands}
+            wanted = {argument.path for argument in arguments}
             paths = enumerate(self.paths(structure))
             known = {path: i for i, path in paths if path in wanted}
-            self._positions[structure, hands] = known
+            self._positions[structure, arguments] = known
         return known
 
 
@@ -204,8 +208,8 @@ def may_be_timestep(leaf: Any) -> bool:
     return not leaf.is_meta and leaf.numel() > 0 and _precision(leaf.dtype) is not None
 
 
-def read(leaf: Any) -> Reading | Waiting:
-    """What an argument holds, or, where that is not at hand, what waits for it."""
+def read(leaf: Any) -> Reading | PendingReading:
+    """What an argument holds, or, where that is not available, what waits for it."""
     if not isinstance(leaf, torch.Tensor):
         precision = 0.0 if isinstance(leaf, Integral) else torch.finfo(torch.float32).eps
         return Reading.of((float(leaf),), precision)
@@ -232,7 +236,7 @@ def _summarize(tensor: torch.Tensor) -> tuple[float, ...]:
     return (values[0], values[-1], min(values), max(values))
 
 
-def _fetch(tensor: torch.Tensor, precision: float) -> Waiting:
+def _fetch(tensor: torch.Tensor, precision: float) -> PendingReading:
     """Copies without waiting for the device."""
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     copy.copy_(tensor, non_blocking=True)

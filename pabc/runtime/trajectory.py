@@ -19,10 +19,11 @@ import torch
 
 from pabc.base.structure import Structure
 from pabc.runtime.branch import Branch, UnscheduledCalls
+from pabc.runtime.clock import CandidateStep, Clock, Expected, Verdict
 from pabc.runtime.conditions import Calls
-from pabc.runtime.guards import MAKE_SCHEDULE, Clock, Expected, GuardError, Step, Verdict
+from pabc.runtime.guards import MAKE_SCHEDULE, GuardError
 from pabc.runtime.stats import Recorder
-from pabc.runtime.timesteps import Places
+from pabc.runtime.timesteps import TimestepArguments
 from pabc.runtime.where import Where
 from pabc.schedule import Schedule
 
@@ -85,7 +86,7 @@ class Trajectory:
         owner: object,
         recorder: Recorder,
         *,
-        places: Places,
+        known: TimestepArguments,
         schedule: Schedule | None = None,
         check_finite: bool = False,
         on_error: Callable[[BaseException], None] | None = None,
@@ -93,7 +94,7 @@ class Trajectory:
         self.schedule = schedule
         self._owner = owner
         self._recorder = recorder
-        self._places = places
+        self._known_arguments = known
         self._check_finite = check_finite
         self._on_error = on_error
         self._branches: dict[BranchKey, Branch] = {}
@@ -102,11 +103,11 @@ class Trajectory:
         self._following: Schedule | None = None
         self._step = -1
         """The step of the last call; -1: the generation has not begun."""
-        self._last: tuple[Branch, Step] | None = None
+        self._last: tuple[Branch, CandidateStep] | None = None
         """The branch of the last call, and which step it was taken for, where that was counted."""
         self._stated_step: int | None = None
         self._calls: dict[str | None, Calls] = {}
-        self._clock = Clock(places)
+        self._clock = Clock(known)
         self._lock = threading.RLock()
 
     def __enter__(self) -> Trajectory:
@@ -220,8 +221,8 @@ class Trajectory:
         self._last = None
         self._move(branch, step)
         if branch.clock is None:
-            branch.clock = Clock(self._places, remembers=False)
-        here = Step(step == 0, step)
+            branch.clock = Clock(self._known_arguments, remembers=False)
+        here = CandidateStep(step == 0, step)
         expected = Expected(schedule.timesteps, (here,), Verdict(here), is_stated=True)
         branch.clock.settle(has_reused=False)
         branch.clock.ask(expected, structure, leaves, said)
@@ -281,7 +282,7 @@ class Trajectory:
         self._step = verdict.step.at
         branch.relabel(verdict.step.at)
 
-    def _check_restart(self, found: Step, expected: Sequence[Step]) -> None:
+    def _check_restart(self, found: CandidateStep, expected: Sequence[CandidateStep]) -> None:
         """Raises GuardError where calls that turn out to be before the loop reused something."""
         if found not in expected and any(b.num_reused for b in self._branches.values()):
             raise GuardError(
@@ -336,20 +337,20 @@ class Trajectory:
         return branch
 
 
-_FIRST = Step(True, 0)
+_FIRST = CandidateStep(True, 0)
 """That of a generation that begins."""
 
 
 @cache
-def _next_steps(at: int, num_steps: int, last: int) -> tuple[tuple[Step, ...], Verdict]:
+def _next_steps(at: int, num_steps: int, last: int) -> tuple[tuple[CandidateStep, ...], Verdict]:
     """Which steps a call may be, the one that follows by counting first, and alone.
 
     `at`: that of the call before, of so many; `last`: that of the one of the same name.
     """
     if at < 0 or num_steps == 0:
         return (_FIRST,), Verdict(_FIRST)
-    here = Step(False, at)
-    after = Step(False, at + 1) if at + 1 < num_steps else _FIRST
+    here = CandidateStep(False, at)
+    after = CandidateStep(False, at + 1) if at + 1 < num_steps else _FIRST
     if last == at:
         return (after,), Verdict(after)
     if last < 0 and after.is_new:  # a loop of its own, after that of other names

@@ -36,7 +36,7 @@ class Weights:
         self._modules = StateCheck(captured.modules)
         self._watch: Watch | None = None
         self._layouts = {name: _layout(tensor) for name, tensor in self._tensors.items()}
-        self._places: _Places | None = None
+        self._holders_of_tensors: _TensorHolders | None = None
         self._live: list[tuple[tuple[str, ...], list[torch.Tensor]]] = []
         self.state = 0
         """How often tensors were replaced."""
@@ -81,13 +81,13 @@ class Weights:
         A look at each call: some 60 microseconds for 500 tensors and as many modules, in loops
         without Python code. It sees no move (`.to`) of a part of the model: :meth:`follow` does.
         """
-        if self._places is None:
+        if self._holders_of_tensors is None:
             own = {n: t for n, t in self._tensors.items() if not n.startswith(CONSTANTS)}
             expected = {alias: t for n, t in own.items() for alias in self._aliases.get(n, ())}
-            self._places = _Places(model, own | expected)
+            self._holders_of_tensors = _TensorHolders(model, own | expected)
         watch = self._watching(model)
         watch.look()
-        return self._modules.hold(watch) and self._places.hold()
+        return self._modules.hold(watch) and self._holders_of_tensors.hold()
 
     def follow(self, model: nn.Module, graphs: Sequence[GraphModule]) -> list[str] | None:
         """Rebinds tensors that were replaced in the model, in `graphs` too; returns their names.
@@ -119,8 +119,8 @@ class Weights:
             self.state += 1
             for names, tensors in self._live:
                 tensors[:] = self.get(names)
-        if self._places is not None and not self._places.hold():
-            self._places = None
+        if self._holders_of_tensors is not None and not self._holders_of_tensors.hold():
+            self._holders_of_tensors = None
         return list(replaced)
 
     def _watching(self, model: nn.Module) -> Watch:
@@ -129,7 +129,7 @@ class Weights:
         return self._watch
 
 
-class _Places:
+class _TensorHolders:
     """Where the model holds tensors, so that a call looks at all of them without Python code.
 
     What the dictionaries of parameters and buffers refer to is compared with what it was. That

@@ -61,7 +61,7 @@ class Where:
         if timesteps == tuple(range(len(timesteps))) or self.step is None:
             return
         for name, value in self.said.items():
-            reading = read(value) if _is_at_hand(value) else None
+            reading = read(value) if _is_available(value) else None
             if isinstance(reading, Reading) and self.step < len(timesteps):
                 self._check_time(name, reading, timesteps)
 
@@ -81,7 +81,7 @@ def _is_close(reading: Reading, timestep: float, num_spellings: int) -> bool:
     return any(reading.is_close(spell(timestep)) for spell in SPELLINGS[:num_spellings])
 
 
-def _is_at_hand(value: Any) -> bool:
+def _is_available(value: Any) -> bool:
     return may_be_timestep(value) and (not isinstance(value, torch.Tensor) or value.is_cpu)
 
 
