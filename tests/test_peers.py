@@ -114,4 +114,4 @@ def test_a_killed_rank_is_named(found):
     assert errors_of(found, "killed") == {0: "RankError", 1: "RankError", 3: "RankError"}
     for rank in (0, 1, 3):
         text = found["killed", rank]["text"]
-        assert text.startswith("rank 2 gave no sign of life for 5 s"), text
+        assert text.startswith("rank 2 missed heartbeats for 5 s"), text

@@ -1,7 +1,7 @@
-"""Autocast around a call: part of what a graph is captured for, and off while the graph runs.
+"""Autocast around a call: graphs are specialized on it, and run with it switched off.
 
-A captured graph has its casts written out, those of autocast regions inside of the model too. Left
-on, autocast would cast once more where the model had switched it off.
+A captured graph contains its casts, also those of autocast regions within the model. If autocast
+stayed on, it would cast once more where the model had switched it off.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 Autocast = tuple[tuple[str, torch.dtype], ...]
-"""Per device type on which it is enabled, the dtype."""
+"""Pairs of a device type for which autocast is enabled, and the dtype."""
 
 
 def active_autocast(inputs: Sequence[Any]) -> Autocast:
-    """The autocast that a call with these inputs runs under."""
+    """Returns the autocast that a call with these inputs runs under."""
     if not torch._C._is_any_autocast_enabled():
         return ()
     devices = {leaf.device.type for leaf in inputs if isinstance(leaf, torch.Tensor)}
@@ -29,7 +29,7 @@ def active_autocast(inputs: Sequence[Any]) -> Autocast:
 
 
 def without_autocast(inputs: Sequence[Any]) -> AbstractContextManager[object]:
-    """Switches autocast off where it is on."""
+    """Disables autocast within the context, where it is enabled."""
     active = active_autocast(inputs)
     if not active:
         return _AS_IT_IS
@@ -40,7 +40,7 @@ def without_autocast(inputs: Sequence[Any]) -> AbstractContextManager[object]:
 
 
 def without_grad() -> AbstractContextManager[object]:
-    """Switches the recording of gradients off where it is on."""
+    """Disables gradients within the context, where they are enabled."""
     return torch.no_grad() if torch.is_grad_enabled() else _AS_IT_IS
 
 

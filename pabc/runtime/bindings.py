@@ -1,4 +1,4 @@
-"""A schedule bound to the slots of a captured model, within a memory budget where there is one."""
+"""Binds schedules to the slots of a captured model, within a memory budget if there is one."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _steps_of(plan: Plan) -> tuple[PlannedStep, ...]:
 
 
 def slot_specs(regions: Sequence[passes.Region]) -> tuple[SlotSpec, ...]:
-    """One slot per region, named by the user's module (and the region, where several share one)."""
+    """Returns one slot per region, named by its module, and by the region if they share it."""
     paths = [region.path for region in regions]
     return tuple(
         SlotSpec(
@@ -92,10 +92,10 @@ def slot_specs(regions: Sequence[passes.Region]) -> tuple[SlotSpec, ...]:
 
 
 class Bindings:
-    """The plans of one captured model, one per schedule and, where sizes are open, per sizes.
+    """The plans of one captured model: one per schedule and, for dynamic shapes, per input shapes.
 
     Attributes:
-        slots: one per region, with the bytes that it takes in the call that was captured.
+        slots: one per region, with the bytes that it takes for the shapes of the capture.
     """
 
     def __init__(self, guarded: passes.Guarded, memory_budget: int | None) -> None:
@@ -107,10 +107,10 @@ class Bindings:
         self._bound: tuple[Schedule | None, InputShapes, Binding | None] = None, (), None
 
     def get(self, schedule: Schedule, layout: InputShapes, inputs: Sequence[Any] | None) -> Binding:
-        """The schedule bound to these slots, or to those of them that a memory budget allows.
+        """Returns the schedule bound to these slots, or to those that a memory budget has room for.
 
-        `inputs`, of this layout: of the call whose sizes decide how many bytes a slot takes; None:
-        the one that was captured. Raises ValueError if a budget allows no slot.
+        `inputs`, of this layout, decide how many bytes a slot takes; None: those of the capture.
+        Raises: ValueError if the budget has room for no slot.
         """
         last, last_layout, binding = self._bound
         if schedule is not last or layout != last_layout or binding is None:
@@ -122,7 +122,7 @@ class Bindings:
         return binding
 
     def _slots_for(self, inputs: Sequence[Any] | None) -> tuple[SlotSpec, ...]:
-        """The slots, with the bytes that they take for inputs of these sizes."""
+        """Returns the slots with the bytes that they take for inputs of these shapes."""
         sizes = self._sizes.bind(inputs) if self._sizes is not None and inputs is not None else None
         if sizes is None:
             return self.slots
@@ -141,7 +141,7 @@ class Bindings:
 
     @cached_property
     def _flops(self) -> list[int]:
-        """What one run of each region costs."""
+        """Floating-point operations of one run of each region."""
         count = passes.FlopCounter(self._guarded.captured.sizes)
         graph = self._guarded.graph
         return [count(graph.get_submodule(region.name)) for region in self._guarded.regions]

@@ -1,4 +1,4 @@
-"""What runs a phase that was split into blocks: compiled code, called one after the other."""
+"""Phases as chains of blocks, whose compiled code is called one after the other."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pabc.passes import (
 
 @dataclass(frozen=True, slots=True)
 class BlockCall:
-    """One call of a block: which one, the places of its inputs, how many results it has."""
+    """One call of a block: its index, the places of its inputs, and how many results it has."""
 
     block: int
     inputs: tuple[int, ...]
@@ -28,10 +28,10 @@ class BlockCall:
 
 @dataclass(frozen=True, slots=True)
 class BlockChain:
-    """The calls that a flat function consists of.
+    """A flat function as a sequence of calls of blocks.
 
-    Every value has a place: first the function's `num_inputs` inputs, then the results of each call
-    in turn. `outputs` are the places of what the function returns.
+    Every value has a place, an index: first come the `num_inputs` inputs, then the results of each
+    call in turn. `outputs` are the places of what the function returns.
     """
 
     num_inputs: int
@@ -39,8 +39,8 @@ class BlockChain:
     outputs: tuple[int, ...]
 
     def split(self, alone: Collection[int]) -> tuple[ChainPiece, ...]:
-        """The chain as shorter ones, one after the other, between the calls of the blocks `alone`,
-        each of which is a piece by itself."""
+        """Splits the chain into consecutive pieces: each call of a block in `alone` is one, and so
+        are the calls between two of them."""
         groups: list[tuple[list[BlockCall], list[int]]] = []
         count = self.num_inputs
         for i, call in enumerate(self.calls):
@@ -86,9 +86,9 @@ class BlockChain:
         return cls(len(inputs), tuple(calls), outputs), blocks
 
     def link(self, code: Sequence[passes.Code]) -> Callable[[list[Any]], list[torch.Tensor]]:
-        """What runs it: a list of the inputs, which it empties -> the outputs.
+        """Returns a function from a list of the inputs, which it empties, to the outputs.
 
-        A value is let go of at the last call that takes it; at once, if there is none.
+        A value is released before the last call that takes it, or at once if there is none.
         """
         last = {place: i for i, call in enumerate(self.calls) for place in call.inputs}
         kept = set(self.outputs)
@@ -119,9 +119,9 @@ class BlockChain:
 
 @dataclass(frozen=True, slots=True)
 class ChainPiece:
-    """A part of a chain, as a chain of its own.
+    """A piece of a chain, as a chain of its own.
 
-    `inputs`, `results`: where those of the piece have their places in the whole.
+    `inputs` and `results` are the places that its inputs and results have in the whole chain.
     """
 
     chain: BlockChain
@@ -131,7 +131,7 @@ class ChainPiece:
 
 
 def _gather(places: Sequence[int]) -> Callable[[list[Any]], list[Any]]:
-    """Takes the values at these places."""
+    """Returns a function that takes the values at these places from a list."""
     if len(places) < 2:
         return lambda values: [values[place] for place in places]
     getter = itemgetter(*places)
@@ -139,7 +139,7 @@ def _gather(places: Sequence[int]) -> Callable[[list[Any]], list[Any]]:
 
 
 class BlockCode:
-    """The code of each distinct block, compiled when it is first asked for."""
+    """The code of each distinct block, compiled once."""
 
     def __init__(self) -> None:
         self._code: dict[Hashable, passes.Code] = {}
@@ -148,8 +148,8 @@ class BlockCode:
         return len(self._code)
 
     def compile(self, blocks: Iterable[passes.Block], *, op_by_op: bool = False) -> None:
-        """Compiles those blocks with Inductor that are like none before; or runs them as they are,
-        op by op."""
+        """Compiles the blocks that are unlike all earlier ones: with Inductor, or to be run op by
+        op."""
         fresh: dict[Hashable, None] = {}
 
         def find_fresh() -> Iterator[GraphModule]:

@@ -1,4 +1,4 @@
-"""Which of several sequences of calls a call belongs to, told by the conditions it is given."""
+"""Tells which of several sequences of calls a call continues, by the conditions it is given."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pabc.runtime.guards import GuardError
 
 
 class Conditions:
-    """The tensors that each call of one sequence is given: the same objects, not equal values.
+    """The tensors that every call of one sequence is given; the same objects, not equal values.
 
-    The first call notes all its tensors, each later one drops those that it is not given again:
-    from the second on, what is left are conditions (text, masks, positions), and a call without one
-    of them is of another sequence. Where a caller builds all of them anew for each call, nothing is
-    left, and nothing can be told.
+    The first call notes all its tensors, and each later one drops those that it is not given. From
+    the second call on, what is left are conditions (text, masks, positions): a call without one of
+    them belongs to another sequence. Nothing is left, and no call can be told from another, where a
+    caller builds new tensors for each call.
     """
 
     def __init__(self) -> None:
@@ -25,20 +25,20 @@ class Conditions:
         self._are_known = False
 
     def num_shared(self, tensors: Sequence[torch.Tensor]) -> int:
-        """How many of these are among those noted."""
+        """Returns how many of these are among those noted."""
         return len(self._shared(tensors))
 
     @property
     def are_known(self) -> bool:
-        """Whether a second call has told conditions from what changes."""
+        """Returns True once a second call has told conditions from what changes."""
         return self._are_known
 
     def contradict(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether a call with these tensors is of another sequence."""
+        """Returns whether a call with these tensors belongs to another sequence."""
         return self._are_known and self.num_shared(tensors) < len(self._noted or ())
 
     def note(self, tensors: Sequence[torch.Tensor]) -> None:
-        """A call of this sequence was given these tensors."""
+        """Notes the tensors of a call of this sequence."""
         if self._noted is None:
             self._noted = {id(tensor): weakref.ref(tensor) for tensor in tensors}
         else:
@@ -50,26 +50,26 @@ class Conditions:
         return {id(t): noted[id(t)] for t in here if noted[id(t)]() is t}
 
 
-class Calls:
-    """Tells the calls of one step apart, by their conditions where they can, else by order.
+class CallOrder:
+    """Tells the calls of one step apart: by their conditions, or, where these are alike, by order.
 
-    One case is left to order wrongly: a step that makes more calls than the one before it, the new
-    ones first, when that one was the first step of all, so that no condition is known yet.
+    One case is told wrongly: the second step of all makes more calls than the first one, the new
+    ones first. No condition is known yet then.
     """
 
     def __init__(self) -> None:
         self._conditions: list[Conditions] = []
         self._taken: dict[int, tuple[Conditions, int]] = {}
-        """The sequences continued in this step: as they were, and what the call shared."""
+        """The sequences continued in this step: as before the call, and what the call shared."""
 
     def begin_step(self) -> None:
-        """The calls that follow are those of another step."""
+        """Starts another step."""
         self._taken.clear()
 
     def index_of(self, tensors: Sequence[torch.Tensor]) -> int:
-        """Which sequence a call with these tensors continues; the next number for a new one.
+        """Returns which sequence a call with these tensors continues; the next index for a new one.
 
-        Raises GuardError where an earlier call of this step turns out to have taken its place.
+        Raises GuardError where an earlier call of this step turns out to be of that sequence.
         """
         fitting = [
             index
@@ -87,7 +87,8 @@ class Calls:
         return index
 
     def _check_is_new(self, tensors: Sequence[torch.Tensor]) -> None:
-        """After one call of a sequence, an unlike second one may have been taken for the next."""
+        """Raises GuardError if an earlier call of this step was assigned the sequence that this one
+        continues: after its first call, a sequence accepts any second one."""
         for before, num_shared in self._taken.values():
             if not before.are_known and before.num_shared(tensors) > num_shared:
                 raise GuardError(

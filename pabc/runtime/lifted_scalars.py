@@ -1,8 +1,9 @@
-"""Numbers among a model's arguments that change from call to call, as inputs of its graph.
+"""Lifted scalars: numbers among a model's arguments that became inputs of its graph.
 
-A Python number is a constant of a captured graph at first: it may be a size, or steer the model's
-control flow. When a second value is seen, the model is captured once more with the number as an
-input (:mod:`pabc.passes.tracing.numbers`), and the graph compared with the model at both values.
+At first, a Python number is a constant of the captured graph: it may be a size, or steer control
+flow. When a second value is seen, the model is recaptured with the number as an input
+(:mod:`pabc.passes.tracing.numbers`), and the graph is compared with the model at both values. Where
+they differ, or the capture fails, the number stays a constant, and each value has its own program.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ CallKey = tuple[Any, ...]
 
 
 def call_key(structure: Structure, leaves: Sequence[Any], lifted: Collection[int]) -> CallKey:
-    """What calls share that one captured graph serves: form, shapes, dtypes, devices, constants.
+    """Returns what calls share that one program serves: structure, shapes, dtypes, devices,
+    constants, autocast. Strides are no part of it: inputs with other strides are copied.
 
-    Not strides: inputs that lie otherwise in memory are copied.
+    `lifted`: positions of the numbers that are inputs, of which only the type is part of it.
     """
     keys = [
         (x.shape, x.dtype, x.device)
@@ -45,7 +47,7 @@ def call_key(structure: Structure, leaves: Sequence[Any], lifted: Collection[int
 
 
 def without_sizes(key: CallKey) -> CallKey:
-    """What calls share that one graph, with dynamic shapes, may serve."""
+    """Returns what calls share that one program with dynamic shapes may serve."""
     shapes = (isinstance(k, tuple) and isinstance(k[0], torch.Size) for k in key)
     return tuple(
         (len(k[0]), *k[1:]) if is_tensor else k for k, is_tensor in zip(key, shapes, strict=True)
@@ -53,28 +55,28 @@ def without_sizes(key: CallKey) -> CallKey:
 
 
 class LiftedScalars:
-    """Per form of call: the positions of lifted numbers, and of those that cannot be."""
+    """Which numbers are lifted, and which stay constants, for each structure of arguments."""
 
     def __init__(self) -> None:
         self._values: dict[Structure, dict[int, tuple[Any, Any]]] = {}
         self._constant: dict[Structure, set[int]] = {}
 
     def state(self) -> tuple[tuple[Structure, dict[int, Any], frozenset[int]], ...]:
-        """All that is known: per form of call, two values of each lifted number, and which are
-        constants."""
+        """Returns all that is known: per structure, two values of each lifted number, and which
+        numbers stay constants."""
         forms = dict.fromkeys((*self._values, *self._constant))
         return tuple(
             (f, dict(self._values.get(f, {})), frozenset(self._constant.get(f, ()))) for f in forms
         )
 
     def restore(self, state: Iterable[tuple[Structure, dict[int, Any], frozenset[int]]]) -> None:
-        """Takes what :meth:`state` gave."""
+        """Restores what :meth:`state` returned."""
         for form, values, constant in state:
             self._values[form] = dict(values)
             self._constant[form] = set(constant)
 
     def of(self, structure: Structure) -> frozenset[int]:
-        """The positions, among the flattened arguments, of numbers that are inputs."""
+        """Returns the positions, among the flattened arguments, of the lifted numbers."""
         return frozenset(self._values.get(structure, {}))
 
     def capture(
@@ -85,9 +87,9 @@ class LiftedScalars:
         leaves: Sequence[Any],
         changed: Mapping[int, Any],
     ) -> tuple[Program, frozenset[int]] | None:
-        """A program with numbers as inputs, and which; None: with constants only.
+        """Returns a program with lifted numbers, and their positions; None where none is lifted.
 
-        `changed`: the numbers that differ from an earlier call's, with that call's value.
+        `changed`: the numbers that differ from an earlier call's, with that call's values.
         """
         constant = self._constant.setdefault(structure, set())
         known = self._values.get(structure, {})
@@ -127,13 +129,13 @@ def changed_numbers(
 
 
 def superseded(keys: Collection[CallKey], key: CallKey, lifted: Collection[int]) -> list[CallKey]:
-    """Those of `keys` that only differ from `key` in numbers that it has as inputs."""
+    """Returns those of `keys` that differ from `key` in lifted numbers alone."""
     fixed = [i for i in range(1, len(key)) if i - 1 not in lifted]
     return [k for k in keys if k[0] == key[0] and k != key and all(k[i] == key[i] for i in fixed)]
 
 
 def _other(value: Any, pair: tuple[Any, Any]) -> Any:
-    """One of two values, not the present one."""
+    """Returns the one of two values that `value` is not."""
     return pair[0] if value != pair[0] else pair[1]
 
 
@@ -159,7 +161,7 @@ def _try(
 def _follows(
     program: Program, model: nn.Module, structure: Structure, calls: Sequence[list[Any]]
 ) -> bool:
-    """Whether the graph gives the model's results for both calls, and tells them apart."""
+    """Returns whether the graph gives the model's results for both calls, and tells them apart."""
     expected, errors = [], []
     for leaves in calls:
         args, kwargs = structure.unflatten(leaves)
@@ -187,7 +189,7 @@ def _is_floating(leaf: Any) -> bool:
 
 
 def _distance(leaves: Sequence[Any], others: Sequence[Any]) -> float:
-    """The largest difference of two results; infinite where other leaves than floats differ."""
+    """Returns the largest difference of two results; infinite if any but floats differ."""
     largest = 0.0
     for a, b in zip(leaves, others, strict=True):
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):

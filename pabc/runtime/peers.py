@@ -1,10 +1,10 @@
-"""The processes that share a model: whether they do the same at each step, and which one failed.
+"""Compares what the processes that share a model are about to do, and finds out which one failed.
 
-Before a step's computation the ranks compare what each is about to do, in one small collective on
-the CPU: whoever is at another step, follows another plan, or has raised an error, stops all of them
-before any waits for what will not come. A rank that fails later, within its step, leaves a note in
-the store of torch.distributed; one that is killed stops counting there. So does one that fails
-between two steps: it misses the next comparison, and those that wait for it there look for notes.
+Before a step computes, the ranks compare it in one small collective on the CPU. A rank that is at
+another step, follows another plan or has raised an error stops all of them there, before any rank
+waits in a collective that others never enter. A rank that fails within its step leaves a note in
+the store of torch.distributed, and one that fails between two steps leaves one, too, in place of
+the next comparison. A rank that is killed leaves no note: it misses its heartbeats.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store
 
 BEAT = 0.5
-"""Seconds between two signs of life."""
+"""Seconds between two heartbeats of a rank."""
 PATIENCE = 5.0
-"""Seconds without a sign of life after which a rank is taken for dead."""
+"""Seconds without a heartbeat after which a rank counts as lost."""
 _AGREES, _FAILED, _MISSED = range(3)
-LOST = ("gloo", "nccl", "connection", "timed out", "socket")
+"""What a rank says in a comparison: its facts, a failure, or that it takes no part."""
+_COMMUNICATION_WORDS = ("gloo", "nccl", "connection", "timed out", "socket")
 
 
 class RankError(RuntimeError):
@@ -37,7 +38,7 @@ class RankError(RuntimeError):
 
 
 class Peers:
-    """The ranks of a mesh, as one of them sees the others. Collective: each rank makes its own."""
+    """The ranks of a mesh, as one of them sees the others. Construction is collective."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
         members: list[int] = mesh.mesh.flatten().tolist()
@@ -49,23 +50,24 @@ class Peers:
         self._lock = threading.RLock()
         self._lost: str | None = None
         self._num_met = 0
-        """Comparisons that this rank took part in, or missed."""
+        """Comparisons that this rank has taken part in, or missed."""
         self._num_missed = 0
-        """Those that it still has to pass through, so that later ones stay in order."""
+        """Missed comparisons that it still has to enter, so that later ones stay in order."""
         self._under_way: list[tuple[dist.Work, Any]] = []
         versions = {"pabc": importlib.import_module("pabc").__version__}
         self.versions = {**versions, "torch": str(torch.__version__)}
         self._store.set(f"beat/{self._rank}", "0")
         beating = threading.Thread(
-            target=_beat, args=(weakref.ref(self), self._store, self._rank), daemon=True
+            target=_send_heartbeats, args=(weakref.ref(self), self._store, self._rank), daemon=True
         )
         beating.start()
 
     @contextmanager
     def step(self) -> Iterator[RankStep]:
-        """One step: what is done before :meth:`RankStep.agree` may fail on one rank alone.
+        """Makes what is within one step, whose facts :meth:`RankStep.agree` compares.
 
-        Raises: RankError where another rank failed, or the ranks do not agree.
+        An error before that is passed on to the other ranks. Raises: RankError where another rank
+        failed, or the ranks do not agree.
         """
         with self._lock:
             if self._lost is not None:
@@ -87,10 +89,8 @@ class Peers:
                 raise found from error
 
     def tell(self, error: BaseException) -> None:
-        """Tells the others of an error between two steps of this rank, when they next compare.
-
-        This rank takes no part in that comparison. What they know of already is passed over.
-        """
+        """Reports an error between two steps of this rank to the others, at their next comparison,
+        in which this rank takes no part. An error that they know of is not reported again."""
         with self._lock:
             if self._lost is not None or _is_told(error):
                 return
@@ -101,8 +101,10 @@ class Peers:
             self._note(f"missed/{self._num_met}/{self._rank}", text)
 
     def exchange(self, facts: Mapping[str, str], failure: str = "") -> None:
-        """Compares facts, or tells the others of a failure. Raises RankError on the others, and on
-        all where facts differ."""
+        """Compares facts among the ranks, or reports a failure of this one.
+
+        Raises: RankError on all ranks where facts differ, and on the others where one failed.
+        """
         digest = hashlib.sha256(repr(sorted(facts.items())).encode()).digest()
         try:
             while self._num_missed:
@@ -139,7 +141,7 @@ class Peers:
         raise RankError(self._describe([found for found, _ in said]))
 
     def _gather(self, digest: bytes, flag: int) -> tuple[dist.Work, torch.Tensor]:
-        """Begins to gather what each rank says."""
+        """Starts the collective that gathers a digest and a flag from each rank."""
         mine = torch.frombuffer(bytearray(digest + bytes([flag])), dtype=torch.uint8)
         everyone = torch.empty(self._size, len(mine), dtype=torch.uint8)
         work = dist.all_gather(list(everyone), mine, group=self._group, async_op=True)
@@ -148,7 +150,7 @@ class Peers:
         return work, everyone
 
     def _wait(self, work: dist.Work) -> list[str]:
-        """Waits for all ranks; or returns what those say that will not come."""
+        """Waits for all ranks; returns the notes of those that take no part, if there are any."""
         pause, look = 0.0, time.monotonic() + BEAT
         while not work.is_completed():
             time.sleep(pause)
@@ -162,7 +164,7 @@ class Peers:
         return []
 
     def _read_missed(self) -> list[str]:
-        """What the ranks say that miss the comparison under way."""
+        """Returns the notes of ranks that take no part in the comparison under way."""
         return self._read([f"missed/{self._num_met}/{i}" for i in range(self._size)])
 
     def _read(self, keys: Sequence[str]) -> list[str]:
@@ -180,7 +182,8 @@ class Peers:
         return f"expected the same on every rank, found {' | '.join(lines)}"
 
     def _diagnose(self, error: BaseException) -> RankError | None:
-        """What became of a step after the ranks had agreed: None if this rank failed by itself."""
+        """Returns what other ranks did that led to `error`, raised after all ranks agreed; None if
+        this rank failed by itself."""
         if not (isinstance(error, RuntimeError) and _is_of_communication(error)):
             self._lost = f"{self._names[self._rank]} failed: {_name(error)}"
             self._note(f"failed/{self._rank}", self._lost)
@@ -196,7 +199,7 @@ class Peers:
         return RankError(self._lost)
 
     def _find_lost(self) -> str:
-        """Which ranks failed: as they say, or since they say nothing any more."""
+        """Returns which ranks failed: by their notes, or by missed heartbeats; empty: unknown."""
         last = self._beats()
         deadline = time.monotonic() + PATIENCE
         while True:
@@ -214,7 +217,7 @@ class Peers:
         ]
         if not silent:
             return ""
-        return f"{', '.join(silent)} gave no sign of life for {PATIENCE:g} s: killed, or cut off"
+        return f"{', '.join(silent)} missed heartbeats for {PATIENCE:g} s: killed, or cut off"
 
     def _beats(self) -> list[bytes]:
         keys = [f"beat/{i}" for i in range(self._size)]
@@ -228,20 +231,20 @@ class Peers:
 
 
 class RankStep:
-    """A step of one rank, which the others are told of."""
+    """A step of one rank, which is compared with those of the others."""
 
     def __init__(self, peers: Peers) -> None:
         self.agreed = False
         self._peers = peers
 
     def agree(self, facts: Mapping[str, str]) -> None:
-        """Waits for all ranks to be about to do the same. Raises RankError where they are not."""
+        """Waits until all ranks have stated their facts. Raises RankError where these differ."""
         self._peers.exchange({**self._peers.versions, **facts})
         self.agreed = True
 
 
 def _cpu_group(mesh: DeviceMesh, members: list[int]) -> dist.ProcessGroup:
-    """A group of the mesh's ranks whose collectives do not wait for a device."""
+    """Returns a group of the mesh's ranks whose collectives do not wait for a device."""
     if mesh.ndim == 1 and dist.get_backend(mesh.get_group()) == "gloo":
         return mesh.get_group()
     return dist.new_group(
@@ -250,13 +253,13 @@ def _cpu_group(mesh: DeviceMesh, members: list[int]) -> dist.ProcessGroup:
 
 
 def _timeout(mesh: DeviceMesh) -> timedelta | None:
-    """How long the mesh's own collectives wait."""
+    """Returns how long the mesh's own collectives wait."""
     backend = mesh.get_group(0)._get_backend(torch.device(mesh.device_type))
     return getattr(getattr(backend, "options", None), "_timeout", None)
 
 
-def _beat(peers: weakref.ref[Peers], store: dist.Store, rank: int) -> None:
-    """Gives signs of life, as long as the model is there and the store."""
+def _send_heartbeats(peers: weakref.ref[Peers], store: dist.Store, rank: int) -> None:
+    """Counts up in the store, as long as the model and the store exist."""
     count = 0
     while peers() is not None:
         count += 1
@@ -269,7 +272,7 @@ def _beat(peers: weakref.ref[Peers], store: dist.Store, rank: int) -> None:
 
 def _is_of_communication(error: RuntimeError) -> bool:
     text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(word in text for word in LOST)
+    return isinstance(error, dist.DistError) or any(word in text for word in _COMMUNICATION_WORDS)
 
 
 def _name(error: BaseException) -> str:
@@ -277,12 +280,12 @@ def _name(error: BaseException) -> str:
 
 
 def _mark_told(error: BaseException) -> None:
-    """Notes on an error that the other ranks know of it."""
+    """Marks an error as known to the other ranks."""
     error.__dict__["_pabc_told"] = True
 
 
 def _is_told(error: BaseException | None) -> bool:
-    """Whether the other ranks know of an error, or of one that it follows from."""
+    """Returns whether the other ranks know of an error, or of one that it follows from."""
     while error is not None:
         if "_pabc_told" in error.__dict__:
             return True

@@ -1,4 +1,4 @@
-"""Which captured program serves a call; where none does, the model is recaptured."""
+"""Finds the program that serves a call; captures the model where none does."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from pabc.sharding import shares_computed
 
 logger = logging.getLogger(__name__)
 MAX_STATES = 8
-"""States of the model's hooks, switches and values for which programs of one call are kept."""
+"""Python states of the model (hooks, flags, values) for which programs of one key are kept."""
 
 
 class Programs:
-    """The programs of one model, by what the calls that each one serves have in common."""
+    """The programs of one model, by the key of the calls that each one serves."""
 
     def __init__(self, model: nn.Module, options: Options, recorder: Recorder) -> None:
         self._model = model
@@ -51,22 +51,22 @@ class Programs:
         self._watch: Watch | None = None
 
     def __len__(self) -> int:
-        """How many kinds of call are served."""
+        """Returns how many keys are served."""
         return len(self._programs)
 
     def items(self) -> list[tuple[CallKey, Program]]:
-        """Every program with what the calls that it serves have in common."""
+        """Returns every program with the key of the calls that it serves."""
         return [(key, program) for key, known in self._programs.items() for program in known]
 
     def add(self, key: CallKey, program: Program) -> None:
-        """Takes a program that was captured elsewhere."""
+        """Adds a program that was captured elsewhere."""
         self._last = None
         self._keep(key, program)
 
     def find(self, structure: Structure, leaves: list[Any], *, at_start: bool) -> Program | None:
-        """The program captured for calls like this one, with numbers as inputs or as constants.
+        """Returns the program that serves a call, or None.
 
-        `at_start`: of a generation, when the model is looked at closely for what has changed.
+        `at_start`: whether a generation starts, when all of the model's state is compared.
         """
         if not at_start and self._last is not None:
             key, program = self._last
@@ -86,9 +86,9 @@ class Programs:
         structure: Structure,
         schedule: Schedule,
     ) -> Program:
-        """Captures the model for a call, given as it is and flattened, that no program serves.
+        """Captures the model for a call that no program serves, given bound and flattened.
 
-        `schedule`: of the generation: how a model is divided among ranks follows from it.
+        `schedule`: of the generation, from which the sharding of the model follows.
         """
         self._last = None
         differences = self._find(structure, leaves, at_start=False)[1]
@@ -105,8 +105,8 @@ class Programs:
     def _find(
         self, structure: Structure, leaves: list[Any], at_start: bool
     ) -> tuple[Program | None, list[tuple[passes.Read, Any]]]:
-        """The program, or, where there is none, the values read from data in which the call differs
-        from those that there are programs for."""
+        """Returns the program; where there is none, the values read from data in which the call
+        differs from the calls that programs of its key were captured for."""
         differences = []
         self._watching().look(closely=at_start)
         for lifted in dict.fromkeys((self.scalars.of(structure), frozenset[int]())):
@@ -123,25 +123,24 @@ class Programs:
         return None, differences
 
     def _fitting(self, programs: list[Program], at_start: bool) -> list[Program]:
-        """Those captured for the state that the model is in; of these, drops what no longer fits.
-
-        Programs of other states stay: hooks and switches are set for one call, and taken back.
-        """
+        """Returns the programs for the Python state that the model is in, and drops those of them
+        whose tensors no longer fit. Programs of other states stay: a hook or a flag may be set for
+        one call, and reset after it."""
         fitting = [p for p in programs if p.state_difference(self._model) is None]
         stale = [p for p in fitting if not p.keeps_up(self._model, at_start)]
         programs[:] = [p for p in programs if p not in stale]
         return [p for p in fitting if p not in stale]
 
     def _log_what_changed(self, key: CallKey) -> None:
-        """Says in what the model is not as it was for an earlier call of this kind."""
+        """Logs in what the model's state differs from that of an earlier call of this key."""
         known = self._programs.get(key, [])
         reason = known[-1].state_difference(self._model) if known else None
         if reason is not None:
             logger.warning("recaptured: %s", reason)
 
     def _keep(self, key: CallKey, program: Program) -> None:
-        """Adds a program; of those for other states of the model, drops the first ones where they
-        are many, and those that hold tensors which the model no longer has."""
+        """Adds a program. Of those for other states of the model, drops the oldest beyond
+        `MAX_STATES`, and those whose tensors the model no longer has."""
         program.share(self._watching())
         known = self._programs.setdefault(key, [])
         parked = [p for p in known if p.state_difference(self._model) is not None]
@@ -176,7 +175,7 @@ class Programs:
                 raise
             program = build(replace(options, dynamic=False))
             warnings.warn(
-                f"pabc: dynamic=True: captured for the sizes of this call alone, since {error}",
+                f"pabc: dynamic=True: captured for the shapes of this call alone, since {error}",
                 stacklevel=2,
             )
             return program
@@ -212,7 +211,7 @@ class Programs:
 
 
 def _warn_of_reads(differences: Sequence[tuple[passes.Read, Any]]) -> None:
-    """Says from the third capture of one signature on what keeps changing."""
+    """Warns, from the third capture of one key on, of the value that keeps changing."""
     if len(differences) > 1:
         read, value = differences[-1]
         warnings.warn(

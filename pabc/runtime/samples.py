@@ -1,4 +1,4 @@
-"""Whether processes hold the same values, told by some of them."""
+"""Hashes a sample of values, by which processes find out whether they hold the same."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 
 
 def hash_values(tensors: Sequence[torch.Tensor], count: int) -> str:
-    """SHA-256, as 12 hex digits, of at most `count` elements of each tensor, evenly spread, bit for
-    bit. Waits for the tensors' devices, once each."""
+    """Returns the SHA-256, as 12 hex digits, of at most `count` elements of each tensor.
+
+    The elements are evenly spread, and taken bit for bit. Waits for the tensors' devices, once each.
+    """
     by_device: dict[torch.device, list[torch.Tensor]] = {}
     for tensor in tensors:
         by_device.setdefault(tensor.device, []).append(_sample(tensor, count))
@@ -21,7 +23,7 @@ def hash_values(tensors: Sequence[torch.Tensor], count: int) -> str:
 
 
 def _sample(tensor: torch.Tensor, count: int) -> torch.Tensor:
-    """The elements' bytes, uint8."""
+    """Returns the bytes of the sampled elements, uint8."""
     flat = tensor.detach().flatten()
     step = max(1, -(-flat.numel() // count)) | 1  # odd: not always the same of 2^n channels
     found = flat[::step].clone(memory_format=torch.contiguous_format)  # one element: of stride 1

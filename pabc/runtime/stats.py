@@ -1,4 +1,4 @@
-"""What a compiled model did so far, counted."""
+"""Counts of what a compiled model did so far."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ class Stats:
 
     Attributes:
         calls: steps that ran to their end.
-        outside: calls that were no step of a generation, such as a prefill: their timestep is that
-            of none, or not of the first one where one may begin. They compute all, keep nothing.
+        outside: unscheduled calls, which are no step of a generation, such as a prefill: their
+            timestep is none of the schedule's, or not its first one where a generation may begin.
+            They compute everything and keep nothing.
         generations: sequences of calls that reached the last step of their plan.
         computed, reused, stored: regions, one per slot and call.
-        fallbacks: reason -> calls that computed what was to be reused: `shape`, `dtype`, `device`,
-            `arguments` (others, or other values of constants): the call differs so from the one
-            before it; `weights`: a tensor of the model was replaced; `model`: a hook, a method or a
-            Python value of it changed; `missing`: the step that stores the value was not run;
-            `timestep`: it is not sure which step the call is, since its timestep is that of the
-            call before, or another step's.
+        fallbacks: reason -> calls that computed what was to be reused. `shape`, `dtype`, `device`,
+            `arguments` (others, or other values of constants): in this the call differs from the
+            one before it. `weights`: a tensor of the model was replaced. `model`: a hook, a method
+            or a Python value of it changed. `missing`: the step that stores the value was not run.
+            `timestep`: it is not certain which step the call is, since its timestep is that of the
+            call before, or of another step.
         nbytes: bytes that slots hold now.
-        peak_nbytes: bytes that slots held at the fullest moment.
+        peak_nbytes: the most bytes that slots held at one time.
         captures: graphs captured from the model.
         compiles: phases specialized and compiled.
-        blocks: distinct parts that these phases consist of, each compiled once.
+        blocks: distinct blocks of these phases, each compiled once.
         recordings: CUDA graphs recorded.
     """
 
@@ -59,7 +60,7 @@ class Stats:
 
 
 class Recorder:
-    """Counts for :class:`Stats`; any thread may add to it."""
+    """Counts for :class:`Stats`. Thread-safe."""
 
     def __init__(self) -> None:
         # Re-entrant: an account may be closed by garbage collection while its lock is held.
@@ -85,7 +86,7 @@ class Recorder:
             counts["stored"] += stored
 
     def fall_back(self, reason: str, step: int) -> None:
-        """Counts a call that computes what was to be reused; logs the first one of each reason."""
+        """Counts a call that computes what was to be reused; logs the first one for each reason."""
         with self._lock:
             self._fallbacks[reason] += 1
             is_first = self._fallbacks[reason] == 1
@@ -96,20 +97,20 @@ class Recorder:
                 reason,
             )
 
-    def move(self, nbytes: int) -> None:
-        """Counts bytes that came to be held, or, below 0, are no longer."""
+    def adjust(self, nbytes: int) -> None:
+        """Adjusts the bytes held by `nbytes`, which may be negative."""
         with self._lock:
             self._nbytes += nbytes
             self._peak = max(self._peak, self._nbytes)
 
     def account(self, holder: object) -> Account:
-        """Counts the bytes that `holder` holds, as long as it lives."""
+        """Returns an account of the bytes of `holder`; it goes to 0 when that is collected."""
         account = Account(self)
         weakref.finalize(holder, account.set, 0).atexit = False
         return account
 
     def snapshot(self) -> Stats:
-        """The counts as they are."""
+        """Returns the counts as they are now."""
         with self._lock:
             gauges = ("fallbacks", "nbytes", "peak_nbytes")
             names = (field.name for field in fields(Stats) if field.name not in gauges)
@@ -123,13 +124,13 @@ class Recorder:
 
 
 class Account:
-    """The bytes of one holder within a recorder's sum."""
+    """The bytes of one holder, as part of a recorder's sum."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self.nbytes = 0
 
     def set(self, nbytes: int) -> None:
-        """The holder now holds this much."""
+        """States how many bytes the holder holds now."""
         change, self.nbytes = nbytes - self.nbytes, nbytes
-        self._recorder.move(change)
+        self._recorder.adjust(change)

@@ -1,4 +1,4 @@
-"""Strides of a program's inputs: those of the call that was captured, whatever a call brings."""
+"""Gives the inputs of a call the strides that the graphs are specialized on."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _Stride = tuple[int, ...]
 
 
 class Strides:
-    """Copies those inputs that lie otherwise in memory than the graphs take for granted.
+    """Copies those inputs whose strides are not those that the graphs are specialized on.
 
-    A copy of a tensor that comes again, unchanged, is given again, so that what follows from it is
-    not computed anew.
+    Copies of conditions are kept: the same tensor, unchanged, gives the same copy again, so that
+    the values that follow from it are not recomputed.
 
     Args:
-        guarded: its placeholders are the state of a generation, then the inputs.
-        conditions: the inputs of which copies are kept.
+        guarded: its placeholders are the state of a step, then the inputs.
+        conditions: positions of the inputs of which copies are kept.
     """
 
     def __init__(self, guarded: passes.Guarded, conditions: Collection[int]) -> None:
@@ -42,7 +42,7 @@ class Strides:
         ] = {}
 
     def fit(self, inputs: list[Any], only: Collection[int] | None = None) -> list[Any]:
-        """The inputs, laid out as captured; `only`: those of them that are needed."""
+        """Returns the inputs with the strides of the capture; `only`: positions of those needed."""
         tensors = [inputs[i] for i in self._tensors]
         strides = list(map(torch.Tensor.stride, tensors))
         if strides == self._wanted:
@@ -78,8 +78,8 @@ class Strides:
 def without_overlaps(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with copies in place of tensors whose elements share memory (expanded ones):
-    into the strides of those, nothing can be copied."""
+    """Returns the arguments with contiguous copies of tensors whose elements share memory, such as
+    expanded ones: later inputs could not be copied into such strides."""
     leaves, structure = flatten((args, kwargs))
     if not any(isinstance(leaf, torch.Tensor) and _overlaps(leaf) for leaf in leaves):
         return args, kwargs
@@ -104,7 +104,7 @@ def _overlaps(tensor: torch.Tensor) -> bool:
 
 
 def _is_laid_out(tensor: torch.Tensor, strides: _Stride) -> bool:
-    """Whether the strides are these; that of a dimension of one element does not matter."""
+    """Returns whether the strides are these; for a dimension of one element, any stride fits."""
     dims = zip(tensor.shape, tensor.stride(), strides, strict=True)
     return all(size == 1 or found == wanted for size, found, wanted in dims)
 

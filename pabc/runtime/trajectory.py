@@ -20,7 +20,7 @@ import torch
 from pabc.base.structure import Structure
 from pabc.runtime.branch import Branch, UnscheduledCalls
 from pabc.runtime.clock import CandidateStep, Clock, Expected, Verdict
-from pabc.runtime.conditions import Calls
+from pabc.runtime.conditions import CallOrder
 from pabc.runtime.guards import MAKE_SCHEDULE, GuardError
 from pabc.runtime.stats import Recorder
 from pabc.runtime.timesteps import TimestepArguments
@@ -106,7 +106,7 @@ class Trajectory:
         self._last: tuple[Branch, CandidateStep] | None = None
         """The branch of the last call, and which step it was taken for, where that was counted."""
         self._stated_step: int | None = None
-        self._calls: dict[str | None, Calls] = {}
+        self._calls: dict[str | None, CallOrder] = {}
         self._clock = Clock(known)
         self._lock = threading.RLock()
 
@@ -200,7 +200,7 @@ class Trajectory:
         said = _NOTHING if where is None else where.said
         if self._stated_step is not None:
             tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
-            order = self._calls.setdefault(name, Calls()).index_of(tensors)
+            order = self._calls.setdefault(name, CallOrder()).index_of(tensors)
             branch, step = self._branch(name, order), self._stated_step
             said = _NOTHING
         elif where is not None and where.step is not None:

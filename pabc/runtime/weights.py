@@ -1,4 +1,4 @@
-"""The model's tensors that a graph reads, kept in step with the model."""
+"""The model's tensors that graphs read; follows the model when they are replaced."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ logger = logging.getLogger(__name__)
 class Weights:
     """Parameters, buffers and other tensors by qualified name, shared with the model.
 
-    A change of values in place needs nothing. What else may have changed is looked at twice:
-    :meth:`is_current` at each call, :meth:`follow` where a generation starts.
+    Values that change in place need no attention. Replaced tensors are found by :meth:`is_current`
+    at each call, and by :meth:`follow` where a generation starts.
+
+    Attributes:
+        state: how often tensors were replaced.
     """
 
     def __init__(self, graphs: Sequence[GraphModule], captured: Captured) -> None:
@@ -39,25 +42,24 @@ class Weights:
         self._holders_of_tensors: _TensorHolders | None = None
         self._live: list[tuple[tuple[str, ...], list[torch.Tensor]]] = []
         self.state = 0
-        """How often tensors were replaced."""
 
     def live(self, names: Iterable[str]) -> list[torch.Tensor]:
-        """The tensors of these names, in a list that :meth:`follow` keeps as the model is."""
+        """Returns the tensors of these names, in a list that :meth:`follow` updates."""
         known = tuple(names)
         tensors = self.get(known)
         self._live.append((known, tensors))
         return tensors
 
     def get(self, names: Iterable[str]) -> list[torch.Tensor]:
-        """The tensors of these names, as they are now."""
+        """Returns the tensors of these names."""
         return [self._tensors[name] for name in names]
 
     def all(self) -> list[torch.Tensor]:
-        """All of them, as they are now."""
+        """Returns all tensors."""
         return list(self._tensors.values())
 
     def share(self, watch: Watch) -> None:
-        """Looks at the model's Python state through `watch`, as other programs of the model do."""
+        """Compares the model's Python state through `watch`, which programs of the model share."""
         self._watch = watch
 
     def state_difference(self, model: nn.Module) -> str | None:
@@ -67,19 +69,19 @@ class Weights:
 
     @property
     def are_of_this_state(self) -> bool:
-        """Whether the model's Python state, as last looked at, is the one that was captured."""
+        """Returns True if the model's Python state, as last looked at, is the one at capture."""
         return self._watch is None or self._modules.hold(self._watch)
 
     def are_there(self, model: nn.Module) -> bool:
-        """Whether the model still has these very tensors."""
+        """Returns whether the model still has these very tensors."""
         own = ((n, t) for n, t in self._tensors.items() if not n.startswith(CONSTANTS))
         return all(find_tensor(model, name) is tensor for name, tensor in own)
 
     def is_current(self, model: nn.Module) -> bool:
-        """Whether the model still has the state, and these very tensors, at their places.
+        """Returns whether the model has the Python state of the capture, and these very tensors.
 
-        A look at each call: some 60 microseconds for 500 tensors and as many modules, in loops
-        without Python code. It sees no move (`.to`) of a part of the model: :meth:`follow` does.
+        Made for each call: some 60 microseconds for 500 tensors and as many modules, in loops
+        without Python code. A move (`.to`) of a part of the model is found by :meth:`follow` alone.
         """
         if self._holders_of_tensors is None:
             own = {n: t for n, t in self._tensors.items() if not n.startswith(CONSTANTS)}
@@ -130,13 +132,13 @@ class Weights:
 
 
 class _TensorHolders:
-    """Where the model holds tensors, so that a call looks at all of them without Python code.
+    """The dictionaries in which the model holds tensors, compared without Python code per tensor.
 
-    What the dictionaries of parameters and buffers refer to is compared with what it was. That
-    tells one tensor from another by identity alone: where two differ, Python asks for the truth of
-    an elementwise comparison, which is an error for all but single elements. Those, tensors of
-    other classes and what lies elsewhere are looked up one by one; so is everything where a
-    dictionary is not as it was, since it may hold more than what is read.
+    All that the dictionaries of parameters and buffers refer to is compared, as one list, with what
+    it was. Equal lists hold identical tensors: for two different tensors, Python asks for the truth
+    value of their elementwise comparison, which raises for all but single elements. Tensors with a
+    single element, of other classes, or held elsewhere are looked up one by one. So are all tensors
+    where the lists differ, since a dictionary may hold more than what graphs read.
     """
 
     def __init__(self, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
@@ -162,7 +164,7 @@ class _TensorHolders:
         self._samples = [(t, dtype, device) for (dtype, device), t in samples.items()]
 
     def hold(self) -> bool:
-        """Whether the tensors are there; and one of each dtype and device is as it was."""
+        """Returns whether the tensors are there, and one of each dtype and device still has it."""
         if not (self._others.hold() and (self._are_as_found() or self._hold_all())):
             return False
         for tensor, dtype, device in self._samples:
@@ -177,7 +179,7 @@ class _TensorHolders:
             return False
 
     def _hold_all(self) -> bool:
-        """Whether what changed in a dictionary is nothing that is read."""
+        """Returns whether all that graphs read is there, whatever else changed in a dictionary."""
         if not self._all.hold():
             return False
         self._as_found = gc.get_referents(*self._registers)
@@ -185,7 +187,7 @@ class _TensorHolders:
 
 
 class _Entries:
-    """Values in dictionaries, by name; looked up in loops without Python code."""
+    """Entries of dictionaries, looked up in loops without Python code."""
 
     def __init__(self, entries: Sequence[tuple[dict[str, Any], str, Any]]) -> None:
         self._holders = [holder for holder, _, _ in entries]
@@ -193,12 +195,12 @@ class _Entries:
         self._values = [value for _, _, value in entries]
 
     def hold(self) -> bool:
-        """Whether each one is there."""
+        """Returns whether each dictionary still has its entry."""
         return all(map(operator.is_, map(dict.get, self._holders, self._names), self._values))
 
 
 def _is_told(place: tuple[dict[str, Any], str, Any], registers: dict[int, dict[str, Any]]) -> bool:
-    """Whether another value in this place makes its dictionary unequal to a copy of it."""
+    """Returns whether another value in this place makes the comparison of dictionaries fail."""
     holder, _, value = place
     is_plain = type(value) in (torch.Tensor, nn.Parameter, nn.Buffer)
     return id(holder) in registers and is_plain and value.numel() > 1
@@ -210,7 +212,7 @@ def _add_place(
     name: str,
     value: torch.Tensor,
 ) -> None:
-    """Notes the dictionary in which a module, or a tensor, holds `value`; empty: it does not."""
+    """Notes the dictionary in which a module, or a tensor, holds `value`; an empty one if none."""
     dictionaries = [vars(holder)] if hasattr(holder, "__dict__") else []
     if isinstance(holder, nn.Module):
         dictionaries = [holder._parameters, holder._buffers, *dictionaries]
