@@ -77,7 +77,7 @@ class CompiledModel(Wrapper):
         self._begin_passing_on()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """One diffusion step, with the model's own arguments and result.
+        """Runs one diffusion step, with the model's own arguments and result.
 
         Raises: GuardError where the call contradicts the plan: a step too many, the timestep of
         another step, a trajectory that is in use; :class:`RankError` where ranks that share the
@@ -89,7 +89,7 @@ class CompiledModel(Wrapper):
         with self._peers.step() as step:
             return call_around(model, partial(self._run, step), args, kwargs, self.reset)
 
-    def _run(self, step_of_ranks: RankStep | None, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, step_of_ranks: RankStep | None, /, *args: Any, **kwargs: Any) -> Any:
         """Runs one step, in the place of the model's forward.
 
         The call is placed in its trajectory, served by a program, and bound to a plan; its branch
@@ -133,10 +133,10 @@ class CompiledModel(Wrapper):
                 program.prepare(self._bind(program, self._schedule, inputs), inputs)
 
     def trajectory(self, schedule: Schedule | None = None) -> Trajectory:
-        """State of its own for one generation at a time: `with fast.trajectory(): ...`.
+        """Returns the state of one generation at a time, for `with fast.trajectory(): ...`.
 
         Any number can be under way at once, in turns or in several threads; each gives what it
-        would give alone. `schedule`: in place of this model's.
+        would give alone. `schedule`: what it follows in place of this model's schedule.
 
             a, b = fast.trajectory(), fast.trajectory()
             for t in timesteps:
@@ -156,41 +156,42 @@ class CompiledModel(Wrapper):
 
     @property
     def current(self) -> Trajectory:
-        """The trajectory that a call made here and now belongs to."""
+        """The trajectory that a call made here, in this thread or task, belongs to."""
         return current_trajectory(self._recorder, self._default)
 
     @property
     def has_entered_trajectory(self) -> bool:
-        """Tells whether a call made here and now is within `with fast.trajectory():`."""
+        """True if a call made here is within `with fast.trajectory():`."""
         return self.current is not self._default
 
     def cache_context(self, name: str, **where: Any) -> AbstractContextManager[Any]:
         """Names the calls within, where one step makes several: `with fast.cache_context("cond")`.
 
-        Calls of different names share nothing but the step: a name may be left out at some steps.
-        The protocol is that of diffusers' models, some of which also say where the loop is:
-        `step_index` is the step that the calls are, whichever came before; `num_inference_steps`,
-        `sigma` and `timestep` are checked against the schedule. Other keywords are not looked at.
+        Calls of different names share nothing but the step, and a name may be left out at some
+        steps. The protocol is that of diffusers' models, some of which also state the position of
+        the loop: `step_index` is the step of the calls, whichever came before;
+        `num_inference_steps`, `sigma` and `timestep` are checked against the schedule. Other
+        keywords are ignored.
         """
         return _within(
             named_branch(self._recorder, Where.of(name, **where)), self._own_context(name, where)
         )
 
     def _own_context(self, name: str, where: dict[str, Any]) -> AbstractContextManager[Any]:
-        """The model's own `cache_context`, where it has one."""
+        """Returns the model's own `cache_context`, or a context that does nothing."""
         model = self._orig_mod
         own = getattr(type(model), "cache_context", None)
         return nullcontext() if own is None else own(model, name, **where)
 
     def undo(self) -> None:
-        """Takes a model that was compiled with `inplace=True` back to its own call."""
+        """Restores the own call of a model that was compiled with `inplace=True`."""
         if self._take_back is not None:
             self.reset()
             self._take_back()
             self._take_back = None
 
     def install(self, module: nn.Module) -> None:
-        """Makes calls of `module`, the model or what stands for it, those of this object."""
+        """Makes calls of `module`, the model or a wrapper of it, calls of this object."""
         self._take_back = inplace.install(self, module)
 
     def observe(self, observer: Callable[[CompiledModel], None]) -> None:
@@ -198,12 +199,12 @@ class CompiledModel(Wrapper):
         self._observers.append(observer)
 
     def unobserve(self, observer: Callable[[CompiledModel], None]) -> None:
-        """The inverse of :meth:`observe`."""
+        """Undoes :meth:`observe`."""
         self._observers.remove(observer)
 
     @property
     def is_observed(self) -> bool:
-        """Tells whether a pipeline says at which step the model is."""
+        """True if a pipeline states the steps of this model."""
         return bool(self._observers)
 
     def reset(self) -> None:
@@ -212,7 +213,7 @@ class CompiledModel(Wrapper):
 
     @property
     def schedule(self) -> Schedule:
-        """The schedule. Another one takes effect where the next generation starts."""
+        """The schedule. A new one takes effect where the next generation starts."""
         return self._schedule
 
     @schedule.setter
@@ -226,7 +227,7 @@ class CompiledModel(Wrapper):
 
     @property
     def stats(self) -> Stats:
-        """What was computed, reused and stored so far, and how many bytes are held."""
+        """Counts of what was computed, reused and stored so far, and of the bytes held."""
         return self._recorder.snapshot()
 
     @property
@@ -238,15 +239,15 @@ class CompiledModel(Wrapper):
     def phases(self) -> tuple[GraphModule, ...]:
         """The specialized modules, one per phase of the plan, in the plan's order.
 
-        Inputs: the model's flattened arguments, then the reused cuts; output: (the model's
-        flattened outputs, the stored cuts). Regions that are computed are called submodules.
+        Each maps the model's flattened arguments, the hoisted values and the reused cuts to (the
+        model's flattened outputs, the stored cuts). Computed regions are submodules that it calls.
         """
         program, binding = self._captured("phases")
         with self._lock:
             return program.specialize(binding)
 
     def explain(self) -> Explanation:
-        """What was found in the model, and the plan."""
+        """Returns what was found in the model, and the plan."""
         program, binding = self._captured("explain()")
         return describe(
             program.guarded,
@@ -259,8 +260,8 @@ class CompiledModel(Wrapper):
         )
 
     def dump(self, folder: str | Path) -> Path:
-        """Writes what the compiler did: the graph after every stage, for each phase too, a table of
-        the stages with nodes and seconds, the plan, and what was found."""
+        """Writes to `folder` the graph after each stage, of each phase too, a table of stages with
+        nodes and seconds, the plan, and what was found."""
         program, binding = self._captured("dump()")
         target = Path(folder)
         with self._lock:
@@ -286,13 +287,13 @@ class CompiledModel(Wrapper):
             )
 
     def warn_once(self, schedule: Schedule | None, text: str) -> None:
-        """Warns of something, once for this schedule, or, for None, at all."""
+        """Warns once for this schedule; for None, once for this model."""
         if (schedule, text) not in self._warned:
             self._warned.add((schedule, text))
             warnings.warn(text, stacklevel=6)
 
     def _check_grad(self) -> None:
-        """Warns where gradients with respect to the weights may be expected of a result."""
+        """Warns where the caller may expect gradients of the weights."""
         self._has_seen_grad = True
         if any(parameter.requires_grad for parameter in self._orig_mod.parameters()):
             self.warn_once(
@@ -309,7 +310,7 @@ class CompiledModel(Wrapper):
         return self._last
 
     def _flatten(self, args: Any, kwargs: Any) -> tuple[list[Any], Structure]:
-        """The arguments, flattened. Raises RuntimeError for what inference does not have."""
+        """Flattens the arguments. Raises RuntimeError in training mode, or for requires_grad."""
         if self._modules["_orig_mod"].training:  # type: ignore[union-attr]
             raise RuntimeError(
                 "pabc runs inference: expected a model in eval mode, found training mode; "
@@ -335,7 +336,7 @@ class CompiledModel(Wrapper):
         *,
         at_start: bool,
     ) -> Program:
-        """The program for these arguments, given as they are and flattened; captured if need be."""
+        """Returns the program that serves these arguments; captures the model if there is none."""
         program = self._programs.find(structure, leaves, at_start=at_start)
         if program is None:
             arguments = self._known_arguments()
@@ -358,7 +359,7 @@ class CompiledModel(Wrapper):
         return self._arguments
 
     def _find_forwards(self) -> tuple[Any, ...]:
-        """What the model's forward may be: its class's, and what stands in its place."""
+        """Returns the forward of the model's class, and what may be in its place."""
         model: Any = self._modules["_orig_mod"]
         state = vars(model)
         return type(model).forward, state.get("forward"), state.get("_old_forward")
@@ -366,7 +367,7 @@ class CompiledModel(Wrapper):
     def _bind(
         self, program: Program, schedule: Schedule, inputs: list[Any] | None = None
     ) -> Binding:
-        """The schedule bound to the program; it becomes what `plan` and `explain` tell of."""
+        """Returns the schedule bound to the program, which `plan` and `explain` then describe."""
         binding = program.bind(schedule, inputs)
         if self._last is None or self._last[1] is not binding:
             self._last = program, binding

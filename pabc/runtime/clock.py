@@ -24,39 +24,44 @@ _MAX_WAITS = 2
 
 
 class CandidateStep(NamedTuple):
-    """A step that a call may be: of the generation under way, or of one that it begins."""
+    """A step that a call may be.
+
+    Attributes:
+        is_new: whether the call begins a generation with it.
+        at: the index of the step.
+    """
 
     is_new: bool
     at: int
 
 
 class Verdict(NamedTuple):
-    """Which step a call is, None: of no generation; and whether that is sure enough for reuse."""
+    """Which step a call is (None: no scheduled one), and whether that is sure enough to reuse."""
 
     step: CandidateStep | None
     may_reuse: bool = True
 
 
 class Expected(NamedTuple):
-    """What is known of a call before its timestep is looked at.
+    """What is known of a call before its timestep is read.
 
     Attributes:
         timesteps: those of the schedule.
-        steps: which it may be, the one that follows by counting first.
-        verdict: that it is the first of them.
-        may_be_outside: whether it may be none, but one before, between or beside generations.
-        is_stated: whether the caller said which one it is.
+        steps: the steps that it may be, the one by counting first.
+        verdict: that it is the first of `steps`.
+        may_be_unscheduled: whether it may be a call before, between or beside generations.
+        is_stated: whether the caller stated which step it is.
     """
 
     timesteps: tuple[float, ...]
     steps: tuple[CandidateStep, ...]
     verdict: Verdict
-    may_be_outside: bool = False
+    may_be_unscheduled: bool = False
     is_stated: bool = False
 
 
 class _Quick(NamedTuple):
-    """Where the timestep was in the call before, and what it is at each step, so spelled."""
+    """The argument that was the timestep in the call before, and its value at each step."""
 
     structure: Structure
     timesteps: tuple[float, ...]
@@ -66,14 +71,14 @@ class _Quick(NamedTuple):
 
 
 class Clock:
-    """Tells from the timesteps that calls bring which step of the schedule each one is.
+    """Tells which step each call is from the timesteps among its arguments.
 
-    Which argument is the timestep is not known at first: one counts as it if it is, in one of the
-    usual spellings, that of the step that is expected, and moves on with the schedule.
-    From the second distinct timestep on it is remembered, by its path in the call, for all
-    generations of the model. Until then, calls are counted; where none is found, none is checked.
-    What lies on another device than the CPU is copied without waiting, and looked at one call
-    later. A schedule for `range(n)` names no timesteps.
+    Which argument is the timestep is not known at first. An argument counts as the timestep if, in
+    one of the usual spellings, it equals that of the expected step and changes with the schedule.
+    From the second distinct timestep on, its path in the call is remembered for all generations of
+    the model. Until then calls are counted, and if no argument is found, nothing is checked.
+    A timestep on another device than the CPU is copied without waiting and read one call later.
+    A schedule for `range(n)` names no timesteps.
     """
 
     def __init__(self, known: TimestepArguments, *, remembers: bool = True) -> None:
@@ -86,11 +91,11 @@ class Clock:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether the timestep of the last call is on its way from a device."""
+        """True if the timestep of the last call has not arrived from its device yet."""
         return self._pending is not None
 
     def restart(self) -> None:
-        """Forgets the calls so far, but not where the model's timesteps are."""
+        """Forgets the calls so far, but not which arguments are timesteps."""
         self._followed: tuple[TimestepArgument, ...] = ()
         self._is_sure = False
         self._num_judged = 0
@@ -108,9 +113,10 @@ class Clock:
         leaves: Sequence[Any],
         where: Mapping[str, Any],
     ) -> Verdict:
-        """Which step a call is; where its timestep is not available, the one that is expected.
+        """Returns which step a call is; the expected one, while its timestep is not available.
 
-        Raises GuardError for a timestep that contradicts it.
+        `where`: what the caller stated beside the call, by name. Raises GuardError for a timestep
+        that contradicts the schedule.
         """
         timesteps, quick = expected.timesteps, self._quick
         if (
@@ -143,9 +149,9 @@ class Clock:
         return Verdict(expected.steps[0], self._may_reuse)
 
     def settle(self, has_reused: bool) -> Verdict | None:
-        """Which step the call before was, if its timestep was not available then.
+        """Returns which step the call before was, if its timestep was not available then.
 
-        Raises GuardError where that was another one than expected, and it reused something.
+        Raises GuardError if it was another step than expected and reused something.
         """
         if self._pending is None:
             return None
@@ -170,7 +176,7 @@ class Clock:
         return None
 
     def _names(self, timesteps: tuple[float, ...]) -> bool:
-        """Whether a schedule names its timesteps."""
+        """Returns whether a schedule names its timesteps."""
         known, found = self._named
         if timesteps is not known:
             found = timesteps != tuple(range(len(timesteps)))
@@ -178,8 +184,8 @@ class Clock:
         return found
 
     def _looks(self) -> bool:
-        """Whether an argument may still turn out to be the timestep: where steps are stated, at the
-        first two calls alone."""
+        """Returns whether an argument may still turn out to be the timestep; where steps are
+        stated, at the first two calls alone."""
         if self._remembers:
             return True
         return not self._is_sure and (self._num_judged < 2 or bool(self._followed))
@@ -235,7 +241,7 @@ class Clock:
                 if len(left) < len(arguments):
                     self._remember(timesteps, left)
                 return Verdict(step)
-        if not expected.may_be_outside:
+        if not expected.may_be_unscheduled:
             self._fail(expected, arguments[0], values)
         if any(step.is_new for step in expected.steps):
             others = [
@@ -260,7 +266,7 @@ class Clock:
         return Verdict(None)
 
     def _judge_unknown(self, expected: Expected, values: dict[ArgPath, Reading]) -> Verdict:
-        """The step of a call while it is not known which argument is the timestep."""
+        """Returns the step of a call while it is not known which argument is the timestep."""
         earlier, self._earlier = self._earlier, values
         if earlier is None:
             self._followed = tuple(self._find(expected, expected.steps[0], values))
@@ -289,7 +295,7 @@ class Clock:
     def _follow(
         self, expected: Expected, values: Mapping[ArgPath, Reading], moved: set[ArgPath]
     ) -> Verdict | None:
-        """The step, if what was like a timestep so far is one now, or must have been; None: not."""
+        """Returns the step, if an argument that was the timestep so far still is; else None."""
         timesteps, followed = expected.timesteps, self._followed
         for step in expected.steps:
             left = tuple(h for h in followed if _is_at(h, timesteps[step.at], values))
@@ -309,7 +315,7 @@ class Clock:
             begun = self._find(expected, CandidateStep(True, 0), values, moved)
             if any(argument.spelling in FORWARD for argument in begun):
                 return None  # what was like a timestep was none: the loop begins here
-        if expected.may_be_outside:
+        if expected.may_be_unscheduled:
             return Verdict(None)
         self._fail(expected, next(h for h in followed if h.path in values), values)
 
@@ -320,9 +326,9 @@ class Clock:
         values: Mapping[ArgPath, Reading],
         moved: set[ArgPath],
     ) -> Verdict | None:
-        """Step 0, where the calls so far were before the loop.
+        """Returns the first step, if the calls so far came before the loop; else None.
 
-        Raises GuardError where this call and the one before are neighbors elsewhere in the plan.
+        Raises GuardError if this call and the one before are neighbors elsewhere in the schedule.
         """
         timesteps, first = expected.timesteps, CandidateStep(True, 0)
         may_begin = not expected.is_stated and first not in expected.steps
@@ -353,8 +359,11 @@ class Clock:
         *,
         zeros: bool = False,
     ) -> Iterator[TimestepArgument]:
-        """The arguments that are the timestep of that step, and their spelling; of those that
-        `moved`, if given. Zeros say nothing where a loop may begin."""
+        """Yields the arguments that equal the timestep of that step, with their spelling.
+
+        `moved`: only these are looked at. `zeros`: whether zeros count; where a loop may begin,
+        they say nothing.
+        """
         timestep = expected.timesteps[step.at]
         for path, reading in values.items():
             if moved is not None and path not in moved:
@@ -367,7 +376,7 @@ class Clock:
     def _elsewhere(
         self, expected: Expected, values: Mapping[ArgPath, Reading], moved: set[ArgPath]
     ) -> Iterator[tuple[int, TimestepArgument]]:
-        """The steps of which arguments that have changed are the timestep, counted forward."""
+        """Yields each step whose timestep a changed argument equals in a spelling of `FORWARD`."""
         for path in moved:
             for argument in (TimestepArgument(path, spelling) for spelling in FORWARD):
                 for i, timestep in enumerate(expected.timesteps):

@@ -11,7 +11,7 @@ import torch
 def hash_values(tensors: Sequence[torch.Tensor], count: int) -> str:
     """Returns the SHA-256, as 12 hex digits, of at most `count` elements of each tensor.
 
-    The elements are evenly spread, and taken bit for bit. Waits for the tensors' devices, once each.
+    The elements are evenly spread. Waits for the tensors' devices, once each.
     """
     by_device: dict[torch.device, list[torch.Tensor]] = {}
     for tensor in tensors:

@@ -1,4 +1,4 @@
-"""Timesteps among a call's arguments: where they may be, and the numbers that they hold."""
+"""Finds and reads the timesteps among a call's arguments."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from pabc.base.numbers import is_number
 from pabc.base.structure import Structure
 
 ArgPath = str
-"""Where an argument is in a call: the same in calls of other structures."""
+"""Where an argument is in a call; the same in calls of different structures."""
 
 _FEW = 4096
-"""Elements up to which a tensor is copied whole."""
+"""The most elements of a tensor that are copied one by one."""
 _SHARE = 2
-"""A tensor of more than one dimension has at most one element for so many of the largest's."""
+"""A timestep of several dimensions has at most 1/2 of the elements of the largest tensor."""
 
 
 class TimestepArgument(NamedTuple):
-    """An argument that is a timestep, and the spelling that it follows."""
+    """An argument that is a timestep: its path, and its spelling, an index into `SPELLINGS`."""
 
     path: ArgPath
     spelling: int
@@ -38,20 +38,20 @@ SPELLINGS: tuple[Callable[[float], float], ...] = (
     lambda t: 1 - t,
     lambda t: 1 - t / 1000,
 )
-"""How models want a scheduler's timestep t: as it is, as a noise level, counted from the data."""
+"""The forms in which models take a scheduler's timestep t: as it is, as a noise level, reversed."""
 FORWARD = range(3)
-"""Those of them that count as the scheduler does."""
+"""The spellings that are not reversed."""
 
 
 class Reading(NamedTuple):
-    """What an argument holds.
+    """The values of an argument that may be a timestep.
 
     Attributes:
         elements: all of them, or the first, last, least and largest.
-        precision: how far two roundings of one number may lie apart, relative to it; 0: whole
+        precision: the largest relative difference between two roundings of one number; 0: whole
             numbers.
-        number: the timestep: what all elements hold, but for those of clean tokens or frames, which
-            hold 0; None: there are several.
+        number: the timestep, which all elements equal, except those of clean tokens or frames,
+            which are 0; None: there are several timesteps.
     """
 
     elements: tuple[float, ...]
@@ -60,14 +60,14 @@ class Reading(NamedTuple):
 
     @classmethod
     def of(cls, elements: tuple[float, ...], precision: float) -> Reading:
-        """What these elements come to."""
+        """Returns the reading of these elements."""
         distinct = set(elements)
         if len(distinct) > 1:
             distinct.discard(0.0)
         return cls(elements, precision, distinct.pop() if len(distinct) == 1 else None)
 
     def is_close(self, expected: float) -> bool:
-        """Whether `expected`, put into this dtype, gives this timestep."""
+        """Returns whether `expected`, rounded to this dtype, may give this timestep."""
         number = self.number
         if number is None:
             return False
@@ -78,14 +78,13 @@ class Reading(NamedTuple):
 
 
 PendingReading = Callable[[], Reading]
-"""What waits for a reading that is not available."""
+"""Waits for a device and returns the reading."""
 
 
 class Reader:
-    """Reads what may be timesteps in the calls of one model.
+    """Reads the arguments that may be timesteps in the calls of one model.
 
-    Not to be used by two threads at once. A tensor that is the one it was at the call before, with
-    the same values, is not read again.
+    Not thread-safe. A tensor that is the same as at the call before, unchanged, is not read again.
     """
 
     def __init__(self, known: TimestepArguments) -> None:
@@ -95,7 +94,7 @@ class Reader:
     def read(
         self, structure: Structure, leaves: Sequence[Any], where: Mapping[str, Any]
     ) -> dict[ArgPath, Reading | PendingReading]:
-        """What may be a timestep, by its path; `where`: what the caller says beside the call."""
+        """Returns what may be a timestep, by path; `where`: what is stated beside the call."""
         paths = self._known_arguments.paths(structure)
         found = {paths[i]: self._read(paths[i], leaves[i]) for i in find_candidates(leaves)}
         return found | self._read_context(where)
@@ -107,7 +106,7 @@ class Reader:
         where: Mapping[str, Any],
         arguments: tuple[TimestepArgument, ...],
     ) -> dict[ArgPath, Reading | PendingReading]:
-        """What is found at these places; without those that the call does not have."""
+        """Returns the readings of these arguments, as far as the call has them."""
         positions = self._known_arguments.positions(structure, arguments)
         found = {p: read(leaves[i]) for p, i in positions.items() if may_be_timestep(leaves[i])}
         return found | self._read_context(where) if where else found
@@ -132,11 +131,12 @@ class Reader:
 
 
 class TimestepArguments:
-    """Where timesteps were found in the calls of one model, by the timesteps of the schedule; all
-    its generations share them.
+    """The arguments of one model that are known as timesteps, by the timesteps of the schedule.
+
+    All generations of the model share them.
 
     Attributes:
-        num_waits: calls that waited for a device so far.
+        num_waits: how many calls have waited for a device so far.
     """
 
     def __init__(self) -> None:
@@ -149,7 +149,7 @@ class TimestepArguments:
         ] = {}
 
     def get(self, timesteps: tuple[float, ...]) -> tuple[TimestepArgument, ...]:
-        """Those that are known; they followed the schedule over two distinct timesteps or more."""
+        """Returns those that followed this schedule over two distinct timesteps or more."""
         last, arguments = self._last
         if timesteps is not last:  # whose hash would take longer
             arguments = self._arguments.get(timesteps, ())
@@ -157,17 +157,17 @@ class TimestepArguments:
         return arguments
 
     def set(self, timesteps: tuple[float, ...], arguments: tuple[TimestepArgument, ...]) -> None:
-        """Remembers them."""
+        """Sets the arguments that are timesteps under this schedule."""
         self._arguments[timesteps] = arguments
         self._last = None, ()
 
     def position(self, structure: Structure, path: ArgPath) -> int | None:
-        """Which of the leaves is at a path, if calls of this structure have it."""
+        """Returns which leaf is at a path; None if calls of this structure do not have it."""
         paths = self.paths(structure)
         return paths.index(path) if path in paths else None
 
     def paths(self, structure: Structure) -> tuple[ArgPath, ...]:
-        """Where each leaf of a call of this structure is."""
+        """Returns the path of each leaf of calls of this structure."""
         paths = self._paths.get(structure)
         if paths is None:
             numbers = structure.unflatten_plain(range(structure.num_leaves))
@@ -191,7 +191,7 @@ class TimestepArguments:
 
 
 def find_candidates(leaves: Sequence[Any]) -> list[int]:
-    """Which leaves may be timesteps: numbers, and tensors that are small beside the latents."""
+    """Returns which leaves may be timesteps: numbers, and tensors much smaller than the latents."""
     most = max((x.numel() for x in leaves if isinstance(x, torch.Tensor)), default=0) // _SHARE
     return [
         i
@@ -202,14 +202,14 @@ def find_candidates(leaves: Sequence[Any]) -> list[int]:
 
 
 def may_be_timestep(leaf: Any) -> bool:
-    """Whether a number can be read from it."""
+    """Returns whether a number can be read from an argument."""
     if not isinstance(leaf, torch.Tensor):
         return is_number(leaf)
     return not leaf.is_meta and leaf.numel() > 0 and _precision(leaf.dtype) is not None
 
 
 def read(leaf: Any) -> Reading | PendingReading:
-    """What an argument holds, or, where that is not available, what waits for it."""
+    """Returns the values of an argument, or a function that waits for them."""
     if not isinstance(leaf, torch.Tensor):
         precision = 0.0 if isinstance(leaf, Integral) else torch.finfo(torch.float32).eps
         return Reading.of((float(leaf),), precision)
@@ -225,7 +225,7 @@ def read(leaf: Any) -> Reading | PendingReading:
 
 
 def _once(tensor: torch.Tensor) -> torch.Tensor:
-    """An expanded tensor without its repetitions."""
+    """Returns an expanded tensor without its repetitions."""
     return tensor[tuple(0 if stride == 0 else slice(None) for stride in tensor.stride())]
 
 
@@ -237,7 +237,7 @@ def _summarize(tensor: torch.Tensor) -> tuple[float, ...]:
 
 
 def _fetch(tensor: torch.Tensor, precision: float) -> PendingReading:
-    """Copies without waiting for the device."""
+    """Copies a tensor to the CPU without waiting; returns a function that waits."""
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     copy.copy_(tensor, non_blocking=True)
     arrived = torch.cuda.Event() if tensor.is_cuda else None
@@ -254,8 +254,8 @@ def _fetch(tensor: torch.Tensor, precision: float) -> PendingReading:
 
 @cache
 def _precision(dtype: torch.dtype) -> float | None:
-    """How far two roundings of one number may lie apart, relative to it; 0: whole numbers; None:
-    no timesteps."""
+    """Returns the largest relative difference between two roundings of one number; 0 for whole
+    numbers, None for dtypes that timesteps do not have."""
     if dtype.is_floating_point:
         return 2 * torch.finfo(dtype).eps if dtype.itemsize > 1 else None
     whole = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

@@ -1,7 +1,7 @@
-"""The state of generations: which step each call is, and what the slots hold.
+"""The state of generations: which step each call is, and which branch it belongs to.
 
-A :class:`Trajectory` is one generation at a time, and counts its steps; the calls of one name in
-it form a :class:`Branch`. There is one, or, where guidance makes two calls a step, one for each.
+A :class:`Trajectory` holds one generation at a time, and counts its steps. Its calls of one name
+form a :class:`Branch`: there is one, or, where guidance makes two calls a step, one for each.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ from pabc.runtime.where import Where
 from pabc.schedule import Schedule
 
 BranchKey = tuple[str | None, int]
-"""The name of a branch, and which of that name's calls within one step it is."""
-
-
+"""The name of a branch, and the index of its calls among those of that name in one step."""
 _Entered = tuple[tuple[object, object], ...]
 _TRAJECTORIES: ContextVar[_Entered] = ContextVar("trajectories", default=())
 _NAMES: ContextVar[_Entered] = ContextVar("names", default=())
@@ -69,16 +67,16 @@ class PlacedCall(NamedTuple):
 
 
 class Trajectory:
-    """The state of one generation at a time, apart from that of every other one.
+    """The state of one generation at a time, separate from that of all others.
 
-    `with trajectory: fast(...)` runs a step in it, in any thread; one step at a time. It may be
-    left and entered again between steps, so that many can be under way. Leaving it by an exception
-    abandons the generation: its slots are freed.
+    `with trajectory: fast(...)` runs a step in it, in any thread, one step at a time. It may be
+    left and entered again between steps, so that many generations can be under way. Leaving it by
+    an exception abandons the generation, and frees its slots.
 
-    The trajectory counts the steps, not its branches. A call under a name that was already called
-    in this step begins the next one; under another name it belongs to this one, unless its timestep
-    says otherwise. So a branch may begin late, pause or end early: it computes what it has not
-    stored. Where a generation begins, it does for all branches.
+    Steps are counted by the trajectory, for all branches. A call under a name that was already
+    called in this step begins the next step; one under another name belongs to this step, unless
+    its timestep says otherwise. So a branch may begin late, pause or end early: it computes what it
+    has not stored. A new generation begins for all branches at once.
     """
 
     def __init__(
@@ -104,7 +102,7 @@ class Trajectory:
         self._step = -1
         """The step of the last call; -1: the generation has not begun."""
         self._last: tuple[Branch, CandidateStep] | None = None
-        """The branch of the last call, and which step it was taken for, where that was counted."""
+        """The branch of the last call, with the step assumed until its timestep arrives."""
         self._stated_step: int | None = None
         self._calls: dict[str | None, CallOrder] = {}
         self._clock = Clock(known)
@@ -127,11 +125,11 @@ class Trajectory:
                 self._on_error(error)
 
     def at_step(self, step: int) -> None:
-        """States that the calls that follow are this step of the plan, until told otherwise.
+        """States that the calls that follow are this step of the plan, until the next statement.
 
-        Several calls under one name in one step are branches of their own, told apart by the
-        tensors that a branch is given at every step, or, where there are none, by order. What
-        :meth:`CompiledModel.cache_context` is told of the step is not looked at.
+        Several calls under one name in one step are separate branches, told apart by the tensors
+        that a branch is given at every step, or, if there are none, by order. What
+        :meth:`CompiledModel.cache_context` states of the step is ignored.
         Raises ValueError for a step below 0.
         """
         if step < 0:
@@ -147,7 +145,7 @@ class Trajectory:
                 branch.seek(step)
 
     def reset(self) -> None:
-        """Starts a new generation: the next call is step 0 and finds nothing kept."""
+        """Starts a new generation: the next call is step 0 and finds nothing stored."""
         with self._lock:
             for branch in self._branches.values():
                 branch.release()  # even if an exception's traceback holds the branch
@@ -159,7 +157,7 @@ class Trajectory:
 
     @property
     def step(self) -> int:
-        """The step that comes next, for branches that the last one had."""
+        """The step that comes next, for branches that took part in the last one."""
         if self._stated_step is not None:
             return self._stated_step
         following = self._following
@@ -172,9 +170,9 @@ class Trajectory:
         return sum(branch.slots.nbytes for branch in list(self._branches.values()))
 
     def running(self) -> _Running:
-        """Within it, one call is made; if it raises, the generation is abandoned.
+        """Returns the context of one call, which abandons the generation if the call raises.
 
-        Entering raises GuardError if a step is under way in another thread.
+        Entering it raises GuardError if a step is under way in another thread.
         """
         return _Running(self)
 
@@ -187,9 +185,12 @@ class Trajectory:
     ) -> PlacedCall:
         """Returns the branch of the call that is made now, at its step.
 
-        `default`: the schedule of a generation that begins, if the trajectory has none of its own;
-        `arguments`: as the user gave them, and flattened. Raises GuardError for a call that
-        contradicts what came before it.
+        Args:
+            default: the schedule of a generation that begins, if the trajectory has none.
+            arguments: as the caller passed them, without names.
+            structure, leaves: the arguments, flattened.
+
+        Raises: GuardError for a call that contradicts those before it.
         """
         if self._last is not None:
             self._settle()
@@ -262,7 +263,7 @@ class Trajectory:
         return PlacedCall(branch, schedule, verdict.may_reuse)
 
     def _settle(self) -> None:
-        """Puts right which step the last call was, if its timestep was on its way from a device."""
+        """Corrects which step the last call was, if its timestep had not yet arrived then."""
         assert self._last is not None
         (branch, taken), self._last = self._last, None
         verdict = self._clock.settle(branch.has_reused)
@@ -283,7 +284,7 @@ class Trajectory:
         branch.relabel(verdict.step.at)
 
     def _check_restart(self, found: CandidateStep, expected: Sequence[CandidateStep]) -> None:
-        """Raises GuardError where calls that turn out to be before the loop reused something."""
+        """Raises GuardError if calls that turn out to precede the loop have reused something."""
         if found not in expected and any(b.num_reused for b in self._branches.values()):
             raise GuardError(
                 f"expected step {expected[0].at}, found the timestep of step {found.at}: the "
@@ -293,7 +294,7 @@ class Trajectory:
             )
 
     def _begin(self, branch: Branch | None = None) -> None:
-        """Begins a generation for all branches: those of the one before, and this one."""
+        """Begins a generation for all branches of the last one, and for `branch`."""
         known = self._branches.items()
         self._branches = {key: b for key, b in known if b.last >= 0 or b is branch}
         for each in self._branches.values():
@@ -301,7 +302,7 @@ class Trajectory:
         self._step, self._following = -1, None
 
     def _move(self, branch: Branch, step: int) -> None:
-        """Puts the trajectory, and the branch of the call, at a step."""
+        """Moves the trajectory, and the branch of the call, to a step."""
         following = self._following
         assert following is not None
         if step != self._step and len(self._branches) > 1:
@@ -338,14 +339,14 @@ class Trajectory:
 
 
 _FIRST = CandidateStep(True, 0)
-"""That of a generation that begins."""
+"""The first step of a new generation."""
 
 
 @cache
 def _next_steps(at: int, num_steps: int, last: int) -> tuple[tuple[CandidateStep, ...], Verdict]:
-    """Which steps a call may be, the one that follows by counting first, and alone.
+    """Returns the steps that a call may be, the one by counting first, and that one as a verdict.
 
-    `at`: that of the call before, of so many; `last`: that of the one of the same name.
+    `at`: the step of the call before, of `num_steps`; `last`: that of the last call of this name.
     """
     if at < 0 or num_steps == 0:
         return (_FIRST,), Verdict(_FIRST)
@@ -362,7 +363,7 @@ _NOTHING: Mapping[str, Any] = {}
 
 
 class _Running:
-    """One call in a trajectory; see :meth:`Trajectory.running`."""
+    """The context of one call; see :meth:`Trajectory.running`."""
 
     __slots__ = ("_trajectory",)
 
@@ -391,11 +392,11 @@ class _Running:
 
 
 def current_trajectory(owner: object, default: Trajectory) -> Trajectory:
-    """The innermost trajectory of `owner` that this thread, or task, has entered."""
+    """Returns the innermost trajectory of `owner` that this thread, or task, has entered."""
     found = _innermost(_TRAJECTORIES, owner)
     return found if isinstance(found, Trajectory) else default
 
 
 def named_branch(owner: object, where: Where) -> AbstractContextManager[None]:
-    """Within it, calls of `owner` belong to the branch of this name, at the step that it says."""
+    """Returns a context in which calls of `owner` belong to the branch and step in `where`."""
     return _entered(_NAMES, owner, where)

@@ -1,4 +1,4 @@
-"""Where a loop is, as callers say around their calls: the protocol of diffusers' models."""
+"""What callers state about their loop around its calls: the protocol of diffusers' models."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from pabc.schedule import Schedule
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """The name of the calls within a context, and what is said of the loop.
+    """The name of the calls within a context, and what is stated of the loop.
 
     Attributes:
-        step: which step of the loop it is; None: counted.
-        num_steps: how many it has; None: not said.
-        said: its timestep or noise level, by the name under which it is given.
+        name: of the branch.
+        step: the step of the loop; None: it is counted.
+        num_steps: how many steps the loop has; None: not stated.
+        said: the timestep or noise level, by the name of the argument.
     """
 
     name: str
@@ -39,9 +40,9 @@ class Where:
         timestep: object = None,
         **others: object,
     ) -> Where:
-        """What `cache_context` is given; others than these say nothing of the loop.
+        """Returns what the arguments of `cache_context` state; `others` are ignored.
 
-        Raises TypeError, or ValueError, for a step that is no integer of 0 or more.
+        Raises TypeError or ValueError for a step that is no integer of 0 or more.
         """
         step = _as_integer("step_index", step_index)
         num_steps = _as_integer("num_inference_steps", num_inference_steps)
@@ -50,7 +51,7 @@ class Where:
         return cls(name, step, num_steps, said)
 
     def check(self, schedule: Schedule) -> None:
-        """Raises GuardError where the loop that is meant is not the schedule's."""
+        """Raises GuardError where what is stated contradicts the schedule."""
         timesteps = schedule.timesteps
         # Second-order schedulers list a timestep for each of the two calls that make a step.
         if self.num_steps not in (None, len(timesteps), len(set(timesteps))):
