@@ -43,7 +43,7 @@ examples:
 
 
 class UsageError(Exception):
-    """Something the user asked for that cannot be done; the message says what is allowed."""
+    """An error in what the user asked for; the message says what was expected and found."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -139,14 +139,14 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
         "--ranks",
         type=_parse_mesh,
         metavar="N",
-        help="divided among N processes, or BxN, none of which need be there: what each sends",
+        help="sharded over N processes, or BxN, none of which need exist: what each sends",
     )
     add("--stages", action="store_true", help="list the compiler's stages: nodes, seconds, bits")
     parser.set_defaults(run=run_explain)
 
 
 def run_demo(options: argparse.Namespace) -> None:
-    """`pabc demo`."""
+    """Runs `pabc demo`."""
     _check_extra()
     from pabc.demo import digits
     from pabc.demo.launch import check_mesh
@@ -174,7 +174,7 @@ def run_demo(options: argparse.Namespace) -> None:
 
 
 def run_explain(options: argparse.Namespace) -> None:
-    """`pabc explain`."""
+    """Runs `pabc explain`."""
     if options.target == EXAMPLE:
         _check_extra()
     model, args, kwargs = load_target(options.target, dict(options.input))
@@ -208,7 +208,7 @@ def run_explain(options: argparse.Namespace) -> None:
 def load_target(
     target: str, inputs: Mapping[str, str]
 ) -> tuple[nn.Module, Sequence[Any], Mapping[str, Any]]:
-    """Model, args and kwargs of `module:callable`; `inputs` are added to kwargs, unparsed.
+    """Returns model, args and kwargs of `module:callable`; parses `inputs` and adds them to kwargs.
 
     Raises UsageError where the target is not there, or returns something else.
     """
@@ -257,7 +257,7 @@ def _find_callable(target: str) -> Callable[[], Any]:
 
 
 def _parse_input(name: str, text: str, dtype: torch.dtype) -> Any:
-    """A tensor of zeros for `[2,4]` or `[2]:int64`, else a Python literal."""
+    """Returns a tensor of zeros for `[2,4]` or `[2]:int64`, else a Python literal."""
     shape, _, suffix = text.partition("]:") if text.startswith("[") else (text, "", "")
     try:
         value = ast.literal_eval(f"{shape}]" if suffix else shape)

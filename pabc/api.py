@@ -1,4 +1,4 @@
-"""What users call: :func:`compile`, :func:`explain` and :func:`load`."""
+"""The functions that users call: :func:`compile`, :func:`explain` and :func:`load`."""
 
 from __future__ import annotations
 
@@ -52,18 +52,19 @@ def compile(
     Args:
         model: the transformer, in eval mode; left as it is, its parameters shared.
         schedule: which kinds of region are reused at which steps.
-        backend: `"inductor"`; `"eager"`: the specialized graphs, not compiled further, the model's
-            own bits where nothing is reused; `"oracle"`: the guarded graph, unspecialized.
-        cut: what is kept of a region. `"attention"`: the last value before the timestep's gate;
+        backend: `"inductor"`; `"eager"`: runs the specialized graphs op by op, which gives the
+            model's own bits where nothing is reused; `"oracle"`: runs the guarded graph,
+            unspecialized.
+        cut: the value kept of a region. `"attention"`: the last one before the timestep's gate;
             `"branch"`: the value added to the residual stream.
         kinds: patterns of qualified module names (fnmatch) -> kind, where you know better.
-        latents: the name of the denoised input, where it is not the first that comes out again.
-        dynamic: one capture serves all sizes of the tensors for which the model does the same;
-            the plan's bytes are those of the call at hand. `backend="inductor"` still compiles per
-            size.
+        latents: the name of the denoised input, if it is not the first that comes out again.
+        dynamic: captures dynamic shapes: one capture serves all sizes of the inputs for which the
+            model does the same. The bytes in the plan are those of the call under way.
+            `backend="inductor"` still compiles for each shape.
         cache_dtype: the form in which slots hold floating-point values: `"keep"`, their own;
             `"bf16"`; `"fp8"`, e4m3 with a float32 scale for each token. Steps that compute a
-            region go on with its exact values.
+            region continue with its exact values.
         offload: `"cpu"`: slots of a model on a CUDA device lie in pinned host memory; each is
             copied to the device, beside the computation, shortly before it is used.
         memory_budget: bytes, as an integer or as text ("2GiB"), that the slots of one branch of a
@@ -72,31 +73,31 @@ def compile(
             branches.
         cudagraphs: on a CUDA device, each phase becomes a CUDA graph once it has run twice, so that
             small models do not wait for launches. Inputs are copied to where the graph reads them,
-            and outputs are copies. The memory of slots and phases is kept between generations, per
-            branch that is under way; weights that move are recorded anew.
+            and outputs are copies. The memory of slots and phases is kept between generations, for
+            each branch under way. Replacing a weight re-captures the CUDA graphs.
         kernels: Triton kernels in place of PyTorch's ops: `"auto"`, where a measured table says
             that they are faster on the device; `"off"`; `"force"`, wherever one computes the same
             (on a CPU their references run, or, with `TRITON_INTERPRET=1`, Triton's interpreter).
-        mesh: processes among which each call is divided: a
-            :class:`torch.distributed.device_mesh.DeviceMesh` of one dimension, which divides
-            tokens, or of two, of which the first divides the batch (the guidance branches that lie
-            in it, or videos) and the second tokens. Every rank makes the same calls, in the same
-            order, with the same, whole, inputs. What ranks send lies in the regions: a step that
-            reuses one sends nothing for it.
-        shard: with a mesh, which dimension of the latents is divided; by default, the token
+        mesh: processes that share the work of each call: a
+            :class:`torch.distributed.device_mesh.DeviceMesh` of one dimension, over which tokens
+            are sharded, or of two: the batch (guidance branches, or videos) is sharded over the
+            first, tokens over the second. Every rank makes the same calls, in the same order, with
+            the same, whole inputs. Collectives are part of regions: a step that reuses one makes
+            none for it.
+        shard: with a mesh, the dimension of the latents that is sharded; by default, the token
             dimension for which a rank sends the fewest bytes under the schedule with which a kind
             of call is first made (a schedule set later keeps it).
         output: with a mesh, `"full"`: every rank gets the whole of the model's outputs;
-            `"sharded"`: its positions of what is divided, the last ranks' padded so that all are as
-            large.
+            `"sharded"`: its own part of the sharded dimension, padded on the last ranks so that all
+            parts have one size.
         disable: names of stages to leave out, so that a fault can be bisected: none of `"hoist"`,
             `"repeats"`, `"encode"`, `"offload"`, `"formulas"`, `"onednn"`, `"lower"` and
             `"blocks"` is needed for results to be right (:mod:`pabc.pipeline`).
-        check_finite: a NaN or infinity that would be kept raises :class:`pabc.GuardError`; looking
-            for one waits for the device at each step that stores.
+        check_finite: raises :class:`pabc.GuardError` for a NaN or infinity that would be kept; the
+            check waits for the device at each step that stores.
         example_inputs: `(args, kwargs)` of a call: captures and compiles now, not when called.
-        inplace: as :meth:`torch.nn.Module.compile` does: the model stays what it is, and its own
-            call follows the schedule, until `undo()` of what is returned.
+        inplace: compiles in place, as :meth:`torch.nn.Module.compile` does: calls of the model
+            itself follow the schedule, until `undo()` of what is returned.
 
     Returns:
         A module with the model's own call signature and output type. The calls of one generation
@@ -160,12 +161,13 @@ def explain(
     shard: int | None = None,
     **kwargs: Any,
 ) -> Explanation:
-    """What :func:`compile` would find in `model` when called with these arguments.
+    """Returns what :func:`compile` would find in `model` when called with these arguments.
 
-    With a schedule, also what it would do at each step, and the memory that its slots take. Nothing
-    runs and nothing is compiled: the model and the arguments may lie on the meta device. `ranks`:
-    for each of so many processes, or of a mesh of two such sizes, none of which need be there;
-    `shard` as for :func:`compile`.
+    With a schedule, this includes what each step does, and the memory that slots take. Nothing runs
+    and nothing is compiled: the model and the arguments may be on the meta device.
+
+    `ranks` explains one of so many processes, or of a mesh of two such sizes, none of which need
+    exist. `shard` and the other options are those of :func:`compile`.
 
     Raises: ValueError as :func:`compile` does.
     """
@@ -211,10 +213,10 @@ def explain_call(
 
 
 def load(path: Path, model: nn.Module) -> CompiledModel:
-    """The compiled model that was saved, around `model`, whose weights it uses.
+    """Loads a compiled model that was saved; it uses `model` and its weights.
 
-    It is as if just compiled: what the file has no graph for is captured, and what it has no code
-    for is compiled, when it is called for.
+    It behaves like one just compiled: calls that the file has no graph for are captured, and phases
+    that it has no code for are compiled, when they are first needed.
 
     Raises: :class:`ArtifactError` if the file is damaged, or was made by other versions, on other
     hardware or for a model of another structure; FileNotFoundError. The file is data and machine

@@ -1,8 +1,8 @@
-"""Which slots a memory budget has room for: those that save the most work, together.
+"""Chooses the slots that a memory budget has room for: those that save the most work together.
 
-Slots are considered by the work that they save per byte, and taken while they fit; then others are
-tried in their place. What counts against the budget is the fullest step: slots whose lifetimes do
-not meet share the room. Everything is worked out in integers, so that all ranks come to the same.
+Slots are taken in the order of the work that they save per byte, while they fit; then others are
+tried in their place. The fullest step counts against the budget: slots whose lifetimes do not
+overlap share the room. All arithmetic is on integers, so that all ranks choose the same slots.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pabc.base.format import format_bytes, format_numbers
 from pabc.plan import Action, Plan
 
 MAX_CHOICES = 2000
-"""How many partial choices are looked at; with fewer in all, what is found is the best there is."""
+"""The most partial choices that are tried; if there are fewer, the result is optimal."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A plan that keeps within a budget, and the one that it was made from.
+    """A plan that fits a budget, and the one that it was made from.
 
     Attributes:
         plan: the slots of `kept` do what they did; the others are computed at every step.
@@ -45,7 +45,7 @@ class Fit:
         return tuple(j for j in _reused(self.full) if j not in self.kept)
 
     def __str__(self) -> str:
-        """Which slots are kept and which computed, and the figures by which that was decided."""
+        """Returns the kept and the computed slots, with the figures that decided it."""
         reused = _reused(self.full)
         total = sum(self.saved[j] for j in reused) or 1
         share = sum(self.saved[j] for j in self.kept) / total
@@ -75,7 +75,7 @@ class Fit:
 
 
 def fit_plan(plan: Plan, flops: Sequence[int], budget: int) -> Fit:
-    """The plan with as many of its slots as a budget has room for.
+    """Returns the plan with those of its slots that a budget has room for.
 
     Args:
         plan: what is to be reused if there is room.
@@ -104,7 +104,7 @@ def fit_plan(plan: Plan, flops: Sequence[int], budget: int) -> Fit:
 
 
 def choose_slots(plan: Plan, saved: Sequence[int], budget: int) -> tuple[int, ...]:
-    """The slots that save the most together, of those that the plan reuses, within a budget."""
+    """Returns the slots that save the most together within a budget, of those that are reused."""
     search = _Search(plan, saved, budget)
     search.descend((), np.zeros(len(search.alive), dtype=np.int64), 0)
     return tuple(
@@ -122,7 +122,7 @@ def _reused(plan: Plan) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class _Group:
-    """Slots that are as good as one another: of a size, alive at the same steps, saving as much."""
+    """Interchangeable slots: of one size, alive at the same steps, saving the same work."""
 
     slots: tuple[int, ...]
     nbytes: int
@@ -163,9 +163,9 @@ class _Search:
                 self.descend((*counts, count), later, total)
 
     def _bound(self, first: int, load: npt.NDArray[np.int64]) -> int:
-        """More than this cannot be saved by the groups from `first` on.
+        """Returns an upper bound of what the groups from `first` on can save.
 
-        Each step by itself allows what parts of slots could save, were they of use.
+        It is the least over the steps of what fractions of slots could save in the step's room.
         """
         return min(
             (self._bound_at(step, first, int(load[step])) for step in range(len(load))), default=0
@@ -184,7 +184,7 @@ class _Search:
 
 
 def _group(plan: Plan, saved: Sequence[int], alive: npt.NDArray[np.bool_]) -> tuple[_Group, ...]:
-    """Groups of the slots that are reused, by what they save per byte; the densest first."""
+    """Returns groups of the reused slots, those that save the most per byte first."""
     members: dict[tuple[int, int, bytes], list[int]] = {}
     for j in _reused(plan):
         # Of choices that save as many operations, the one with more slots: each saves a little.

@@ -1,4 +1,4 @@
-"""What processes that share a model send each other: which collectives, how many bytes, when."""
+"""Predicts what processes that share a model send: collectives, bytes, at which steps."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from pabc.plan import Plan
 
 @dataclass(frozen=True)
 class Communication:
-    """What each rank sends; printed with a plan, two lines and a row per kind of region.
+    """The collectives of each rank, as :class:`pabc.Explanation` prints them.
 
-    Nothing is sent before the first step: what is hoisted follows from no latents, so that every
-    rank computes it.
+    Nothing is sent before the first step: hoisted values do not depend on the latents, and every
+    rank computes them.
 
     Attributes:
-        sharded: what is divided, outermost first.
+        sharded: the sharded axes, outermost first.
         kinds: of each region, in the order of a plan's slots.
-        regions: the collectives of each: what a step that reuses it does without.
-        outside: those of every call.
-        gathered: names of the regions whose attention every rank computes as a whole.
+        regions: the collectives of each, which a step that reuses it does not make.
+        outside: the collectives outside of regions, which every call makes.
+        gathered: names of the regions whose attention every rank computes unsharded.
     """
 
     sharded: tuple[ShardedAxis, ...]
@@ -52,20 +52,20 @@ class Communication:
 
     @property
     def ranks(self) -> int:
-        """How many processes there are."""
+        """The number of processes."""
         return int(np.prod([each.ranks for each in self.sharded]))
 
     @property
     def per_call(self) -> tuple[Collective, ...]:
-        """Those of a step that computes everything, as a call without reuse does."""
+        """The collectives of a step that reuses nothing."""
         return (*(each for region in self.regions for each in region), *self.outside)
 
     def bytes_at(self, plan: Plan) -> npt.NDArray[np.int64]:
-        """Bytes that a rank sends at each step, int64 [num_steps]."""
+        """Returns the bytes that a rank sends at each step, int64 [num_steps]."""
         return self._at(plan, [_bytes(region) for region in self.regions], _bytes(self.outside))
 
     def calls_at(self, plan: Plan) -> npt.NDArray[np.int64]:
-        """Collectives of each step, int64 [num_steps]."""
+        """Returns the number of collectives of each step, int64 [num_steps]."""
         return self._at(plan, [len(region) for region in self.regions], len(self.outside))
 
     def _at(self, plan: Plan, each: Sequence[int], always: int) -> npt.NDArray[np.int64]:
@@ -73,11 +73,11 @@ class Communication:
         return computed @ np.array(each, dtype=np.int64) + always
 
     def lines(self, plan: Plan | None) -> list[str]:
-        """As :class:`pabc.explanation.Explanation` prints it."""
-        divided = ", ".join(f"{each.axis} among {each.ranks}" for each in self.sharded)
+        """Returns the lines that :class:`pabc.Explanation` prints."""
+        axes = ", ".join(f"{each.axis} among {each.ranks}" for each in self.sharded)
         every = self.per_call
         return [
-            f"ranks: {self.ranks}, {divided}; each sends {_format(len(every), _bytes(every))} at a"
+            f"ranks: {self.ranks}, {axes}; each sends {_format(len(every), _bytes(every))} at a"
             " step that computes everything:",
             *(f"  {row}" for row in self._rows()),
             *(f"  {name}: no rule for its ops; every rank computes it" for name in self.gathered),

@@ -1,4 +1,4 @@
-"""How much each region's output changes from one diffusion step to the next, measured."""
+"""Measures how much each region's output changes from one diffusion step to the next."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Differences:
         self._meter = _ChangeMeter()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """One diffusion step, with the model's own arguments and result.
+        """Runs one diffusion step, with the model's own arguments and result.
 
         Raises:
             ValueError: the inputs' shapes, dtypes or constants differ from those of the step
@@ -71,7 +71,7 @@ class Differences:
         self._meter = _ChangeMeter()
 
     def curves(self) -> dict[str, npt.NDArray[np.float64]]:
-        """Kind -> float64 [num_layers, num_steps - 1].
+        """Returns kind -> float64 [num_layers, num_steps - 1].
 
         Column i holds the differences between steps i and i + 1; rows are the regions of the kind
         in execution order. Raises `RuntimeError` before the second step.
@@ -89,7 +89,7 @@ class Differences:
         return {kind: np.stack(measured) for kind, measured in rows.items()}
 
     def _select(self, args: Any, kwargs: Any) -> tuple[Guarded, list[Any]]:
-        """The guarded graph for these arguments, captured if need be, and its flat inputs."""
+        """Returns the guarded graph for these arguments, and its flat inputs."""
         if self._model.training:
             raise RuntimeError(
                 "differences: expected a model in eval mode, found training mode; "
@@ -114,7 +114,7 @@ class Differences:
 
 
 class _ChangeMeter:
-    """Stands in for a trajectory: reuses nothing, compares what is offered with the step before."""
+    """The state of steps that reuse nothing, and compare each cut with that of the step before."""
 
     def __init__(self) -> None:
         self.steps = 0
@@ -131,7 +131,7 @@ class _ChangeMeter:
 
 
 def _mean_square(cuts: Cuts, before: Cuts) -> torch.Tensor:
-    """The mean over all elements of all cuts, on their device: it does not synchronize."""
+    """Returns the mean squared difference over all elements of all cuts, without synchronizing."""
     total = torch.stack(
         [(a.float() - b.float()).square().sum() for a, b in zip(cuts, before, strict=True)]
     )

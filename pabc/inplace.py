@@ -17,7 +17,7 @@ from pabc.wrapper import Wrapper
 
 
 class InPlace:
-    """What a module that was compiled in place is called through.
+    """The callable through which a module that was compiled in place is called.
 
     Several compiled models may be in one place, those of two pipelines that share a transformer,
     say: a call goes to the one that a trajectory was entered of, else to the last.
@@ -28,11 +28,11 @@ class InPlace:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        # A compiled model, in whose place another one is put, is called where it is meant.
+        # A compiled model that another one is installed in is still called within its trajectories.
         self._models: list[Any] = [module] if isinstance(module, Wrapper) else []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """A call of the module."""
+        """Calls the module."""
         model = self.current
         if model._modules["_orig_mod"] is self._module:
             return model.forward(*args, **kwargs)
@@ -40,12 +40,12 @@ class InPlace:
 
     @property
     def is_empty(self) -> bool:
-        """Whether the module's call is its own again."""
+        """True if no compiled model is installed any more."""
         return all(model is self._module for model in self._models)
 
     @property
     def current(self) -> Any:
-        """The compiled model that a call made here and now belongs to."""
+        """The compiled model that a call made here, in this thread or task, belongs to."""
         if len(self._models) > 1:
             for model in reversed(self._models):
                 if model.has_entered_trajectory:

@@ -28,7 +28,7 @@ DisabledStage = Literal[
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """What the user decides about a compiled model, besides its schedule.
+    """The options of a compiled model, besides its schedule.
 
     :meth:`of` takes options as users spell them; the constructor takes the fields as they are.
 
@@ -96,7 +96,7 @@ class Options:
                 raise ValueError(f"{name}: expected False with {reason}, found True")
 
     def _conflicts(self) -> Iterable[tuple[str, str, bool]]:
-        """Flags that another option rules out: name, the other option, both are given."""
+        """Returns flags with an option that rules them out, and whether both are given."""
         moves = f"offload={self.offload!r}, whose values move"
         return (
             ("dynamic", "a mesh", self.dynamic and self.sharding is not None),

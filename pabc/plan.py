@@ -1,8 +1,8 @@
-"""What to do at each diffusion step with each slot, how long values live, and which phases result.
+"""Plans: the action of each diffusion step on each slot, lifetimes of values, and phases.
 
-A plan is pure data: it is worked out once, before anything runs, from which steps reuse which slot.
-Everything else follows from that one boolean table (`Plan.from_reuse`), so two plans with the same
-timesteps, slots and table are the same plan.
+A plan is pure data, made before anything runs. All of it follows from one boolean table, which
+steps reuse which slots (`Plan.from_reuse`): plans with the same timesteps, slots and table are
+equal.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pabc.validate import JSON_VERSION, as_timesteps, check_fields, parse_docume
 
 
 class Action(enum.IntEnum):
-    """What one step does with one slot; the numbers are those of `Plan.actions`."""
+    """The action of one step on one slot; the numbers are those of `Plan.actions`."""
 
     COMPUTE = 0
     """Compute the region; no later step reads the value."""
@@ -107,7 +107,7 @@ class Plan:
     def from_reuse(
         cls, timesteps: Sequence[float], slots: Sequence[SlotSpec], reuse: npt.ArrayLike
     ) -> Plan:
-        """The plan in which step i reuses slot j where `reuse[i, j]`, and computes it elsewhere.
+        """Returns the plan in which step i reuses slot j where `reuse[i, j]`, else computes it.
 
         `reuse` is boolean [num_steps, num_slots]. Raises `ValueError` on a wrong shape, two slots
         of one name, or reuse at step 0.
@@ -137,8 +137,8 @@ class Plan:
     def until(self) -> npt.NDArray[np.int32]:
         """The last step that may read a value computed at a step: int32 [num_steps, num_slots].
 
-        That is where the reuse that follows the step ends; -1 where the next step computes anew.
-        It is also said of steps that reuse, for a value computed there because none was kept.
+        It is where the reuse that follows the step ends; -1 where the next step computes again.
+        Steps that reuse have one, too, for a value computed there because none was kept.
         """
         until = np.full((self.num_steps + 1, len(self.slots)), -1, dtype=np.int32)
         for step in range(self.num_steps - 2, -1, -1):
@@ -164,17 +164,17 @@ class Plan:
         return int(self.bytes_at.max())
 
     def reuse_fraction(self, kind: str | None = None) -> float:
-        """Share of (step, slot) pairs of a kind, or of all, that reuse; 0.0 without such a slot."""
+        """Returns the share of (step, slot) pairs, of a kind or all, that reuse; 0.0 without slots."""
         if kind is not None:
             check_kind(kind, "kind")
         columns = [j for j, slot in enumerate(self.slots) if kind in (None, slot.kind)]
         return float(self.reuse[:, columns].mean()) if columns else 0.0
 
     def digest(self) -> str:
-        """SHA-256, as hex, of timesteps, slots and actions.
+        """Returns the SHA-256, as hex, of timesteps, slots and actions.
 
-        Ranks compare it to make sure that they follow one plan. Bytes per slot are left out: ranks
-        may hold shards of unequal size.
+        Ranks compare it to make sure that they follow one plan. Bytes per slot are left out: shards
+        may have unequal sizes.
         """
         return self._digest
 
@@ -187,12 +187,12 @@ class Plan:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_json(self) -> str:
-        """The plan as JSON; `Plan.from_json` gives an equal plan back."""
+        """Returns the plan as JSON, from which `Plan.from_json` makes an equal one."""
         return json.dumps(self._content(), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """The plan that `to_json` wrote. Raises `ValueError` on anything else."""
+        """Returns the plan that `to_json` wrote. Raises `ValueError` on anything else."""
         content = parse_document(text, "plan", {"timesteps": list, "slots": list})
         timesteps, slots, columns = as_timesteps(content["timesteps"]), [], []
         for index, entry in enumerate(content["slots"]):
@@ -234,7 +234,7 @@ class Plan:
         return Plan.from_reuse, (self.timesteps, self.slots, self.reuse)
 
     def __str__(self) -> str:
-        """A table: a row per kind (or per group of its slots that act alike), a column per step.
+        """Returns a table: a row per kind (or group of slots that act alike), a column per step.
 
         `#` compute, `+` compute and store, `.` reuse; the last row gives each step's phase.
         """

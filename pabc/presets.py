@@ -25,38 +25,38 @@ MLP_SKIP_COUNT = 2
 
 
 def opensora12(timesteps: Iterable[float], *, mlp: bool = True) -> Schedule:
-    """Open-Sora 1.2; published for 30 steps of rectified flow."""
+    """Returns the schedule of Open-Sora 1.2, published for 30 steps of rectified flow."""
     steps = as_timesteps(timesteps)
     schedule = Schedule.pyramid(steps, spatial=2, temporal=4, cross=6, window=(450, 930))
     return _broadcast_mlp(schedule, (864, 788, 676), num_blocks=5) if mlp else schedule
 
 
 def opensora_plan11(timesteps: Iterable[float], *, mlp: bool = True) -> Schedule:
-    """Open-Sora-Plan 1.1; published for 150 steps."""
+    """Returns the schedule of Open-Sora-Plan 1.1, published for 150 steps."""
     steps = as_timesteps(timesteps)
     schedule = Schedule.pyramid(steps, spatial=2, temporal=4, cross=6, window=(100, 850))
     return _broadcast_mlp(schedule, range(738, 425, -24), num_blocks=7) if mlp else schedule
 
 
 def opensora_plan12(timesteps: Iterable[float], *, mlp: bool = True) -> Schedule:
-    """Open-Sora-Plan 1.2, with full 3D attention; no MLP broadcast was published."""
+    """Returns the schedule of Open-Sora-Plan 1.2 (full 3D attention), without MLP broadcast."""
     return Schedule.pyramid(timesteps, full=2, cross=6, window=(100, 850))
 
 
 def latte(timesteps: Iterable[float], *, mlp: bool = True) -> Schedule:
-    """Latte text-to-video; published for 50 steps."""
+    """Returns the schedule of Latte text-to-video, published for 50 steps."""
     steps = as_timesteps(timesteps)
     schedule = Schedule.pyramid(steps, spatial=2, temporal=3, cross=6, window=(100, 800))
     return _broadcast_mlp(schedule, (720, 640, 560, 480, 400), num_blocks=5) if mlp else schedule
 
 
 def cogvideox(timesteps: Iterable[float], *, mlp: bool = True) -> Schedule:
-    """CogVideoX, with joint attention; no MLP broadcast was published."""
+    """Returns the schedule of CogVideoX (joint attention), without MLP broadcast."""
     return Schedule.pyramid(timesteps, joint=2, window=(100, 850))
 
 
 def vchitect2(timesteps: Iterable[float], *, mlp: bool = True) -> Schedule:
-    """Vchitect 2.0; published for 100 steps, without MLP broadcast."""
+    """Returns the schedule of Vchitect 2.0, published for 100 steps, without MLP broadcast."""
     return Schedule.pyramid(timesteps, spatial=2, temporal=4, cross=6, window=(100, 800))
 
 
@@ -70,14 +70,14 @@ PRESETS: Mapping[str, Callable[..., Schedule]] = MappingProxyType(
 
 
 def get(name: str) -> Callable[..., Schedule]:
-    """The preset of that name. Raises `ValueError` on an unknown one."""
+    """Returns the preset of that name. Raises `ValueError` on an unknown one."""
     if name not in PRESETS:
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, found {name!r}")
     return PRESETS[name]
 
 
 def _broadcast_mlp(schedule: Schedule, keys: Sequence[float], *, num_blocks: int) -> Schedule:
-    """Reuse the MLPs of the first blocks after each key.
+    """Adds the reuse of the MLPs of the first blocks after each key.
 
     A block here is one spatial and then one temporal block, each with its MLP: blocks 0 to n - 1
     hold the MLPs 0 to 2n - 1 in execution order.

@@ -1,4 +1,4 @@
-"""What the user asks for: which kinds are reused at which diffusion steps.
+"""Schedules: the kinds that a user wants to be reused, at which diffusion steps.
 
 A `Schedule` is a boolean mask per kind over the steps that will really run (True: reuse), with
 overrides for single layers. `Schedule.plan` binds it to the slots of a compiled model.
@@ -61,7 +61,7 @@ class Override:
         object.__setattr__(self, "mask", as_mask(self.mask, "override mask"))
 
     def matches(self, slot: SlotSpec) -> bool:
-        """Whether this override applies to `slot`."""
+        """Returns whether this override applies to `slot`."""
         return (
             self.kind in (None, slot.kind)
             and (self.layers is None or slot.layer in self.layers)
@@ -76,7 +76,7 @@ class Override:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which kinds are reused at which steps. Immutable, hashable, picklable.
+    """The kinds that are reused at each step. Immutable, hashable, picklable.
 
     Attributes:
         timesteps: one per step, in the order in which they are run; any order, repeats allowed.
@@ -130,7 +130,7 @@ class Schedule:
         window: Window | Mapping[str, Window] | None = None,
         fraction: Window | None = None,
     ) -> Schedule:
-        """The Pyramid Attention Broadcast rule (arXiv 2408.12588).
+        """Returns the schedule of the Pyramid Attention Broadcast rule (arXiv 2408.12588).
 
         Step i computes a kind of range n when i is a multiple of n, counted from the first step of
         the generation, or when i lies outside the window; otherwise it reuses the last computed
@@ -180,12 +180,12 @@ class Schedule:
         overrides: Iterable[Override] = (),
         label: str = "masks",
     ) -> Schedule:
-        """A schedule from explicit masks: kind -> one bool per step, True where it reuses."""
+        """Returns a schedule from masks: kind -> one bool per step, True where it reuses."""
         return cls(as_timesteps(timesteps), masks, tuple(overrides), label)  # type: ignore[arg-type]
 
     @classmethod
     def none(cls, timesteps: Iterable[float]) -> Schedule:
-        """The schedule that reuses nothing."""
+        """Returns the schedule that reuses nothing."""
         return cls(as_timesteps(timesteps), label="none")
 
     @property
@@ -195,11 +195,11 @@ class Schedule:
 
     @property
     def reuses(self) -> bool:
-        """Whether it asks for any reuse."""
+        """True if any kind or override reuses."""
         return bool(self.masks) or any(any(override.mask) for override in self.overrides)
 
     def mask(self, kind: str) -> Mask:
-        """The mask of a kind, without overrides; all False if it is always computed."""
+        """Returns the mask of a kind, without overrides; all False if it is always computed."""
         check_kind(kind, "mask")
         return self.masks.get(kind, (False,) * self.num_steps)
 
@@ -214,7 +214,7 @@ class Schedule:
         fraction: Window | None = None,
         mask: Iterable[bool] | None = None,
     ) -> Schedule:
-        """A new schedule with a mask of their own for some slots; see `Override` for which.
+        """Returns a new schedule with another mask for some slots; see `Override` for which.
 
         Give either `mask`, or the range `every` (1: always computed) with an optional `window` or
         `fraction`, as in `pyramid`.
@@ -235,27 +235,27 @@ class Schedule:
         return Schedule(self.timesteps, self.masks, (*self.overrides, override), self.label)
 
     def mask_of(self, slot: SlotSpec) -> Mask:
-        """The mask that holds for one slot, overrides included."""
+        """Returns the mask of one slot, overrides included."""
         for override in reversed(self.overrides):
             if override.matches(slot):
                 return override.mask
         return self.mask(slot.kind)
 
     def unmatched(self, slots: Sequence[SlotSpec]) -> tuple[str, ...]:
-        """What this schedule asks for in vain: each kind and override that has none of `slots`."""
+        """Returns the kinds and overrides of this schedule that match none of `slots`."""
         kinds = {slot.kind for slot in slots}
         missing = [f"kind {kind!r}" for kind in self.masks if kind not in kinds]
         missing += [str(o) for o in self.overrides if not any(o.matches(slot) for slot in slots)]
         return tuple(missing)
 
     def plan(self, slots: Sequence[SlotSpec]) -> Plan:
-        """Bind this schedule to a model's slots: actions, sources, lifetimes, phases."""
+        """Binds this schedule to a model's slots: actions, sources, lifetimes, phases."""
         columns = [self.mask_of(slot) for slot in slots]
         reuse = np.array(columns, dtype=bool).reshape(len(columns), self.num_steps).T
         return Plan.from_reuse(self.timesteps, slots, reuse)
 
     def to_json(self) -> str:
-        """The schedule as JSON; `Schedule.from_json` gives an equal schedule back."""
+        """Returns the schedule as JSON, from which `Schedule.from_json` makes an equal one."""
         overrides = [
             {"kind": o.kind, "layers": o.layers, "name": o.name, "mask": _format_mask(o.mask)}
             for o in self.overrides
@@ -272,7 +272,7 @@ class Schedule:
 
     @classmethod
     def from_json(cls, text: str) -> Schedule:
-        """The schedule that `to_json` wrote. Raises `ValueError` on anything else."""
+        """Returns the schedule that `to_json` wrote. Raises `ValueError` on anything else."""
         fields = {"label": str, "timesteps": list, "masks": dict, "overrides": list}
         content = parse_document(text, "schedule", fields)
         masks = {
@@ -318,7 +318,7 @@ def _find_inside_per_kind(
 def _find_inside(
     timesteps: tuple[float, ...], window: Window | None, fraction: Window | None
 ) -> list[bool]:
-    """Per step, whether it lies in the window, or the fraction; all do where there is neither."""
+    """Returns for each step whether it lies in the window or fraction; all do if both are None."""
     if window is not None and fraction is not None:
         raise ValueError("window, fraction: expected one of them, found both")
     if fraction is not None:

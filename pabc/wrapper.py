@@ -22,7 +22,7 @@ class Wrapper(nn.Module):
         self._orig_mod = model
 
     def _begin_passing_on(self) -> None:
-        """From now on, attributes that this object does not have are set on the model."""
+        """Makes attributes that this object does not have be set on the model from now on."""
         vars(self)["_passes_on"] = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -41,12 +41,12 @@ class Wrapper(nn.Module):
             self._orig_mod.training = mode
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own state dict, keys unchanged."""
+        """Returns the model's own state dict, keys unchanged."""
         return self._orig_mod.state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Loads into the model: values copied in take effect at the next call, tensors that are
-        replaced (`assign=True`) at the next generation; neither recompiles."""
+        """Loads a state dict into the model. Copied values take effect at the next call, replaced
+        tensors (`assign=True`) at the next generation; neither recompiles."""
         return self._orig_mod.load_state_dict(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

@@ -52,7 +52,7 @@ def compile_pipeline(
             all whose name has "transformer" in it, as diffusers registers them.
         options: those of :func:`pabc.compile` but for `inplace`. Without any, a component that is a
             compiled model already (from :func:`pabc.compile` or :func:`pabc.load`) is used as it
-            is, and nothing of it is captured or compiled anew.
+            is, and nothing of it is recaptured or recompiled.
 
     Raises:
         TypeError, ValueError: no such component, a wrong schedule or option, a hook of another
@@ -101,7 +101,7 @@ class CompiledPipeline:
                 model.install(parts[name])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The pipeline's own call."""
+        """Calls the pipeline."""
         if self._leave is None:
             raise RuntimeError("expected a compiled pipeline, found one that was undone")
         self._observe()
@@ -131,13 +131,13 @@ class CompiledPipeline:
         self._default.abandon()
 
     def to(self, *args: Any, **kwargs: Any) -> CompiledPipeline:
-        """The pipeline's own: moves or casts its components."""
+        """Moves or casts the components, as the pipeline's own method does."""
         self.pipe.to(*args, **kwargs)
         return self
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """The pipeline's own, which looks at its components' classes: with the models in place of
-        compiled ones that were given to it."""
+        """Saves the pipeline. Meanwhile, components that were compiled models are replaced by their
+        models: the pipeline's own method looks at the classes of components."""
         given = {n: part for n, part in self._parts.items() if isinstance(part, CompiledModel)}
         for name, part in given.items():
             _replace(self.pipe, name, part._orig_mod)
@@ -170,17 +170,17 @@ class CompiledPipeline:
         self._generation().begin_call(model)
 
     def _take_turn(self) -> None:
-        """A loop is about to begin: where pipelines share a model, its calls are this one's."""
+        """Makes calls of models that pipelines share this pipeline's, since its loop begins."""
         for name, part in self._parts.items():
             prefer(self.models[name], part)
 
     def _generation(self) -> Generation:
-        """That of the call that this thread, or task, is in; else that of `pipe(...)`."""
+        """Returns the generation of the call in this thread, or task; else that of `pipe(...)`."""
         running = (generation for owner, generation in reversed(_RUNNING.get()) if owner is self)
         return next(running, self._default)
 
     def _observed(self) -> Any:
-        """The pipeline's scheduler; follows it if it was replaced."""
+        """Returns the pipeline's scheduler; follows it if it was replaced."""
         self._observe()
         return self._scheduler
 
@@ -198,7 +198,7 @@ _RUNNING: ContextVar[tuple[tuple[CompiledPipeline, Generation], ...]] = ContextV
 
 
 def _compiled(model: nn.Module, options: Mapping[str, Any]) -> CompiledModel:
-    """The model compiled; itself if it is already and no pipeline has it."""
+    """Returns the model compiled; itself if it is compiled and no pipeline uses it."""
     if isinstance(model, CompiledModel) and not options and not model.is_observed:
         return model
     check_place(model)
@@ -230,10 +230,10 @@ def _running(owner: CompiledPipeline, generation: Generation) -> Iterator[None]:
 
 
 def find_denoisers(pipe: Any, names: Iterable[str] | None = None) -> dict[str, nn.Module]:
-    """The modules of a pipeline that are called with the denoised latents, by name.
+    """Returns the modules of a pipeline that are called with the denoised latents, by name.
 
-    Those that are named, or all that it registered under a name with "transformer" in it: that is
-    how diffusers names them, `transformer`, `transformer_2`, `unconditional_transformer`.
+    They are those in `names`, or all that are registered under a name with "transformer" in it, as
+    diffusers names them: `transformer`, `transformer_2`, `unconditional_transformer`.
     """
     found = getattr(pipe, "components", None) or vars(pipe)
     modules = {name: part for name, part in found.items() if isinstance(part, nn.Module)}
@@ -253,7 +253,7 @@ def find_denoisers(pipe: Any, names: Iterable[str] | None = None) -> dict[str, n
 
 
 def _binder(source: ScheduleSource) -> Callable[[tuple[float, ...]], Schedule]:
-    """What gives the schedule for the timesteps that run, and makes sure that it is theirs."""
+    """Returns a function that makes, and checks, the schedule of the timesteps that run."""
     make = presets.get(source) if isinstance(source, str) else source
     if not isinstance(make, Schedule) and not callable(make):
         raise TypeError(

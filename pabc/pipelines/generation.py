@@ -1,4 +1,4 @@
-"""Where one run of a pipeline's denoising loop is, as its scheduler tells."""
+"""Follows one run of a pipeline's denoising loop through its scheduler."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Generation:
     def __init__(
         self, bind: Bind, scheduler: Callable[[], Any], announce: Callable[[], None] = lambda: None
     ) -> None:
-        """`announce`: called when a loop is about to begin."""
+        """`announce` is called when a loop is about to begin."""
         self._bind = bind
         self._scheduler = scheduler
         self._announce = announce
@@ -58,17 +58,17 @@ class Generation:
         self._clear()
 
     def timesteps_set(self) -> None:
-        """A new loop: nothing of the one before it is kept."""
+        """Ends the loop before; a new one is about to begin."""
         self.end()
         self._announce()
 
     def input_scaled(self, timestep: Any) -> None:
-        """Says at which step the loop begins, where the scheduler itself does not."""
+        """Notes the timestep at which the loop begins, if the scheduler does not tell."""
         if self._first is None:
             self._first = timestep
 
     def stepped(self, timestep: Any) -> None:
-        """The step is done: the next one begins."""
+        """Ends the step; the next one begins."""
         if self.schedule is None:
             return
         found = index_of(timestep, self._timesteps, self._start + self.step)
@@ -84,7 +84,7 @@ class Generation:
         self._calls.clear()
 
     def copy_stepped(self) -> None:
-        """A copy of the scheduler did a step."""
+        """Notes that a copy of the scheduler made a step."""
         self._copy_stepped = True
 
     def begin_call(self, model: CompiledModel) -> None:
@@ -167,7 +167,7 @@ class Generation:
         self.schedule = self._bind(as_timesteps(self._timesteps)[self._start :])
 
     def _begin_later(self, start: int) -> None:
-        """The first step was not that of the first timestep: binds the schedule to the rest."""
+        """Binds the schedule to the timesteps from `start` on, where the loop really began."""
         self._free()
         self._start = start
         self.schedule = self._bind(as_timesteps(self._timesteps)[start:])
@@ -196,7 +196,7 @@ class Generation:
 
 
 def computing_until(schedule: Schedule, step: int) -> Schedule:
-    """The schedule for a model whose first call is at `step`: nothing is reused up to there."""
+    """Returns the schedule of a model whose first call is at `step`, which reuses nothing."""
     if step == 0:
         return schedule
 

@@ -1,4 +1,4 @@
-"""What a diffusers scheduler is asked to do, told to those who follow it."""
+"""Observes the calls of a diffusers scheduler, for those who follow it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ _TOLERANCE = 1e-4
 
 
 class Follower(Protocol):
-    """Who follows a scheduler."""
+    """An observer of a scheduler's calls."""
 
     def timesteps_set(self) -> None:
-        """The steps of a new loop were set."""
+        """Is called when the steps of a new loop were set."""
 
     def input_scaled(self, timestep: Any) -> None:
-        """The model is about to be called at this timestep."""
+        """Is called before the model is called at this timestep."""
 
     def stepped(self, timestep: Any) -> None:
-        """The step of this timestep is done."""
+        """Is called after the step of this timestep."""
 
     def copy_stepped(self) -> None:
-        """A copy of the scheduler did a step."""
+        """Is called after a copy of the scheduler made a step."""
 
 
 def follow(scheduler: Any, current: Callable[[], Follower]) -> Callable[[], None]:
@@ -56,7 +56,7 @@ def follow(scheduler: Any, current: Callable[[], Follower]) -> Callable[[], None
 
 
 def index_of(timestep: Any, timesteps: Any, expected: int) -> int | None:
-    """Which of the timesteps this one is; None: cannot be told without waiting for a device.
+    """Returns which of the timesteps this one is; None if that would wait for a device.
 
     Where several are equal, as those of second-order schedulers are: the expected one, or the next.
     """
@@ -72,7 +72,7 @@ def index_of(timestep: Any, timesteps: Any, expected: int) -> int | None:
 
 
 def are_same(found: Sequence[float], expected: Sequence[float]) -> bool:
-    """Whether these are the same timesteps, up to how they are rounded."""
+    """Returns whether these are the same timesteps, up to rounding."""
     far = _TOLERANCE * max(map(abs, expected), default=0)
     return len(found) == len(expected) and all(
         abs(a - b) <= far for a, b in zip(found, expected, strict=True)
@@ -107,7 +107,7 @@ _TOLD: dict[str, _Tell] = {
 
 
 def _followers(scheduler: Any) -> _Followers | None:
-    """Who follows the scheduler; None: it is not wrapped."""
+    """Returns the followers of the scheduler; None if it is not wrapped."""
     wrapped = next((vars(scheduler)[name] for name in _TOLD if name in vars(scheduler)), None)
     return getattr(wrapped, "pabc_followers", None)
 

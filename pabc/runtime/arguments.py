@@ -31,14 +31,14 @@ class Arguments:
     """
 
     def __init__(self, signature: inspect.Signature, *, as_written: bool = False) -> None:
-        """`as_written`: every spelling is a call of its own."""
+        """`as_written`: keeps every spelling of a call apart."""
         self._signature = signature
         self._as_written = as_written
         self._known: dict[tuple[int, tuple[str, ...]], tuple[list[Any], Structure]] = {}
 
     @classmethod
     def of(cls, forward: Callable[..., Any]) -> Arguments:
-        """Those of a forward."""
+        """Returns the arguments of a forward."""
         return cls(inspect.signature(forward), as_written=sees_spelling(forward))
 
     def check(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -48,8 +48,11 @@ class Arguments:
     def bind(
         self, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The call in its one spelling, or as it is written. Raises TypeError as the model itself
-        would, but for calls that are taken as written: a decorator may take other arguments."""
+        """Returns the call in its one spelling, or, for `as_written`, as it is written.
+
+        Raises TypeError as the model itself would, except for calls taken as written: a decorator
+        may accept other arguments.
+        """
         if self._as_written:
             return tuple(args), in_order(self._signature, kwargs)
         return bind_arguments(self._signature, args, kwargs)
@@ -57,7 +60,7 @@ class Arguments:
     def flatten(
         self, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[list[Any], Structure]:
-        """The leaves and the structure of the call as :meth:`bind` gives it.
+        """Returns the leaves and the structure of the call that :meth:`bind` returns.
 
         Raises TypeError for arguments that the model does not take, and for those that can be
         neither inputs of a graph nor constants; see :func:`check_constants`.

@@ -1,4 +1,4 @@
-"""What runs around a captured forward, at each call: as :class:`torch.nn.Module` runs it."""
+"""Calls a captured forward within the hooks of its model, as :class:`torch.nn.Module` does."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class _Hooks:
         self._result: Any = None
 
     def call(self, forward: Forward, args: Any, kwargs: Any) -> Any:
-        """The result as hooks leave it. Where one raises, hooks that are always called are."""
+        """Returns the result that hooks leave; those with `always_call` run after an error, too."""
         try:
             args, kwargs = self._before(args, kwargs)
             self._result = _call_forward(self._model, forward, args, kwargs)
@@ -118,7 +118,7 @@ def _both(first: Mapping[int, Any], second: Mapping[int, Any]) -> Iterator[tuple
 
 
 def _call_forward(model: nn.Module, forward: Forward, args: Any, kwargs: Any) -> Any:
-    """The step within the hook of accelerate that replaced the model's forward, if there is one."""
+    """Calls `forward` within the hook of accelerate that replaced the model's, if there is one."""
     hook = hook_around(vars(model))
     if hook is None:
         return forward(*args, **kwargs)
@@ -129,7 +129,7 @@ def _call_forward(model: nn.Module, forward: Forward, args: Any, kwargs: Any) ->
 
 
 def _refuse_hooks_on_all_modules() -> None:
-    """PyTorch's own, such as those that count operations per module, observe alone: let be."""
+    """Raises ValueError for hooks on all modules, except PyTorch's own, which only observe."""
     for hook in (
         *torch_module._global_forward_pre_hooks.values(),
         *torch_module._global_forward_hooks.values(),

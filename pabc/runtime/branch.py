@@ -31,7 +31,7 @@ class ServedCall(NamedTuple):
     Attributes:
         inputs: the inputs of the program's graphs.
         binding: the schedule bound to the program's slots.
-        source: what the values that the call computes follow from.
+        source: what the values of the call are computed from.
         prologue: what computes the hoisted values.
         phases: what runs the steps of the plan.
     """
@@ -128,7 +128,7 @@ class Branch:
         clock: what checks the steps that are stated, where they are.
         slots: what is kept for later steps.
         hoisted: what the prologue computed.
-        source: what both follow from.
+        source: what both were computed from.
         num_reused: regions reused in this generation, one per slot and call.
         has_reused: whether the last call reused something.
         may_repeat: whether a step may be run again, and finds then what it found before.

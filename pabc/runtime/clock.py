@@ -36,14 +36,14 @@ class CandidateStep(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Which step a call is (None: no scheduled one), and whether that is sure enough to reuse."""
+    """The step that a call is (None: unscheduled), and whether that is sure enough to reuse."""
 
     step: CandidateStep | None
     may_reuse: bool = True
 
 
 class Expected(NamedTuple):
-    """What is known of a call before its timestep is read.
+    """The facts known of a call before its timestep is read.
 
     Attributes:
         timesteps: those of the schedule.

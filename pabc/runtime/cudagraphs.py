@@ -1,12 +1,12 @@
-"""Phases as CUDA graphs: memory at fixed addresses, and what was recorded on it.
+"""Records phases as CUDA graphs, on memory at fixed addresses.
 
-The kernels of a recorded phase are launched together, by no Python. What they read and write must
-lie where it lay when they were recorded. So each branch of a generation has a :class:`Workspace`:
-copies of the inputs and of the hoisted values, and a buffer per slot; the phases that compute a
-slot write its cuts there, those that reuse it read them there. When the branch is gone, the next
-one takes its workspace over, with all that was recorded.
+The kernels of a recorded phase are launched together, without Python. They read and write the
+addresses that they were recorded with. So each branch of a generation has a :class:`Workspace`: it
+holds copies of the inputs and of the hoisted values, and a buffer per slot, which the phases that
+compute the slot write and those that reuse it read. When a branch is collected, the next one takes
+over its workspace with all recordings.
 
-A phase runs as it is the first time, is recorded the second time, and replayed from then on.
+A phase runs directly the first time, is recorded the second time, and replayed from then on.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from pabc.runtime.slots import without_spare_memory
 from pabc.runtime.stats import Recorder
 
 DEVICE_TYPE = "cuda"
-"""Of the devices on which graphs are recorded."""
+"""The type of the devices on which graphs are recorded."""
 MAX_IDLE = 4
-"""How many workspaces a program keeps for branches to come."""
+"""The most workspaces that a program keeps for later branches."""
 
 
 class Tape:
-    """Records what runs on a CUDA device. What one tape has recorded shares memory: it must not
-    run at the same time."""
+    """Records what runs on a CUDA device. The recordings of one tape share memory, and must not run
+    at the same time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -46,7 +46,7 @@ class Tape:
     def record(
         self, run: Callable[[], list[torch.Tensor]]
     ) -> tuple[Callable[[], None], list[torch.Tensor]]:
-        """Runs nothing yet. Returns what will run it, and where the results will be."""
+        """Records `run` without running it. Returns what replays it, and the results' tensors."""
         graph = torch.cuda.CUDAGraph()
         with (
             torch.cuda.device(self._device),
@@ -56,7 +56,7 @@ class Tape:
         return graph.replay, results
 
     def follow(self) -> None:
-        """What is launched from now on, on this thread's stream, comes after what was before."""
+        """Orders what this thread's stream launches from now on after what was launched before."""
         stream = torch.cuda.current_stream(self._device)
         if self._stream is not None and self._stream != stream:
             stream.wait_stream(self._stream)
@@ -65,7 +65,7 @@ class Tape:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LinkedPiece:
-    """A piece of a phase, and its code, which takes its inputs in a list and empties it."""
+    """A piece of a phase, and its code, which takes a list of inputs and empties it."""
 
     piece: ChainPiece
     code: Callable[[list[Any]], list[torch.Tensor]]
@@ -73,15 +73,17 @@ class LinkedPiece:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Recordable:
-    """A phase in parts, for the steps that keep these slots.
+    """A phase in pieces, for the steps that keep certain slots.
+
+    Every value has a place: first come the weights, inputs, hoisted values and reused cuts, then
+    the results of each piece in turn.
 
     Attributes:
-        parts: called in turn.
-        weights: the model's tensors, as they are now; the first of all values, then come inputs,
-            hoisted values and reused cuts, then the parts' results.
-        outputs: the model's: where they are tensors, which of `tensors`.
-        tensors: the places of these among all values.
-        cuts: per slot that is kept, the places of its cuts.
+        parts: the pieces, in the order in which they run.
+        weights: the model's tensors, as they are now.
+        outputs: the model's outputs: a constant, or a `Place` among `tensors`.
+        tensors: the places of the outputs that are tensors.
+        cuts: slot -> the places of its cuts, for the slots that are kept.
     """
 
     parts: tuple[LinkedPiece, ...]
@@ -93,9 +95,10 @@ class Recordable:
 
 @dataclass(slots=True)
 class _Recording:
-    """A part that was recorded.
+    """A recorded piece.
 
-    `copies`: of the inputs that lie elsewhere at each call, by their index.
+    `copies`: index of an input whose address changes from call to call -> the memory that it is
+    copied to.
     """
 
     replay: Callable[[], None]
@@ -105,7 +108,7 @@ class _Recording:
 
 @dataclass(slots=True)
 class _Recorded:
-    """The parts of a phase that were recorded so far, with the weights at these addresses."""
+    """The recorded pieces of a phase, valid while the weights have these addresses."""
 
     addresses: list[int]
     parts: dict[LinkedPiece, _Recording]
@@ -114,41 +117,41 @@ class _Recorded:
 class Workspace:
     """Memory at fixed addresses, for one branch at a time, and the phases recorded on it.
 
-    `layout`: of the inputs, where the program leaves it open; strides follow from it.
+    `layout`: the inputs' shapes, where the program has dynamic shapes.
     """
 
     def __init__(self, device: torch.device, layout: InputShapes, recorder: Recorder) -> None:
         self.layout = layout
         self._tape = Tape(device)
         self._recorder = recorder
-        self._inputs: list[Any] = []  # as all below, made for what comes first, and kept
+        self._inputs: list[Any] = []  # allocated at the first step, as all below
         self._hoisted: tuple[torch.Tensor, ...] = ()
         self._slots: dict[int, tuple[torch.Tensor, ...]] = {}
         self._phases: dict[Recordable, _Recorded | None] = {}
 
     def take_inputs(self, inputs: Sequence[Any]) -> None:
-        """Begins a step: copies the inputs of the call to their addresses."""
+        """Starts a step: copies the inputs of the call to their addresses."""
         self._tape.follow()
         if not self._inputs:
-            self._inputs = [_place_for(x) if isinstance(x, torch.Tensor) else x for x in inputs]
+            self._inputs = [_allocate_like(x) if isinstance(x, torch.Tensor) else x for x in inputs]
         for place, given in zip(self._inputs, inputs, strict=True):
             if isinstance(given, torch.Tensor):
                 _copy(given, place)
 
     def take_hoisted(self, values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Hoisted values at their addresses; nothing is done for those that are there already."""
+        """Copies hoisted values to their addresses, unless they are there; returns them there."""
         if not self._hoisted:
-            self._hoisted = tuple(map(_place_for, values))
+            self._hoisted = tuple(map(_allocate_like, values))
         for place, given in zip(self._hoisted, values, strict=True):
             if given is not place:
                 _copy(given, place)
         return self._hoisted
 
     def run(self, phase: Recordable, reused: Sequence[int]) -> tuple[list[Any], list[torch.Tensor]]:
-        """Runs a phase on what was taken and the cuts of the slots that it reuses.
+        """Runs a phase on the inputs and hoisted values taken, and the cuts of reused slots.
 
-        Returns the model's outputs, which are the caller's, and the cuts that it gives out, which
-        are this workspace's, and are written over when the slots are computed again.
+        Returns the model's outputs, which the caller owns, and the kept cuts, which stay in this
+        workspace and are overwritten when their slots are computed again.
         """
         cuts = [cut for slot in reused for cut in self._slots[slot]]
         values = dict(enumerate([*phase.weights, *self._inputs, *self._hoisted, *cuts]))
@@ -166,7 +169,7 @@ class Workspace:
         return outputs, kept
 
     def _play(self, phase: Recordable, values: dict[int, Any]) -> None:
-        """Runs a phase, or records it and runs it, part by part."""
+        """Runs a phase piece by piece; records those pieces that are not recorded yet."""
         addresses = list(map(torch.Tensor.data_ptr, phase.weights))
         known = self._phases[phase]
         if known is None or known.addresses != addresses:
@@ -189,9 +192,9 @@ class Workspace:
     def _record(
         self, phase: Recordable, part: LinkedPiece, given: list[Any], moving: set[int]
     ) -> _Recording:
-        """Records a part that ends with copies of its cuts to the slots that keep them."""
+        """Records a piece, and the copies of its cuts to the buffers of their slots."""
         indices = [i for i, place in enumerate(part.piece.inputs) if place in moving]
-        copies = {i: _place_for(given[i]) for i in indices}
+        copies = {i: _allocate_like(given[i]) for i in indices}
         fixed = [copies.get(i, value) for i, value in enumerate(given)]
         buffers = {
             place: buffer
@@ -218,12 +221,12 @@ class Workspace:
         return _Recording(replay, copies, results)
 
     def _keep(self, phase: Recordable, values: Mapping[int, Any]) -> list[torch.Tensor]:
-        """The buffers of the slots that the step keeps, with their cuts in them."""
+        """Copies the kept cuts to the buffers of their slots; returns the buffers."""
         kept: list[torch.Tensor] = []
         for slot, places in phase.cuts.items():
             cuts = [values[place] for place in places]
             if slot not in self._slots:
-                self._slots[slot] = tuple(_place_for(without_spare_memory(cut)) for cut in cuts)
+                self._slots[slot] = tuple(_allocate_like(without_spare_memory(cut)) for cut in cuts)
             for cut, buffer in zip(cuts, self._slots[slot], strict=True):
                 if cut is not buffer:
                     _copy(cut, buffer)
@@ -232,7 +235,7 @@ class Workspace:
 
 
 class Workspaces:
-    """The workspaces of one program: each is a branch's as long as that lives, then idle."""
+    """The workspaces of one program: each belongs to a branch while that lives, then is idle."""
 
     def __init__(self, device: torch.device, recorder: Recorder) -> None:
         self._device = device
@@ -243,7 +246,7 @@ class Workspaces:
         self._owned: weakref.WeakKeyDictionary[object, Workspace] = weakref.WeakKeyDictionary()
 
     def of(self, branch: object, layout: InputShapes) -> Workspace:
-        """The branch's workspace for inputs of this layout."""
+        """Returns the branch's workspace for inputs of this layout."""
         with self._lock:
             known = self._owned.get(branch)
             if known is not None and known.layout == layout:
@@ -263,9 +266,9 @@ class Workspaces:
 
 
 def find_device(guarded: passes.Guarded) -> torch.device:
-    """The device on which all of a model's inputs lie, and all of its weights.
+    """Returns the device of all of a model's inputs and weights.
 
-    Raises: ValueError naming one that lies elsewhere.
+    Raises: ValueError naming one on another device.
     """
     names = guarded.captured.signature.inputs
     graph = guarded.graph
@@ -302,16 +305,16 @@ def _set(values: dict[int, Any], part: LinkedPiece, results: Sequence[torch.Tens
     values.update(zip(part.piece.results, results, strict=True))
 
 
-def _place_for(tensor: torch.Tensor) -> torch.Tensor:
-    """Memory for a tensor that is laid out like this one."""
-    with torch.inference_mode(False):  # else it could not be written to outside of that mode
+def _allocate_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Allocates a tensor with the shape, strides, dtype and device of this one."""
+    with torch.inference_mode(False):  # else it could not be written to without that mode
         return torch.empty_strided(
             tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
         )
 
 
 def _copy(tensor: torch.Tensor, place: torch.Tensor) -> None:
-    """Copies a tensor to a place of its layout, each element in memory once."""
+    """Copies a tensor to one with the same strides; expanded elements once."""
     once = [slice(None) if stride else slice(1) for stride in place.stride()]
     if any(stride == 0 for stride in place.stride()):
         tensor, place = tensor[tuple(once)], place[tuple(once)]

@@ -1,4 +1,4 @@
-"""What runs one step: a phase op by op, as linked blocks or as CUDA graphs, or the guarded graph.
+"""Runs one step: a phase op by op, as linked blocks or as CUDA graphs, or the guarded graph.
 
 An :class:`Executable` takes what it needs from a step (:class:`StepValues`) and leaves there the
 cuts that later steps read. A :class:`CompiledPhase` makes executables: one for each choice of the
@@ -38,7 +38,7 @@ class PhaseKey(NamedTuple):
 
 
 class StepValues(Protocol):
-    """What an executable reads from a step and writes to it."""
+    """The part of a step that executables read and write."""
 
     inputs: list[Any]
     reused: SlotIndices

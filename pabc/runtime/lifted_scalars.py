@@ -55,7 +55,7 @@ def without_sizes(key: CallKey) -> CallKey:
 
 
 class LiftedScalars:
-    """Which numbers are lifted, and which stay constants, for each structure of arguments."""
+    """The numbers that are lifted, and those that stay constants, per structure of arguments."""
 
     def __init__(self) -> None:
         self._values: dict[Structure, dict[int, tuple[Any, Any]]] = {}
@@ -113,8 +113,8 @@ class LiftedScalars:
 def changed_numbers(
     keys: Collection[CallKey], key: CallKey, leaves: Sequence[Any]
 ) -> dict[int, Any]:
-    """Positions of the numbers, where they alone tell `key` from an earlier call's, and what they
-    were then."""
+    """Returns the numbers that alone tell `key` from an earlier call's key: position -> its value
+    then. Empty if all earlier keys differ in something else, too."""
     for other in keys:
         if other[0] != key[0]:
             continue

@@ -37,7 +37,7 @@ from pabc.stages import StageRecord
 class Program:
     """Everything that follows from a model and the shapes of one call, whatever the schedule.
 
-    Not to be used by two threads at once but for :meth:`run`, whose caller holds no lock.
+    Not thread-safe; the steps that it serves may run at the same time.
 
     Attributes:
         guarded: the guarded, unspecialized graph; its first input is the state of a step.
@@ -91,7 +91,7 @@ class Program:
         recorder: Recorder | None = None,
         code: BlockCode | None = None,
     ) -> Program:
-        """The program for a call with these arguments, wherever in memory their elements lie."""
+        """Captures the model for a call with these arguments, whatever their strides are."""
         args, kwargs = without_overlaps(args, kwargs)
         prepared = _prepare_inductor(args, kwargs) if options.backend == "inductor" else None
         with compiling():
@@ -116,16 +116,16 @@ class Program:
         return self.bindings.slots
 
     def bind(self, schedule: Schedule, inputs: Sequence[Any] | None = None) -> Binding:
-        """The schedule bound to these slots, or to those of them that a memory budget allows.
+        """Returns the schedule bound to these slots, or to those that a memory budget has room for.
 
-        `inputs`: of the call whose sizes decide how many bytes a slot takes; by default, the one
-        that was captured. Raises ValueError if a budget allows no slot.
+        `inputs` decide how many bytes a slot takes; None: those of the capture. Raises ValueError
+        if the budget has room for no slot.
         """
         layout = () if inputs is None else self.phases.layout(inputs)
         return self.bindings.get(schedule, layout, inputs)
 
     def specialize(self, binding: Binding) -> tuple[GraphModule, ...]:
-        """One specialized module per phase, in the plan's order."""
+        """Returns one specialized module per phase, in the plan's order."""
         reused = [phase.reused for phase in binding.plan.phases]
         return tuple(self.phases.specialize(slots, binding.stored[slots]) for slots in reused)
 
@@ -143,7 +143,7 @@ class Program:
         return self.signature.out_spec.unflatten(outputs)
 
     def sample_values(self, inputs: Sequence[Any]) -> dict[str, str]:
-        """A hash of some values of the weights, and of each tensor among the inputs."""
+        """Returns hashes of some values of the weights, and of each tensor among the inputs."""
         pairs = zip(self.signature.inputs, inputs, strict=True)
         own = {f"values of {name}": hash_values([x], 1 << 14) for name, x in pairs
                if isinstance(x, torch.Tensor)}  # fmt: skip
@@ -169,17 +169,17 @@ class Program:
         self.phases.prepare(binding, inputs)
 
     def with_plain_weights(self) -> AbstractContextManager[object]:
-        """While active, weights are the tensors that the graphs were made for: their classes have
-        PyTorch's functions do nothing else."""
+        """Returns a context in which weights of tensor subclasses act as plain tensors, as they did
+        at capture."""
         return _AS_THEY_ARE if self._has_plain_weights else torch._C.DisableTorchFunctionSubclass()
 
     @property
     def calls_modules(self) -> bool:
-        """Whether the graphs call modules of the model."""
+        """True if the graphs call opaque modules or hooks of the model."""
         return bool(self.guarded.captured.calls)
 
     def share(self, watch: Watch) -> None:
-        """Looks at the model's Python state through `watch`, as other programs of the model do."""
+        """Compares the model's Python state through `watch`, which programs of the model share."""
         self._weights.share(watch)
 
     def state_difference(self, model: nn.Module) -> str | None:
@@ -188,13 +188,13 @@ class Program:
         return self._weights.state_difference(model)
 
     def has_its_tensors(self, model: nn.Module) -> bool:
-        """Whether the model still has the very tensors that the graphs read."""
+        """Returns whether the model still has the very tensors that the graphs read."""
         return self._weights.are_there(model)
 
     def keeps_up(self, model: nn.Module, at_start: bool) -> bool:
-        """Picks up tensors that were replaced in the model; False if the graphs no longer fit.
+        """Follows tensors that were replaced in the model; returns False if the graphs do not fit.
 
-        `at_start`: of a generation, when nothing that may have changed is left out.
+        `at_start`: whether a generation starts, when everything that may have changed is compared.
         """
         if not at_start and self._weights.is_current(model):
             return True
@@ -212,14 +212,14 @@ class _NothingKept:
     """The state of a step that reuses nothing and keeps nothing."""
 
     def read(self, slot: int) -> None:
-        """Nothing is kept."""
+        """Returns None: compute."""
 
     def write(self, slot: int, cuts: Cuts) -> None:
         """Drops the cuts."""
 
 
 def _prepare_inductor(*arguments: Any) -> Callable[[], None] | None:
-    """Begins what Inductor needs for calls on a CPU; returns what waits for it."""
+    """Starts what Inductor needs for calls on a CPU; returns a function that waits for it."""
     leaves = pytree.tree_leaves(arguments)
     if all(leaf.device.type == "cpu" for leaf in leaves if isinstance(leaf, torch.Tensor)):
         return passes.prepare_inductor()

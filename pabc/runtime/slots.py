@@ -1,4 +1,4 @@
-"""What the slots of a branch hold between steps."""
+"""The slots of a branch, and the values that they hold between steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pabc.runtime.stats import Recorder
 
 
 class FreshCuts(NamedTuple):
-    """What a step computed for a slot, and the last step that may read it."""
+    """Cuts that a step computed for a slot, and the last step that may read them."""
 
     slot: int
     cuts: Cuts
@@ -21,7 +21,7 @@ class FreshCuts(NamedTuple):
 
 
 class HeldCuts(NamedTuple):
-    """What a slot holds: the cuts, the step that computed them, the last that may read them."""
+    """The value of a slot: cuts, the step that computed them, the last that may read them."""
 
     cuts: Cuts
     step: int

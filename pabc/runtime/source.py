@@ -1,4 +1,4 @@
-"""What computed values follow from: a program, the sizes it was run with, the state of weights."""
+"""Tells values apart by what they were computed from: program, shapes, state of the weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pabc.runtime.weights import Weights
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What the values of a branch follow from; those of another source are not valid.
+    """A program, shapes and weights that values were computed from; others' values are not valid.
 
     Attributes:
         weights: the tensors that the program reads, which tell programs apart.

@@ -53,7 +53,7 @@ def _innermost(stack: ContextVar[_Entered], owner: object) -> object | None:
 
 
 class PlacedCall(NamedTuple):
-    """Which step a call is.
+    """A call with the step that it is.
 
     Attributes:
         branch: the branch that it belongs to, at its step.

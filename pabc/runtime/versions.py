@@ -1,4 +1,4 @@
-"""Which tensors, with which values, something was computed from."""
+"""Tells whether the tensors that something was computed from have changed since."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What callers state about their loop around its calls: the protocol of diffusers' models."""
+"""Reads what callers state of their loop around its calls, as diffusers' pipelines do."""
 
 from __future__ import annotations
 
