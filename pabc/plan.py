@@ -164,7 +164,7 @@ class Plan:
         return int(self.bytes_at.max())
 
     def reuse_fraction(self, kind: str | None = None) -> float:
-        """Returns the share of (step, slot) pairs, of a kind or all, that reuse; 0.0 without slots."""
+        """Returns the share of (step, slot) pairs of a kind, or of all, that reuse; 0.0 if none."""
         if kind is not None:
             check_kind(kind, "kind")
         columns = [j for j, slot in enumerate(self.slots) if kind in (None, slot.kind)]
