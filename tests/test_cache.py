@@ -3,10 +3,10 @@ import torch
 from graphs import assert_same_graph
 from models import MODELS, Case, OneBranch
 from phases import FakeTrajectory
-from stages import capture_call, regions_of, run_graph, run_to
+from stages import capture_call, facts_of, regions_of, run_graph, run_to
 from torch import nn
 
-from pabc.passes import cache_read, cache_write, compute_unless, verify_cache
+from pabc.passes import Regions, cache_read, cache_write, compute_unless, verify_cache
 
 FACTORIZED = next(case for case in MODELS if case.name == "Factorized")
 JOINT = next(case for case in MODELS if case.name == "JointText")
@@ -99,9 +99,9 @@ def test_a_graph_without_regions_only_gains_an_input():
 
 def test_verify_catches_a_region_without_a_write(captured):
     gm = run_to(captured(FACTORIZED)[1], "cache")
-    verify_cache(gm)
+    verify_cache(gm, facts_of(gm)[Regions])
     write = next(n for n in gm.graph.nodes if n.target is cache_write)
     write.replace_all_uses_with(write.args[3])
     gm.graph.erase_node(write)
     with pytest.raises(AssertionError, match="cache_write"):
-        verify_cache(gm)
+        verify_cache(gm, facts_of(gm)[Regions])

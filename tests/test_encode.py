@@ -27,8 +27,8 @@ from pabc.passes import (
     Regions,
     encode_cuts_pass,
 )
-from pabc.passes.cache import cache_read, decode_cached, encode_unless
 from pabc.passes.encode import decode, encode, form_of
+from pabc.passes.guard_ops import cache_read, decode_cached, encode_unless
 from pabc.runtime.bindings import slot_specs
 
 CASES = [c for c in MODELS if c.name in ("Factorized", "JointText", "Refined")]

@@ -19,7 +19,7 @@ from stages import (
 from pabc.passes import (
     offload_cuts_pass,
 )
-from pabc.passes.cache import cache_read, cache_write, fetch_cached, stash_unless
+from pabc.passes.guard_ops import cache_read, cache_write, fetch_cached, stash_unless
 from pabc.passes.transfers import fetch, stash
 
 CASES = [c for c in MODELS if c.name in ("Factorized", "JointText")]

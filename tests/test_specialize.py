@@ -5,9 +5,9 @@ import torch
 from graphs import assert_same_graph
 from models import MODELS, STYLES, Case, OneBranch
 from phases import FakeTrajectory, placeholders, specialize, store_all
-from stages import capture_call, prologue_of, regions_of, run_to, with_hoisted
+from stages import capture_call, facts_of, prologue_of, regions_of, run_to, with_hoisted
 
-from pabc.passes import tagged, verify_phase
+from pabc.passes import PhaseSlots, Regions, tagged, verify_phase
 from pabc.passes.ir import Reach, aten, output_node, user_inputs
 
 CASES = [c for c in MODELS if c.name in ("Factorized", "JointText", "Refined", "OneStream")]
@@ -35,7 +35,7 @@ def test_phases_equal_the_oracle(case: Case, captured):
         oracle = FakeTrajectory({slot: kept[slot] for slot in reused})
         phase = specialize(gm, reused=reused, stored=stored)
         phase.graph.lint()
-        verify_phase(phase, reused=reused)
+        verify_phase(phase, facts_of(phase)[Regions], facts_of(phase)[PhaseSlots])
         cuts = [cut for slot in sorted(reused) for cut in kept[slot]]
         with torch.no_grad():
             expected = gm(oracle, *with_hoisted(gm, call))
@@ -165,4 +165,4 @@ def test_slots_both_reused_and_stored_are_refused(captured):
 def test_verify_catches_a_reused_region_that_is_called(captured):
     phase = specialize(guard(FACTORIZED, captured), reused=(), stored=())
     with pytest.raises(AssertionError, match="spatial_0 is reused and still called"):
-        verify_phase(phase, reused=(0,))
+        verify_phase(phase, facts_of(phase)[Regions], PhaseSlots((0,), ()))
