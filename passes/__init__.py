@@ -10,7 +10,7 @@ from .blocks import split_blocks_pass, verify_blocks
 from .cache import insert_cache_pass, verify_cache
 from .canonicalize import canonicalize_pass
 from .capture import CONSTANTS, capture, find_tensor
-from .emit import Code, compile_blocks, example_inputs, prepare_inductor, run_blocks
+from .emit import CompiledBlock, compile_blocks, example_inputs, prepare_inductor, run_blocks
 from .encode import CacheDtype, encode_cuts_pass
 from .enlarge import enlarge_call
 from .facts import (
@@ -193,7 +193,7 @@ __all__ = [  # noqa: RUF022
     "tagged",
     "FlopCounter",
     # Code for graphs, made by Inductor.
-    "Code",
+    "CompiledBlock",
     "compile_blocks",
     "run_blocks",
     "example_inputs",

@@ -54,7 +54,7 @@ _CARRIERS = frozenset(
 
 
 @dataclass(frozen=True)
-class Chain:
+class AttentionChain:
     """An attention's last product, the factors of its sequences, and those of its other dimensions.
 
     `features`: those of the dimension that the scores, or the products of queries with keys and
@@ -74,7 +74,7 @@ class Chain:
     path: tuple[Node, ...]
 
 
-def find_chains(gm: GraphModule, reach: Reach) -> list[Chain]:
+def find_chains(gm: GraphModule, reach: Reach) -> list[AttentionChain]:
     """Every attention that is written out as products, in graph order."""
     products = {
         node: product
@@ -82,7 +82,7 @@ def find_chains(gm: GraphModule, reach: Reach) -> list[Chain]:
         if is_tensor(node) and (product := as_product(node)) is not None
         if sum(not is_weight(n) for n in product.operands) > 1
     }
-    chains: dict[Node, Chain] = {}
+    chains: dict[Node, AttentionChain] = {}
     for node, last in products.items():
         found = [
             chain
@@ -123,7 +123,7 @@ def _path(source: Node, sink: Node, carriers: set[Node], reach: Reach) -> list[N
     return list(reached)[1:]
 
 
-def _match(first: Product, last: Product, k: int, path: list[Node]) -> Chain | None:
+def _match(first: Product, last: Product, k: int, path: list[Node]) -> AttentionChain | None:
     """The attention whose operand `k` of the last product comes from the first, if it is one."""
     inner = last.contracted(k)
     traced = _trace(first, last.operands[k], path)
@@ -150,7 +150,7 @@ def _match(first: Product, last: Product, k: int, path: list[Node]) -> Chain | N
         return None
     tokens, features = (inner, (first, summed)) if mixing is last else (summed, (last, inner))
     query_dims, key_dims, outer = _tokens(last, mixing, tokens, queries)
-    chain = Chain(
+    chain = AttentionChain(
         last.node,
         *sources,
         query_dims,
@@ -165,7 +165,7 @@ def _match(first: Product, last: Product, k: int, path: list[Node]) -> Chain | N
     return chain if softmax or is_named(chain.query) else None
 
 
-def find_unclaimed_softmaxes(gm: GraphModule, chains: list[Chain]) -> list[Node]:
+def find_unclaimed_softmaxes(gm: GraphModule, chains: list[AttentionChain]) -> list[Node]:
     """Softmaxes over tokens of an input that take part in none of the attentions found."""
     claimed = {node for chain in chains for node in chain.path}
     products = {node for chain in chains for node in (chain.first, chain.node)}

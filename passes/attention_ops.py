@@ -21,12 +21,12 @@ from .ir import GETITEM, Dims, Factor, is_tensor, value
 from .provenance.factors import combine, length
 
 _SEQUENCE, _PACKED, _FEATURES, _OTHER = "smnl", "t", "dkc", "bhg"
-_LAYOUT = re.compile(rf"(\.\.\.)?[{_SEQUENCE}{_PACKED}{_FEATURES}{_OTHER}]+")
+_LAYOUT_PATTERN = re.compile(rf"(\.\.\.)?[{_SEQUENCE}{_PACKED}{_FEATURES}{_OTHER}]+")
 _FUNCTIONALIZED = ("auto_functionalized", "auto_functionalized_v2")
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class AttentionLayout:
     """One letter per dimension; `open_ended`: any number of batch-like dimensions before them."""
 
     letters: str
@@ -62,7 +62,7 @@ class AttentionOp:
     query: str | int
     key: str | int
     value: str | int
-    layouts: tuple[Layout, ...]
+    layouts: tuple[AttentionLayout, ...]
     output: str | int
     offsets: str = ""  # the argument that, where given, says that sequences are packed
 
@@ -78,7 +78,7 @@ class AttentionCall:
     query: Node
     key: Node
     value: Node
-    layout: Layout
+    layout: AttentionLayout
     output: int
     packed: bool
 
@@ -183,10 +183,10 @@ def _schema(op: Any) -> torch.FunctionSchema | None:
     return getattr(found, "_schema", None)
 
 
-def _parse(name: str, text: object) -> Layout:
+def _parse(name: str, text: object) -> AttentionLayout:
     letters = text.lower() if isinstance(text, str) else ""
-    if _LAYOUT.fullmatch(letters):
-        layout = Layout(letters.removeprefix("..."), letters.startswith("..."))
+    if _LAYOUT_PATTERN.fullmatch(letters):
+        layout = AttentionLayout(letters.removeprefix("..."), letters.startswith("..."))
         counts = [
             sum(c in group for c in layout.letters) for group in (_SEQUENCE + _PACKED, _FEATURES)
         ]

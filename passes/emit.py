@@ -18,33 +18,33 @@ from .ir import is_collective, is_effect, user_inputs
 from .onednn import lowering_onednn
 from .tracing.lean import without_garbage_collection
 
-Code = Callable[[list[Any]], Sequence[torch.Tensor]]
+CompiledBlock = Callable[[list[Any]], Sequence[torch.Tensor]]
 """Compiled code of a block: its inputs, in a list that it may empty -> its results."""
 
 
-def compile_blocks(blocks: Iterable[GraphModule]) -> list[Code]:
+def compile_blocks(blocks: Iterable[GraphModule]) -> list[CompiledBlock]:
     """Compiles blocks (:func:`split_blocks_pass`) with Inductor, one after the other.
 
     There is no Dynamo in between, hence no guard per call and no recompile: weights are inputs, and
     the caller checks shapes once a call. C++ compilers work on one block while the next is made.
     """
-    waiting = _Waiting()
+    pending = _PendingCompilers()
     with without_garbage_collection():
         code = []
         for block in blocks:
-            with waiting.put_off() if _is_on_cpu(block) else nullcontext():
+            with pending.put_off() if _is_on_cpu(block) else nullcontext():
                 run_as_it_is = any(map(is_effect, block.graph.nodes))  # to a compiler, dead code
                 code.append((_run_block if run_as_it_is else _compile_block)(block))
-        waiting.end()
+        pending.end()
     return code
 
 
-def run_blocks(blocks: Iterable[GraphModule]) -> list[Code]:
+def run_blocks(blocks: Iterable[GraphModule]) -> list[CompiledBlock]:
     """Blocks as they are: run op by op."""
     return [_run_block(block) for block in blocks]
 
 
-def _run_block(gm: GraphModule) -> Code:
+def _run_block(gm: GraphModule) -> CompiledBlock:
     def run(inputs: list[Any]) -> Sequence[torch.Tensor]:
         given = [*inputs]
         inputs.clear()
@@ -53,7 +53,7 @@ def _run_block(gm: GraphModule) -> Code:
     return run
 
 
-def _compile_block(gm: GraphModule) -> Code:
+def _compile_block(gm: GraphModule) -> CompiledBlock:
     from torch._inductor.compile_fx import compile_fx
 
     with torch.no_grad(), lowering_onednn(), _overlapping(gm):
@@ -88,7 +88,7 @@ def _is_on_cpu(block: GraphModule) -> bool:
     return all(x.device.type == "cpu" for x in inputs if isinstance(x, torch.Tensor))
 
 
-class _Waiting:
+class _PendingCompilers:
     """What Inductor waits for after each graph: the C++ compilers, in processes of their own."""
 
     def __init__(self) -> None:

@@ -76,7 +76,7 @@ def stash_unless(cached: Cuts | None, devices: tuple[torch.device | None, ...], 
     return tuple(stash(cut) if device is not None else cut for cut, device in pairs)
 
 
-Values: TypeAlias = "tuple[Node, ...] | Node"
+GuardResult: TypeAlias = "tuple[Node, ...] | Node"
 """What a guard op comes to: nodes, or the call that returns them."""
 
 
@@ -97,38 +97,44 @@ class Decisions:
             )
             for slot in sorted(reused)
         }
-        self._written: dict[int, Values] = {}
+        self._written: dict[int, GuardResult] = {}
 
     def written(self, slot: int) -> tuple[Node, ...]:
         """Returns what a slot is to hold."""
         return self._items(self._written[slot], len(self._regions[slot].kept))
 
-    def read(self, node: Node, state: None, slot: int) -> Values | None:
+    def read(self, node: Node, state: None, slot: int) -> GuardResult | None:
         """Returns the inputs that hold the slot's cuts if it is reused, else None."""
         held = self._held.get(slot, ())
         for tensor, val in zip(held, node.meta.get("val", ()), strict=False):
             tensor.meta["val"] = val
         return held or None
 
-    def fetch(self, node: Node, held: Values | None, devices: Devices) -> Values | None:
+    def fetch(self, node: Node, held: GuardResult | None, devices: Devices) -> GuardResult | None:
         """Fetches what is reused to its device."""
         return None if held is None else insert_fetches(self._graph, held, devices)
 
-    def decode(self, node: Node, held: Values | None, decoder: None) -> Values | None:
+    def decode(self, node: Node, held: GuardResult | None, decoder: None) -> GuardResult | None:
         """Decodes what is reused."""
         return None if held is None else self._call(node, held)
 
-    def compute(self, node: Node, held: Values | None, region: None, *inputs: Node) -> Values:
+    def compute(
+        self, node: Node, held: GuardResult | None, region: None, *inputs: Node
+    ) -> GuardResult:
         """Calls the region unless it is reused."""
         return self._call(node, inputs) if held is None else held
 
-    def encode(self, node: Node, held: Values | None, encoder: None, cuts: Values) -> Values:
+    def encode(
+        self, node: Node, held: GuardResult | None, encoder: None, cuts: GuardResult
+    ) -> GuardResult:
         """Encodes freshly computed cuts."""
         if held is not None:
             return held
         return self._call(node, self._items(cuts, len(self._region(node).cuts)))
 
-    def stash(self, node: Node, held: Values | None, devices: Devices, cuts: Values) -> Values:
+    def stash(
+        self, node: Node, held: GuardResult | None, devices: Devices, cuts: GuardResult
+    ) -> GuardResult:
         """Moves what a slot is to hold to host memory."""
         if held is not None:
             return held
@@ -136,8 +142,8 @@ class Decisions:
         return insert_stashes(self._graph, kept, devices)
 
     def write(
-        self, node: Node, state: None, slot: int, held: Values | None, cuts: Values
-    ) -> Values:
+        self, node: Node, state: None, slot: int, held: GuardResult | None, cuts: GuardResult
+    ) -> GuardResult:
         """Notes what the slot is to hold."""
         self._written[slot] = cuts
         return cuts
@@ -151,7 +157,7 @@ class Decisions:
         """The call of the module that is a guard's second operand."""
         return self._graph.call_module(str(node.args[1].target), tuple(inputs))
 
-    def _items(self, values: Values, num: int) -> tuple[Node, ...]:
+    def _items(self, values: GuardResult, num: int) -> tuple[Node, ...]:
         if isinstance(values, tuple):
             return values
         return tuple(self._graph.call_function(GETITEM, (values, i)) for i in range(num))
@@ -174,7 +180,7 @@ def insert_stashes(graph: Graph, cuts: Sequence[Node], devices: Devices) -> tupl
     )
 
 
-GUARD_OPS: Mapping[Callable[..., Any], Callable[..., Values | None]] = {
+GUARD_OPS: Mapping[Callable[..., Any], Callable[..., GuardResult | None]] = {
     cache_read: Decisions.read,
     fetch_cached: Decisions.fetch,
     decode_cached: Decisions.decode,

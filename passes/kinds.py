@@ -18,7 +18,7 @@ from .provenance.factors import is_named, length
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundAttention:
     """An attention's output node and the factors of its query and key sequence dimensions.
 
     `features` has those of the dimension that its scores sum over, `outer` those of the query's
@@ -47,7 +47,7 @@ class TokenAxes:
     space: tuple[Axis, ...]
 
 
-def find_token_axes(gm: GraphModule, found: list[Found], stream: str) -> TokenAxes:
+def find_token_axes(gm: GraphModule, found: list[FoundAttention], stream: str) -> TokenAxes:
     """A stream's axes that tokens are made of: all but the batch and the contracted channels.
 
     Of three such axes the first is time (B, C, T, H, W and B, T, C, H, W both occur); of two or one
@@ -75,7 +75,7 @@ def _dims_of(product: tuple[Factor, ...], source: str) -> set[int]:
     return {axis.dim for factor in product for axis in factor.axes() if axis.source == source}
 
 
-def name_kind(found: Found, streams: Sequence[TokenAxes]) -> str:
+def name_kind(found: FoundAttention, streams: Sequence[TokenAxes]) -> str:
     """The kind from the axes of Q and K alone.
 
     Raises: ValueError where Q or K is computed from what is denoised and its sequence has lost its
@@ -112,7 +112,7 @@ def name_kind(found: Found, streams: Sequence[TokenAxes]) -> str:
     return "full" if tokens.time in mixed else "spatial"
 
 
-def _is_one_of_many(found: Found, streams: Sequence[TokenAxes]) -> bool:
+def _is_one_of_many(found: FoundAttention, streams: Sequence[TokenAxes]) -> bool:
     """Whether every latent token is a query for itself, as where its neighbors are its keys."""
     if length(found.query) > 1 or any(factor.reason for factor in found.query):
         return False
@@ -122,7 +122,9 @@ def _is_one_of_many(found: Found, streams: Sequence[TokenAxes]) -> bool:
     return max(sizes, default=1) > 1
 
 
-def _known_token_axes(found: Found, product: tuple[Factor, ...], tokens: TokenAxes) -> set[Axis]:
+def _known_token_axes(
+    found: FoundAttention, product: tuple[Factor, ...], tokens: TokenAxes
+) -> set[Axis]:
     """A stream's axes of a sequence.
 
     A single position along an axis whose others lie in the batch is no part of the sequence.
@@ -132,7 +134,7 @@ def _known_token_axes(found: Found, product: tuple[Factor, ...], tokens: TokenAx
     return {axis for axis, size in sizes.items() if size > 1 or outer.get(axis, 1) == 1}
 
 
-def _check_other(found: Found, streams: Sequence[TokenAxes]) -> None:
+def _check_other(found: FoundAttention, streams: Sequence[TokenAxes]) -> None:
     """Raises unless the query is known to have no token of what is denoised: tokens of a condition,
     learned ones, a pooled one, or channels, where the scores sum over the tokens."""
     if not found.query_on_latents or any(_token_sizes(found.features, t) for t in streams):
@@ -145,7 +147,9 @@ def _check_other(found: Found, streams: Sequence[TokenAxes]) -> None:
         raise undecided(found, reason, possible)
 
 
-def _check_known(found: Found, product: tuple[Factor, ...], possible: Sequence[str]) -> None:
+def _check_known(
+    found: FoundAttention, product: tuple[Factor, ...], possible: Sequence[str]
+) -> None:
     """Raises where some op on the latents has lost the axes of a sequence."""
     if reason := next((factor.reason for factor in product if factor.reason), ""):
         raise undecided(found, reason, possible)
@@ -157,7 +161,7 @@ def _kinds_within(streams: Sequence[TokenAxes]) -> tuple[str, ...]:
     return ("spatial", "temporal", "full") if times else ("spatial", "full")
 
 
-def _kinds_of_lost_query(found: Found, streams: Sequence[TokenAxes]) -> tuple[str, ...]:
+def _kinds_of_lost_query(found: FoundAttention, streams: Sequence[TokenAxes]) -> tuple[str, ...]:
     if not found.key_on_latents:
         return ("cross", "other")
     keys = [tokens for tokens in streams if _known_token_axes(found, found.key, tokens)]
@@ -169,7 +173,7 @@ def _kinds_of_lost_query(found: Found, streams: Sequence[TokenAxes]) -> tuple[st
     return (*within, "joint", *(["cross"] if crosses else []), "other")
 
 
-def undecided(found: Found, reason: str, possible: Sequence[str]) -> ValueError:
+def undecided(found: FoundAttention, reason: str, possible: Sequence[str]) -> ValueError:
     """The error that asks for a kind: one of those that the attention may have."""
     path = module_path(found.node)
     name = f"{found.node.name} ({path})" if path else found.node.name
@@ -179,7 +183,7 @@ def undecided(found: Found, reason: str, possible: Sequence[str]) -> ValueError:
     )
 
 
-def name_in_kinds(found: Found) -> str:
+def name_in_kinds(found: FoundAttention) -> str:
     """What patterns of `kinds` match: an attention's module, or its op where that is the model."""
     return module_path(found.node) or found.node.name
 

@@ -24,7 +24,7 @@ from .tracing.sizes import hint
 
 
 @dataclass(frozen=True)
-class _Branch:
+class _MarkedBranch:
     """The nodes of one region, in graph order, and those of them that are its cuts."""
 
     kind: str
@@ -59,7 +59,7 @@ def verify_outline(gm: GraphModule, regions: Regions) -> None:
         assert node.meta["attention"].name not in inside, f"{node.name} is alive outside its region"
 
 
-def _collect(gm: GraphModule, marked: Marked) -> list[_Branch]:
+def _collect(gm: GraphModule, marked: Marked) -> list[_MarkedBranch]:
     nodes: dict[int, list[Node]] = {}
     for node in gm.graph.nodes:
         if "region" in node.meta:
@@ -67,11 +67,11 @@ def _collect(gm: GraphModule, marked: Marked) -> list[_Branch]:
     branches = []
     for i, (kind, attentions) in enumerate(marked.branches):
         cuts = sorted((n for n in nodes[i] if "cut" in n.meta), key=lambda n: n.meta["cut"])
-        branches.append(_Branch(kind, attentions, tuple(nodes[i]), tuple(cuts)))
+        branches.append(_MarkedBranch(kind, attentions, tuple(nodes[i]), tuple(cuts)))
     return branches
 
 
-def _outline(gm: GraphModule, branches: Sequence[_Branch]) -> tuple[GraphModule, Regions]:
+def _outline(gm: GraphModule, branches: Sequence[_MarkedBranch]) -> tuple[GraphModule, Regions]:
     owner = {node: branch for branch in branches for node in branch.nodes}
     counts: dict[str, int] = {}
     root: dict[str, object] = {}
@@ -79,7 +79,7 @@ def _outline(gm: GraphModule, branches: Sequence[_Branch]) -> tuple[GraphModule,
     graph = Graph()
     mapping: dict[Node, Node] = {}
     for item in _in_order(gm.graph, owner):
-        if not isinstance(item, _Branch):
+        if not isinstance(item, _MarkedBranch):
             copy_into(graph, [item], mapping)
             continue
         layer = counts[item.kind] = counts.get(item.kind, -1) + 1
@@ -98,13 +98,13 @@ def _outline(gm: GraphModule, branches: Sequence[_Branch]) -> tuple[GraphModule,
     return make_module(root, graph), Regions(tuple(regions))
 
 
-def _in_order(graph: Graph, owner: dict[Node, _Branch]) -> list[Node | _Branch]:
+def _in_order(graph: Graph, owner: dict[Node, _MarkedBranch]) -> list[Node | _MarkedBranch]:
     """Nodes and branches such that each follows its inputs; the graph's order where that does."""
-    order: list[Node | _Branch] = []
+    order: list[Node | _MarkedBranch] = []
     done: set[int] = set()
 
-    def visit(item: Node | _Branch) -> None:
-        stack: list[tuple[Node | _Branch, bool]] = [(item, False)]
+    def visit(item: Node | _MarkedBranch) -> None:
+        stack: list[tuple[Node | _MarkedBranch, bool]] = [(item, False)]
         while stack:
             current, expanded = stack.pop()
             if id(current) in done:
@@ -115,7 +115,9 @@ def _in_order(graph: Graph, owner: dict[Node, _Branch]) -> list[Node | _Branch]:
                 continue
             stack.append((current, True))
             inputs = (
-                _region_inputs(current) if isinstance(current, _Branch) else current.all_input_nodes
+                _region_inputs(current)
+                if isinstance(current, _MarkedBranch)
+                else current.all_input_nodes
             )
             stack.extend((owner.get(n, n), False) for n in reversed(inputs))
 
@@ -126,13 +128,13 @@ def _in_order(graph: Graph, owner: dict[Node, _Branch]) -> list[Node | _Branch]:
     return order
 
 
-def _region_inputs(branch: _Branch) -> list[Node]:
+def _region_inputs(branch: _MarkedBranch) -> list[Node]:
     inside = set(branch.nodes)
     inputs = [n for node in branch.nodes for n in node.all_input_nodes if n not in inside]
     return list(dict.fromkeys(inputs))
 
 
-def _body(gm: GraphModule, branch: _Branch) -> GraphModule:
+def _body(gm: GraphModule, branch: _MarkedBranch) -> GraphModule:
     graph = Graph()
     mapping: dict[Node, Node] = {}
     for node in _region_inputs(branch):
@@ -143,7 +145,7 @@ def _body(gm: GraphModule, branch: _Branch) -> GraphModule:
     return make_module(gm, graph)
 
 
-def _describe(branch: _Branch, layer: int) -> Region:
+def _describe(branch: _MarkedBranch, layer: int) -> Region:
     return Region(
         name=f"{branch.kind}_{layer}",
         kind=branch.kind,
@@ -156,7 +158,7 @@ def _describe(branch: _Branch, layer: int) -> Region:
     )
 
 
-def _common_path(branch: _Branch) -> str:
+def _common_path(branch: _MarkedBranch) -> str:
     """The innermost user module that holds the attentions, else the products; for messages."""
     attentions = [n for n in branch.nodes if "attention" in n.meta]
     anchors = attentions or [n for n in branch.nodes if is_contraction(n)]

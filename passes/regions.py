@@ -29,7 +29,7 @@ Cut = Literal["attention", "branch"]
 
 
 @dataclass(frozen=True)
-class _Branch:
+class _ResidualBranch:
     """What becomes one region: its kind, its cut nodes, the attentions that go with it.
 
     `adds` are the residual adds within it, which belong to it rather than to the stream.
@@ -115,10 +115,10 @@ def _find_attention_branches(
     groups: Mapping[tuple[Node, ...], Sequence[Node]],
     residuals: Sequence[Residual],
     cut: Cut,
-) -> tuple[list[_Branch], list[str]]:
+) -> tuple[list[_ResidualBranch], list[str]]:
     """Branches for all attentions on the latents, and a line for each that none can hold."""
     by_add = {r.add: r for r in residuals}
-    branches: list[_Branch] = []
+    branches: list[_ResidualBranch] = []
     outside: list[str] = []
     for exits, group in groups.items():
         branch = None
@@ -147,7 +147,7 @@ def _cut_at(
     attentions: Sequence[Node],
     cut: Cut,
     residuals: Sequence[Residual],
-) -> _Branch | None:
+) -> _ResidualBranch | None:
     """The branch with its cuts before the residual adds, or None where they would not free it."""
     mask = reach.mask(attentions)
     cuts = []
@@ -156,7 +156,7 @@ def _cut_at(
         if end is None:
             return None
         cuts.append(end if cut == "branch" else _before_gate(reach, end, mask))
-    branch = _Branch(attentions[0].meta["attention"].kind, tuple(cuts), tuple(attentions))
+    branch = _ResidualBranch(attentions[0].meta["attention"].kind, tuple(cuts), tuple(attentions))
     ((_, nodes),) = _own(reach, [branch], residuals)
     return branch if set(attentions) <= set(nodes) else None
 
@@ -196,7 +196,7 @@ def _before_gate(reach: Reach, node: Node, mask: int) -> Node:
     return best
 
 
-def _cut_raw(attention: Node) -> _Branch | None:
+def _cut_raw(attention: Node) -> _ResidualBranch | None:
     """The attention's own output as the cut, where no residual add can serve."""
     node = attention_result(attention)
     if node is None:
@@ -205,7 +205,7 @@ def _cut_raw(attention: Node) -> _Branch | None:
         node = next(iter(node.users))
     if attention not in dead_without([node]):
         return None
-    return _Branch(attention.meta["attention"].kind, (node,), (attention,))
+    return _ResidualBranch(attention.meta["attention"].kind, (node,), (attention,))
 
 
 def _find_mlp_branches(
@@ -213,9 +213,9 @@ def _find_mlp_branches(
     reach: Reach,
     residuals: Sequence[Residual],
     shares: Sequence[Residual],
-    attention_branches: Sequence[_Branch],
+    attention_branches: Sequence[_ResidualBranch],
     cut: Cut,
-) -> list[_Branch]:
+) -> list[_ResidualBranch]:
     """Residual branches with two products, one after the other, and without attention.
 
     Several exits of the same products join. A single product is no MLP: a convolution for
@@ -235,7 +235,7 @@ def _find_mlp_branches(
             and _on_streams(residual.add, streams)
         ):
             groups.setdefault(products, []).append(residual)
-    branches: list[_Branch] = []
+    branches: list[_ResidualBranch] = []
     for shared, group in groups.items():
         if any(shared > other for other in groups):
             continue
@@ -244,7 +244,7 @@ def _find_mlp_branches(
             _before_gate(reach, r.branch, mask) if cut == "attention" else r.branch for r in group
         )
         adds = {n for r in group for n in reach.between(r.stream, r.branch)}
-        branch = _Branch("mlp", cuts, adds=frozenset(adds & {r.add for r in residuals}))
+        branch = _ResidualBranch("mlp", cuts, adds=frozenset(adds & {r.add for r in residuals}))
         ((_, nodes),) = _own(reach, [branch], residuals)
         if shared <= set(nodes):
             branches.append(branch)
@@ -265,10 +265,10 @@ def _is_deep(reach: Reach, products: Collection[Node]) -> bool:
 
 def _split_around_others(
     reach: Reach,
-    branches: Sequence[_Branch],
+    branches: Sequence[_ResidualBranch],
     residuals: Sequence[Residual],
     outside: list[str],
-) -> list[_Branch]:
+) -> list[_ResidualBranch]:
     """Replaces each branch that something leaves and enters again, such as one within another.
 
     No call could give that branch's cuts at once: its attentions are cut at their own outputs.
@@ -296,8 +296,8 @@ def _is_convex(reach: Reach, nodes: Sequence[Node]) -> bool:
 
 
 def _own(
-    reach: Reach, branches: Sequence[_Branch], residuals: Sequence[Residual]
-) -> list[tuple[_Branch, tuple[Node, ...]]]:
+    reach: Reach, branches: Sequence[_ResidualBranch], residuals: Sequence[Residual]
+) -> list[tuple[_ResidualBranch, tuple[Node, ...]]]:
     """The nodes that only a branch's cuts need, back to the stream or another branch's cut.
 
     Residual adds that nothing else needs stay outside: they belong to the stream, and dead code

@@ -58,7 +58,7 @@ def keep_unrepeated_pass(
     known = find_copies(prologue.graph.graph)
     found = {}
     for i, (output, node) in enumerate(_hoisted(gm, prologue)):
-        layout = _Layout.of(output, known[output])
+        layout = _RepeatedLayout.of(output, known[output])
         region = _reading_region(node)
         if layout is not None and region is not None:
             found[i] = _Kept(node, layout, region)
@@ -89,7 +89,7 @@ def _reading_region(node: Node) -> int | None:
 
 
 @dataclass(frozen=True)
-class _Layout:
+class _RepeatedLayout:
     """How a value with copies lies in memory.
 
     Attributes:
@@ -105,7 +105,7 @@ class _Layout:
     copies: tuple[int, ...]
 
     @classmethod
-    def of(cls, node: Node, dims: Copies) -> _Layout | None:
+    def of(cls, node: Node, dims: Copies) -> _RepeatedLayout | None:
         """None where there are no copies, or not each in memory of its own without gaps."""
         factors = [factor for product in dims for factor in product]
         strides = [
@@ -149,7 +149,7 @@ class _Kept:
     """An input that takes a hoisted value with copies, and the region that reads it."""
 
     node: Node
-    layout: _Layout
+    layout: _RepeatedLayout
     region: int
 
     def read(self, graph: Graph, kept: Node) -> Node:
@@ -168,7 +168,7 @@ def _call(graph: Graph, target: Any, source: Node, *args: Any, **kwargs: Any) ->
     return node
 
 
-def _with_keeps(prologue: GraphModule, layouts: Mapping[int, _Layout]) -> GraphModule:
+def _with_keeps(prologue: GraphModule, layouts: Mapping[int, _RepeatedLayout]) -> GraphModule:
     graph = Graph()
     mapping: dict[Node, Node] = {}
     outputs: Sequence[Node] = output_node(prologue.graph).args[0]

@@ -18,13 +18,13 @@ from pabc.base.kinds import KINDS
 
 from .facts import Denoised
 from .ir import Axis, Factor, user_inputs, value
-from .kinds import Found, TokenAxes, find_token_axes, name_kind, undecided
+from .kinds import FoundAttention, TokenAxes, find_token_axes, name_kind, undecided
 from .provenance.factors import is_join, is_named, length
 
 Dimension = tuple[Factor, ...]
 
 
-def find_single_axes(gm: GraphModule, denoised: Denoised, found: list[Found]) -> list[int]:
+def find_single_axes(gm: GraphModule, denoised: Denoised, found: list[FoundAttention]) -> list[int]:
     """The dimensions of the latents that may be token axes of one position, or the channels.
 
     None where all but the batch and the channels have several positions.
@@ -34,7 +34,7 @@ def find_single_axes(gm: GraphModule, denoised: Denoised, found: list[Found]) ->
     return single if len(single) > 1 else []
 
 
-def hinges_on_single_axes(found: Found, latents: str) -> bool:
+def hinges_on_single_axes(found: FoundAttention, latents: str) -> bool:
     """Whether the kind depends on where an axis of one position of the latents lies.
 
     It does for self-attention alone, and not for that of another input's tokens.
@@ -58,7 +58,7 @@ class SingleAxes:
     choices: list[tuple[list[Axis], list[TokenAxes]]]
 
     @classmethod
-    def of(cls, gm: GraphModule, denoised: Denoised, found: list[Found]) -> SingleAxes:
+    def of(cls, gm: GraphModule, denoised: Denoised, found: list[FoundAttention]) -> SingleAxes:
         """Returns the axes of one position of a graph with these attentions."""
         latents = denoised.latents
         shape, positions = _latent_positions(gm, latents, found)
@@ -72,7 +72,7 @@ class SingleAxes:
             choices.append((tokens, _find_streams(gm, denoised, seen)))
         return cls(latents, _find_streams(gm, denoised, found), choices if open_axes else [])
 
-    def name_kind(self, found: Found) -> str:
+    def name_kind(self, found: FoundAttention) -> str:
         """The kind of an attention, if it is the same wherever these axes lie.
 
         Raises: ValueError where it is not, or as :func:`pabc.passes.kinds.name_kind` does.
@@ -91,7 +91,9 @@ class SingleAxes:
             [kind for kind in KINDS if kind in kinds],
         )
 
-    def _placements(self, found: Found) -> Iterator[tuple[Found, list[TokenAxes]]]:
+    def _placements(
+        self, found: FoundAttention
+    ) -> Iterator[tuple[FoundAttention, list[TokenAxes]]]:
         """The attention with each axis in its sequence or outside of it.
 
         Not with none where it has one: then it would mix nothing.
@@ -107,18 +109,20 @@ class SingleAxes:
                     yield placed, streams
 
 
-def _find_streams(gm: GraphModule, denoised: Denoised, found: list[Found]) -> list[TokenAxes]:
+def _find_streams(
+    gm: GraphModule, denoised: Denoised, found: list[FoundAttention]
+) -> list[TokenAxes]:
     streams = dict.fromkeys(denoised.streams.values())  # the latents first
     return [find_token_axes(gm, found, name) for name in streams]
 
 
 def _place(
-    found: Found,
+    found: FoundAttention,
     axes: Iterable[Axis],
     *,
     inside: Sequence[Axis] = (),
     outside: Sequence[Axis] = (),
-) -> Found:
+) -> FoundAttention:
     """The attention as if axes had several positions: in the sequence, outside of it, or gone."""
     gone = set(axes)
     query, key, outer = (_without(p, gone) for p in (found.query, found.key, found.outer))
@@ -136,7 +140,7 @@ def _without(dimension: Dimension, axes: set[Axis]) -> Dimension:
 
 
 def _latent_positions(
-    gm: GraphModule, latents: str, found: list[Found]
+    gm: GraphModule, latents: str, found: list[FoundAttention]
 ) -> tuple[torch.Size, dict[int, int]]:
     """Returns the latents' shape, and per dimension the positions along it in the attentions."""
     shape = next(value(n).shape for n in user_inputs(gm.graph) if n.name == latents)

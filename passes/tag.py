@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from pabc.base.kinds import KINDS
 
-from .attention_chains import Chain, find_chains, find_unclaimed_softmaxes
+from .attention_chains import AttentionChain, find_chains, find_unclaimed_softmaxes
 from .attention_ops import attention_call, is_attention_op
 from .facts import Denoised, Enlarged, Tagged
 from .ir import (
@@ -22,7 +22,7 @@ from .ir import (
     module_path,
     user_inputs,
 )
-from .kinds import Found, name_in_kinds
+from .kinds import FoundAttention, name_in_kinds
 from .single_axes import SingleAxes
 
 
@@ -76,15 +76,15 @@ def tag_attention_pass(
     return gm, Tagged(unclaimed)
 
 
-def stated_by(found: Found, kinds: Mapping[str, str]) -> str | None:
+def stated_by(found: FoundAttention, kinds: Mapping[str, str]) -> str | None:
     """The first pattern that matches an attention's module."""
     path = name_in_kinds(found)
     return next((pattern for pattern in kinds if fnmatchcase(path, pattern)), None)
 
 
 def _find_in_larger(
-    gm: GraphModule, denoised: Denoised, found: list[Found], enlarged: Enlarged
-) -> tuple[GraphModule, Denoised, list[Found]]:
+    gm: GraphModule, denoised: Denoised, found: list[FoundAttention], enlarged: Enlarged
+) -> tuple[GraphModule, Denoised, list[FoundAttention]]:
     """Returns the graph that tells the kinds, its denoised inputs and its attentions.
 
     It is the graph of a larger call if it has the same attentions: as many, of the same modules, by
@@ -97,7 +97,7 @@ def _find_in_larger(
     return gm, denoised, found
 
 
-def _identity(found: Found) -> tuple[str, object]:
+def _identity(found: FoundAttention) -> tuple[str, object]:
     return module_path(found.node), found.node.target
 
 
@@ -136,17 +136,17 @@ def _is_graph(value: object) -> bool:
     return isinstance(value, GraphModule)
 
 
-def find_attentions(gm: GraphModule, denoised: Denoised) -> list[Found]:
+def find_attentions(gm: GraphModule, denoised: Denoised) -> list[FoundAttention]:
     """Returns fused attention ops, and those written out as products, in graph order."""
     return _find(gm, denoised)[0]
 
 
-def _find(gm: GraphModule, denoised: Denoised) -> tuple[list[Found], list[Chain]]:
+def _find(gm: GraphModule, denoised: Denoised) -> tuple[list[FoundAttention], list[AttentionChain]]:
     reach = Reach(gm.graph)
     chains = find_chains(gm, reach)
     latents = reach.mask(n for n in user_inputs(gm.graph) if n.name in denoised.streams)
     written = [
-        Found(
+        FoundAttention(
             chain.node,
             chain.query,
             chain.key,
@@ -163,12 +163,12 @@ def _find(gm: GraphModule, denoised: Denoised) -> tuple[list[Found], list[Chain]
     return sorted(found, key=lambda f: reach.index[f.node]), chains
 
 
-def _describe_fused(node: Node, reach: Reach, latents: int) -> Found:
+def _describe_fused(node: Node, reach: Reach, latents: int) -> FoundAttention:
     call = attention_call(node)
     query: Dims = call.query.meta["axes"]
     features = len(query) + call.layout.features
     inner = {len(query) + call.layout.sequence, features}
-    return Found(
+    return FoundAttention(
         node,
         query=query[call.layout.sequence],
         key=call.key.meta["axes"][call.layout.sequence],

@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from pabc.kernels import register_all
 from pabc.passes import (
-    Code,
+    CompiledBlock,
     copy_into,
     example_inputs,
     lowering_onednn,
@@ -56,7 +56,7 @@ def compile_code(block: GraphModule) -> bytes:
         return path.read_bytes()
 
 
-def load_code(data: bytes, used: Sequence[int], device: torch.device) -> Code:
+def load_code(data: bytes, used: Sequence[int], device: torch.device) -> CompiledBlock:
     """Code that :func:`compile_code` made; `used`: :func:`used_inputs` of its graph."""
     if _CALLS_KERNELS in data:
         register_all()

@@ -85,7 +85,9 @@ class BlockChain:
         blocks = tuple(split.by_name[name] for name in names)
         return cls(len(inputs), tuple(calls), outputs), blocks
 
-    def link(self, code: Sequence[passes.Code]) -> Callable[[list[Any]], list[torch.Tensor]]:
+    def link(
+        self, code: Sequence[passes.CompiledBlock]
+    ) -> Callable[[list[Any]], list[torch.Tensor]]:
         """Returns a function from a list of the inputs, which it empties, to the outputs.
 
         A value is released before the last call that takes it, or at once if there is none.
@@ -142,7 +144,7 @@ class BlockCode:
     """The code of each distinct block, compiled once."""
 
     def __init__(self) -> None:
-        self._code: dict[Hashable, passes.Code] = {}
+        self._code: dict[Hashable, passes.CompiledBlock] = {}
 
     def __len__(self) -> int:
         return len(self._code)
@@ -161,6 +163,6 @@ class BlockCode:
         code = (passes.run_blocks if op_by_op else passes.compile_blocks)(find_fresh())
         self._code.update(zip(fresh, code, strict=True))
 
-    def get(self, block: passes.Block) -> passes.Code:
+    def get(self, block: passes.Block) -> passes.CompiledBlock:
         """Returns the code of a block."""
         return self._code[block.key]

@@ -197,7 +197,7 @@ class PhaseChain(CompiledPhase):
     """
 
     lowered: LoweredPhase
-    code: Sequence[passes.Code]
+    code: Sequence[passes.CompiledBlock]
     weights: list[torch.Tensor]
     workspaces: Workspaces | None = None
     unrecordable: frozenset[int] = frozenset()

@@ -209,7 +209,9 @@ class Phases:
         slots = passes.PhaseSlots(reused, stored)
         return trace_phase(self._guarded, self._options, slots)
 
-    def add_code(self, phase: PhaseKey, lowered: LoweredPhase, code: Sequence[passes.Code]) -> None:
+    def add_code(
+        self, phase: PhaseKey, lowered: LoweredPhase, code: Sequence[passes.CompiledBlock]
+    ) -> None:
         """Takes code for the blocks of a phase that were compiled elsewhere."""
         reused, stored = phase
         compiled = self._linkable(stored, lowered, code)
@@ -225,7 +227,7 @@ class Phases:
         ]
 
     def _linkable(
-        self, stored: SlotIndices, lowered: LoweredPhase, code: Sequence[passes.Code]
+        self, stored: SlotIndices, lowered: LoweredPhase, code: Sequence[passes.CompiledBlock]
     ) -> PhaseChain:
         """Returns a phase of compiled code, given the weights as they are now."""
         unrecordable = frozenset(
