@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from pabc import passes
-from pabc.artifact.files import Path, read_artifact
+from pabc.artifact.files import FilePath, read_artifact
 from pabc.base.arguments import bind_call
 from pabc.base.forward import inner_forward
 from pabc.compiled import CompiledModel
@@ -212,7 +212,7 @@ def explain_call(
     return replace(found, plan=bound_to.plan, fit=bound_to.fit, unmatched=unmatched)
 
 
-def load(path: Path, model: nn.Module) -> CompiledModel:
+def load(path: FilePath, model: nn.Module) -> CompiledModel:
     """Loads a compiled model that was saved; it uses `model` and its weights.
 
     It behaves like one just compiled: calls that the file has no graph for are captured, and phases

@@ -224,7 +224,7 @@ def test_nan_stays_nan() -> None:
 
 @pytest.mark.parametrize("value", [object(), lambda: 0, torch.zeros(1), {1, 2}, nn.Linear])
 def test_what_is_no_data_is_refused(value: Any) -> None:
-    with pytest.raises(ArtifactError, match="cannot be saved"):
+    with pytest.raises(ArtifactError, match="expected data that can be saved, found"):
         encode(value)
 
 

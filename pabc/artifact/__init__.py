@@ -1,1 +1,1 @@
-"""Compiled models in files: :meth:`pabc.CompiledModel.save` and :func:`pabc.load`."""
+"""Saves compiled models to files, and loads them: `CompiledModel.save` and :func:`pabc.load`."""

@@ -1,4 +1,4 @@
-"""A guarded graph and what is known of it, as JSON: each fact field by field."""
+"""Writes a guarded graph and its facts as JSON, each fact field by field; reads them again."""
 
 from __future__ import annotations
 
@@ -25,22 +25,24 @@ from pabc.passes import (
 )
 
 _HOLDERS = {c.__name__: c for c in (Captured, Guarded, PrologueGraph)}
-"""Facts with fields that are more than values."""
+"""Facts that contain graphs, or other facts that do."""
 _REBUILT = ("calls", "modules")
-"""Fields of :class:`Captured` that are made anew for the model at hand."""
+"""Fields of :class:`Captured` that are not saved, but rebuilt for the model that is loaded into."""
 _CALL = ("path", "reason", "num_attentions", "call", "layouts", "results", "keeps")
-"""What is saved of an :class:`OpaqueCall`."""
+"""The saved fields of an :class:`OpaqueCall`."""
 
 
 def write_guarded(guarded: Guarded) -> tuple[Json, bytes]:
-    """Returns all that :func:`read_guarded` needs, and the bytes of the graphs' constants.
+    """Returns the guarded graph as JSON for :func:`read_guarded`, and the bytes of its constants.
 
-    Raises: :class:`ArtifactError` naming what cannot be saved.
+    Raises: :class:`ArtifactError` naming the node or value that cannot be saved.
     """
     calls = guarded.captured.calls
     for call in calls:
         if isinstance(call, HookCall):
-            raise ArtifactError(f"{call.path}: expected no hooks that keep something; remove it")
+            raise ArtifactError(
+                f"{call.path}: expected no hooks with side effects, found one; remove it"
+            )
     tensors = TensorWriter()
     content = {
         "calls": [{name: encode(getattr(call, name)) for name in _CALL} for call in calls],
@@ -71,14 +73,14 @@ def read_guarded(content: Json, constants: bytes, model: nn.Module) -> Guarded:
     for call in calls:
         call.register()
     graphs = GraphReader(model, read_tensors(content["constants"], constants), calls)
-    guarded = _Reader(model, calls, graphs).read(content["guarded"])
+    guarded = _GuardedReader(model, calls, graphs).read(content["guarded"])
     if not isinstance(guarded, Guarded):
-        raise ArtifactError(f"expected a guarded graph, found {type(guarded).__name__}")
+        raise ArtifactError(f"artifact: expected a guarded graph, found {type(guarded).__name__}")
     return guarded
 
 
-class _Reader:
-    """Reads facts for a model."""
+class _GuardedReader:
+    """Reads a guarded graph for a model."""
 
     def __init__(self, model: nn.Module, calls: Sequence[OpaqueCall], graphs: GraphReader) -> None:
         self._model, self._calls, self._graphs = model, tuple(calls), graphs
@@ -88,18 +90,18 @@ class _Reader:
         ((tag, inner),) = content.items()
         if tag == "fact":
             name, parts = inner
-            found = {field: self.read(part) for field, part in parts.items()}
-            return _HOLDERS[name](**found, **self._rebuild(name, found))
+            values = {field: self.read(part) for field, part in parts.items()}
+            return _HOLDERS[name](**values, **self._rebuild(name, values))
         if tag == "graph":
             return self._graphs.read(inner)
         if tag == "reads":
             return read_reads(inner, self._graphs)
         return decode(inner)
 
-    def _rebuild(self, name: str, found: dict[str, Any]) -> dict[str, Any]:
-        """Returns the fields of a fact that were not written."""
+    def _rebuild(self, name: str, values: dict[str, Any]) -> dict[str, Any]:
+        """Returns the fields of a fact that are not saved; `values` are the saved ones."""
         if name != Captured.__name__:
             return {}
         paths = {call.path for call in self._calls}
-        modules = ModelState.of(self._model, paths, found["written"])
+        modules = ModelState.of(self._model, paths, values["written"])
         return {"calls": self._calls, "modules": modules}

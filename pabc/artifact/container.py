@@ -1,8 +1,8 @@
-"""The file of an artifact: named members, and a checksum over all of it.
+"""Writes and reads the file of an artifact: named members, and a checksum over all of them.
 
-It is a zip file whose comment is the SHA-256 of every byte before the comment. A file that was cut
-short, or of which a bit has changed, is found out before anything in it is read. The checksum is
-there for damage, not for forgery: an artifact holds machine code, as a shared library does.
+It is a zip file whose comment is the SHA-256 of every byte before the comment. A truncated or
+corrupted file is rejected before any member is read. The checksum protects against damage, not
+against forgery: an artifact contains machine code, as a shared library does.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pathlib import Path
 from pabc.artifact.errors import ArtifactError
 
 _DIGEST = hashlib.sha256().digest_size * 2
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # equal members make equal files
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # one date for all members: files with equal members are equal
 
 
 def write_container(path: str | os.PathLike[str], members: Mapping[str, bytes]) -> None:
-    """Writes the file whole or not at all: whoever dies in between leaves what was there before."""
+    """Writes the file atomically: an interrupted write leaves a previous file as it was."""
     target = Path(path)
     content = _pack(members)
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
@@ -31,7 +31,7 @@ def write_container(path: str | os.PathLike[str], members: Mapping[str, bytes]) 
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())  # mkstemp's own is for the owner alone
+        os.chmod(name, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
         os.replace(name, target)
     except BaseException:
         Path(name).unlink(missing_ok=True)
@@ -40,9 +40,9 @@ def write_container(path: str | os.PathLike[str], members: Mapping[str, bytes]) 
 
 
 def read_container(path: str | os.PathLike[str]) -> dict[str, bytes]:
-    """The members of a file that :func:`write_container` wrote.
+    """Returns the members of a file that :func:`write_container` wrote.
 
-    Raises: :class:`ArtifactError` if the file is damaged, or no artifact; FileNotFoundError.
+    Raises: :class:`ArtifactError` if the file is damaged or is not an artifact; FileNotFoundError.
     """
     content = Path(path).read_bytes()
     body, digest = content[:-_DIGEST], content[-_DIGEST:]
@@ -50,8 +50,8 @@ def read_container(path: str | os.PathLike[str]) -> dict[str, bytes]:
         raise ArtifactError(f"{path}: expected an artifact of pabc, found another kind of file")
     if hashlib.sha256(body).hexdigest().encode() != digest:
         raise ArtifactError(
-            f"{path}: the checksum differs; the file ({len(content)} bytes) is damaged or cut"
-            " short: save it again"
+            f"{path}: expected a file that matches its checksum, found one ({len(content)} bytes)"
+            " that is damaged or cut short; save it again"
         )
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         return {name: archive.read(name) for name in archive.namelist()}
@@ -76,7 +76,7 @@ def _umask() -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes the new name last through a loss of power, where the system lets a folder be opened."""
+    """Flushes the folder's entries to disk, if the system can open folders (Windows cannot)."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:

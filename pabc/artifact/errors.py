@@ -1,7 +1,7 @@
-"""The one error of artifacts."""
+"""The error that saving and loading raise."""
 
 from __future__ import annotations
 
 
 class ArtifactError(ValueError):
-    """A model cannot be saved, or an artifact is damaged or made for something else."""
+    """A model cannot be saved, or a file is damaged, or does not fit the model or machine."""

@@ -1,4 +1,4 @@
-"""Writes a compiled model to a file, and reads it for a model of the same structure."""
+"""Writes a compiled model to a file, and reads it into a model of the same structure."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from pabc.artifact.container import read_container, write_container
-from pabc.artifact.errors import ArtifactError
-from pabc.artifact.facts import (
-    check_table,
+from pabc.artifact.compatibility import (
+    check_description,
     describe_hardware,
     describe_model,
     describe_versions,
 )
+from pabc.artifact.container import read_container, write_container
+from pabc.artifact.errors import ArtifactError
 from pabc.artifact.programs import read_key, read_program, write_key, write_program
 from pabc.artifact.values import Json, decode, encode
 from pabc.options import Options
@@ -29,32 +29,39 @@ from pabc.runtime.stats import Recorder
 from pabc.schedule import Schedule
 
 FORMAT = 2
-Path = str | os.PathLike[str]
+FilePath = str | os.PathLike[str]
 
 
 def write_artifact(
-    path: Path,
+    path: FilePath,
     model: nn.Module,
     schedule: Schedule,
     programs: Programs,
     *,
     last: Program,
 ) -> None:
-    """Writes all that :func:`read_artifact` needs, as :meth:`pabc.CompiledModel.save` does.
+    """Writes a compiled model for :func:`read_artifact`; see :meth:`pabc.CompiledModel.save`.
 
-    `last`: the program that ran last, which is the one that `plan` and `explain` tell of.
+    Args:
+        path: the file.
+        model: the model.
+        schedule: the schedule whose phases are compiled for the file.
+        programs: the programs; those that no longer fit the model are left out.
+        last: the program that ran last, which `plan` and `explain` describe.
 
-    Raises: :class:`ArtifactError` for what cannot be saved; it names the node, the argument or the
-    option.
+    Raises: :class:`ArtifactError`, naming the node, the argument or the option that cannot be
+    saved.
     """
     if programs.options.sharding is not None:
-        raise ArtifactError("mesh: expected None, found a mesh: what ranks share is not saved")
+        raise ArtifactError("mesh: expected None, found a mesh; sharded models cannot be saved")
     fitting = [(key, p) for key, p in programs.items() if p.keeps_up(model, at_start=True)]
     if not fitting:
-        raise ArtifactError("the model has changed since it was captured: call it once")
-    found = sorted(fitting, key=lambda item: item[1] is last)
+        raise ArtifactError(
+            "model: expected the model as it was captured, found it changed; call it once first"
+        )
+    ordered = sorted(fitting, key=lambda item: item[1] is last)
     members: dict[str, bytes] = {}
-    for i, (_, program) in enumerate(found):
+    for i, (_, program) in enumerate(ordered):
         members |= write_program(program, program.bind(schedule), f"program{i}")
     manifest = {
         "pabc": "artifact",
@@ -64,7 +71,7 @@ def write_artifact(
         "model": describe_model(model),
         "options": _write_options(programs.options),
         "schedule": schedule.to_json(),
-        "keys": [write_key(key) for key, _ in found],
+        "keys": [write_key(key) for key, _ in ordered],
         "lifted scalars": encode(programs.scalars.state()),
     }
     write_container(path, {"manifest.json": json.dumps(manifest).encode(), **members})
@@ -72,15 +79,15 @@ def write_artifact(
 
 @dataclass(frozen=True, kw_only=True)
 class SavedModel:
-    """What an artifact holds, for one model: all that a compiled model is made of."""
+    """The content of an artifact, from which a compiled model is made."""
 
     schedule: Schedule
     options: Options
     programs: Programs
 
 
-def read_artifact(path: Path, model: nn.Module) -> SavedModel:
-    """Returns what :func:`write_artifact` wrote, over the tensors of `model`.
+def read_artifact(path: FilePath, model: nn.Module) -> SavedModel:
+    """Returns the content of a file of :func:`write_artifact`, for `model` and its tensors.
 
     Raises: see :func:`pabc.load`.
     """
@@ -88,16 +95,19 @@ def read_artifact(path: Path, model: nn.Module) -> SavedModel:
     try:
         manifest = json.loads(members["manifest.json"])
         if manifest["pabc"] != "artifact" or manifest["format"] != FORMAT:
-            raise ArtifactError(f"expected an artifact of format {FORMAT}")
-        check_table("other versions", manifest["versions"], describe_versions())
-        check_table("a model of another structure", manifest["model"], describe_model(model))
+            found = f"{manifest['pabc']} of format {manifest['format']}"
+            raise ArtifactError(f"manifest: expected artifact of format {FORMAT}, found {found}")
+        check_description("versions", manifest["versions"], describe_versions())
+        check_description("model", manifest["model"], describe_model(model))
         devices = _devices(model)
-        check_table("other hardware", manifest["hardware"], describe_hardware(devices))
+        check_description("hardware", manifest["hardware"], describe_hardware(devices))
         return _read_model(manifest, members, model)
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise ArtifactError(f"{path}: not as pabc writes it: {error!r}") from error
+        raise ArtifactError(
+            f"{path}: expected an artifact as pabc writes it, found an error in it: {error!r}"
+        ) from error
 
 
 def _read_model(manifest: Json, members: dict[str, bytes], model: nn.Module) -> SavedModel:
@@ -114,7 +124,7 @@ def _read_model(manifest: Json, members: dict[str, bytes], model: nn.Module) -> 
             recorder=programs.recorder,
         )
         if program.bind(schedule).plan != Plan.from_json(plan):
-            raise ArtifactError("the schedule gives another plan than it gave when saved")
+            raise ArtifactError("schedule: expected the plan that was saved, found another")
         programs.add(read_key(key), program)
     return SavedModel(schedule=schedule, options=options, programs=programs)
 

@@ -1,6 +1,7 @@
-"""Graphs as JSON: nodes in order, with the facts that later passes read.
+"""Writes and reads graphs as JSON: nodes in order, with the entries of `meta` that passes read.
 
-The tensors of the model are named, not saved: a graph that is read gets those of the model at hand.
+The model's tensors are saved by name, without their values: a graph that is read refers to the
+tensors of the model that it is loaded for.
 """
 
 from __future__ import annotations
@@ -35,33 +36,35 @@ _FUNCTIONS: dict[str, Any] = {
 }
 """The Python functions that a graph may call."""
 _NAMES = {function: name for name, function in _FUNCTIONS.items()}
-_FACTS = ("attention",)
-"""Keys of `node.meta`, beside `"val"`, that are read after the analysis."""
+_META_KEYS = ("attention",)
+"""Keys of `node.meta`, other than `"val"`, that are read after the analysis."""
 
 
 class GraphWriter:
-    """Writes the graphs of one program; `tensors` gains their constants."""
+    """Writes the graphs of one program, and adds their constants to `tensors`."""
 
     def __init__(self, calls: Sequence[OpaqueCall], tensors: TensorWriter) -> None:
-        self._outside = {call.op: i for i, call in enumerate(calls)}
+        self._opaque = {call.op: i for i, call in enumerate(calls)}
         self._tensors = tensors
 
     def write(self, gm: GraphModule) -> Json:
-        """One graph with the graphs that it calls. Raises: :class:`ArtifactError`."""
+        """Returns a graph and the graphs that it calls as JSON. Raises: :class:`ArtifactError`."""
         graphs: dict[str, Json] = {}
         for name in _read_names(gm.graph):
             held = attribute(gm, name)
             if isinstance(held, GraphModule):
                 graphs[name] = self.write(held)
             elif not isinstance(held, torch.Tensor):
-                raise ArtifactError(f"{name}, a {type(held).__name__}, cannot be saved")
+                raise ArtifactError(
+                    f"{name}: expected a tensor or a graph, found a {type(held).__name__}"
+                )
             elif name.startswith(CONSTANTS):
                 self._tensors.add(name, held)
         return {"nodes": [self._node(node) for node in gm.graph.nodes], "graphs": graphs}
 
     def _node(self, node: Node) -> Json:
         try:
-            facts = {key: encode(node.meta[key]) for key in _FACTS if key in node.meta}
+            facts = {key: encode(node.meta[key]) for key in _META_KEYS if key in node.meta}
             if "val" in node.meta:
                 facts["val"] = _write_val(node.meta["val"])
             arguments = [_write_argument(node.args), _write_argument(node.kwargs)]
@@ -74,20 +77,23 @@ class GraphWriter:
         if node.op in ("placeholder", "get_attr", "output", "call_module"):
             return target
         if is_opaque(node):
-            return {"outside": self._outside[target]}
+            return {"outside": self._opaque[target]}
         if isinstance(target, torch._ops.OpOverload):
             return {"op": [target.namespace, target._opname, target._overloadname]}
         if isinstance(target, torch._ops.HigherOrderOperator):
             return {"higher": target.name()}
         if target in _NAMES:
             return {"function": _NAMES[target]}
-        raise ArtifactError(f"a call of {target} cannot be saved")
+        raise ArtifactError(f"expected an op that can be saved, found {target}")
 
 
 class GraphReader:
     """Reads the graphs of one program for a model.
 
-    `constants`: the graphs' own tensors; `calls`: what is called outside of them.
+    Args:
+        model: the model, whose tensors the graphs refer to.
+        constants: the graphs' own tensors, by name.
+        calls: the opaque calls, in the order in which :class:`GraphWriter` was given them.
     """
 
     def __init__(
@@ -100,7 +106,7 @@ class GraphReader:
         self._fake = FakeTensorMode()
 
     def read(self, content: Json) -> GraphModule:
-        """The graph that :meth:`GraphWriter.write` wrote."""
+        """Returns the graph that :meth:`GraphWriter.write` wrote."""
         graph, nodes = Graph(), dict[str, Node]()
         for op, name, target, args, kwargs, facts in content["nodes"]:
             node = graph.create_node(
@@ -111,8 +117,8 @@ class GraphReader:
                 name=name,
             )
             if node.name != name:
-                raise ArtifactError(f"artifact: the node name {name!r} is taken or no name")
-            node.meta.update({key: decode(facts[key]) for key in _FACTS if key in facts})
+                raise ArtifactError(f"artifact: expected a new node name, found {name!r}")
+            node.meta.update({key: decode(facts[key]) for key in _META_KEYS if key in facts})
             if "val" in facts:
                 node.meta["val"] = self._val(facts["val"])
             nodes[name] = node
@@ -128,7 +134,7 @@ class GraphReader:
             return self._constants[name]
         found = find_tensor(self._model, name)
         if found is None:
-            raise ArtifactError(f"the model has no tensor {name}")
+            raise ArtifactError(f"model: expected a tensor {name}, found none")
         return found
 
     def _target(self, content: Json) -> Any:
@@ -143,7 +149,9 @@ class GraphReader:
         for part in name if kind == "op" else ("higher_order", name):
             found = getattr(found, part, None)
         if not isinstance(found, (torch._ops.OpOverload, torch._ops.HigherOrderOperator)):
-            raise ArtifactError(f"there is no op {name}: import what defines it before loading")
+            raise ArtifactError(
+                f"op {name}: expected a registered op, found none; import what defines it first"
+            )
         return found
 
     def _val(self, content: Json) -> Any:
@@ -160,14 +168,14 @@ class GraphReader:
 
 
 def _read_names(graph: Graph) -> list[str]:
-    """What the graph takes from its module: tensors, and graphs."""
+    """Returns the names of the attributes that the graph reads from its module."""
     return list(
         dict.fromkeys(str(n.target) for n in graph.nodes if n.op in ("get_attr", "call_module"))
     )
 
 
 def _write_argument(argument: Any) -> Json:
-    """Like :func:`encode`, with nodes."""
+    """Returns an argument of a node, which may contain nodes, as JSON; see :func:`encode`."""
     if isinstance(argument, Node):
         return {"node": argument.name}
     if isinstance(argument, tuple) and not isinstance(argument, torch.Size):
@@ -200,9 +208,9 @@ def _read_argument(content: Json, nodes: Mapping[str, Node]) -> Any:
 
 
 def _write_val(val: Any) -> Json:
-    """A fake result: layouts in place of tensors."""
+    """Returns a node's `"val"` as JSON, with the layouts of its fake tensors."""
     if isinstance(val, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        raise ArtifactError("a size that is left open cannot be saved: compile with dynamic=False")
+        raise ArtifactError("expected static shapes, found a symbolic size; use dynamic=False")
     if isinstance(val, torch.Tensor):
         sizes = (*val.shape, *val.stride())
         if any(isinstance(size, torch.SymInt) for size in sizes):

@@ -1,4 +1,4 @@
-"""Programs in an artifact: what was found for one kind of call, and the code of its phases."""
+"""Writes and reads programs: the guarded graph of one kind of call, and the code of its phases."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ _NUMBERS = {"int": int, "float": float}
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """The code of a block.
+    """The compiled code of a block.
 
     Attributes:
-        data: what :func:`load_code` takes.
-        used: which inputs of the block it takes.
+        data: the package, for :func:`load_code`.
+        used: the positions of the block's inputs that the code takes.
     """
 
     data: bytes
@@ -47,20 +47,25 @@ class Package:
 
 @dataclass(frozen=True, slots=True)
 class Packages:
-    """The code of a program's phases: each as a chain of blocks, each distinct block once."""
+    """The compiled code of a program's phases.
+
+    Attributes:
+        blocks: the code of each distinct block, by the block's key.
+        phases: each phase as a chain of blocks, with the keys of these blocks.
+    """
 
     blocks: dict[Hashable, Package] = field(default_factory=dict)
     phases: dict[PhaseKey, tuple[LoweredPhase, tuple[Hashable, ...]]] = field(default_factory=dict)
 
 
 _PACKAGES: WeakKeyDictionary[Program, Packages] = WeakKeyDictionary()
-"""What was compiled, or loaded, so far: another save has no need to compile it again."""
+"""The code that was compiled for a file, or loaded from one, so that no save compiles it again."""
 
 
 def write_program(program: Program, binding: Binding, folder: str) -> dict[str, bytes]:
-    """The members for one program, their names in `folder`; compiles what is not yet compiled.
+    """Returns the members for one program, named within `folder`; compiles missing code.
 
-    Raises: :class:`ArtifactError` naming what cannot be saved.
+    Raises: :class:`ArtifactError` naming the node or value that cannot be saved.
     """
     if program.inputs.has_dynamic_shapes:
         raise ArtifactError("dynamic: expected False for a model to be saved, found True")
@@ -95,7 +100,7 @@ def read_program(
     options: Options,
     recorder: Recorder,
 ) -> tuple[Program, str]:
-    """The program that :func:`write_program` wrote, and its plan as JSON."""
+    """Returns the program that :func:`write_program` wrote, and its plan as JSON."""
     content = json.loads(members[f"{folder}/program.json"])
     guarded = read_guarded(content["analysis"], members[f"{folder}/constants"], model)
     program = Program(
@@ -118,7 +123,7 @@ def read_program(
 
 
 def _packages(program: Program, binding: Binding) -> Packages:
-    """The code of every phase of the plan, and of those that were run so far."""
+    """Returns the code of the phases that are planned or ran; compiles missing code."""
     known = _PACKAGES.setdefault(program, Packages())
     planned = (PhaseKey(*item) for item in binding.stored.items())
     for phase in dict.fromkeys((*planned, *program.phases.compiled)):
@@ -131,8 +136,11 @@ def _packages(program: Program, binding: Binding) -> Packages:
 
 
 def _compile(program: Program, phase: PhaseKey, known: Packages) -> None:
-    """Nothing for a phase that calls modules of the model: what is called by name from a library
-    would be those of one model alone. Whoever loads the file compiles it."""
+    """Compiles the blocks of a phase, and adds their code to `known`.
+
+    Phases with opaque modules are left out, and compiled by the process that loads the file: a
+    library would call the op of an opaque module by a name that is valid in this process only.
+    """
     lowered = program.phases.lower(*phase)
     if any(is_opaque(node) for block in lowered.blocks for node in block.graph.graph.nodes):
         return
@@ -145,7 +153,7 @@ def _compile(program: Program, phase: PhaseKey, known: Packages) -> None:
 
 
 def _device(program: Program) -> torch.device:
-    """The device that code runs on: that of the inputs that is no CPU, if there is one."""
+    """Returns the device that the code runs on: that of the first input not on a CPU, if any."""
     vals = [n.meta.get("val") for n in user_inputs(program.guarded.graph.graph)]
     devices = [val.device for val in vals if isinstance(val, torch.Tensor)]
     return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
@@ -178,13 +186,13 @@ def _read_outputs(contents: list[Json]) -> tuple[Any, ...]:
 
 
 def write_key(key: CallKey) -> Json:
-    """What the calls that a program serves have in common. Raises: :class:`ArtifactError`."""
+    """Returns the key of a program as JSON. Raises: :class:`ArtifactError`."""
     form, *leaves = key
     return [encode(form), [_write_leaf(leaf) for leaf in leaves]]
 
 
 def read_key(content: Json) -> CallKey:
-    """The inverse of :func:`write_key`."""
+    """Returns the key that :func:`write_key` wrote."""
     form, leaves = content
     return decode(form), *map(_read_leaf, leaves)
 
@@ -192,14 +200,14 @@ def read_key(content: Json) -> CallKey:
 def _write_leaf(leaf: Any) -> Json:
     if isinstance(leaf, type):
         if _NUMBERS.get(leaf.__name__) is not leaf:
-            raise ArtifactError(f"a number of type {leaf.__qualname__} cannot be saved")
+            raise ArtifactError(f"arguments: expected an int or a float, found {leaf.__qualname__}")
         return {"number": leaf.__name__}
     if isinstance(leaf[0], torch.Size):
         return {"tensor": encode(leaf)}
     try:
         return {"constant": encode(leaf[1])}
     except ArtifactError as error:
-        raise ArtifactError(f"among the arguments, {error}") from error
+        raise ArtifactError(f"arguments: {error}") from error
 
 
 def _read_leaf(content: Json) -> Any:

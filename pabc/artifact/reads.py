@@ -1,4 +1,4 @@
-"""What a graph assumes of data, as JSON: the values, and how they are read again."""
+"""Writes and reads guards on data as JSON: the values read, and how to read them again."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from pabc.passes import (
     ShapesAgain,
 )
 
-_ROOMS: dict[str, Any] = {
+_NAMESPACES: dict[str, Any] = {
     "Tensor": torch.Tensor,
     "op": torch._C._VariableFunctions,
     "functional": torch.functional,
 }
-"""Where the functions are that take a value from tensors: none of these loads or runs anything."""
+"""Namespaces of the functions that read values from tensors; none of these loads or runs code."""
 
 
 def write_reads(reads: Reads, writer: GraphWriter) -> Json:
-    """The reads of one program. Raises: :class:`ArtifactError` naming the read."""
+    """Returns the reads of one program as JSON. Raises: :class:`ArtifactError` naming the read."""
     return {
         "graph": writer.write(reads.graph),
         "checked": [_write_checked(checked) for checked in reads.checked],
@@ -42,7 +42,7 @@ def write_reads(reads: Reads, writer: GraphWriter) -> Json:
 
 
 def read_reads(content: Json, reader: GraphReader) -> Reads:
-    """The inverse of :func:`write_reads`."""
+    """Returns the reads that :func:`write_reads` wrote."""
     graph = reader.read(content["graph"])
     nodes = {node.name: node for node in graph.graph.nodes}
     checked = tuple(
@@ -79,7 +79,7 @@ def _write_measure(measure: Any) -> Json:
         return ["NumberAnswer", _write_ask(measure.ask)]
     if isinstance(measure, (MaskCount, RepeatCount)):
         return [type(measure).__name__]
-    raise ArtifactError(f"{measure} cannot be saved")
+    raise ArtifactError(f"expected a check that can be saved, found {measure}")
 
 
 def _read_measure(content: Json) -> Any:
@@ -97,7 +97,7 @@ def _write_ask(ask: Any) -> Json:
         return [ask.name, encode(ask.other)]
     if ask is bool or ask is None:
         return ask and "bool"
-    raise ArtifactError(f"the question {ask} cannot be saved")
+    raise ArtifactError(f"expected a comparison that can be saved, found {ask}")
 
 
 def _read_ask(content: Json) -> Any:
@@ -108,18 +108,18 @@ def _read_ask(content: Json) -> Any:
 
 
 def _write_function(function: Callable[..., Any]) -> Json:
-    for room, holder in _ROOMS.items():
+    for namespace, holder in _NAMESPACES.items():
         name = getattr(function, "__name__", "")
         if name and getattr(holder, name, None) == function:
-            return [room, name]
-    raise ArtifactError(f"the function {function} is none of PyTorch's own")
+            return [namespace, name]
+    raise ArtifactError(f"expected a function of PyTorch, found {function}")
 
 
 def _read_function(content: Json) -> Callable[..., Any]:
-    room, name = content
-    function = getattr(_ROOMS[room], name, None)
+    namespace, name = content
+    function = getattr(_NAMESPACES[namespace], name, None)
     if not callable(function):
-        raise ArtifactError(f"artifact: there is no function {room}.{name}")
+        raise ArtifactError(f"artifact: expected a function {namespace}.{name}, found none")
     return function
 
 

@@ -1,8 +1,8 @@
-"""A digest of the code that a model's modules run: an edit of a forward makes its graph stale.
+"""Computes digests of the code of a model's modules, so that an edited forward is detected.
 
-It covers the methods of a module's classes, and the functions, classes and plain constants that
-they reach by name; of libraries that are installed, the versions. Comments, layout and line numbers
-do not count.
+A digest covers the methods of a module's classes, and the functions, classes and plain constants
+that they reach by name; installed libraries are represented by their versions. Comments, formatting
+and line numbers do not change it.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from weakref import WeakKeyDictionary
 _INSTALLED = tuple(
     str(Path(sysconfig.get_path(name)).resolve()) for name in ("stdlib", "purelib", "platlib")
 )
-_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_CONSTANT_TYPES = (bool, int, float, complex, str, bytes, type(None))
 
 
 @dataclass(frozen=True, slots=True)
-class Code:
+class ClassCode:
     """The code of a class.
 
     Attributes:
-        digest: SHA-256 as hex; empty where all of it is installed.
-        versions: of the libraries that it comes from.
-        changing: the attributes that methods other than `__init__` set: state, not settings.
-        private: those with a leading underscore that the user's own methods read.
+        digest: SHA-256 as hex; empty if all of the code comes from installed libraries.
+        versions: names and versions of these libraries.
+        changing: attributes that methods other than `__init__` set: state, not settings.
+        private: attributes with a leading underscore that the user's own methods read.
     """
 
     digest: str
@@ -42,16 +42,15 @@ class Code:
     private: frozenset[str]
 
 
-def code_of_class(kind: type) -> Code:
-    """The code of a module's class, read once."""
+def code_of_class(kind: type) -> ClassCode:
+    """Returns the code of a module's class, which is read once."""
     if kind not in _KNOWN:
         _KNOWN[kind] = _read_class(kind)
     return _KNOWN[kind]
 
 
-def _read_class(kind: type) -> Code:
-    walk = _Walk()
-    text = "\n".join(walk.of_class(kind))
+def _read_class(kind: type) -> ClassCode:
+    text = "\n".join(_CodeText().of_class(kind))
     digest = hashlib.sha256(text.encode()).hexdigest() if text else ""
     libraries = {base.__module__.partition(".")[0] for base in kind.__mro__}
     versions = tuple((name, found) for name in sorted(libraries) if (found := version(name)))
@@ -72,25 +71,28 @@ def _read_class(kind: type) -> Code:
         if not _is_library(base.__module__)
     ]
     private = {name for name in set().union(*read) if name.startswith("_")}
-    return Code(digest, versions, frozenset().union(*changing), frozenset(private))
+    return ClassCode(digest, versions, frozenset().union(*changing), frozenset(private))
 
 
 def version(library: str) -> str:
-    """The version of an installed library; empty if it is none."""
+    """Returns the version of an installed library; empty if there is no such library."""
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
         return ""
 
 
-_KNOWN: WeakKeyDictionary[type, Code] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[type, ClassCode] = WeakKeyDictionary()
 
 
-class _Walk:
+class _CodeText:
+    """The code of a class, and of all that it reaches by name, as lines of text to be hashed."""
+
     def __init__(self) -> None:
         self._seen: set[int] = set()
 
     def of_class(self, kind: type) -> Iterator[str]:
+        """Yields the lines of a class and its bases; installed classes have none."""
         for base in kind.__mro__:
             if _is_library(base.__module__) or id(base) in self._seen:
                 continue
@@ -111,7 +113,7 @@ class _Walk:
             yield from self._of_function(value)
         elif isinstance(value, type):
             yield from self.of_class(value)
-        elif all(type(item) in _PLAIN for item in _items(value)):
+        elif all(type(item) in _CONSTANT_TYPES for item in _items(value)):
             yield f"{name} = {value!r}"
 
     def _of_function(self, function: FunctionType) -> Iterator[str]:
@@ -141,7 +143,7 @@ def _items(value: Any) -> Sequence[Any]:
 
 
 def _is_library(module: str | None) -> bool:
-    """Whether a module is installed, rather than the user's own."""
+    """Returns True if a module belongs to an installed library or is built into Python."""
     file = getattr(sys.modules.get(module or ""), "__file__", None)
     if module == "__main__" or file is None:
         return module != "__main__"
@@ -149,7 +151,7 @@ def _is_library(module: str | None) -> bool:
 
 
 def _nested(code: CodeType) -> Iterator[CodeType]:
-    """The code, and that of the functions within it."""
+    """Yields the code object and those of the functions nested in it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -157,18 +159,18 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
 
 
 def _constant(value: Any) -> str:
-    """A constant of a function; nested code is hashed by itself, sets have no order."""
+    """Returns a constant of a function as text that is the same in every process."""
     if isinstance(value, CodeType):
-        return value.co_name
+        return value.co_name  # `_nested` yields the code itself
     if isinstance(value, frozenset):
-        return repr(sorted(map(repr, value)))
+        return repr(sorted(map(repr, value)))  # the order of a set differs between processes
     if isinstance(value, tuple):
         return repr([*map(_constant, value)])
     return repr(value)
 
 
 def _attributes(code: CodeType, *operations: str) -> set[str]:
-    """The attributes that code reads, or writes to."""
+    """Returns the attributes that code accesses by the named bytecode operations."""
     return {
         str(instruction.argval)
         for part in _nested(code)
@@ -180,5 +182,5 @@ def _attributes(code: CodeType, *operations: str) -> set[str]:
 def _contents(cell: Any) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # not assigned yet
+    except ValueError:  # the variable is not assigned yet
         return None

@@ -1,4 +1,4 @@
-"""Constant tensors as plain bytes."""
+"""Writes and reads constant tensors as plain bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from pabc.artifact.values import Json, decode, encode
 
 
 class TensorWriter:
-    """Collects tensors by name: a table of layouts, and the bytes of all of them in one string."""
+    """Collects tensors by name.
+
+    Attributes:
+        table: name -> shape, strides, dtype, device and number of bytes, as JSON.
+    """
 
     def __init__(self) -> None:
         self.table: dict[str, Json] = {}
@@ -19,12 +23,13 @@ class TensorWriter:
         self._parts: list[bytes] = []
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Adds a tensor, once."""
+        """Adds a tensor under a name, unless it is there already."""
         if name in self._tensors:
             assert self._tensors[name] is tensor, name
             return
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
-            raise ArtifactError(f"the constant {name}, a {type(tensor).__name__}, cannot be saved")
+            found = f"a {type(tensor).__name__}, {tensor.layout}"
+            raise ArtifactError(f"constant {name}: expected a strided tensor, found {found}")
         self._tensors[name] = tensor
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         layout = [list(tensor.shape), list(tensor.stride()), tensor.dtype, tensor.device]
@@ -33,12 +38,12 @@ class TensorWriter:
 
     @property
     def data(self) -> bytes:
-        """The bytes, in the order of the table."""
+        """The bytes of all tensors, in the order of the table."""
         return b"".join(self._parts)
 
 
 def read_tensors(table: dict[str, Json], data: bytes) -> dict[str, torch.Tensor]:
-    """The tensors that a :class:`TensorWriter` collected."""
+    """Returns the tensors that a :class:`TensorWriter` collected."""
     found, start = {}, 0
     for name, (*layout, size) in table.items():
         found[name] = _read_tensor(data[start : start + size], *map(decode, layout))

@@ -1,7 +1,7 @@
-"""Values as JSON: each kind that a graph, or a call's form, can hold has a tag of its own.
+"""Encodes the values that graphs and arguments contain as JSON, with a tag for each type.
 
-Reading makes values of known kinds only. A class is named, and found among those that are imported
-already: to read an artifact imports nothing and calls nothing that the file names.
+Decoding makes values of known types only. Classes are saved by name, and looked up among those that
+are already imported: reading an artifact imports nothing and calls nothing that the file names.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ from pabc.passes import (
 )
 
 Json = Any
-"""What `json.loads` gives."""
+"""A value as `json.loads` returns it."""
 _CONTAINERS = {c.__name__: c for c in (list, tuple, dict, OrderedDict, defaultdict, deque)}
 _FACTS = {
     c.__name__: c
     for c in (Attention, Axis, DataclassForm, Denoised, Factor, Marked, Region, ResultForm)
     + (ResultLayout, ShardedAxis, Shards, Signature, Structure, TensorCall)
 }
-"""The compiler's own records, written field by field."""
-_NAMED: dict[str, type] = {
+"""The compiler's own dataclasses, written field by field."""
+_TORCH_TYPES: dict[str, type] = {
     "dtype": torch.dtype,
     "layout": torch.layout,
     "memory_format": torch.memory_format,
 }
-"""Values that are attributes of `torch`."""
+"""Types whose values are attributes of `torch`."""
 
 
 def encode(value: Any) -> Json:
-    """A value as JSON. Raises: :class:`ArtifactError` for one of an unknown kind."""
+    """Returns a value as JSON. Raises: :class:`ArtifactError` if its type is not supported."""
     if value is None or type(value) in (bool, int, str):
         return value
     if type(value) in (list, immutable_list):
@@ -70,11 +70,13 @@ def encode(value: Any) -> Json:
     if _FACTS.get(type(value).__name__) is type(value):
         parts = {f.name: encode(getattr(value, f.name)) for f in fields(value)}
         return {"fact": [type(value).__name__, parts]}
-    raise ArtifactError(f"a {type(value).__qualname__} cannot be saved: {value!r:.80}")
+    raise ArtifactError(
+        f"expected data that can be saved, found a {type(value).__qualname__}: {value!r:.80}"
+    )
 
 
 def decode(content: Json) -> Any:
-    """The value that :func:`encode` wrote. Raises: :class:`ArtifactError` on anything else."""
+    """Returns the value that :func:`encode` wrote. Raises: :class:`ArtifactError` otherwise."""
     if content is None or isinstance(content, (bool, int, str)):
         return content
     if isinstance(content, list):
@@ -83,11 +85,15 @@ def decode(content: Json) -> Any:
         ((tag, inner),) = content.items()
         if tag in _READERS:
             return _READERS[tag](inner)
-    raise ArtifactError(f"artifact: unknown value {content!r:.80}")
+    raise ArtifactError(f"artifact: expected a value as pabc writes it, found {content!r:.80}")
 
 
 def find_class(name: str) -> type:
-    """An imported class that stands for data: a container, dataclass, named tuple or enum."""
+    """Returns the imported class of this name, which must be one of data.
+
+    Raises: :class:`ArtifactError` if it is not imported, or is not a container, dataclass, named
+    tuple or enum.
+    """
     if name in _CONTAINERS:
         return _CONTAINERS[name]
     module, _, path = name.partition(":")
@@ -95,9 +101,9 @@ def find_class(name: str) -> type:
     for part in path.split("."):
         found = getattr(found, part, None)
     if not isinstance(found, type):
-        raise ArtifactError(f"the class {name} is not imported: import {module} before loading")
+        raise ArtifactError(f"class {name}: expected it to be imported; import {module} first")
     if not _is_data(found):
-        raise ArtifactError(f"{name} is no dataclass, named tuple, enum or container")
+        raise ArtifactError(f"class {name}: expected a dataclass, named tuple, enum or container")
     return found
 
 
@@ -108,9 +114,11 @@ def _name_class(kind: type) -> str:
     try:
         found = find_class(name)
     except ArtifactError as error:
-        raise ArtifactError(f"{kind.__qualname__} cannot be saved: {error}") from None
+        raise ArtifactError(f"expected data that can be saved, found {error}") from None
     if found is not kind:
-        raise ArtifactError(f"{name} cannot be saved: the name now means another class")
+        raise ArtifactError(
+            f"expected data that can be saved, found class {name}, whose name now means another"
+        )
     return name
 
 
@@ -125,7 +133,7 @@ def _write_float(value: float) -> Json:
 
 
 def _read_float(content: Json) -> float:
-    return float.fromhex(content)  # takes inf and nan too
+    return float.fromhex(content)  # accepts inf and nan, too
 
 
 def _write_spec(spec: pytree.TreeSpec) -> Json:
@@ -140,12 +148,12 @@ def _read_spec(content: Json) -> pytree.TreeSpec:
     kind, context, children = content
     kind = decode(kind)
     if kind not in pytree.SUPPORTED_NODES:
-        raise ArtifactError(f"artifact: {kind} is no container")
+        raise ArtifactError(f"artifact: expected a container, found {kind}")
     return pytree.TreeSpec(kind, decode(context), [_read_spec(child) for child in children])
 
 
 def _children(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
-    """Under another name in older releases of PyTorch."""
+    """Returns the children of a TreeSpec, an attribute that newer PyTorch releases renamed."""
     found: list[pytree.TreeSpec] | None = getattr(spec, "_children", None)
     return spec.children_specs if found is None else found
 
@@ -154,7 +162,7 @@ def _read_enum(content: Json) -> enum.Enum:
     kind, name = content
     found = find_class(kind)
     if not issubclass(found, enum.Enum) or name not in found.__members__:
-        raise ArtifactError(f"{kind} has no member {name!r}")
+        raise ArtifactError(f"artifact: expected a member of the enum {kind}, found {name!r}")
     return found[name]
 
 
@@ -162,7 +170,7 @@ def _read_named(kind: type) -> Callable[[Json], Any]:
     def read(name: Json) -> Any:
         value = getattr(torch, name, None)
         if not isinstance(value, kind):
-            raise ArtifactError(f"artifact: torch.{name} is no {kind.__name__}")
+            raise ArtifactError(f"artifact: expected a {kind.__name__}, found torch.{name}")
         return value
 
     return read
@@ -197,7 +205,7 @@ _WRITERS: dict[type, tuple[str, Callable[[Any], Json]]] = {
     range: ("range", lambda r: [r.start, r.stop, r.step]),
     torch.device: ("device", str),
     type(...): ("ellipsis", lambda _: True),
-    **{kind: (tag, _strip) for tag, kind in _NAMED.items()},
+    **{kind: (tag, _strip) for tag, kind in _TORCH_TYPES.items()},
 }
 _READERS: dict[str, Callable[[Json], Any]] = {
     "enum": _read_enum,
@@ -214,5 +222,5 @@ _READERS: dict[str, Callable[[Json], Any]] = {
     "fact": _read_fact,
     "tuple": lambda items: tuple(map(decode, items)),
     "frozenset": lambda items: frozenset(map(decode, items)),
-    **{tag: _read_named(kind) for tag, kind in _NAMED.items()},
+    **{tag: _read_named(kind) for tag, kind in _TORCH_TYPES.items()},
 }

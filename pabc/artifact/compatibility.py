@@ -1,6 +1,7 @@
-"""What an artifact is made for: versions, hardware, and the model's structure.
+"""Checks that an artifact fits the installed versions, the hardware and the model.
 
-Each is a flat table of text, compared entry by entry, so that a mismatch is named.
+Each of the three is described by a flat table of strings. Tables are compared entry by entry, so
+that an error can name the entries that differ.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from torch import nn
 from pabc.artifact.errors import ArtifactError
 from pabc.artifact.sources import code_of_class, version
 
-Table = dict[str, str]
-_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+Description = dict[str, str]
+_SETTING_TYPES = (bool, int, float, str, type(None), torch.dtype, torch.device)
 _FLAGS = "CPU flags"
 
 
-def describe_versions() -> Table:
-    """The software that graphs and code are made with."""
+def describe_versions() -> Description:
+    """Returns the versions of the software that makes graphs and code."""
     return {
         "pabc": importlib.import_module("pabc").__version__,
         "python": ".".join(map(str, sys.version_info[:2])),
@@ -34,8 +35,8 @@ def describe_versions() -> Table:
     }
 
 
-def describe_hardware(devices: Iterable[torch.device]) -> Table:
-    """The processors that compiled code runs on."""
+def describe_hardware(devices: Iterable[torch.device]) -> Description:
+    """Returns the properties of the CPU, and of these devices, that compiled code depends on."""
     table = {
         "CPU capability": torch.backends.cpu.get_cpu_capability(),
         _FLAGS: " ".join(_cpu_flags()),
@@ -47,12 +48,13 @@ def describe_hardware(devices: Iterable[torch.device]) -> Table:
     return table
 
 
-def describe_model(model: nn.Module) -> Table:
-    """Names and layouts of parameters and buffers, who shares them; settings and code of modules.
+def describe_model(model: nn.Module) -> Description:
+    """Returns the layouts of parameters and buffers, which of them are tied, the settings of
+    modules, and digests of their code.
 
-    The values of tensors are left out: an artifact fits any weights.
+    The values of tensors are not included: an artifact fits any weights.
     """
-    table: Table = {}
+    table: Description = {}
     seen: dict[int, str] = {}
     for name, tensor in _tensors(model):
         shared = seen.setdefault(id(tensor), name)
@@ -72,25 +74,29 @@ def describe_model(model: nn.Module) -> Table:
     return table
 
 
-def check_table(what: str, saved: Mapping[str, str], found: Mapping[str, str]) -> None:
-    """Raises :class:`ArtifactError` naming the first entries that differ."""
-    differing = [name for name in {**saved, **found} if not _fits(name, saved, found)]
+def check_description(name: str, saved: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Raises :class:`ArtifactError` if `found` does not fit; it names the first differing entries.
+
+    Args:
+        name: the name of what is described, for the message.
+        saved: the description in the artifact.
+        found: the description at loading time.
+    """
+    differing = [entry for entry in {**saved, **found} if not _fits(entry, saved, found)]
     if not differing:
         return
     lines = [
-        f"{name}: saved with {_short(saved.get(name))}, found {_short(found.get(name))}"
-        for name in differing[:3]
+        f"{entry}: expected {_short(saved.get(entry))}, found {_short(found.get(entry))}"
+        for entry in differing[:3]
     ]
     rest = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
-    raise ArtifactError(
-        f"the artifact was made for {what}: {'; '.join(lines)}{rest}. Compile, and save it again"
-    )
+    raise ArtifactError(f"{name}: {'; '.join(lines)}{rest}; compile the model and save it again")
 
 
-def _fits(name: str, saved: Mapping[str, str], found: Mapping[str, str]) -> bool:
-    if name == _FLAGS:  # code uses what the CPU it was made on can do
-        return set(saved.get(name, "").split()) <= set(found.get(name, "").split())
-    return saved.get(name) == found.get(name)
+def _fits(entry: str, saved: Mapping[str, str], found: Mapping[str, str]) -> bool:
+    if entry == _FLAGS:  # code runs on a CPU that has all the features it was compiled for
+        return set(saved.get(entry, "").split()) <= set(found.get(entry, "").split())
+    return saved.get(entry) == found.get(entry)
 
 
 def _short(text: str | None) -> str:
@@ -100,7 +106,7 @@ def _short(text: str | None) -> str:
 
 
 def _cpu_flags() -> list[str]:
-    """What the CPU can do, where the system says so in a file."""
+    """Returns the CPU's feature flags on Linux, elsewhere the processor's name."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.is_file() else []
     for line in lines:
@@ -118,14 +124,14 @@ def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def _plain_text(value: Any, depth: int = 0) -> str | None:
-    """A setting as text; None for an object, which is no setting."""
-    if type(value) in _PLAIN:
+    """Returns the value of a setting as text, or None for an object, which is not a setting."""
+    if type(value) in _SETTING_TYPES:
         return repr(value)
     if depth > 4:
         return None
     if isinstance(value, (list, tuple)):
         items = [_plain_text(item, depth + 1) for item in value]
-    elif isinstance(value, dict) and all(type(key) in _PLAIN for key in value):
+    elif isinstance(value, dict) and all(type(key) in _SETTING_TYPES for key in value):
         pairs = sorted(value.items(), key=lambda pair: repr(pair[0]))
         items = [f"{key!r}: {_plain_text(item, depth + 1)}" for key, item in pairs]
     else:
