@@ -156,7 +156,7 @@ class Branch:
 
         `is_sure`: whether it is sure enough for reuse which step the call is.
         """
-        change = self._take_source(call)
+        change = None if call.source is self.source else self._take_source(call)
         reused = call.binding.steps[self.step].reused
         is_late = self.last != self.step - 1  # what it has not stored was not to be expected
         self.last = self.step
@@ -174,7 +174,7 @@ class Branch:
     def _take_source(self, call: ServedCall) -> str | None:
         """Drops what follows from another source than the call; returns what tells them apart."""
         source, earlier = call.source, self.source
-        if source is earlier or source == earlier:
+        if source == earlier:
             return None
         change = None if earlier is None else source.difference(earlier)
         self.release()
@@ -193,7 +193,7 @@ class Branch:
         self._recorder.add_call(num_reused, len(plan.slots) - num_reused, num_stored)
         if step.index + 1 == plan.num_steps:
             self._end()
-        elif not self.may_repeat:
+        elif planned.last_reads and not self.may_repeat:
             self.slots.free_last_reads(planned.last_reads, step.index)
         self.step = step.index + 1
 

@@ -100,7 +100,8 @@ class PhaseExecutable:
     def run(self, step: StepValues) -> Sequence[Any]:
         """Runs the function on the inputs, the hoisted values and the reused cuts."""
         outputs, cuts = self.function(*step.inputs, *step.hoisted(), *step.reused_cuts())
-        step.keep(self.spans, cuts)
+        if self.spans:
+            step.keep(self.spans, cuts)
         return outputs
 
 

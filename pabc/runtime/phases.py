@@ -91,7 +91,9 @@ class Phases:
         self._sizes = guarded.captured.sizes
         self._specialized: dict[PhaseKey, Compilation] = {}
         self._compiled: dict[tuple[SlotIndices, InputShapes], list[CompiledPhase]] = {}
-        self._executables: dict[tuple[PhaseKey, SlotIndices, InputShapes], Executable] = {}
+        self._executables: dict[
+            tuple[SlotIndices, SlotIndices, SlotIndices, InputShapes], Executable
+        ] = {}
         self._widths = [len(region.kept) for region in guarded.regions]
 
     @property
@@ -111,13 +113,13 @@ class Phases:
         """What runs a step in the phase that reuses these slots, for inputs like these."""
         if self.backend == "oracle":
             return self._reference
-        phase = PhaseKey(reused, binding.stored[reused])
-        readable = binding.steps[step].readable
-        key = phase, readable, self.layout(inputs)
+        stored, readable = binding.stored[reused], binding.steps[step].readable
+        key = reused, stored, readable, self.layout(inputs)
         known = self._executables.get(key)
         if known is None:
+            phase = PhaseKey(reused, stored)
             compiled = self._find(phase, inputs) or self._compile([phase], inputs)[0]
-            kept = tuple(slot for slot in phase[1] if slot in readable)
+            kept = tuple(slot for slot in stored if slot in readable)
             known = self._executables[key] = compiled.link(kept)
         return known
 

@@ -139,7 +139,8 @@ class Program:
 
     def finish(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
         """Writes to the inputs what the model writes to them; returns the model's result."""
-        self.inputs.write(inputs, outputs[self.signature.out_spec.num_outputs :])
+        if self.inputs.writes_to_arguments:
+            self.inputs.write(inputs, outputs[self.signature.out_spec.num_outputs :])
         return self.signature.out_spec.unflatten(outputs)
 
     def sample_values(self, inputs: Sequence[Any]) -> dict[str, str]:
