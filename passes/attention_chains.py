@@ -1,10 +1,10 @@
-"""attention_chains: finds attention that is written out as products, by what its products sum over.
+"""attention_chains: finds attention that is written out as two matrix products.
 
-Two products follow one another, (A B) C, with scales, masks, normalizations, casts and changes of
-layout between them, and the second sums over a dimension that only one of A and B brought along.
-If that is a dimension of tokens, the first made scores of queries and keys and the second mixes
-values: softmax(Q K^T) V, however the softmax is spelled, or another function in its place. If
-instead the first summed over tokens, it is linear attention: Q (K^T V).
+One product is an operand of the other, (A B) C, possibly after scales, masks, normalizations, casts
+and layout changes, and the second sums over a dimension that only one of A and B has. If that is a
+dimension of tokens, the first product computes the scores of queries and keys, and the second mixes
+values: softmax(Q K^T) V, however the softmax is written, or another function in its place. If
+instead the first product sums over tokens, it is linear attention: Q (K^T V).
 """
 
 from __future__ import annotations
@@ -55,11 +55,12 @@ _CARRIERS = frozenset(
 
 @dataclass(frozen=True)
 class AttentionChain:
-    """An attention's last product, the factors of its sequences, and those of its other dimensions.
+    """Two products that make an attention: `first` and `node`, the last one.
 
-    `features`: those of the dimension that the scores, or the products of queries with keys and
-    values, sum over; `query_source` and `key_source` are the operands; `linear`: keys and values
-    are multiplied first; `path`: what lies between the products, which are `first` and `node`.
+    `path` has the nodes between them. `query_source` and `key_source` are the operands. `query` and
+    `key` are the factors of their sequence dimensions, `features` those of the dimension that the
+    product with the query sums over, and `outer` those of the query's other dimensions. `linear`:
+    keys are multiplied with values first.
     """
 
     node: Node
@@ -75,7 +76,7 @@ class AttentionChain:
 
 
 def find_chains(gm: GraphModule, reach: Reach) -> list[AttentionChain]:
-    """Every attention that is written out as products, in graph order."""
+    """Returns the attentions that are written out as products, in graph order."""
     products = {
         node: product
         for node in gm.graph.nodes
@@ -99,8 +100,10 @@ def find_chains(gm: GraphModule, reach: Reach) -> list[AttentionChain]:
 def _nearest_products(
     start: Node, products: dict[Node, Product], reach: Reach
 ) -> list[tuple[Product, list[Node]]]:
-    """Back through ops that keep a product's dimensions apart, to the nearest ones: each with the
-    nodes that lead from it to `start`, in graph order."""
+    """Returns the nearest products that `start` depends on, each with the nodes on the path.
+
+    The ops on the path keep the dimensions of the product apart; they are in graph order.
+    """
     queue, seen = [start], {start}
     carriers: set[Node] = set()
     nearest = []
@@ -124,7 +127,10 @@ def _path(source: Node, sink: Node, carriers: set[Node], reach: Reach) -> list[N
 
 
 def _match(first: Product, last: Product, k: int, path: list[Node]) -> AttentionChain | None:
-    """The attention whose operand `k` of the last product comes from the first, if it is one."""
+    """Returns the attention that two products make, or None if they make none.
+
+    Operand `k` of the last product depends on the first product by `path`.
+    """
     inner = last.contracted(k)
     traced = _trace(first, last.operands[k], path)
     kept = {first.result[d] for label in inner for d in traced[last.terms[k].index(label)]}
@@ -137,7 +143,7 @@ def _match(first: Product, last: Product, k: int, path: list[Node]) -> Attention
         return None
     softmax = any(is_call(n, _EXPONENTIALS) for n in path)
     mixes, summarizes = _name_tokens(last, inner), _name_tokens(first, summed)
-    if mixes or softmax:  # over channels too, where the first product sums over tokens
+    if mixes or softmax:  # attention among channels, too: its first product sums over tokens
         key = next(n for n, t in zip(first.operands, first.terms, strict=True) if keys[0] in t)
         pairs = zip(first.operands, first.terms, strict=True)
         query = next((n for n, t in pairs if n is not key and set(t) & set(summed)), key)
@@ -161,12 +167,12 @@ def _match(first: Product, last: Product, k: int, path: list[Node]) -> Attention
         first=first.node,
         path=tuple(path),
     )
-    # Without a softmax nothing but tokens tells queries from features.
+    # Without a softmax, only token axes tell queries from features.
     return chain if softmax or is_named(chain.query) else None
 
 
 def find_unclaimed_softmaxes(gm: GraphModule, chains: list[AttentionChain]) -> list[Node]:
-    """Softmaxes over tokens of an input that take part in none of the attentions found."""
+    """Returns the softmaxes over tokens of an input that are in none of these attentions."""
     claimed = {node for chain in chains for node in chain.path}
     products = {node for chain in chains for node in (chain.first, chain.node)}
     return [
@@ -183,7 +189,7 @@ def _softened(node: Node) -> Dimension:
 
 
 def _leads_to(start: Node, products: set[Node]) -> bool:
-    """Whether its values reach one of the products with their dimensions kept apart."""
+    """Returns True if `start` reaches one of the products by ops that keep its dimensions apart."""
     queue, seen = [start], {start}
     for node in queue:
         for user in node.users:
@@ -198,7 +204,10 @@ def _leads_to(start: Node, products: set[Node]) -> bool:
 def _tokens(
     last: Product, mixing: Product, summed: list[str], queries: list[int]
 ) -> tuple[Dimension, Dimension, Dimension]:
-    """Query, key and outer factors: queries are what only those operands bring to the result."""
+    """Returns the query, key and outer factors.
+
+    The query dimensions are those of the result that only the operands `queries` have.
+    """
     rest = {
         label
         for i, term in enumerate(last.terms)
@@ -220,7 +229,7 @@ def _count(product: Product, label: str) -> int:
 
 
 def _dimensions(product: Product, label: str) -> list[Dimension]:
-    """A label's dimension in each operand that has it."""
+    """Returns the dimension with this label of each operand that has it."""
     return [
         n.meta["axes"][term.index(label)]
         for n, term in zip(product.operands, product.terms, strict=True)
@@ -238,12 +247,12 @@ def _dimension_of(product: Product, labels: list[str]) -> Dimension:
 
 
 def _name_tokens(product: Product, labels: list[str]) -> bool:
-    """Whether all that have one of these dimensions have tokens of an input there: not features."""
+    """Returns True if some label stands for tokens of an input in all operands that have it."""
     return any(all(map(is_named, _dimensions(product, label))) for label in labels)
 
 
 def _trace(first: Product, operand: Node, path: list[Node]) -> list[set[int]]:
-    """Per dimension of `operand`, the dimensions of the first product that it comes from."""
+    """Returns, for each dimension of `operand`, the dimensions of the first product in it."""
     name = f"result of {first.node.name}"
     shape = tuple(value(first.node).shape)
     known = {first.node: tuple((Factor(s, Axis(name, d)),) for d, s in enumerate(shape))}

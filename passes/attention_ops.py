@@ -1,8 +1,8 @@
-"""attention_ops: which ops are attentions, and where each has its query, key, value and result.
+"""attention_ops: the ops that are attentions, with their operands, layouts and results.
 
-Facts about ops, keyed by an op's name, as :mod:`torch.library` keeps them: PyTorch's own, those of
-common kernel libraries (an op that is not installed never occurs in a graph), and those that users
-add with :func:`register_attention_op`.
+The registry is keyed by the names of ops, as :mod:`torch.library` is. It has PyTorch's own ops,
+those of common kernel libraries (an op that is not installed never occurs in a graph), and those
+that users add with :func:`register_attention_op`.
 """
 
 from __future__ import annotations
@@ -27,17 +27,20 @@ _FUNCTIONALIZED = ("auto_functionalized", "auto_functionalized_v2")
 
 @dataclass(frozen=True, slots=True)
 class AttentionLayout:
-    """One letter per dimension; `open_ended`: any number of batch-like dimensions before them."""
+    """The roles of an operand's dimensions, one letter each.
+
+    `open_ended`: any number of batch-like dimensions may come before them.
+    """
 
     letters: str
     open_ended: bool
 
     def dim(self, letters: str) -> int:
-        """Which dimension, counted from the end, has one of these letters."""
+        """Returns the dimension, counted from the end, that has one of these letters."""
         return next(i for i, c in enumerate(self.letters) if c in letters) - len(self.letters)
 
     def fits(self, rank: int) -> bool:
-        """Whether a tensor of this rank can have this layout."""
+        """Returns True if a tensor of this rank can have this layout."""
         return rank >= len(self.letters) if self.open_ended else rank == len(self.letters)
 
     @property
@@ -56,7 +59,7 @@ class AttentionLayout:
 
 @dataclass(frozen=True, slots=True)
 class AttentionOp:
-    """Where an op has its operands, by name or position, and its result among its results."""
+    """An op's operands, by name or position, their layouts, and which result is the attention's."""
 
     name: str
     query: str | int
@@ -64,15 +67,15 @@ class AttentionOp:
     value: str | int
     layouts: tuple[AttentionLayout, ...]
     output: str | int
-    offsets: str = ""  # the argument that, where given, says that sequences are packed
+    offsets: str = ""  # name of the argument that, if not None, means packed sequences
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
     """One call of an attention op: its operand nodes and their layout.
 
-    `output` is the position of the attention's result where the op has several; `packed`: several
-    sequences lie one after another in one dimension, told apart by data alone.
+    `output` is the position of the attention's result if the op has several. `packed`: several
+    sequences are concatenated in one dimension, and only tensor data tells them apart.
     """
 
     query: Node
@@ -84,7 +87,7 @@ class AttentionCall:
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of both products; of packed sequences, an upper bound."""
+        """The FLOPs of both products; an upper bound for packed sequences."""
         query, values = value(self.query), value(self.value)
         return count_attention_flops(
             query,
@@ -106,7 +109,7 @@ def register_attention_op(
     value: str | int = 2,
     output: str | int = 0,
 ) -> None:
-    """States that an op is an attention: softmax(query @ key^T) @ value, whatever computes it.
+    """Registers an op as an attention: it computes softmax(query @ key^T) @ value.
 
     Args:
         op: what :func:`torch.library.custom_op` returns, an `OpOverload` or `OpOverloadPacket`
@@ -115,21 +118,21 @@ def register_attention_op(
         layout: one letter for each dimension of the query, the key and the value: `b` batch, `h`
             (or `g`) heads, `s` (or `m`, `n`, `l`) the sequence, `d` (or `k`, `c`) features. Thus
             `"bhsd"` for PyTorch's own, `"bshd"` for flash-attention, `"bmhk"` for xformers. `t`
-            instead of `s` has several sequences packed into one dimension, `"thd"`: which tokens
-            attend to which is then data, so that the kind of all but cross attentions is for the
-            user to state. A leading `...` stands for any dimensions. Several layouts where the op
-            takes several ranks.
+            instead of `s` means several sequences packed into one dimension (`"thd"`). Only tensor
+            data then tells which tokens attend to each other, so that the user states the kind of
+            all attentions but cross attention. A leading `...` stands for any number of dimensions.
+            Give several layouts if the op takes operands of several ranks.
         query, key, value: the operands: an argument's name, or its position. Keys may have fewer
             heads than queries.
-        output: which of several results is the attention's, by position; or the name of the
-            argument that it is written into. Its layout is the query's.
+        output: the position of the attention's result among several; or the name of the argument
+            that it is written to. Its layout is the query's.
 
-    What was registered for an op before, by users or by pabc, is replaced; what was captured before
-    stays as it was.
+    An earlier registration of the op, by users or by pabc, is replaced. Models that are compiled
+    already stay as they are.
 
     Raises:
         TypeError: `op` is no operator.
-        ValueError: a name or a layout is not of this form, or the op has no such tensor argument.
+        ValueError: a name or a layout is malformed, or the op has no such tensor argument.
 
         @torch.library.custom_op("mylib::attend", mutates_args=())
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
@@ -149,7 +152,7 @@ def register_attention_op(
 
 
 def _identify(op: Any) -> tuple[str, torch.FunctionSchema | None]:
-    """An operator's name, and its schema where it has one already."""
+    """Returns an operator's name, and its schema if it is defined already."""
     if isinstance(op, str):
         if not re.fullmatch(r"\w+::\w+(\.\w+)?", op):
             raise ValueError(
@@ -222,7 +225,7 @@ def _check_arguments(facts: AttentionOp, schema: torch.FunctionSchema) -> None:
 
 
 def _name(target: Any) -> str:
-    """The name under which an op's facts are kept; an overload's own come before the op's."""
+    """Returns the name that an op is registered under: its overload's, or else the packet's."""
     if isinstance(target, torch._ops.OpOverload):
         return target.name() if target.name() in _REGISTRY else target._schema.name
     if isinstance(target, torch._ops.HigherOrderOperator):
@@ -231,7 +234,10 @@ def _name(target: Any) -> str:
 
 
 def _functionalized(node: Node) -> Any:
-    """The op that a node calls: functionalization wraps those that write to an argument."""
+    """Returns the op that a node calls, without the wrapper of functionalization.
+
+    Functionalization wraps ops that write to an argument.
+    """
     target = node.target
     if isinstance(target, torch._ops.HigherOrderOperator) and target.name() in _FUNCTIONALIZED:
         return node.args[0]
@@ -239,21 +245,21 @@ def _functionalized(node: Node) -> Any:
 
 
 def is_attention_op(node: Any) -> bool:
-    """Whether `node` calls an op that is known to be an attention."""
+    """Returns True if `node` calls an op that is registered as an attention."""
     if not isinstance(node, Node) or node.op != "call_function":
         return False
     return is_attention(_functionalized(node))
 
 
 def is_attention(op: Any) -> bool:
-    """Whether an op is known to be an attention."""
+    """Returns True if an op is registered as an attention."""
     return _name(op) in _REGISTRY
 
 
 def attention_call(node: Node) -> AttentionCall:
-    """The operands and the layout of a call of an attention op.
+    """Returns the operands and the layout of a call of an attention op.
 
-    Raises: ValueError where the call is not as it was registered.
+    Raises: ValueError if the call does not match the registration.
     """
     op = _functionalized(node)
     facts = _REGISTRY[_name(op)]
@@ -288,7 +294,10 @@ def attention_call(node: Node) -> AttentionCall:
 
 
 def _output_position(facts: AttentionOp, op: Any, node: Node) -> int:
-    """Functionalized, an op returns its own results and then each argument that it writes to."""
+    """Returns the position of the attention's result among the results of a node.
+
+    A functionalized op returns its own results, followed by each argument that it writes to.
+    """
     if isinstance(facts.output, int):
         return facts.output
     written = [a.name for a in op._schema.arguments if a.alias_info and a.alias_info.is_write]
@@ -297,7 +306,7 @@ def _output_position(facts: AttentionOp, op: Any, node: Node) -> int:
 
 
 def attention_result(node: Node) -> Node | None:
-    """The node that yields the attention's result; None where nothing reads it."""
+    """Returns the node that yields the attention's result; None if nothing reads it."""
     if is_tensor(node) or not is_attention_op(node):
         return node
     position = attention_call(node).output

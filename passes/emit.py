@@ -1,4 +1,4 @@
-"""emit: blocks compiled with Inductor."""
+"""emit: compiles blocks with Inductor."""
 
 from __future__ import annotations
 
@@ -19,28 +19,29 @@ from .onednn import lowering_onednn
 from .tracing.lean import without_garbage_collection
 
 CompiledBlock = Callable[[list[Any]], Sequence[torch.Tensor]]
-"""Compiled code of a block: its inputs, in a list that it may empty -> its results."""
+"""The compiled code of a block: the list of inputs, which it may clear -> the results."""
 
 
 def compile_blocks(blocks: Iterable[GraphModule]) -> list[CompiledBlock]:
     """Compiles blocks (:func:`split_blocks_pass`) with Inductor, one after the other.
 
-    There is no Dynamo in between, hence no guard per call and no recompile: weights are inputs, and
-    the caller checks shapes once a call. C++ compilers work on one block while the next is made.
+    Dynamo takes no part, so that a call evaluates no guards and never recompiles: weights are
+    inputs, and the caller checks shapes once per call. C++ compilers work on one block while
+    Inductor lowers the next.
     """
     pending = _PendingCompilers()
     with without_garbage_collection():
         code = []
         for block in blocks:
             with pending.put_off() if _is_on_cpu(block) else nullcontext():
-                run_as_it_is = any(map(is_effect, block.graph.nodes))  # to a compiler, dead code
-                code.append((_run_block if run_as_it_is else _compile_block)(block))
+                has_effects = any(map(is_effect, block.graph.nodes))  # Inductor would drop these
+                code.append((_run_block if has_effects else _compile_block)(block))
         pending.end()
     return code
 
 
 def run_blocks(blocks: Iterable[GraphModule]) -> list[CompiledBlock]:
-    """Blocks as they are: run op by op."""
+    """Returns functions that run blocks op by op, without compiling them."""
     return [_run_block(block) for block in blocks]
 
 
@@ -63,8 +64,10 @@ def _compile_block(gm: GraphModule) -> CompiledBlock:
 
 
 def _overlapping(gm: GraphModule) -> AbstractContextManager[object]:
-    """Has Inductor start collectives as early as it can, and wait for them as late, where it is not
-    told otherwise: left alone, it waits at once, which takes the least memory."""
+    """Makes Inductor start collectives as early as possible, and wait for them as late as possible.
+
+    By default it waits immediately, which takes the least memory. A setting of the user wins.
+    """
     from torch._inductor import config
 
     if config.reorder_for_compute_comm_overlap or not any(map(is_collective, gm.graph.nodes)):
@@ -74,7 +77,7 @@ def _overlapping(gm: GraphModule) -> AbstractContextManager[object]:
 
 
 def example_inputs(block: GraphModule) -> list[torch.Tensor | None]:
-    """Inputs laid out as a block expects them, of any values."""
+    """Returns uninitialized inputs with the layouts that a block expects."""
     return [
         torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
         if isinstance(val := node.meta.get("val"), torch.Tensor)
@@ -89,46 +92,47 @@ def _is_on_cpu(block: GraphModule) -> bool:
 
 
 class _PendingCompilers:
-    """What Inductor waits for after each graph: the C++ compilers, in processes of their own."""
+    """The C++ compilers, in processes of their own, that Inductor waits for after each graph."""
 
     def __init__(self) -> None:
         self._put_off: list[tuple[Any, dict[str, Any]]] = []
 
     @contextmanager
     def put_off(self) -> Iterator[None]:
-        """Within it, nothing waits."""
+        """Puts off the waits of Inductor within the context until :meth:`end`."""
         from torch._inductor.async_compile import AsyncCompile
 
         wait = AsyncCompile.wait
-        AsyncCompile.wait = lambda *waiting: self._put_off.append(waiting)  # type: ignore[method-assign]
+        AsyncCompile.wait = lambda *pending: self._put_off.append(pending)  # type: ignore[method-assign]
         try:
             yield
         finally:
             AsyncCompile.wait = wait  # type: ignore[method-assign]
 
     def end(self) -> None:
-        """Waits for all."""
+        """Waits for all compilers that were put off."""
         for compiler, scope in self._put_off:
             compiler.wait(scope)
 
 
 def prepare_inductor() -> Callable[[], None]:
-    """Starts to find out, in the background, which vector instructions the C++ compiler knows.
+    """Starts to check in the background which vector instructions the C++ compiler supports.
 
-    Inductor asks for it once a process: seconds, in which the model can be captured. Returns what
-    waits for the answer, which Inductor keeps.
+    Inductor needs it once per process and caches the answer. It takes seconds, during which the
+    model can be captured. Returns a function that waits for it.
     """
-    import_module("torch._inductor.compile_fx")  # by one thread, as its modules import each other
+    import_module("torch._inductor.compile_fx")  # in one thread, as its modules import each other
     thread = Thread(target=_try_vector_instructions, name="pabc: instructions", daemon=True)
     thread.start()
     return thread.join
 
 
 def _try_vector_instructions() -> None:
-    """Has Inductor choose its instructions, and try all sets at a time.
+    """Makes Inductor choose its vector instructions, trying all sets in parallel.
 
-    It tries each by a program with all of PyTorch's vector code in it. Where PyTorch's own kernels
-    use the best of them, it is enough that the compiler takes their flags: a tiny program tells.
+    Inductor tries each set by compiling a program that includes all of PyTorch's vector code. If
+    PyTorch's own kernels use the best set, it suffices that the compiler accepts the flags, which a
+    tiny program tells.
     """
     from torch._inductor import config, cpu_vec_isa
 
@@ -143,17 +147,19 @@ def _try_vector_instructions() -> None:
             and all(pool.map(lambda isa: isa.check_build(_TINY), sets))
         )
         with config.patch({"cpp.vec_isa_ok": True}) if is_enough else nullcontext():
-            contexts = [copy_context() for _ in sets]  # which tell threads of the patch
+            contexts = [copy_context() for _ in sets]  # carry the patch to the threads
             list(pool.map(lambda isa, context: context.run(bool, isa), sets, contexts))
-            cpu_vec_isa.valid_vec_isa_list()  # kept by Inductor
+            cpu_vec_isa.valid_vec_isa_list()  # cached by Inductor
 
 
 _TINY = 'extern "C" int pabc_nothing() { return 0; }'
 
 
 def _takes_list(function: Any) -> bool:
-    """Whether a function is of the kind that AOTAutograd makes: it takes its inputs in a list, so
-    that it can free them."""
+    """Returns True if a function takes its inputs in one list, so that it can free them.
+
+    Functions that AOTAutograd makes do.
+    """
     code = getattr(function, "__code__", None)
     takes_one = code is not None and code.co_argcount == 1 and not code.co_flags & _VARIADIC
     return takes_one and getattr(function, "_boxed_call", False)

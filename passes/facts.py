@@ -1,7 +1,7 @@
-"""Facts: what passes find about a whole graph and tell one another.
+"""facts: frozen dataclasses that passes exchange about a whole graph.
 
-A pass takes the facts that it needs as arguments and returns those that it finds beside the graph.
-Each is one frozen dataclass. Facts about one node lie in ``node.meta`` (see :mod:`pabc.passes.ir`).
+A pass takes the facts that it needs as arguments and returns the graph and
+the facts that it finds. Facts about one node lie in ``node.meta`` (see :mod:`pabc.passes.ir`).
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """How the graph's inputs and outputs pack into the model's own arguments and result.
+    """The mapping between the graph's flat inputs and outputs and the model's arguments and result.
 
     Attributes:
         in_spec: the structure of the model's arguments.
-        out_spec: the structure of its result.
-        inputs: the name of each graph input, one per flattened argument.
+        out_spec: the structure of the model's result.
+        inputs: the names of the graph's inputs, one per flattened argument.
     """
 
     in_spec: Structure
@@ -51,7 +51,7 @@ class ModelCall:
         kwargs: its keyword arguments, as :func:`pabc.passes.bind_call` returns them.
         opaque: qualified names of modules that the graph calls instead of containing them, each
             with the reason.
-        lifted: positions among the flattened arguments of numbers that become inputs.
+        lifted: positions, among the flattened arguments, of the numbers to lift to inputs.
     """
 
     model: nn.Module
@@ -63,20 +63,21 @@ class ModelCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Captured:
-    """What capture found out about the model's forward.
+    """The facts about the model's forward that capture found.
 
     Attributes:
-        signature: how inputs and outputs pack into the model's own.
+        signature: the mapping to the model's own arguments and result.
         reads: the values read from tensor data that the graph is specialized on.
         modules: the Python state of the model that the graph is specialized on.
         calls: one entry per call of an opaque module or hook.
         aliases: the other names under which the model's modules share a tensor, by its name.
         writes: positions of the inputs that the forward writes to; their new values follow the
             outputs.
-        deleted: paths within the arguments of what the forward deletes from them.
+        deleted: paths, within the arguments, of the entries that the forward deletes.
         written: Python state that the forward writes and never reads.
-        compiled: what the model compiles itself; it is traced as written.
-        sizes: the sizes that a graph with dynamic shapes serves; None: those of the call alone.
+        compiled: functions and modules that the model compiles itself; they are traced uncompiled.
+        sizes: the sizes for which a graph with dynamic shapes is valid; None: a graph with fixed
+            shapes, those of the captured call.
     """
 
     signature: Signature
@@ -93,12 +94,12 @@ class Captured:
 
 @dataclass(frozen=True, slots=True)
 class Denoised:
-    """Which inputs are denoised.
+    """The inputs that are denoised.
 
     Attributes:
-        latents: the name of the latents, the first of them.
-        streams: each denoised input's name -> the input whose axes it has: itself, or the first
-            sample of the list that it is in.
+        latents: the name of the latents, the first denoised input.
+        streams: name of each denoised input -> name of the input whose axes it has: itself, or the
+            first sample of the list that it is in.
     """
 
     latents: str
@@ -110,7 +111,7 @@ class Enlarged:
     """The graph of a larger call, which shows where token axes of one position lie.
 
     Attributes:
-        graph: the graph, with axes; None: no kind hinges on such an axis, or the model takes no
+        graph: the graph, with axes; None: no kind depends on such an axis, or the model accepts no
             larger call.
         denoised: the denoised inputs of that graph.
     """
@@ -121,10 +122,10 @@ class Enlarged:
 
 @dataclass(frozen=True, slots=True)
 class Tagged:
-    """What the search for attention left over.
+    """The softmaxes that the search for attention could not place.
 
     Attributes:
-        unclaimed: a line for each softmax over tokens that is part of no attention.
+        unclaimed: a message for each softmax over tokens that is part of no attention.
     """
 
     unclaimed: tuple[str, ...] = ()
@@ -132,11 +133,11 @@ class Tagged:
 
 @dataclass(frozen=True, slots=True)
 class Marked:
-    """The residual branches that are marked on the nodes.
+    """The residual branches whose nodes are marked as regions.
 
     Attributes:
-        branches: the kind of each region and the names of its attentions, by region.
-        outside: a line for each attention that no region holds, with the reason.
+        branches: the kind and the names of the attentions of each region, by ordinal.
+        outside: a message for each attention that is in no region, with the reason.
     """
 
     branches: tuple[tuple[str, tuple[str, ...]], ...]
@@ -149,8 +150,8 @@ class ShardedAxis:
 
     Attributes:
         axis: the axis.
-        ranks: the number of ranks that share it.
-        gathered: the regions that every rank computes as a whole, since an op in them has no rule.
+        ranks: the number of ranks that share the axis.
+        gathered: the regions that every rank computes whole, since an op in them has no shard rule.
     """
 
     axis: Axis
@@ -160,11 +161,11 @@ class ShardedAxis:
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """How a graph is sharded.
+    """The sharding of a graph.
 
     Attributes:
-        axes: what is sharded, the outermost first; empty: nothing.
-        digest: SHA-256, as hex, of the whole graph and of how it is sharded; equal on all ranks.
+        axes: the sharded axes, the outermost first; empty: nothing is sharded.
+        digest: SHA-256, as hex, of the unsharded graph and of its sharding; equal on all ranks.
     """
 
     axes: tuple[ShardedAxis, ...] = ()
@@ -173,12 +174,13 @@ class Shards:
 
 @dataclass(frozen=True, slots=True)
 class PrologueGraph:
-    """What runs once a generation.
+    """The prologue, which runs once per generation.
 
     Attributes:
-        graph: the model's inputs -> the hoisted values, which are the last inputs of the graph.
-        steady: positions of the inputs whose values it reads.
-        attentions: the attentions in it.
+        graph: the model's inputs -> the hoisted values, the last inputs of the main graph.
+        steady: positions of the inputs whose values it reads, which do not change during a
+            generation.
+        attentions: the attentions in the prologue.
     """
 
     graph: GraphModule
@@ -191,7 +193,7 @@ class Regions:
     """The outlined regions.
 
     Attributes:
-        all: in execution order; region i is slot i of a plan.
+        all: the regions in execution order; region i is slot i of a plan.
     """
 
     all: tuple[Region, ...]
@@ -199,16 +201,16 @@ class Regions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guarded:
-    """All that is known once the guarded graph is made; whatever runs a model starts from it.
+    """The guarded graph with all facts about it, from which every backend starts.
 
     Attributes:
         graph: the guarded graph. Its inputs are the state of a step, the model's flattened
             arguments, and the hoisted values.
-        captured: what capture found.
-        denoised: which inputs are denoised.
-        marked: the branches, and what no region holds.
-        shards: how the graph is sharded.
-        prologue: what runs once a generation.
+        captured: the facts that capture found.
+        denoised: the denoised inputs.
+        marked: the residual branches, and the attentions that are in no region.
+        shards: the sharding of the graph.
+        prologue: the part that runs once per generation.
         regions: the regions, in execution order; region i is slot i of a plan.
     """
 
@@ -223,11 +225,11 @@ class Guarded:
 
 @dataclass(frozen=True, slots=True)
 class PhaseSlots:
-    """What a phase does with slots.
+    """The slots that a phase reuses and stores.
 
     Attributes:
-        reused: the slots that it reuses, ascending: the last inputs of its graph.
-        stored: the slots whose cuts it returns, ascending.
+        reused: the slots that the phase reuses, ascending; they are the last inputs of its graph.
+        stored: the slots whose new contents the phase returns, ascending.
     """
 
     reused: tuple[int, ...]
@@ -236,18 +238,19 @@ class PhaseSlots:
 
 @dataclass(frozen=True, slots=True)
 class ResultIndex:
-    """The place of one of the model's outputs among a flat graph's results."""
+    """The position of one of the model's outputs among a flat graph's results."""
 
     index: int
 
 
 @dataclass(frozen=True, slots=True)
 class Lifted:
-    """How a flat graph's inputs and results relate to the model's.
+    """The mapping between a flat graph's inputs and results and the model's weights and outputs.
 
     Attributes:
-        weights: the names of the weights that its first inputs take.
-        outputs: per output of the model its place among the results, or the constant that it is.
+        weights: the names of the weights, which are the first inputs.
+        outputs: for each output of the model, its position among the results (a
+            :class:`ResultIndex`), or its value if it is a constant.
     """
 
     weights: tuple[str, ...]
@@ -259,7 +262,7 @@ class InputSizes:
     """The sizes that a phase is compiled for.
 
     Attributes:
-        values: symbol -> its size; empty: the graph has fixed shapes.
+        values: symbol -> size; empty: the graph has fixed shapes.
     """
 
     values: SizeBinding
@@ -272,8 +275,8 @@ class KernelMatch:
     Attributes:
         kernel: the kernel's name.
         node: the name of the part's last node.
-        shape: the shape by which gains are looked up.
-        reason: why the part was left alone; None: it was lowered.
+        shape: the shape by which measured gains are looked up.
+        reason: the reason why the part was not lowered; None: it was lowered.
     """
 
     kernel: str
@@ -291,12 +294,12 @@ class KernelMatches:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A part of a phase that is compiled by itself.
+    """A part of a phase that is compiled separately.
 
     Attributes:
         graph: a flat graph.
-        key: equal for blocks that may share code: what the graph computes, and the layouts of its
-            inputs.
+        key: the computation of the graph and the layouts of its inputs; blocks with equal keys
+            share code.
     """
 
     graph: GraphModule
@@ -305,19 +308,19 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """The distinct blocks that a phase calls, by the name of the submodule."""
+    """The distinct blocks that a phase calls, by the names of their submodules."""
 
     by_name: Mapping[str, Block]
 
 
 class Facts:
-    """The facts that are known of a graph: at most one of each type."""
+    """The known facts about a graph, at most one of each type."""
 
     def __init__(self, facts: Iterable[object] = ()) -> None:
         self._facts = {type(fact): fact for fact in facts}
 
     def __getitem__(self, kind: type[T]) -> T:
-        """Returns the fact of this type. Raises: KeyError naming it where there is none."""
+        """Returns the fact of this type. Raises: KeyError that names the type if there is none."""
         fact = self._facts[kind]
         assert isinstance(fact, kind)
         return fact
@@ -327,5 +330,5 @@ class Facts:
         return self[kind] if kind in self._facts else None
 
     def adding(self, fact: object) -> Facts:
-        """Returns these facts and `fact`, which replaces that of its type."""
+        """Returns these facts with `fact` added; it replaces one of its type."""
         return Facts((*self._facts.values(), fact))

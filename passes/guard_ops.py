@@ -1,8 +1,8 @@
-"""Guard ops: what a guarded graph calls to read, compute and store the cuts of a region.
+"""guard_ops: the ops by which a guarded graph reads, computes and stores the cuts of a region.
 
-A guarded graph takes the state of a step as its first input and asks it at every region. Each op is
-entered once, in :data:`GUARD_OPS`: the function that runs it, and the method that decides it for a
-phase, where it is known which slots are reused.
+A guarded graph takes the state of a step as its first input, and queries it at every region. Each
+op has one entry in :data:`GUARD_OPS`: the function that runs it in a guarded graph, and the method
+that decides it for a phase, in which the reused slots are known.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from .ir import GETITEM, Region
 from .transfers import fetch, stash
 
 Devices = tuple[torch.device | None, ...]
-"""Per tensor that a slot holds: the device it comes from and goes to; None: it stays there."""
+"""The device of each tensor that a slot keeps in host memory; None: the tensor is not moved."""
 
 
 Cuts = tuple[torch.Tensor, ...]
 
 
 class StepState(Protocol):
-    """The state of a step, as a guarded graph asks for it; slots are region ordinals."""
+    """The state of a step, which a guarded graph queries; slots are region ordinals."""
 
     def read(self, slot: int) -> Cuts | None:
-        """Returns the cuts to reuse at this step, or None if the region must be computed."""
+        """Returns what the slot holds if this step reuses it; None if it computes the region."""
 
     def write(self, slot: int, cuts: Cuts) -> None:
-        """Offers freshly computed cuts, which are stored if a later step reads them."""
+        """Stores freshly computed cuts if a later step reads them."""
 
 
 def cache_read(state: StepState, slot: int) -> Cuts | None:
-    """Returns the cuts if the plan reuses the slot at this step, else None."""
+    """Returns what the slot holds if the plan reuses it at this step, else None."""
     return state.read(slot)
 
 
 def compute_unless(cached: Cuts | None, region: GraphModule, *inputs: torch.Tensor) -> Cuts:
-    """Returns the cuts to reuse, or runs the region where there are none."""
+    """Returns the cuts to reuse, or runs the region if there are none."""
     return region(*inputs) if cached is None else cached
 
 
@@ -51,7 +51,7 @@ def cache_write(state: StepState, slot: int, cached: Cuts | None, cuts: Cuts) ->
 
 
 def fetch_cached(cached: Cuts | None, devices: tuple[torch.device | None, ...]) -> Cuts | None:
-    """Returns what a slot holds, each tensor on its device (None: it was never moved)."""
+    """Copies what a slot holds back to the devices; a tensor with device None was not moved."""
     if cached is None:
         return None
     pairs = zip(cached, devices, strict=True)
@@ -59,17 +59,17 @@ def fetch_cached(cached: Cuts | None, devices: tuple[torch.device | None, ...]) 
 
 
 def decode_cached(cached: Cuts | None, decoder: GraphModule) -> Cuts | None:
-    """Returns the cuts whose encoded form a slot holds; None where there is nothing to reuse."""
+    """Decodes the cuts that a slot holds; returns None if there is nothing to reuse."""
     return None if cached is None else decoder(*cached)
 
 
 def encode_unless(cached: Cuts | None, encoder: GraphModule, cuts: Cuts) -> Cuts:
-    """Returns the encoded form of freshly computed cuts, or the one that is reused."""
+    """Returns freshly computed cuts in encoded form, or what is reused."""
     return encoder(*cuts) if cached is None else cached
 
 
 def stash_unless(cached: Cuts | None, devices: tuple[torch.device | None, ...], cuts: Cuts) -> Cuts:
-    """Returns what a slot is to hold, moved to host memory if it has a device."""
+    """Copies what a slot is to hold to host memory, except tensors with device None."""
     if cached is not None:
         return cached
     pairs = zip(cuts, devices, strict=True)
@@ -77,14 +77,14 @@ def stash_unless(cached: Cuts | None, devices: tuple[torch.device | None, ...], 
 
 
 GuardResult: TypeAlias = "tuple[Node, ...] | Node"
-"""What a guard op comes to: nodes, or the call that returns them."""
+"""The result of a guard op in a phase: nodes, or a call that returns them as a tuple."""
 
 
 class Decisions:
     """Decides the guard ops of a guarded graph for one phase, writing to the phase's graph.
 
-    Each method takes a guard op's node and what its operands came to (None: nothing is reused), and
-    returns what the op comes to.
+    Each method takes the node of a guard op and the results of its operands in the phase (None:
+    nothing is reused), and returns the result of the op.
     """
 
     def __init__(self, graph: Graph, regions: Sequence[Region], reused: Collection[int]) -> None:
@@ -100,7 +100,7 @@ class Decisions:
         self._written: dict[int, GuardResult] = {}
 
     def written(self, slot: int) -> tuple[Node, ...]:
-        """Returns what a slot is to hold."""
+        """Returns the nodes that a slot is to hold."""
         return self._items(self._written[slot], len(self._regions[slot].kept))
 
     def read(self, node: Node, state: None, slot: int) -> GuardResult | None:
@@ -111,23 +111,23 @@ class Decisions:
         return held or None
 
     def fetch(self, node: Node, held: GuardResult | None, devices: Devices) -> GuardResult | None:
-        """Fetches what is reused to its device."""
+        """Appends fetches of what is reused."""
         return None if held is None else insert_fetches(self._graph, held, devices)
 
     def decode(self, node: Node, held: GuardResult | None, decoder: None) -> GuardResult | None:
-        """Decodes what is reused."""
+        """Appends a call of the decoder on what is reused."""
         return None if held is None else self._call(node, held)
 
     def compute(
         self, node: Node, held: GuardResult | None, region: None, *inputs: Node
     ) -> GuardResult:
-        """Calls the region unless it is reused."""
+        """Appends a call of the region, unless it is reused."""
         return self._call(node, inputs) if held is None else held
 
     def encode(
         self, node: Node, held: GuardResult | None, encoder: None, cuts: GuardResult
     ) -> GuardResult:
-        """Encodes freshly computed cuts."""
+        """Appends a call of the encoder on freshly computed cuts."""
         if held is not None:
             return held
         return self._call(node, self._items(cuts, len(self._region(node).cuts)))
@@ -135,7 +135,7 @@ class Decisions:
     def stash(
         self, node: Node, held: GuardResult | None, devices: Devices, cuts: GuardResult
     ) -> GuardResult:
-        """Moves what a slot is to hold to host memory."""
+        """Appends copies to host memory of what a slot is to hold."""
         if held is not None:
             return held
         kept = self._items(cuts, len(self._region(node).kept))
@@ -144,7 +144,7 @@ class Decisions:
     def write(
         self, node: Node, state: None, slot: int, held: GuardResult | None, cuts: GuardResult
     ) -> GuardResult:
-        """Notes what the slot is to hold."""
+        """Records what the slot is to hold."""
         self._written[slot] = cuts
         return cuts
 
@@ -154,7 +154,7 @@ class Decisions:
         return self._regions[slot]
 
     def _call(self, node: Node, inputs: Sequence[Node]) -> Node:
-        """The call of the module that is a guard's second operand."""
+        """Appends a call of the module that is the guard op's second operand."""
         return self._graph.call_module(str(node.args[1].target), tuple(inputs))
 
     def _items(self, values: GuardResult, num: int) -> tuple[Node, ...]:
@@ -164,7 +164,7 @@ class Decisions:
 
 
 def insert_fetches(graph: Graph, held: Sequence[Node], devices: Devices) -> tuple[Node, ...]:
-    """Appends fetches of what slots hold, except of what was never moved."""
+    """Appends fetches of what slots hold, except of tensors with device None."""
     pairs = zip(held, devices, strict=True)
     return tuple(
         node if device is None else graph.call_function(fetch, (node, device))
@@ -173,7 +173,7 @@ def insert_fetches(graph: Graph, held: Sequence[Node], devices: Devices) -> tupl
 
 
 def insert_stashes(graph: Graph, cuts: Sequence[Node], devices: Devices) -> tuple[Node, ...]:
-    """Appends stashes of cuts, except of what is not moved."""
+    """Appends stashes of cuts, except of tensors with device None."""
     pairs = zip(cuts, devices, strict=True)
     return tuple(
         node if device is None else graph.call_function(stash, (node,)) for node, device in pairs
@@ -189,7 +189,7 @@ GUARD_OPS: Mapping[Callable[..., Any], Callable[..., GuardResult | None]] = {
     stash_unless: Decisions.stash,
     cache_write: Decisions.write,
 }
-"""What runs a guard op -> what decides it for a phase."""
+"""The function that runs a guard op -> the method that decides it for a phase."""
 
 
 def slot_of(node: Node) -> int | None:

@@ -1,10 +1,11 @@
-"""hoist: moves what stays the same over a generation into a prologue that runs once.
+"""hoist: moves values that do not change during a generation to a prologue that runs once.
 
-What follows from the timestep and no latents stays in the phases. It is less than 1 % of a step of
-Latte and CogVideoX; of a layer of image models 1 % to 3 % at 256 pixels, less than 1 % at 512. To
-compute it for all steps at once changes bits: products with more rows may round otherwise. To keep
-it serves only generations with the same text and timesteps as one before: where it weighs most,
-the pooled text or the class is mixed in. (`bench/time_hoisting.py`, `bench/results/hoisting.json`.)
+Values that depend on the timestep, but not on the latents, stay in the phases. They cost less than
+1 % of a step of Latte and CogVideoX, and of a layer of image models 1 % to 3 % at 256 pixels, less
+than 1 % at 512. Computing them for all steps at once would change bits, since products with more
+rows may round differently. Caching them across generations would help only if the text and the
+timesteps are the same again: where they cost most, they also depend on the pooled text or the class
+(`bench/time_hoisting.py`, `bench/results/hoisting.json`).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from .tracing.sizes import is_size
 
 @dataclass(frozen=True)
 class _Invariants:
-    """Nodes that no varying input reaches, and those of them that the rest of the graph reads."""
+    """The nodes that depend on no varying input, and the frontier: those that others read."""
 
     nodes: tuple[Node, ...]
     frontier: tuple[Node, ...]
@@ -43,15 +44,15 @@ def hoist_invariants_pass(gm: GraphModule, denoised: Denoised) -> tuple[GraphMod
     """Splits off the ops that depend on weights, constants and steady inputs alone: text
     projections, cross attention's keys and values, position and rotary tables, masks.
 
-    An input counts as steady if it is not the latents and has two dimensions or more: timesteps
-    have one. That is a guess about cost, never about results: whoever runs the prologue runs it
-    again when a steady input or a weight has changed (:class:`pabc.runtime.program.Program` does).
+    An input counts as steady if it is not denoised and has two dimensions or more (timesteps have
+    at most one). A wrong guess costs time, but never changes results: the prologue runs again when
+    a steady input or a weight has changed (:class:`pabc.runtime.program.Program`).
 
-    Requires: regions are marked, since a stream that is hoisted could no longer be found.
+    Requires: marked regions, since a residual stream could not be found once it is hoisted.
     Ensures: the prologue maps the model's inputs to a tuple of tensors, which are the last inputs
-    of the graph; outputs bitwise as before. Views of weights and constants are left in place, and
-    so is the unpacking of quantized weights: kept for a generation, it would take the memory that
-    quantization saves.
+    of the graph; outputs bitwise as before. Views of weights and constants are not hoisted, nor is
+    the unpacking of quantized weights: the unpacked weights, kept for a generation, would take the
+    memory that quantization saves.
 
         # before                                # after
         %e = linear(%text, %w)                  %hoisted_0 = placeholder
@@ -86,7 +87,7 @@ def hoist_nothing(gm: GraphModule) -> tuple[GraphModule, PrologueGraph]:
 def verify_hoist(
     gm: GraphModule, captured: Captured, denoised: Denoised, prologue: PrologueGraph
 ) -> None:
-    """Checks that the prologue reads nothing that varies, and that its results are the graph's last
+    """Checks that the prologue reads steady inputs only, and that its results are the graph's last
     inputs."""
     for node in user_inputs(prologue.graph.graph):
         assert not _is_read(node) or _is_steady(node, denoised.streams), f"{node.name} varies"
@@ -95,7 +96,7 @@ def verify_hoist(
 
 
 def _is_read(node: Node) -> bool:
-    """Whether the values of an input are read, and not its sizes alone."""
+    """Returns True if the values of an input are read, not only its sizes."""
     return any(not is_size(user) for user in node.users)
 
 
@@ -104,14 +105,14 @@ def _is_steady(node: Node, denoised: Collection[str]) -> bool:
 
 
 def find_invariants(graph: Graph, steady: list[Node]) -> _Invariants:
-    """Which nodes to hoist: those with an op that computes from weights, constants, steady inputs.
+    """Finds the nodes to hoist: computations on weights, constants and steady inputs alone.
 
-    Constants that an op makes out of sizes alone (`arange`, `zeros`) are made where they are read,
-    as weights are; what draws random numbers stays.
+    Constants that an op makes from sizes alone (`arange`, `zeros`) stay where they are read, as
+    weights do; random ops stay as well.
     """
     invariant: set[Node] = set(steady)
-    computed: set[Node] = set()  # what holds a value of its own, not a view
-    weights: dict[Node, frozenset[Node]] = {}  # of what depends on nothing else
+    computed: set[Node] = set()  # nodes whose value is not just a view
+    weights: dict[Node, frozenset[Node]] = {}  # node that depends on weights alone -> the weights
     for node in graph.nodes:
         if node.op == "get_attr":
             invariant.add(node)
@@ -142,14 +143,20 @@ def find_invariants(graph: Graph, steady: list[Node]) -> _Invariants:
 
 
 def _is_left(node: Node, weights: Collection[Node], computed: Collection[Node]) -> bool:
-    """Whether a value of weights alone is no longer computed: to keep what serves it alone, copies
-    of quantized bytes say, would save little and take as much memory as the weights."""
+    """Returns True if a value that depends on weights alone is not hoisted.
+
+    Then its operands, such as copies of quantized bytes, are not hoisted for its sake either: that
+    would save little time, and take as much memory as the weights.
+    """
     return node in weights and node not in computed
 
 
 def _is_unpacked(node: Node, weights: Collection[Node]) -> bool:
-    """Whether a value takes more bytes than the weights it is computed from, the largest of which
-    holds numbers of a byte or less."""
+    """Returns True if a value is an unpacked form of quantized weights.
+
+    Such a value takes more bytes than the weights that it is computed from, the largest of which
+    has elements of one byte.
+    """
     tensors = [value(n) for n in weights if is_tensor(n)]
     if not tensors or not is_tensor(node):
         return False
@@ -176,7 +183,7 @@ def needed_by(frontier: list[Node]) -> tuple[Node, ...]:
 
 
 def _needed_without(graph: Graph, frontier: tuple[Node, ...]) -> set[Node]:
-    """What the outputs need once the frontier's values are given, inputs excluded."""
+    """Returns the nodes, except inputs, that outputs need once the frontier is an input."""
     dead = dead_without(frontier)
     return {n for n in graph.nodes if n not in dead and n.op != "placeholder"}
 

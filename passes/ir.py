@@ -1,10 +1,10 @@
-"""What the passes share: the facts they leave on graphs, and the questions they ask of them.
+"""ir: facts about nodes, and the predicates and edits of graphs that passes share.
 
 A graph here is a :class:`torch.fx.Graph` of ATen ops. Facts about one node lie in ``node.meta``
 (``"val"``: its fake tensor, ``"axes"``: its :data:`Dims`, ``"attention"``: an :class:`Attention`);
 facts about the whole graph are dataclasses (:mod:`pabc.passes.facts`). In a graph with dynamic
-shapes, fake tensors have symbols for sizes, and ``"hint"`` is the same at the sizes of the captured
-call (:mod:`pabc.passes.tracing.sizes`).
+shapes, fake tensors have symbolic sizes, and ``"hint"`` is the fake tensor with the sizes of the
+captured call (:mod:`pabc.passes.tracing.sizes`).
 """
 
 from __future__ import annotations
@@ -60,20 +60,21 @@ LAYOUTS = frozenset(
 )
 SOFTMAXES = frozenset({aten.softmax.int, aten._softmax.default, aten._safe_softmax.default})
 MASKS = (torch.bool, torch.uint8)
-"""The dtypes of an index that says which elements, not at which positions."""
+"""Dtypes of an index tensor that is a mask, not a list of positions."""
 COLLECTIVES = ("_c10d_functional", "c10d", "c10d_functional")
-"""Namespaces of the ops that communicate."""
+"""Namespaces of collective ops."""
 OPAQUE = "pabc_opaque"
-"""Namespace of the ops that stand for modules which a graph calls as they are."""
+"""Namespace of the ops that call opaque modules."""
 EFFECT = "effect"
-"""Begins the names of those that leave something behind beside their results."""
+"""Prefix of the names of opaque ops that have side effects."""
 
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """A dimension of a model input: where a token axis comes from.
+    """A dimension of a model input, along which tokens lie.
 
-    Where operands disagree about a dimension, the axis of lower `rank` is kept: the latents' own.
+    If operands disagree about a dimension, the axis of the lower `rank` is kept; that of the
+    latents is the lowest.
     """
 
     source: str
@@ -88,10 +89,10 @@ class Axis:
 class Factor:
     """One factor of a dimension: `size` consecutive positions along `axis`.
 
-    `axis` None means that the positions name no token of an input: features, heads, parameters,
-    repeats. A concatenation has `parts` instead, each the factors of one operand.
-    `reason` says which node lost the provenance, where one did. `learned`: the positions are a
-    weight's or a constant's own, the same for every input.
+    `axis` None means that the positions are no tokens of an input, but features, heads, parameters
+    or repeats. A concatenation has `parts` instead, each the factors of one operand. `reason` names
+    the node that lost the provenance, if one did. `learned`: the positions belong to a weight or a
+    constant, and are the same for every input.
     """
 
     size: int
@@ -101,7 +102,7 @@ class Factor:
     learned: bool = field(default=False, compare=False)
 
     def axes(self) -> Iterator[Axis]:
-        """The axes it lies along, those of its parts included."""
+        """Yields the axes that the factor lies along, including those of its parts."""
         if self.axis is not None:
             yield self.axis
         for part in self.parts:
@@ -116,8 +117,8 @@ Dims = tuple[tuple[Factor, ...], ...]
 class Attention:
     """One attention call: the node with its output, and the axes its softmax mixes.
 
-    `query` and `key` are the factors of the sequence dimension of Q and of K; `linear`: it is
-    Q (K^T V), whose cost is linear in the tokens.
+    `query` and `key` are the factors of the sequence dimension of Q and of K. `linear`: the
+    attention is computed as Q (K^T V), at a cost that is linear in the number of tokens.
     """
 
     name: str
@@ -133,8 +134,9 @@ class Region:
     """One residual branch, outlined to a submodule whose outputs are its cuts.
 
     `name` is the submodule's attribute, `path` the user's module it came from, `layer` its ordinal
-    among regions of its kind, `shapes` and `dtypes` describe the cut tensors; `encoded` those that
-    a slot holds in their place (:func:`encode_cuts_pass`), where it does not hold the cuts.
+    among regions of its kind. `shapes` and `dtypes` describe the cuts. `encoded` has the shape and
+    dtype of each tensor that a slot holds instead of the cuts (:func:`encode_cuts_pass`); it is
+    empty if the slot holds the cuts themselves.
     """
 
     name: str
@@ -149,17 +151,17 @@ class Region:
 
     @property
     def kept(self) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
-        """Shape and dtype of each tensor that a slot holds for it."""
+        """The shape and dtype of each tensor that a slot holds for this region."""
         return self.encoded or tuple(zip(self.shapes, self.dtypes, strict=True))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors that a slot holds for it."""
+        """The number of bytes that a slot holds for this region."""
         return sum(dtype.itemsize * torch.Size(shape).numel() for shape, dtype in self.kept)
 
 
 class Reach:
-    """Which node depends on which, answered by one bit set per node."""
+    """The dependencies between the nodes of a graph, kept as one bit set per node."""
 
     def __init__(self, graph: Graph) -> None:
         self.nodes = list(graph.nodes)
@@ -173,11 +175,11 @@ class Reach:
             self._ancestors.append(bits)
 
     def depends(self, node: Node, source: Node) -> bool:
-        """Whether `node` is computed from `source`; no node depends on itself."""
+        """Returns True if `node` is computed from `source`; no node depends on itself."""
         return bool(self._ancestors[self.index[node]] >> self.index[source] & 1)
 
     def between(self, source: Node, sink: Node) -> list[Node]:
-        """Nodes on a path from `source` (excluded) to `sink` (included), in graph order."""
+        """Returns the nodes on paths from `source` (excluded) to `sink` (included), in order."""
         start, stop = self.index[source], self.index[sink]
         bits = self._ancestors[stop] | (1 << stop)
         return [
@@ -187,47 +189,49 @@ class Reach:
         ]
 
     def mask(self, nodes: Iterable[Node]) -> int:
-        """A set of nodes, for :meth:`touches`."""
+        """Returns a bit set of nodes, for :meth:`touches`."""
         return sum(1 << self.index[node] for node in nodes)
 
     def touches(self, node: Node, mask: int) -> bool:
-        """Whether `node` is, or depends on, one of the nodes in `mask`."""
+        """Returns True if `node` is one of the nodes in `mask`, or depends on one."""
         i = self.index[node]
         return bool((self._ancestors[i] | (1 << i)) & mask)
 
 
 def is_call(node: Any, targets: Iterable[Any]) -> bool:
-    """Whether `node` calls one of `targets`."""
+    """Returns True if `node` calls one of `targets`."""
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
 
 def is_opaque(node: Any) -> bool:
-    """Whether `node` calls a module that runs as it is."""
+    """Returns True if `node` calls an opaque module."""
     target = node.target if isinstance(node, Node) else None
     return isinstance(target, torch._ops.OpOverload) and target.namespace == OPAQUE
 
 
 def is_effect(node: Any) -> bool:
-    """Whether `node` leaves something behind beside its result: it runs at every step, in order."""
+    """Returns True if `node` has side effects, so that it must run at every step, in order."""
     return is_opaque(node) and str(node.target._opname).startswith(EFFECT)
 
 
 def is_collective(node: Any) -> bool:
-    """Whether `node` communicates with other processes, or waits for it."""
+    """Returns True if `node` is a collective op, or waits for one."""
     target = node.target if isinstance(node, Node) else None
     return isinstance(target, torch._ops.OpOverload) and target.namespace in COLLECTIVES
 
 
 def cannot_be_recorded(node: Node) -> bool:
-    """Returns True if an op may wait for the device or for other processes, which a CUDA graph
-    cannot contain."""
+    """Returns True if a CUDA graph cannot contain the op.
+
+    Such an op may wait for the device or for other processes.
+    """
     return is_opaque(node) or is_collective(node)
 
 
 def is_contraction(node: Node) -> bool:
-    """Whether the op sums over products of two tensors: a projection, a convolution, a product.
+    """Returns True if the op contracts two tensors: a projection, a convolution, a matrix product.
 
-    A module that runs as it is may hold any of these.
+    An opaque module counts as one, since it may contain any of these.
     """
     if is_opaque(node):
         return True
@@ -237,7 +241,7 @@ def is_contraction(node: Node) -> bool:
 
 
 def is_pointwise(node: Node) -> bool:
-    """Whether each output element depends on one element of each (broadcast) tensor operand."""
+    """Returns True if each output element depends on one element of each broadcast operand."""
     if node.op != "call_function":
         return False
     packet = getattr(node.target, "overloadpacket", None)  # not all overloads of these are tagged
@@ -248,8 +252,9 @@ def is_pointwise(node: Node) -> bool:
 
 
 def is_random(node: Node) -> bool:
-    """Whether the op draws random numbers, others at each call; attention without dropout does not,
-    though its op is tagged so.
+    """Returns True if the op draws random numbers.
+
+    Attention without dropout draws none, although PyTorch tags its op as random.
     """
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
@@ -261,48 +266,49 @@ def is_random(node: Node) -> bool:
 
 
 def value(node: Node) -> torch.Tensor:
-    """The fake tensor a node yields: its shape, dtype and device."""
+    """Returns the fake tensor of a node: its shape, strides, dtype and device."""
     val = node.meta["val"]
     assert isinstance(val, torch.Tensor), f"{node.name} yields {type(val).__name__}, not a tensor"
     return val
 
 
 def is_tensor(node: Any) -> bool:
-    """Whether `node` yields one tensor."""
+    """Returns True if `node` yields one tensor."""
     return isinstance(node, Node) and isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def user_inputs(graph: Graph) -> list[Node]:
-    """The graph's inputs, in order."""
+    """Returns the graph's inputs, in order."""
     return [node for node in graph.nodes if node.op == "placeholder"]
 
 
 def output_node(graph: Graph) -> Node:
-    """The node that returns."""
+    """Returns the output node of the graph."""
     return next(node for node in reversed(graph.nodes) if node.op == "output")
 
 
 def model_outputs(graph: Graph, num_outputs: int) -> list[Node]:
-    """Returns the tensors among the first `num_outputs` results: those that the model returns.
+    """Returns the tensors among the first `num_outputs` results, which are the model's outputs.
 
-    Values that it writes to inputs follow them.
+    The results after them are the new values of inputs that the model writes to.
     """
     results = output_node(graph).args[0][:num_outputs]
     return list(dict.fromkeys(node for node in results if is_tensor(node)))
 
 
 def module_path(node: Node) -> str:
-    """The user's qualified module name of a node; for messages and tables, never for decisions."""
+    """Returns the qualified name of the user's module that a node is from; for messages only."""
     stack = node.meta.get("nn_module_stack") or {}
     paths = [path for path, _ in stack.values()]
     return str(paths[-1]) if paths else ""
 
 
 def dead_without(cuts: Iterable[Node]) -> set[Node]:
-    """The nodes, cuts included, that nothing else needs once the cuts' values are given; what
-    leaves something behind is needed.
+    """Returns the nodes, cuts included, that are dead code once the values of the cuts are inputs.
 
-    Requires: a graph without dead code. Walks no further than what the cuts free.
+    Nodes with side effects are never dead. Visits only the dead nodes and their inputs.
+
+    Requires: a graph without dead code.
     """
     dead = set(cuts)
     stack = list(dead)
@@ -316,15 +322,17 @@ def dead_without(cuts: Iterable[Node]) -> set[Node]:
 
 
 def remove_dead_code(graph: Graph) -> None:
-    """Erases calls and attribute reads without users; inputs stay, for they are the signature, and
-    so do calls that leave something behind."""
+    """Erases calls and attribute reads without users, except calls that have side effects.
+
+    Inputs stay, since they are the signature.
+    """
     for node in reversed(list(graph.nodes)):
         if node.op not in ("placeholder", "output") and not node.users and not is_effect(node):
             graph.erase_node(node)
 
 
 def erase_unneeded(nodes: Iterable[Node]) -> set[Node]:
-    """Erases those of some calls that have no users, and what only they needed; what was erased."""
+    """Erases those of `nodes` without users, and what only they needed; returns what it erased."""
     erased: set[Node] = set()
     stack = list(nodes)
     while stack:
@@ -341,7 +349,10 @@ def erase_unneeded(nodes: Iterable[Node]) -> set[Node]:
 def copy_into(
     graph: Graph, nodes: Iterable[Node], mapping: dict[Node, Node], *, prefix: str = ""
 ) -> None:
-    """Copies `nodes` with their metadata to the end of `graph`; `mapping` gains old -> new."""
+    """Copies `nodes` with their metadata to the end of `graph`, and adds old -> new to `mapping`.
+
+    `prefix` is put before the targets of the copies.
+    """
     for node in nodes:
         mapping[node] = graph.node_copy(node, lambda n: mapping[n])
         if prefix:
@@ -349,29 +360,31 @@ def copy_into(
 
 
 def attribute(gm: nn.Module, name: str) -> Any:
-    """The parameter, buffer or submodule of `gm` under a qualified name."""
+    """Returns the parameter, buffer or submodule of `gm` with a qualified name."""
     owner, _, leaf = name.rpartition(".")
     return getattr(gm.get_submodule(owner), leaf)
 
 
 def make_module(root: nn.Module | dict[str, Any], graph: Graph) -> GraphModule:
-    """A graph module whose Python code is made when it is first run or asked for.
+    """Returns a graph module that generates its Python code when it is first run.
 
-    Most are never run: each pass makes one.
+    Each pass makes a graph module, and most of them never run.
     """
     return _LazyGraphModule(root, graph)
 
 
 def layout_key(val: Any) -> Hashable:
-    """What code may take for granted of a tensor; of anything else, None."""
+    """Returns what code may be specialized on of a tensor; None for anything else."""
     if not isinstance(val, torch.Tensor):
         return None
     return tuple(val.shape), val.stride(), val.dtype, val.device
 
 
 def freeze(item: Any, index: dict[Node, int]) -> Hashable:
-    """Arguments of a node as a hashable value, nodes by their `index`; 0, 0.0, -0.0 and False
-    differ."""
+    """Returns the arguments of a node as a hashable value, with nodes replaced by their `index`.
+
+    The values 0, 0.0, -0.0 and False differ.
+    """
     if isinstance(item, Node):
         return Node, index[item]
     if isinstance(item, (tuple, list)):

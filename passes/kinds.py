@@ -1,4 +1,4 @@
-"""kinds: the kind of an attention, from the axes of what is denoised in its sequences."""
+"""kinds: names the kind of an attention from the denoised axes in its sequences."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from .provenance.factors import is_named, length
 class FoundAttention:
     """An attention's output node and the factors of its query and key sequence dimensions.
 
-    `features` has those of the dimension that its scores sum over, `outer` those of the query's
-    other dimensions; `query_on_latents`, `key_on_latents`: whether the operand is computed from
-    what is denoised at all; `packed`: which tokens share a sequence is data; `linear`: keys and
-    values are multiplied first.
+    `features` are the factors of the dimension that the scores sum over, `outer` those of the
+    query's other dimensions. `query_on_latents`, `key_on_latents`: the operand is computed from a
+    denoised input. `packed`: several sequences share one dimension, and only tensor data tells
+    them apart. `linear`: keys are multiplied with values first.
     """
 
     node: Node
@@ -40,7 +40,7 @@ class FoundAttention:
 
 @dataclass(frozen=True)
 class TokenAxes:
-    """Which axes of a denoised stream are frames, and which lie within a frame."""
+    """The token axes of a denoised stream: the one of the frames, and those within a frame."""
 
     stream: str
     time: Axis | None
@@ -48,11 +48,12 @@ class TokenAxes:
 
 
 def find_token_axes(gm: GraphModule, found: list[FoundAttention], stream: str) -> TokenAxes:
-    """A stream's axes that tokens are made of: all but the batch and the contracted channels.
+    """Returns a stream's token axes: all of its axes except the batch and the channels.
 
-    Of three such axes the first is time (B, C, T, H, W and B, T, C, H, W both occur); of two or one
-    all lie within a frame. The first axis is the batch, unless some attention mixes positions along
-    it alone: then it has frames (B*T, C, H, W), or tokens if no other axis has (N, C and N, B, C).
+    If there are three, the first is time (B, C, T, H, W and B, T, C, H, W both occur); if there are
+    fewer, all lie within a frame. The first axis is the batch, unless some attention mixes only
+    positions along it: then it counts frames (B*T, C, H, W), or tokens if there is no other token
+    axis (N, C and N, B, C).
     """
     rank = next(value(n).ndim for n in user_inputs(gm.graph) if n.name == stream)
     mixed = [_dims_of(attention.query, stream) for attention in found]
@@ -76,10 +77,10 @@ def _dims_of(product: tuple[Factor, ...], source: str) -> set[int]:
 
 
 def name_kind(found: FoundAttention, streams: Sequence[TokenAxes]) -> str:
-    """The kind from the axes of Q and K alone.
+    """Returns the kind of an attention, from the axes of Q and K alone.
 
-    Raises: ValueError where Q or K is computed from what is denoised and its sequence has lost its
-    axes.
+    Raises: ValueError if Q or K is computed from a denoised input and the axes of its sequence are
+    unknown.
     """
     query = found.key if _is_one_of_many(found, streams) else found.query
     queries = [t for t in streams if _known_token_axes(found, query, t)]
@@ -113,7 +114,10 @@ def name_kind(found: FoundAttention, streams: Sequence[TokenAxes]) -> str:
 
 
 def _is_one_of_many(found: FoundAttention, streams: Sequence[TokenAxes]) -> bool:
-    """Whether every latent token is a query for itself, as where its neighbors are its keys."""
+    """Returns True if each latent token is the only query of its own sequence.
+
+    Neighborhood attention is such a case: the keys are the token's neighbors.
+    """
     if length(found.query) > 1 or any(factor.reason for factor in found.query):
         return False
     if any(_known_token_axes(found, found.query, tokens) for tokens in streams):
@@ -125,9 +129,9 @@ def _is_one_of_many(found: FoundAttention, streams: Sequence[TokenAxes]) -> bool
 def _known_token_axes(
     found: FoundAttention, product: tuple[Factor, ...], tokens: TokenAxes
 ) -> set[Axis]:
-    """A stream's axes of a sequence.
+    """Returns the token axes of a stream that a sequence contains.
 
-    A single position along an axis whose others lie in the batch is no part of the sequence.
+    An axis with one position in the sequence, and the others in the batch, does not count.
     """
     outer = _token_sizes(found.outer, tokens)
     sizes = _token_sizes(product, tokens)
@@ -135,8 +139,11 @@ def _known_token_axes(
 
 
 def _check_other(found: FoundAttention, streams: Sequence[TokenAxes]) -> None:
-    """Raises unless the query is known to have no token of what is denoised: tokens of a condition,
-    learned ones, a pooled one, or channels, where the scores sum over the tokens."""
+    """Raises ValueError unless the query is known to contain no denoised tokens.
+
+    Such queries are tokens of a condition, learned tokens, a pooled token, or channels (where the
+    scores sum over tokens).
+    """
     if not found.query_on_latents or any(_token_sizes(found.features, t) for t in streams):
         return
     possible = _kinds_of_lost_query(found, streams)
@@ -150,13 +157,13 @@ def _check_other(found: FoundAttention, streams: Sequence[TokenAxes]) -> None:
 def _check_known(
     found: FoundAttention, product: tuple[Factor, ...], possible: Sequence[str]
 ) -> None:
-    """Raises where some op on the latents has lost the axes of a sequence."""
+    """Raises ValueError if an op on the latents has lost the axes of a sequence."""
     if reason := next((factor.reason for factor in product if factor.reason), ""):
         raise undecided(found, reason, possible)
 
 
 def _kinds_within(streams: Sequence[TokenAxes]) -> tuple[str, ...]:
-    """The kinds that attention among the tokens of one stream may have."""
+    """Returns the kinds that attention among the tokens of one stream may have."""
     times = any(tokens.time is not None for tokens in streams)
     return ("spatial", "temporal", "full") if times else ("spatial", "full")
 
@@ -174,7 +181,7 @@ def _kinds_of_lost_query(found: FoundAttention, streams: Sequence[TokenAxes]) ->
 
 
 def undecided(found: FoundAttention, reason: str, possible: Sequence[str]) -> ValueError:
-    """The error that asks for a kind: one of those that the attention may have."""
+    """Returns an error that asks the user to state one of the possible kinds."""
     path = module_path(found.node)
     name = f"{found.node.name} ({path})" if path else found.node.name
     return ValueError(
@@ -184,12 +191,15 @@ def undecided(found: FoundAttention, reason: str, possible: Sequence[str]) -> Va
 
 
 def name_in_kinds(found: FoundAttention) -> str:
-    """What patterns of `kinds` match: an attention's module, or its op where that is the model."""
+    """Returns the name that patterns of `kinds` match: an attention's module path.
+
+    For an attention in the model's own forward, it is the name of the node.
+    """
     return module_path(found.node) or found.node.name
 
 
 def _token_sizes(product: tuple[Factor, ...], tokens: TokenAxes) -> dict[Axis, int]:
-    """Per token axis of a stream in a dimension, the positions along it there."""
+    """Returns the number of positions along each of a stream's token axes in a dimension."""
     known = {*tokens.space, *([tokens.time] if tokens.time else [])}
     sizes: dict[Axis, int] = {}
     for factor in product:
@@ -200,7 +210,10 @@ def _token_sizes(product: tuple[Factor, ...], tokens: TokenAxes) -> dict[Axis, i
 
 
 def _has_other_tokens(product: tuple[Factor, ...], tokens: TokenAxes) -> bool:
-    """Whether some part of a joined sequence has tokens of another input; learned ones have not."""
+    """Returns True if a part of a concatenated sequence has tokens of another input.
+
+    Learned tokens are of no input.
+    """
     return any(
         not _token_sizes(part, tokens) and not all(inner.learned for inner in part)
         for factor in product

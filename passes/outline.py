@@ -1,4 +1,4 @@
-"""outline: moves every marked residual branch into a submodule that returns its cuts."""
+"""outline: moves every marked residual branch to a submodule that returns its cuts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .tracing.sizes import hint
 
 @dataclass(frozen=True)
 class _MarkedBranch:
-    """The nodes of one region, in graph order, and those of them that are its cuts."""
+    """The nodes of a region, in graph order, and the cuts among them."""
 
     kind: str
     attentions: tuple[str, ...]
@@ -34,7 +34,7 @@ class _MarkedBranch:
 
 
 def outline_regions_pass(gm: GraphModule, marked: Marked) -> tuple[GraphModule, Regions]:
-    """Replaces each region's nodes by one call.
+    """Replaces the nodes of each region by one call.
 
     Requires: marks (:func:`mark_regions_pass`).
     Ensures: outputs bitwise as before; region i, in execution order, is one `call_module` node that
@@ -51,7 +51,7 @@ def outline_regions_pass(gm: GraphModule, marked: Marked) -> tuple[GraphModule, 
 
 
 def verify_outline(gm: GraphModule, regions: Regions) -> None:
-    """Checks that each region is called once, and that none of its attentions is left outside."""
+    """Checks that each region is called once, and that no attention is left outside its region."""
     calls = [node.target for node in gm.graph.nodes if node.op == "call_module"]
     assert sorted(calls) == sorted(r.name for r in regions.all), (calls, regions)
     inside = {name for region in regions.all for name in region.attentions}
@@ -99,7 +99,7 @@ def _outline(gm: GraphModule, branches: Sequence[_MarkedBranch]) -> tuple[GraphM
 
 
 def _in_order(graph: Graph, owner: dict[Node, _MarkedBranch]) -> list[Node | _MarkedBranch]:
-    """Nodes and branches such that each follows its inputs; the graph's order where that does."""
+    """Returns nodes and branches in topological order, which keeps the graph's order if it can."""
     order: list[Node | _MarkedBranch] = []
     done: set[int] = set()
 
@@ -159,7 +159,10 @@ def _describe(branch: _MarkedBranch, layer: int) -> Region:
 
 
 def _common_path(branch: _MarkedBranch) -> str:
-    """The innermost user module that holds the attentions, else the products; for messages."""
+    """Returns the innermost user module that contains the attentions; for messages.
+
+    Without attentions, it is the one that contains the products.
+    """
     attentions = [n for n in branch.nodes if "attention" in n.meta]
     anchors = attentions or [n for n in branch.nodes if is_contraction(n)]
     levels = zip(*(module_path(n).split(".") for n in anchors), strict=False)

@@ -1,4 +1,4 @@
-"""regions: finds every residual branch and its cut, the value to keep between steps."""
+"""regions: finds every residual branch and its cuts, the values to cache between steps."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ Cut = Literal["attention", "branch"]
 
 @dataclass(frozen=True)
 class _ResidualBranch:
-    """What becomes one region: its kind, its cut nodes, the attentions that go with it.
+    """A residual branch that becomes a region: its kind, its cuts and its attentions.
 
-    `adds` are the residual adds within it, which belong to it rather than to the stream.
+    `adds` are residual adds inside the branch, which belong to it rather than to the stream.
     """
 
     kind: str
@@ -46,12 +46,13 @@ def mark_regions_pass(
 ) -> tuple[GraphModule, Marked]:
     """Marks the nodes of every residual branch, up to its cut.
 
-    `cut="attention"`: the last value before the gate, so that what follows from the timestep stays
-    fresh. `cut="branch"`: the value that is added to the residual stream.
+    `cut="attention"`: the cut is the last value before the gate, so that the gate, which depends on
+    the timestep, is computed at every step. `cut="branch"`: the cut is the value that is added to
+    the residual stream.
 
     Requires: tags (:func:`tag_attention_pass`).
-    Ensures: a node that only region i needs has `meta["region"] == i`, its cuts `meta["cut"]` as
-    well, their ordinal; no node is in two regions.
+    Ensures: a node that only region i needs has `meta["region"] == i`; a cut has its ordinal in
+    `meta["cut"]` as well; no node is in two regions.
 
         # before                                # after
         %n = layer_norm(%x)                     %n: region 0
@@ -83,8 +84,8 @@ def mark_regions_pass(
 def verify_marks(gm: GraphModule, marked: Marked) -> None:
     """Checks the marks of regions.
 
-    Every region has a cut and can be called at once; every attention on the latents is in a region,
-    or named outside.
+    Every region has a cut and can be outlined to one call; every attention on the latents is in a
+    region, or `marked.outside` names it.
     """
     cuts = {node.meta["region"] for node in gm.graph.nodes if "cut" in node.meta}
     assert cuts == set(range(len(marked.branches))), cuts
@@ -101,7 +102,10 @@ def verify_marks(gm: GraphModule, marked: Marked) -> None:
 def _group_by_exits(
     reach: Reach, attentions: Sequence[Node], residuals: Sequence[Residual]
 ) -> dict[tuple[Node, ...], list[Node]]:
-    """The attentions on the latents by the adds that they reach; one without an add by itself."""
+    """Groups the attentions on the latents by the residual adds that they reach.
+
+    An attention that reaches none is a group by itself.
+    """
     groups: dict[tuple[Node, ...], list[Node]] = {}
     for attention in attentions:
         if attention.meta["attention"].kind != "other":
@@ -116,7 +120,7 @@ def _find_attention_branches(
     residuals: Sequence[Residual],
     cut: Cut,
 ) -> tuple[list[_ResidualBranch], list[str]]:
-    """Branches for all attentions on the latents, and a line for each that none can hold."""
+    """Returns branches for the attentions on the latents, and a message for each without one."""
     by_add = {r.add: r for r in residuals}
     branches: list[_ResidualBranch] = []
     outside: list[str] = []
@@ -148,7 +152,10 @@ def _cut_at(
     cut: Cut,
     residuals: Sequence[Residual],
 ) -> _ResidualBranch | None:
-    """The branch with its cuts before the residual adds, or None where they would not free it."""
+    """Returns the branch with cuts before the residual adds.
+
+    Returns None if reusing these cuts would not make the attentions dead code.
+    """
     mask = reach.mask(attentions)
     cuts = []
     for residual in exits:
@@ -164,10 +171,11 @@ def _cut_at(
 def _before_merge(
     reach: Reach, residual: Residual, attentions: Sequence[Node], mask: int
 ) -> Node | None:
-    """The attention's own share of a branch: all of it, or up to where another branch joins in.
+    """Returns the end of the attention's own part of a branch.
 
-    That is a sum or concatenation with something else that is projected from the stream. None if
-    the attention is in more than one of the operands.
+    It is the end of the branch, or the operand of the first sum or concatenation that merges it
+    with another projection of the stream. Returns None if several operands of the merge depend on
+    the attention.
     """
     for node, _ in find_merges(reach, residual, attentions, mask):
         carried = [n for n in node.all_input_nodes if reach.touches(n, mask)]
@@ -176,7 +184,7 @@ def _before_merge(
 
 
 def _fresh_operands(reach: Reach, node: Node, mask: int) -> list[Node]:
-    """Operands not computed from the attention but from an input: gates, other branches."""
+    """Returns the operands that depend on an input, but not on the attention: gates, branches."""
     inputs = reach.mask(user_inputs(reach.nodes[0].graph))
     return [
         n for n in node.all_input_nodes if not reach.touches(n, mask) and reach.touches(n, inputs)
@@ -184,7 +192,7 @@ def _fresh_operands(reach: Reach, node: Node, mask: int) -> list[Node]:
 
 
 def _before_gate(reach: Reach, node: Node, mask: int) -> Node:
-    """Walks back from a branch's end over gates and other branches added; layouts go with them."""
+    """Walks back from a branch's end over gates, sums with other branches, and layout changes."""
     best = node
     while node.op == "call_function" and (is_pointwise(node) or node.target in LAYOUTS):
         carried = [n for n in node.all_input_nodes if reach.touches(n, mask)]
@@ -197,7 +205,10 @@ def _before_gate(reach: Reach, node: Node, mask: int) -> Node:
 
 
 def _cut_raw(attention: Node) -> _ResidualBranch | None:
-    """The attention's own output as the cut, where no residual add can serve."""
+    """Returns a branch that is cut at the attention's output, for want of a usable residual add.
+
+    Returns None if reusing that cut would not make the attention dead code.
+    """
     node = attention_result(attention)
     if node is None:
         return None
@@ -216,11 +227,12 @@ def _find_mlp_branches(
     attention_branches: Sequence[_ResidualBranch],
     cut: Cut,
 ) -> list[_ResidualBranch]:
-    """Residual branches with two products, one after the other, and without attention.
+    """Returns the residual branches with two consecutive products and without attention.
 
-    Several exits of the same products join. A single product is no MLP: a convolution for
-    positions, a projection at either end of the model under a skip over all blocks. Of a share of
-    a branch, a product after the merge counts; the share is the region.
+    Exits that share the same products make one branch. A branch with one product is no MLP: it may
+    be a convolution for positions, or a projection at either end of the model under a skip over all
+    blocks. For a share of a branch that is merged with others, products after the merge count
+    towards the two; only the share becomes the region.
     """
     owned = _own(reach, attention_branches, residuals)
     claimed = {node for _, nodes in owned for node in nodes}
@@ -252,14 +264,14 @@ def _find_mlp_branches(
 
 
 def _later(reach: Reach, residual: Residual) -> frozenset[Node]:
-    """The products between a share and the residual add."""
+    """Returns the products between a share and the residual add."""
     if residual.later is None:
         return frozenset()
     return frozenset(n for n in reach.between(residual.add, residual.later) if is_contraction(n))
 
 
 def _is_deep(reach: Reach, products: Collection[Node]) -> bool:
-    """Whether a product reads another's result; a module that runs as it is may hold both."""
+    """Returns True if one product depends on another; an opaque module may contain both."""
     return any(is_opaque(a) or any(reach.depends(a, b) for b in products) for a in products)
 
 
@@ -269,9 +281,10 @@ def _split_around_others(
     residuals: Sequence[Residual],
     outside: list[str],
 ) -> list[_ResidualBranch]:
-    """Replaces each branch that something leaves and enters again, such as one within another.
+    """Replaces each branch that is not convex, such as one that contains another branch.
 
-    No call could give that branch's cuts at once: its attentions are cut at their own outputs.
+    One call cannot return the cuts of such a branch, since an input of the call would depend on its
+    results. Its attentions are cut at their own outputs instead.
     """
     kept = list(branches)
     while True:
@@ -289,7 +302,7 @@ def _split_around_others(
 
 
 def _is_convex(reach: Reach, nodes: Sequence[Node]) -> bool:
-    """Whether no input of these nodes is computed from one of them."""
+    """Returns True if no input of these nodes depends on one of them."""
     mask, inside = reach.mask(nodes), set(nodes)
     inputs = {n for node in nodes for n in node.all_input_nodes if n not in inside}
     return not any(reach.touches(n, mask) for n in inputs)
@@ -298,10 +311,11 @@ def _is_convex(reach: Reach, nodes: Sequence[Node]) -> bool:
 def _own(
     reach: Reach, branches: Sequence[_ResidualBranch], residuals: Sequence[Residual]
 ) -> list[tuple[_ResidualBranch, tuple[Node, ...]]]:
-    """The nodes that only a branch's cuts need, back to the stream or another branch's cut.
+    """Returns each branch with its nodes: those that only its cuts need.
 
-    Residual adds that nothing else needs stay outside: they belong to the stream, and dead code
-    elimination finds them where the cuts are reused.
+    They end at the residual stream and at other branches' cuts. Residual adds that only the branch
+    needs are not included: they belong to the stream, and dead code elimination removes them in
+    phases that reuse the cuts.
     """
     stops = {r.add for r in residuals} | {cut for branch in branches for cut in branch.cuts}
     result = []

@@ -1,7 +1,7 @@
-"""repeats: of what a prologue computes for each of many equal copies, one copy is kept.
+"""repeats: keeps one of the equal copies that a hoisted value consists of.
 
-Models repeat a text over frames before they project it to keys and values. Which positions of a
-dimension are copies of one another follows from the dataflow (:mod:`.provenance.copies`).
+Models repeat a text over frames before they project it to keys and values. The dataflow tells which
+positions of a dimension are copies of one another (:mod:`.provenance.copies`).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from .provenance.copies import Copies, find_copies
 
 
 def keep_one(whole: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
-    """The first of the copies along `dims`, with dimensions of one in their place.
+    """Returns the first of the copies along `dims`, whose size becomes 1.
 
-    The whole, where these are no copies bit for bit: a kernel may compute a row otherwise at
-    another place.
+    Returns `whole` if the copies are not equal bit for bit, as happens if a kernel computes a row
+    differently at another position.
     """
     first = whole
     for dim in dims:
@@ -34,17 +34,17 @@ def keep_one(whole: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
 def keep_unrepeated_pass(
     gm: GraphModule, captured: Captured, prologue: PrologueGraph
 ) -> tuple[GraphModule, PrologueGraph]:
-    """Makes the prologue give one of the copies that hoisted values hold, and repeats it at reads.
+    """Keeps one of the copies in each hoisted value, and expands it where it is read.
 
-    The prologue still computes all of them, as the model does, since a product with fewer rows may
-    have other bits; what it keeps is compared with what it drops, once a generation.
+    The prologue still computes all copies, as the model does, since a product with fewer rows may
+    round differently. Once per generation, it compares the copy that it keeps with the others.
 
     Requires: a prologue (:func:`hoist_invariants_pass`).
-    Ensures: outputs bitwise as before; a hoisted value that holds copies and is read in one region
-    has dimensions of one in their place, or is whole where the copies differ in some bit; that
-    region repeats it into the layout that it had. Left as they are: values that several regions
-    read (masks, tables), which are kept once for all layers and would be repeated at every step;
-    values whose memory has gaps; and graphs with dynamic shapes.
+    Ensures: outputs bitwise as before. A hoisted value with copies that is read in one region has
+    size 1 along the copies, or is whole if the copies differ in some bit; the region expands it to
+    the layout that it had. Unchanged are values that several regions read (masks, tables), since
+    they are stored once for all layers and would be expanded at every step; values whose memory
+    has gaps; and graphs with dynamic shapes.
 
         # before                                # after
         %o = sdpa(%q, %hoisted_0, %v)           %e = expand(%hoisted_0, [B, T, L, D])
@@ -68,7 +68,7 @@ def keep_unrepeated_pass(
 
 
 def verify_repeats(gm: GraphModule, captured: Captured, prologue: PrologueGraph) -> None:
-    """Checks that what the prologue returns has the shape that the graph reads."""
+    """Checks that the prologue's results have the shapes of the graph's hoisted inputs."""
     if captured.sizes is not None:
         return
     for output, node in _hoisted(gm, prologue):
@@ -76,27 +76,27 @@ def verify_repeats(gm: GraphModule, captured: Captured, prologue: PrologueGraph)
 
 
 def _hoisted(gm: GraphModule, prologue: PrologueGraph) -> list[tuple[Node, Node]]:
-    """Returns what the prologue returns, with the inputs of the graph that take it."""
+    """Returns the prologue's results, each with the input of the graph that takes it."""
     outputs: Sequence[Node] = output_node(prologue.graph.graph).args[0]
     inputs = user_inputs(gm.graph)
     return list(zip(outputs, inputs[len(inputs) - len(outputs) :], strict=True))
 
 
 def _reading_region(node: Node) -> int | None:
-    """The region that all readers of a node are in."""
+    """Returns the region that contains all users of a node, or None."""
     regions = {user.meta.get("region") for user in node.users}
     return regions.pop() if len(regions) == 1 else None
 
 
 @dataclass(frozen=True)
 class _RepeatedLayout:
-    """How a value with copies lies in memory.
+    """The memory layout of a value that contains copies.
 
     Attributes:
-        shape: its shape.
-        sizes: of all factors of its dimensions.
-        order: the factors, outermost in memory first.
-        copies: which of them, in that order, are copies.
+        shape: the shape of the value.
+        sizes: the sizes of the factors of its dimensions, in the order of the dimensions.
+        order: the indices of the factors, the outermost in memory first.
+        copies: positions in `order` of the factors that count copies.
     """
 
     shape: tuple[int, ...]
@@ -106,7 +106,7 @@ class _RepeatedLayout:
 
     @classmethod
     def of(cls, node: Node, dims: Copies) -> _RepeatedLayout | None:
-        """None where there are no copies, or not each in memory of its own without gaps."""
+        """Returns the layout of a node; None if it has no copies, or gaps or overlaps in memory."""
         factors = [factor for product in dims for factor in product]
         strides = [
             stride * prod(size for size, _ in product[i + 1 :])
@@ -122,7 +122,7 @@ class _RepeatedLayout:
         return cls(tuple(value(node).shape), sizes, tuple(order), copies)
 
     def keep(self, graph: Graph, node: Node) -> Node:
-        """Of a value in `graph`: the first of its copies."""
+        """Appends ops to `graph` that keep the first copy in `node`; returns the kept value."""
         split = _call(graph, aten.view.default, node, list(self.sizes))
         ordered = _call(graph, aten.permute.default, split, list(self.order))
         kept = graph.call_function(keep_one, (ordered, self.copies))
@@ -130,7 +130,10 @@ class _RepeatedLayout:
         return kept
 
     def read(self, graph: Graph, kept: Node) -> list[Node]:
-        """Of what :meth:`keep` gave, in `graph`: what makes the value of it; the value is last."""
+        """Appends ops to `graph` that rebuild the value from `kept`, the result of :meth:`keep`.
+
+        Returns the new nodes; the last one is the value.
+        """
         sizes = [self.sizes[i] for i in self.order]
         back = sorted(range(len(self.order)), key=self.order.__getitem__)
         expanded = _call(graph, aten.expand.default, kept, sizes)
@@ -139,7 +142,7 @@ class _RepeatedLayout:
         return [expanded, whole, split, _call(graph, aten.view.default, split, list(self.shape))]
 
     def first(self, whole: torch.Tensor) -> torch.Tensor:
-        """A tensor laid out as what is kept of `whole`."""
+        """Returns an uninitialized tensor with the layout of the first copy in `whole`."""
         sizes = [self.sizes[i] for i in self.order]
         return whole.new_empty([1 if i in self.copies else n for i, n in enumerate(sizes)])
 
@@ -153,7 +156,10 @@ class _Kept:
     region: int
 
     def read(self, graph: Graph, kept: Node) -> Node:
-        """The value with its copies, in `graph`: not made where the region is reused."""
+        """Appends ops to `graph` that rebuild the value, as a part of the region that reads it.
+
+        A step that reuses the region does not run them.
+        """
         nodes = self.layout.read(graph, kept)
         for node in nodes:
             node.meta["region"] = self.region
@@ -178,7 +184,7 @@ def _with_keeps(prologue: GraphModule, layouts: Mapping[int, _RepeatedLayout]) -
         if node.op == "output":
             continue
         copy_into(graph, [node], mapping)
-        if node in places:  # at once, so that the whole need not live on
+        if node in places:  # immediately, so that the whole value can be freed
             kept[node] = layouts[places[node]].keep(graph, mapping[node])
     graph.output(tuple(kept.get(n) or mapping[n] for n in outputs))
     return make_module(prologue, graph)
@@ -187,10 +193,10 @@ def _with_keeps(prologue: GraphModule, layouts: Mapping[int, _RepeatedLayout]) -
 def _with_reads(gm: GraphModule, found: Mapping[Node, _Kept]) -> GraphModule:
     graph = Graph()
     mapping: dict[Node, Node] = {}
-    waiting = dict(found)
+    pending = dict(found)
     for node in gm.graph.nodes:
         for source in node.all_input_nodes:
-            if (kept := waiting.pop(source, None)) is not None:  # not before it is needed
+            if (kept := pending.pop(source, None)) is not None:  # right before the first use
                 mapping[source] = kept.read(graph, mapping[source])
         copy_into(graph, [node], mapping)
         if node in found:
