@@ -182,6 +182,8 @@ PHASE: tuple[Stage, ...] = (
     ),
 )
 """What makes a phase of the guarded graph."""
+STAGES: dict[str, Stage] = {stage.name: stage for stage in (*NAMING, *GUARDING, *PHASE)}
+"""Every stage by its name."""
 
 
 def analyze(

@@ -20,6 +20,7 @@ from pabc.artifact.values import Json, decode, encode
 from pabc.base.arguments import leaf_key
 from pabc.options import Options
 from pabc.passes import Lifted, ResultIndex, is_opaque, user_inputs
+from pabc.pipeline import STAGES
 from pabc.runtime.bindings import Binding
 from pabc.runtime.chain import BlockCall, BlockChain
 from pabc.runtime.executables import LoweredPhase, PhaseKey
@@ -27,6 +28,7 @@ from pabc.runtime.lifted_scalars import CallKey
 from pabc.runtime.phases import compiling
 from pabc.runtime.program import Program
 from pabc.runtime.stats import Recorder
+from pabc.stages import StageRecord
 
 logger = logging.getLogger(__name__)
 _NUMBERS = {"int": int, "float": float}
@@ -87,6 +89,7 @@ def write_program(program: Program, binding: Binding, folder: str) -> dict[str, 
         "phases": phases,
         "lifted": sorted(program.inputs.lifted),
         "plan": binding.plan.to_json(),
+        "stages": [_write_record(record) for record in program.records],
     }
     members[f"{folder}/program.json"] = json.dumps(content).encode()
     return members
@@ -106,6 +109,7 @@ def read_program(
     program = Program(
         guarded,
         lifted=content["lifted"],
+        records=tuple(map(_read_record, content["stages"])),
         options=options,
         recorder=recorder,
     )
@@ -120,6 +124,15 @@ def read_program(
         packages.phases[phase] = lowered, tuple(called)
         program.phases.add_code(phase, lowered, [code[i] for i in called])
     return program, content["plan"]
+
+
+def _write_record(record: StageRecord) -> Json:
+    return [record.name, record.is_on, record.seconds, list(record.num_nodes)]
+
+
+def _read_record(content: Json) -> StageRecord:
+    name, is_on, seconds, num_nodes = content
+    return StageRecord(STAGES[name], is_on, seconds, tuple(num_nodes))
 
 
 def _packages(program: Program, binding: Binding) -> Packages:
