@@ -1,1 +1,1 @@
-"""A small trained video model: handwritten digits that move as a caption says."""
+"""The demo: a small trained video model of handwritten digits that move as a caption says."""

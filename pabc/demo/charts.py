@@ -1,4 +1,4 @@
-"""Charts as inline SVG: a plan over its steps, and difference curves on a logarithmic axis."""
+"""Draws charts as inline SVG: a plan over its steps, and difference curves on a log scale."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ COLORS = {
     "joint": "#e69f00",
     "other": "#7f7f7f",
 }
-"""A color per kind, told apart with color-blind eyes too."""
+"""A color per kind, from a palette that is safe for color-blind readers."""
 _WORDS = {Action.COMPUTE: "compute", Action.STORE: "compute and store", Action.REUSE: "reuse"}
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 Curves = Mapping[str, npt.NDArray[np.float64]]
-"""Kind -> [num_layers, num_steps - 1], as :meth:`pabc.differences.Differences.curves` gives."""
+"""Kind -> [num_layers, num_steps - 1], from :meth:`pabc.differences.Differences.curves`."""
 
 
 def draw_timeline(plan: Plan) -> str:
-    """The plan as a table of colored cells, kinds by steps, its phases below."""
+    """Returns the plan as a table of colored cells: a row per kind, a column per step."""
     left, top, height = 102, 6, 24
     width = max(5.0, min(26.0, 800 / plan.num_steps))
     rows = _group_rows(plan)
@@ -59,13 +59,16 @@ def draw_timeline(plan: Plan) -> str:
 
 
 def draw_means(curves: Curves, window: tuple[float, float]) -> str:
-    """The mean curve of each kind in one chart; `window`, in steps, is shaded."""
+    """Returns a chart of each kind's mean curve; `window`, a range of steps, is shaded."""
     means = {kind: curve.mean(axis=0, keepdims=True) for kind, curve in curves.items()}
     return _draw_panel(means, window, _decades(means), size=(880, 300), legend=True)
 
 
 def draw_kinds(curves: Curves, window: tuple[float, float]) -> dict[str, str]:
-    """One chart per kind: its layers as thin lines, their mean as a bold one; axes alike."""
+    """Returns a chart per kind: thin lines for its layers, a bold one for their mean.
+
+    All charts have the same axes.
+    """
     decades = _decades(curves)
     return {
         kind: _draw_panel({kind: curve}, window, decades, size=(430, 210), legend=False)
@@ -90,8 +93,8 @@ def _draw_panel(
 
     def y_of(value: float) -> float:
         low, high = decades
-        place = (math.log10(max(value, 10.0**low)) - low) / (high - low)
-        return height - bottom - place * (height - top - bottom)
+        fraction = (math.log10(max(value, 10.0**low)) - low) / (high - low)
+        return height - bottom - fraction * (height - top - bottom)
 
     start, end = x_of(window[0]), x_of(min(window[1], num_steps - 1))
     parts = [
@@ -110,8 +113,8 @@ def _draw_panel(
         thin = curve if len(curve) > 1 else curve[:0]
         lines = [("thin", line) for line in thin] + [("bold", curve.mean(axis=0))]
         for name, line in lines:
-            spots = [f"{x_of(i + 1):.1f} {y_of(float(v)):.1f}" for i, v in enumerate(line)]
-            path = f'<path d="M{"L".join(spots)}" class="{name}" stroke="{COLORS[kind]}">'
+            points = [f"{x_of(i + 1):.1f} {y_of(float(v)):.1f}" for i, v in enumerate(line)]
+            path = f'<path d="M{"L".join(points)}" class="{name}" stroke="{COLORS[kind]}">'
             parts.append(f"{path}<title>{kind}</title></path>")
     if legend:
         parts += _draw_legend(curves, width - right + 10, y_of)
@@ -119,7 +122,7 @@ def _draw_panel(
 
 
 def _draw_legend(curves: Curves, x: float, y_of: object) -> list[str]:
-    """The kinds' names at the right end of their curves, moved apart where they would overlap."""
+    """Returns the kinds' names at the right ends of their curves, spaced so that none overlap."""
     assert callable(y_of)
     ends = sorted((y_of(float(curve[:, -1].mean())) + 4, kind) for kind, curve in curves.items())
     parts, last = [], -math.inf
@@ -133,7 +136,7 @@ def _draw_legend(curves: Curves, x: float, y_of: object) -> list[str]:
 
 
 def _group_rows(plan: Plan) -> list[tuple[str, int]]:
-    """A label and one slot for each group of slots of a kind that act alike."""
+    """Returns a label and one slot for each group of slots that have one kind and equal actions."""
     groups: dict[tuple[str, bytes], list[int]] = {}
     for slot, spec in enumerate(plan.slots):
         groups.setdefault((spec.kind, plan.actions[:, slot].tobytes()), []).append(slot)
@@ -147,7 +150,7 @@ def _group_rows(plan: Plan) -> list[tuple[str, int]]:
 
 
 def _decades(curves: Curves) -> tuple[int, int]:
-    """Powers of ten around all positive values."""
+    """Returns the exponents of the powers of ten that enclose all positive values."""
     values = np.concatenate([curve.ravel() for curve in curves.values()])
     values = values[values > 0]
     if not len(values):

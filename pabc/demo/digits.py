@@ -1,8 +1,8 @@
-"""Clips of real handwritten digits moving on a canvas, and the captions that describe them.
+"""Renders clips of handwritten digits that move on a canvas, and the captions that describe them.
 
 The digits are scikit-learn's `load_digits` (1797 images of 8x8 pixels from the test set of UCI's
-"Optical Recognition of Handwritten Digits"). Every third one is held out: the video model never
-sees it, the judge is fitted on it.
+"Optical Recognition of Handwritten Digits"). Every third image is held out: the video model is not
+trained on it, and the judge is fitted on it.
 
 Shapes: N clips, F frames, H = W = 16 pixels.
 """
@@ -35,7 +35,7 @@ SPEEDS: tuple[Speed, ...] = get_args(Speed)
 SHADES: tuple[Shade, ...] = get_args(Shade)
 
 VELOCITY = {"left": (0.0, -1.0), "right": (0.0, 1.0), "up": (-1.0, 0.0), "down": (1.0, 0.0)}
-"""Direction to the (y, x) unit vector, y pointing down."""
+"""Direction -> (y, x) unit vector, y pointing down."""
 PIXELS_PER_FRAME = {"slow": 0.5, "fast": 1.0}
 GAIN = {"bold": 1.5, "plain": 1.0, "faint": 0.6}
 
@@ -47,7 +47,7 @@ _SYNONYMS = {
 }
 _FILLERS = ("a", "the", "digit", "moving", "sliding", "drifting")
 WORDS = (*_FILLERS, *_SYNONYMS)
-"""Every word a caption may hold, in the order of the vocabulary."""
+"""All words that a caption may contain, in the order of the vocabulary."""
 
 _TEMPLATES = (
     "a {shade} {digit} moving {direction}, {speed}",
@@ -72,7 +72,7 @@ PROMPTS = (
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """What a caption asks for."""
+    """The meaning of a caption."""
 
     digit: int
     direction: Direction
@@ -83,7 +83,7 @@ class Caption:
         return self.phrase(0)
 
     def phrase(self, template: int) -> str:
-        """The caption in words, by one of the templates (taken modulo their number)."""
+        """Returns the caption in words, by one of the templates (taken modulo their number)."""
         shade = "" if self.shade == "plain" else self.shade
         text = _TEMPLATES[template % len(_TEMPLATES)].format(
             shade=shade, digit=DIGITS[self.digit], direction=self.direction, speed=self.speed
@@ -92,20 +92,20 @@ class Caption:
 
 
 def split_words(caption: str) -> list[str]:
-    """Lower-case words of a caption, punctuation dropped."""
+    """Returns the words of a caption in lower case, without punctuation."""
     return re.findall(r"[a-z0-9]+", caption.lower())
 
 
 def parse(caption: str) -> Caption:
-    """Read a caption back; no speed means slow, no shade plain.
+    """Returns the meaning of a caption; the default speed is slow, the default shade plain.
 
-    Raises ValueError without exactly one digit and one direction, or at an unknown word.
+    Raises ValueError unless it has exactly one digit and one direction, and only known words.
     """
     words = split_words(caption)
     unknown = [word for word in words if word not in WORDS]
     if unknown:
         raise ValueError(
-            f"caption {caption!r}: unknown words {unknown}; allowed: {', '.join(WORDS)}"
+            f"caption {caption!r}: expected words among {', '.join(WORDS)}; found {unknown}"
         )
     meanings = [_SYNONYMS[word] for word in words if word in _SYNONYMS]
     return Caption(
@@ -127,37 +127,37 @@ def _find_one(
     if not found and default is not None:
         return default
     if len(found) != 1:
-        got = ", ".join(found) or "none"
         raise ValueError(
-            f"caption {caption!r}: expected one {kind} of {', '.join(allowed)}; got {got}"
+            f"caption {caption!r}: expected one {kind} of {', '.join(allowed)};"
+            f" found {', '.join(found) or 'none'}"
         )
     return found[0]
 
 
 def all_captions() -> tuple[Caption, ...]:
-    """The 240 different meanings: digit x direction x speed x shade."""
+    """Returns the 240 different meanings: digit x direction x speed x shade."""
     return tuple(
         Caption(*parts) for parts in itertools.product(range(10), DIRECTIONS, SPEEDS, SHADES)
     )
 
 
 def shuffled_captions(num: int, seed: int = 0) -> list[Caption]:
-    """`num` captions in a random order; each of the 240 comes once before any comes again."""
+    """Returns `num` captions in random order; none of the 240 repeats before all have occurred."""
     rounds = -(-num // len(all_captions()))
     rng = random.Random(seed)
     return [c for _ in range(rounds) for c in rng.sample(all_captions(), len(all_captions()))][:num]
 
 
 def load_digits(split: Split) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images (N, 8, 8) in [0, 1] and labels (N,) of one split. Needs scikit-learn."""
+    """Returns images (N, 8, 8) in [0, 1] and labels (N,) of one split. Needs scikit-learn."""
     try:
         from sklearn.datasets import load_digits as load_bundle
     except ImportError as error:
         raise ImportError(
-            "the handwritten digits need scikit-learn: pip install 'pabc[demo]'"
+            "digits: expected scikit-learn, found none; pip install 'pabc[demo]'"
         ) from error
     if split not in get_args(Split):
-        raise ValueError(f"split: got {split!r}, allowed {get_args(Split)}")
+        raise ValueError(f"split: expected one of {get_args(Split)}, found {split!r}")
     bundle = load_bundle()
     held_out = torch.arange(len(bundle.target)) % 3 == 0
     keep = held_out if split == "held-out" else ~held_out
@@ -172,11 +172,14 @@ def render(
     gain: torch.Tensor,
     frames: int = FRAMES,
 ) -> torch.Tensor:
-    """Clips (N, F, 16, 16) in [0, 1] of `images` (N, 8, 8) moving in a straight line.
+    """Returns clips (N, F, 16, 16) in [0, 1] of `images` (N, 8, 8) moving in a straight line.
 
-    `start` (N, 2) is the (y, x) pixel of the image's corner in frame 0, `velocity` (N, 2) its
-    pixels per frame, `gain` (N,) the factor on the ink. Positions between pixels are interpolated
-    bicubically.
+    Args:
+        images: the digits, in [0, 1].
+        start: the (y, x) pixel of each image's corner in frame 0, (N, 2).
+        velocity: pixels per frame, (N, 2); positions between pixels are interpolated bicubically.
+        gain: the factor on the ink, (N,).
+        frames: F.
     """
     num = images.shape[0]
     corner = start[:, None] + velocity[:, None] * torch.arange(frames)[None, :, None]
@@ -195,15 +198,15 @@ def render(
 def draw_clips(
     captions: list[Caption], generator: torch.Generator, split: Split = "train"
 ) -> torch.Tensor:
-    """Real clips (N, F, 16, 16) in [0, 1], one for each caption, on random tracks."""
+    """Returns rendered clips (N, F, 16, 16) in [0, 1], one per caption, on random tracks."""
     images, labels = load_digits(split)
     picks = [_pick(labels, caption.digit, generator) for caption in captions]
     return render_captions(images[picks], captions, generator)
 
 
 def _pick(labels: torch.Tensor, digit: int, generator: torch.Generator) -> int:
-    places = (labels == digit).nonzero().flatten()
-    return int(places[torch.randint(len(places), (), generator=generator)])
+    indices = (labels == digit).nonzero().flatten()
+    return int(indices[torch.randint(len(indices), (), generator=generator)])
 
 
 def render_captions(
@@ -212,9 +215,9 @@ def render_captions(
     generator: torch.Generator,
     only: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`render` with the motion and shade of each caption, the digit on the canvas throughout.
+    """Renders each caption's motion and shade, with the digit inside the canvas in every frame.
 
-    `only` (N,) picks one frame of each clip: the result is then (N, 1, 16, 16).
+    `only` (N,) selects one frame of each clip: the result is then (N, 1, 16, 16).
     """
     unit = torch.tensor([VELOCITY[caption.direction] for caption in captions])
     speed = torch.tensor([PIXELS_PER_FRAME[caption.speed] for caption in captions])
@@ -232,7 +235,7 @@ def render_captions(
 
 
 def random_captions(labels: torch.Tensor, rng: random.Random) -> list[Caption]:
-    """One caption for each label (N,), its other words drawn evenly."""
+    """Returns a caption for each label (N,), its other words drawn uniformly."""
     return [
         Caption(digit, rng.choice(DIRECTIONS), rng.choice(SPEEDS), rng.choice(SHADES))
         for digit in labels.tolist()
@@ -240,7 +243,7 @@ def random_captions(labels: torch.Tensor, rng: random.Random) -> list[Caption]:
 
 
 def rephrase(caption: Caption, rng: random.Random) -> str:
-    """The caption by a random template, half of its words replaced by synonyms if any."""
+    """Returns the caption by a random template, about half of its words replaced by synonyms."""
     words = split_words(caption.phrase(rng.randrange(len(_TEMPLATES))))
     return " ".join(
         rng.choice(_SYNONYM_LISTS[word]) if word in _SYNONYM_LISTS else word for word in words

@@ -1,8 +1,8 @@
-"""Reading generated clips with classical tools, and comparing clips pixel by pixel.
+"""Recognizes digit and direction in generated clips, and compares clips pixel by pixel.
 
-The digit is read by a support vector machine fitted on digits the video model never saw; the
-direction is the way the center of mass goes. `python -m pabc.demo.judge` measures the shipped
-weights on clips of all captions.
+A support vector machine, fitted on digits that the video model was not trained on, recognizes the
+digit; the motion of the center of mass gives the direction. `python -m pabc.demo.judge` measures
+the accuracy of the shipped weights.
 
 Shapes: N clips, F frames, H = W = 16 pixels, values in [0, 1].
 """
@@ -18,32 +18,32 @@ from pabc.demo import digits, latte, sampling
 from pabc.demo.digits import CANVAS, DIRECTIONS, VELOCITY, Caption, Direction
 
 WINDOW = 10
-"""Side of the square around the center of mass that the classifier sees."""
+"""The side, in pixels, of the square around the center of mass that is classified."""
 COPIES = 8
-"""Renderings of each held-out digit that the classifier is fitted on."""
+"""The number of renderings of each held-out digit that the classifier is fitted on."""
 MIN_TRAVEL = 1.5
-"""Pixels the center of mass must travel for the clip to count as moving; a slow digit makes 3.5."""
+"""Pixels that the center of mass of a moving digit travels at least; a slow digit travels 3.5."""
 
 
 def find_centers(clips: torch.Tensor) -> torch.Tensor:
-    """Center of mass (N, F, 2) of each frame as (y, x) pixels."""
+    """Returns the center of mass of each frame, (N, F, 2), as (y, x) pixels."""
     ink = clips.clamp(min=0) + 1e-6
-    places = torch.arange(CANVAS, dtype=clips.dtype)
+    pixels = torch.arange(CANVAS, dtype=clips.dtype)
     mass = ink.sum((2, 3))
     return torch.stack(
-        [(ink.sum(3) * places).sum(2) / mass, (ink.sum(2) * places).sum(2) / mass], dim=-1
+        [(ink.sum(3) * pixels).sum(2) / mass, (ink.sum(2) * pixels).sum(2) / mass], dim=-1
     )
 
 
 def crop_digits(clips: torch.Tensor) -> torch.Tensor:
-    """The digit of each clip (N, 10, 10), peak 1.
+    """Returns the digit of each clip, (N, 10, 10), scaled to a maximum of 1.
 
-    A window about each frame's center of mass, averaged over the frames.
+    It is the mean over frames of a window around each frame's center of mass.
     """
     num, frames = clips.shape[:2]
     offsets = torch.arange(WINDOW) - (WINDOW - 1) / 2
-    spots = (find_centers(clips)[:, :, None] + offsets[:, None] + 0.5) * (2 / CANVAS) - 1
-    y, x = spots.flatten(0, 1).unbind(-1)
+    points = (find_centers(clips)[:, :, None] + offsets[:, None] + 0.5) * (2 / CANVAS) - 1
+    y, x = points.flatten(0, 1).unbind(-1)
     shape = (num * frames, WINDOW, WINDOW)
     grid = torch.stack([x[:, None].expand(shape), y[:, :, None].expand(shape)], dim=-1)
     crops = F.grid_sample(
@@ -54,27 +54,31 @@ def crop_digits(clips: torch.Tensor) -> torch.Tensor:
 
 
 class Judge:
-    """Reads the digit and the direction of clips. Needs scikit-learn; fitting takes seconds."""
+    """A classifier of digit and direction in clips. Needs scikit-learn; fitting takes seconds."""
 
     def __init__(self, seed: int = 0) -> None:
         try:
             from sklearn.svm import SVC
         except ImportError as error:
-            raise ImportError("the judge needs scikit-learn: pip install 'pabc[demo]'") from error
+            raise ImportError(
+                "judge: expected scikit-learn, found none; pip install 'pabc[demo]'"
+            ) from error
         clips, labels = _render_held_out(seed)
         self._classifier = SVC(C=10, gamma="scale").fit(
             crop_digits(clips).flatten(1).numpy(), labels.numpy()
         )
 
     def read(self, clips: torch.Tensor) -> tuple[list[int], list[Direction | None]]:
-        """The digit and the direction in each of `clips` (N, F, H, W); None where nothing moves."""
+        """Returns digit and direction of each of `clips` (N, F, H, W); None if nothing moves."""
         values = self._classifier.predict(crop_digits(clips).flatten(1).numpy())
         return values.tolist(), [_read_direction(path) for path in find_centers(clips)]
 
     def accuracy(self, clips: torch.Tensor, captions: list[str]) -> dict[str, float]:
-        """Share of `clips` (N, F, H, W) whose digit, and direction, is what the caption says."""
+        """Returns the shares of `clips` (N, F, H, W) that show their caption's digit, direction."""
         if len(captions) != len(clips):
-            raise ValueError(f"captions: got {len(captions)} for {len(clips)} clips")
+            raise ValueError(
+                f"captions: expected one per clip ({len(clips)}), found {len(captions)}"
+            )
         wanted = [digits.parse(caption) for caption in captions]
         values, directions = self.read(clips)
         right_digit = [
@@ -100,7 +104,7 @@ def _render_held_out(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _read_direction(path: torch.Tensor) -> Direction | None:
-    """The direction of the line fitted to a path (F, 2) of centers; None below MIN_TRAVEL."""
+    """Returns the direction of a line fitted to the centers (F, 2); None below MIN_TRAVEL."""
     time = torch.arange(len(path), dtype=path.dtype) - (len(path) - 1) / 2
     slope = (time[:, None] * path).sum(0) / (time * time).sum()
     scores = {way: float(slope @ torch.tensor(VELOCITY[way])) for way in DIRECTIONS}
@@ -109,17 +113,20 @@ def _read_direction(path: torch.Tensor) -> Direction | None:
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio (N,) in dB of clips (N, F, H, W) in [0, 1]; inf if equal."""
+    """Returns the peak signal-to-noise ratio in dB, (N,), of clips (N, F, H, W) in [0, 1].
+
+    It is inf for equal clips.
+    """
     error = (a.double() - b.double()).square().flatten(1).mean(1)
     return -10 * torch.log10(error)
 
 
 def ssim(a: torch.Tensor, b: torch.Tensor, window: int = 11, sigma: float = 1.5) -> torch.Tensor:
-    """Structural similarity (N,) of clips (N, F, H, W) in [0, 1], the mean over pixels and frames.
+    """Returns the structural similarity, (N,), of clips (N, F, H, W) in [0, 1].
 
-    Wang, Bovik, Sheikh and Simoncelli, "Image quality assessment: from error visibility to
-    structural similarity", 2004: Gaussian window of 11 pixels, sigma 1.5, K1 = 0.01, K2 = 0.03,
-    only where the window fits in the frame.
+    It is the mean over all frames and all positions at which the window lies within the frame.
+    Source: Wang, Bovik, Sheikh and Simoncelli, "Image quality assessment: from error visibility to
+    structural similarity", 2004: Gaussian window of 11 pixels, sigma 1.5, K1 = 0.01, K2 = 0.03.
     """
     offsets = torch.arange(window, dtype=torch.float64) - (window - 1) / 2
     weights = torch.exp(-offsets.square() / (2 * sigma**2))
@@ -139,7 +146,7 @@ def ssim(a: torch.Tensor, b: torch.Tensor, window: int = 11, sigma: float = 1.5)
 
 
 def main() -> None:
-    """Sample one clip for each of the first captions, in a fixed shuffled order, and judge them."""
+    """Samples a clip for each of the first captions, in a fixed random order, and judges them."""
     parser = argparse.ArgumentParser(description="Measure the demo's video model.")
     parser.add_argument("--clips", type=int, default=240)
     parser.add_argument("--batch", type=int, default=24)

@@ -1,4 +1,4 @@
-"""The demo's video model: diffusers' `LatteTransformer3DModel` with small trained weights."""
+"""Builds, saves and loads the demo's model: a small diffusers `LatteTransformer3DModel`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAD = "<pad>"
 
 
 class Text(nn.Module):
-    """A word-level tokenizer and its trained embedding table."""
+    """A tokenizer of words and its trained embedding table."""
 
     def __init__(self, vocab: tuple[str, ...] = (PAD, *WORDS), dim: int = TEXT_DIM) -> None:
         super().__init__()
@@ -29,9 +29,9 @@ class Text(nn.Module):
         self.embedding = nn.Embedding(len(vocab), dim)
 
     def tokenize(self, captions: list[str]) -> torch.Tensor:
-        """Token numbers (B, 12), padded; "" is the null caption.
+        """Returns token ids (B, 12), padded; "" is the null caption.
 
-        Raises ValueError at unknown or too many words.
+        Raises ValueError for unknown or too many words.
         """
         return torch.tensor([self._tokenize_one(caption) for caption in captions])
 
@@ -40,22 +40,22 @@ class Text(nn.Module):
         unknown = [word for word in words if word not in self.vocab]
         if unknown:
             raise ValueError(
-                f"caption {caption!r}: unknown words {unknown}; allowed: {', '.join(WORDS)}"
+                f"caption {caption!r}: expected words among {', '.join(WORDS)}; found {unknown}"
             )
         if len(words) > MAX_TOKENS:
             raise ValueError(
-                f"caption {caption!r}: {len(words)} words, at most {MAX_TOKENS} allowed"
+                f"caption {caption!r}: expected at most {MAX_TOKENS} words, found {len(words)}"
             )
         return [self.vocab[word] for word in words] + [self.vocab[PAD]] * (MAX_TOKENS - len(words))
 
     def encode(self, captions: list[str]) -> torch.Tensor:
-        """Embeddings (B, 12, 64) of the captions, padding included."""
+        """Returns the embeddings (B, 12, 64) of the captions, padding included."""
         return self.embedding(self.tokenize(captions).to(self.embedding.weight.device))
 
 
 @dataclass(slots=True)
 class Demo:
-    """Everything `pabc.demo.sampling.sample` needs."""
+    """The model, scheduler and text embedding with which `pabc.demo.sampling` samples."""
 
     transformer: LatteTransformer3DModel
     scheduler: DDIMScheduler
@@ -63,7 +63,7 @@ class Demo:
 
 
 def build_transformer() -> LatteTransformer3DModel:
-    """The untrained model: 6 spatial and 6 temporal blocks of width 128, patches of 4x4 pixels."""
+    """Returns the untrained model: 6 spatial and 6 temporal blocks of width 128, 4x4 patches."""
     return LatteTransformer3DModel(
         num_attention_heads=4,
         attention_head_dim=32,
@@ -85,7 +85,7 @@ def build_transformer() -> LatteTransformer3DModel:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Cosine schedule, v-prediction; sampling starts at the last, pure-noise, timestep."""
+    """Returns the scheduler: cosine schedule, v-prediction, sampling from pure noise."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_schedule="squaredcos_cap_v2",
@@ -96,12 +96,12 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def build() -> Demo:
-    """An untrained demo."""
+    """Returns an untrained demo."""
     return Demo(build_transformer(), build_scheduler(), Text())
 
 
 def save(demo: Demo, weights: Path) -> None:
-    """Write `demo` in diffusers' folder layout, with a folder `text/` of the demo's own."""
+    """Writes `demo` in diffusers' folder layout, with a folder `text/` for the text embedding."""
     demo.transformer.save_pretrained(weights / "transformer")
     demo.scheduler.save_pretrained(weights / "scheduler")
     folder = weights / "text"
@@ -109,13 +109,13 @@ def save(demo: Demo, weights: Path) -> None:
     (folder / "vocab.json").write_text(json.dumps(list(demo.text.vocab), indent=1) + "\n")
     save_file(demo.text.state_dict(), folder / "embedding.safetensors")
     for file in weights.rglob("*.safetensors"):
-        file.chmod(0o644)  # safetensors writes them for their owner alone
+        file.chmod(0o644)  # safetensors writes files that only their owner can read
 
 
 def load(weights: Path | None = None, device: str | torch.device = "cpu") -> Demo:
-    """The trained demo in eval mode, from `weights` or from the package.
+    """Returns the trained demo in eval mode, from the folder `weights` or from the package.
 
-    Raises FileNotFoundError where files are missing.
+    Raises FileNotFoundError if files are missing.
     """
     folder = Path(weights) if weights is not None else WEIGHTS
     _check_files(folder)
@@ -133,7 +133,7 @@ def load(weights: Path | None = None, device: str | torch.device = "cpu") -> Dem
 
 
 def load_transformer() -> LatteTransformer3DModel:
-    """The trained transformer alone, on the CPU in eval mode."""
+    """Returns the trained transformer, on the CPU in eval mode."""
     return load().transformer
 
 
@@ -148,6 +148,6 @@ def _check_files(folder: Path) -> None:
     missing = [name for name in wanted if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"demo weights: {folder} lacks {', '.join(missing)}; "
-            "reinstall pabc or make them with bench/train_demo.py"
+            f"weights: expected {', '.join(missing)} in {folder}, found none; "
+            "reinstall pabc, or train the model with bench/train_demo.py"
         )

@@ -1,4 +1,4 @@
-"""The processes that a demo runs in: one, or those that torchrun has started."""
+"""Joins the processes that a demo runs in: a single one, or those that torchrun started."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 @dataclass(frozen=True)
 class Launch:
-    """Which of the processes this is, on which device, and their mesh, if there is one."""
+    """This process: its device, its rank, and the mesh of all processes, if there are several."""
 
     device: str
     rank: int = 0
@@ -24,17 +24,17 @@ class Launch:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process prints, writes, and runs what needs no others."""
+        """True for the process that prints, writes files, and runs variants of one process."""
         return self.rank == 0
 
     def wait(self) -> None:
-        """Waits for all processes."""
+        """Waits until all processes have called this."""
         if self.mesh is not None:
             dist.barrier()
 
 
 def check_mesh(shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless torchrun has started as many processes as the mesh has."""
+    """Raises ValueError unless torchrun started as many processes as the mesh has."""
     size, found = math.prod(shape), os.environ.get("WORLD_SIZE")
     if found is None or int(found) != size:
         started = "none" if found is None else found
@@ -46,7 +46,7 @@ def check_mesh(shape: tuple[int, ...]) -> None:
 
 @contextmanager
 def launch(shape: tuple[int, ...] | None, device: str) -> Iterator[Launch]:
-    """The processes, joined; on GPUs, each with its own."""
+    """Joins the processes of a mesh, within the context; on CUDA, each uses a GPU of its own."""
     if shape is None:
         yield Launch(device)
         return

@@ -1,4 +1,4 @@
-"""From what the variants did to figures: speed, fidelity, accuracy, memory, and what looks off."""
+"""Computes the figures of the variants: speed, fidelity, accuracy, memory; and warns of doubt."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MIN_COMPILED_PSNR = 40.0
 def measure(
     variants: Sequence[Variant], runs: Mapping[str, Run], rounds: Sequence[Round]
 ) -> dict[str, dict[str, Any]]:
-    """Per variant, everything that is measured; `None` where a figure has no finite value."""
+    """Returns the figures of each variant; a figure without a finite value is None."""
     captions = [caption for batch in rounds for caption in batch.captions]
     referee, full = judge.Judge(), runs[FULL].clips
     table = {}
@@ -76,15 +76,15 @@ def _describe_plan(transformer: Any) -> dict[str, Any]:
     }
 
 
-def flop_shares(plan: Plan, found: Explanation) -> list[float]:
-    """Per step, the share of the full model's floating-point operations that still runs."""
-    flops = torch.tensor([region.flops for region in found.regions], dtype=torch.float64)
+def flop_shares(plan: Plan, explanation: Explanation) -> list[float]:
+    """Returns, for each step, the share of the full model's floating-point operations that runs."""
+    flops = torch.tensor([region.flops for region in explanation.regions], dtype=torch.float64)
     skipped = torch.from_numpy(plan.reuse.astype("float64")) @ flops
-    return (1 - skipped / max(1, sum(found.flops.values()))).tolist()
+    return (1 - skipped / max(1, sum(explanation.flops.values()))).tolist()
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """What the figures were measured on and with."""
+    """Returns the device, the versions and the date of the measurement."""
     import diffusers
 
     return {
@@ -106,7 +106,7 @@ def _name_device(device: torch.device) -> str:
 
 
 def find_busy_machine() -> list[str]:
-    """A warning if other work keeps the CPUs busy now."""
+    """Returns a warning if other processes keep the CPUs busy."""
     cpus = os.cpu_count() or 1
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load <= cpus / 2:
@@ -115,7 +115,7 @@ def find_busy_machine() -> list[str]:
 
 
 def find_concerns(table: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What a reader should know before believing the figures."""
+    """Returns warnings about figures that may be unreliable."""
     concerns = []
     spreads = {name: _spread(row["seconds_per_clip"]) for name, row in table.items()}
     wide = [f"{name} {spread:.0%}" for name, spread in spreads.items() if spread > MAX_SPREAD]
@@ -141,7 +141,7 @@ def _spread(seconds: Mapping[str, float]) -> float:
 
 
 def format_table(table: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows, as shown in the terminal and in the report."""
+    """Returns the header and the rows of the table in the terminal and in the report."""
     header = ["variant", "s/clip", "min-max", "vs eager", "vs torch.compile", "PSNR dB", "SSIM"]
     header += ["digit", "direction", "cache", "compile s", "phases", "FLOPs"]
     return header, [_format_row(name, row) for name, row in table.items()]

@@ -1,4 +1,4 @@
-"""Clips side by side, as an animated GIF and as a still.
+"""Writes clips side by side, as an animated GIF and as a still picture.
 
 Shapes: B prompts, F frames, H = W pixels.
 """
@@ -67,8 +67,8 @@ def _draw_page(
                 image = _draw_frame(column.clips[j, frame], scale)
                 page.paste(image, (left + k * (width + 2), top))
     for j, prompt in enumerate(prompts):
-        place = (_MARGIN, _MARGIN + _HEAD + j * row + 2)
-        _write(draw, place, prompt, _INK, size[0] - 2 * _MARGIN)
+        corner = (_MARGIN, _MARGIN + _HEAD + j * row + 2)
+        _write(draw, corner, prompt, _INK, size[0] - 2 * _MARGIN)
     return page
 
 
@@ -80,15 +80,15 @@ def _draw_frame(frame: torch.Tensor, scale: int) -> Image.Image:
 
 def _write(
     draw: ImageDraw.ImageDraw,
-    place: tuple[int, int],
+    corner: tuple[int, int],
     text: str,
     color: tuple[int, int, int],
     width: int,
 ) -> None:
-    """One line of text, cut short where it would be wider than `width` pixels."""
+    """Draws a line of text, shortened to at most `width` pixels."""
     font = ImageFont.load_default(_TEXT)
     shown = text
     while shown and font.getlength(shown) > width:
         text = text[:-1]
         shown = f"{text}..."
-    draw.text(place, shown, fill=color, font=font)
+    draw.text(corner, shown, fill=color, font=font)

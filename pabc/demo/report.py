@@ -1,4 +1,4 @@
-"""The demo's report: one HTML page that needs nothing beside itself."""
+"""Renders the demo's report as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def render(
     curves: charts.Curves,
     window: tuple[float, float],
 ) -> str:
-    """The page.
+    """Returns the page.
 
     Args:
-        content: what `metrics.json` holds.
-        method: how the figures came about.
+        content: the content of `metrics.json`.
+        method: a description of how the figures were measured.
         pictures: the bytes of `clips.gif` and `clips.png`.
-        plans: variant -> its plan, and what was found in the model.
+        plans: variant -> its plan, and the explanation of its model.
         curves: differences from step to step, see `pabc.differences`.
-        window: first and last step of the band that is shaded in the curves.
+        window: the first and last step of the shaded range in charts of curves.
     """
     found = next(found for _, found in plans.values())
     panels = charts.draw_kinds(curves, window)
@@ -95,7 +95,7 @@ def _list_variants(table: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _draw_limits(table: Mapping[str, Mapping[str, Any]]) -> str:
-    """What no implementation of these schedules could exceed if time followed operations."""
+    """Returns the speedups that are possible at best if time is proportional to operations."""
     bounds = [
         f"{escape(name)}: {row['flop_share']:.0%} of the operations still run, so"
         f" {1 / row['flop_share']:.2f}x if time followed operations"

@@ -1,7 +1,7 @@
-"""The main job: one trained video model run in full, with torch.compile, and with pabc.
+"""Runs the demo: one trained video model in full, with torch.compile, and with pabc.
 
-:func:`run` generates the same clips with each, times them in turn, compares them, and writes
-`metrics.json`, `clips.gif`, `clips.png` and `report.html`.
+:func:`run` generates the same clips with each variant, times the variants in turn, compares their
+clips, and writes `metrics.json`, `clips.gif`, `clips.png` and `report.html`.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from pabc.differences import Differences
 from pabc.schedule import Schedule
 
 FRACTION = (0.15, 0.85)
-"""The middle 70 % of the steps, where the 2/4/6 variant reuses."""
+"""The share of the steps, the middle 70 %, in which the 2/4/6 variant reuses."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:
-    """What to run; the command line's options of `pabc demo`.
+    """The options of `pabc demo`.
 
     Attributes:
-        prompts: captions, or how many of the built-in ones. They are one batch.
-        repeats: how often each variant is timed, at least.
-        clips: how many clips per variant accuracy and fidelity are measured on, at least.
-        weights: folder of the trained model; None: the one in the package.
-        mlp: adds the Latte preset with its MLP broadcast.
-        mesh: how many processes share the model, started by torchrun: tokens, or samples and
-            tokens; adds variants that run on all of them.
+        prompts: captions, or the number of built-in ones; they are one batch.
+        repeats: the number of timed generations of each variant, at least.
+        clips: the number of clips of each variant that are judged and compared, at least.
+        weights: the folder of the trained model; None: the one in the package.
+        mlp: True to add the Latte preset with its MLP broadcast.
+        mesh: the mesh of the processes that torchrun started, by size: (tokens,), or
+            (samples, tokens); adds variants that run on all of them. None: one process.
     """
 
     device: str = "cpu"
@@ -61,18 +61,20 @@ class DemoOptions:
 
 
 def example() -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """The demo's trained transformer and the arguments of one call, for `pabc explain`."""
+    """Returns the trained transformer and the arguments of one call, for `pabc explain`."""
     demo = latte.load()
     latents, text = sampling.draw_noise(2), demo.text.encode([digits.PROMPTS[0], ""])
     return demo.transformer, (latents, torch.full((2,), 999), text), {"return_dict": False}
 
 
 def run(options: DemoOptions) -> dict[str, Any]:
-    """Runs the demo, prints its table, writes its files; returns what `metrics.json` holds.
+    """Runs the demo, prints its table, writes its files; returns the content of `metrics.json`.
 
-    With a mesh, the first process does all but the variants of several; the others return nothing.
-    Raises FileNotFoundError where the model's weights are not, ValueError for a mesh of more or
-    fewer processes than there are.
+    With a mesh, the other processes take part in the variants of several, and return {}.
+
+    Raises:
+        FileNotFoundError: the model's weights are missing.
+        ValueError: the mesh has more or fewer processes than were started.
     """
     with launch(options.mesh, options.device) as processes:
         demo = latte.load(options.weights, processes.device)
@@ -145,9 +147,9 @@ FILES = ("metrics.json", "clips.gif", "clips.png", "report.html")
 
 
 def plan_rounds(options: DemoOptions) -> list[Round]:
-    """The batches to generate: the prompts first; then, unless they were given, other captions.
+    """Returns the batches to generate: the prompts, then others, or the prompts again if given.
 
-    The number of rounds serves both `repeats` and `clips`, as every generation is timed and judged.
+    There are enough rounds for both `repeats` and `clips`: each generation is timed and judged.
     """
     given = options.prompts if isinstance(options.prompts, tuple) else None
     first = given or _pick_prompts(int(options.prompts))  # type: ignore[arg-type]
@@ -157,8 +159,8 @@ def plan_rounds(options: DemoOptions) -> list[Round]:
     random.Random(options.seed).shuffle(others)
     batches = [first]
     for index in range(num_rounds - 1):
-        spots = range(index * size, (index + 1) * size)
-        batches.append(given or tuple(others[spot % len(others)] for spot in spots))
+        indices = range(index * size, (index + 1) * size)
+        batches.append(given or tuple(others[i % len(others)] for i in indices))
     return [Round(batch, options.seed + index) for index, batch in enumerate(batches)]
 
 
@@ -170,8 +172,10 @@ def _pick_prompts(count: int) -> tuple[str, ...]:
 def make_variants(
     demo: latte.Demo, options: DemoOptions, mesh: DeviceMesh | None = None
 ) -> list[Variant]:
-    """The full model, torch.compile of it, and pabc with two or three schedules; with a mesh, also
-    on all its processes, without reuse and with the same."""
+    """Returns the variants: the full model, torch.compile of it, and pabc with some schedules.
+
+    With a mesh, there are two more, which run on all its processes: pabc without reuse, and 2/4/6.
+    """
     model = demo.transformer
     steps = sampling.timesteps(demo, options.steps)
     schedules = {
@@ -205,7 +209,7 @@ def make_variants(
         Variant(
             f"{name}, {mesh.size()} ranks",
             pabc.compile(model, schedule, backend=options.backend, mesh=mesh),
-            f"divided among {mesh.size()} processes",
+            f"sharded over {mesh.size()} processes",
             ranks=mesh.size(),
         )
         for name, schedule in shared.items()
@@ -213,7 +217,7 @@ def make_variants(
 
 
 def format_text(content: dict[str, Any]) -> str:
-    """The table as it is printed, and how to read it."""
+    """Returns the table as it is printed, with explanations."""
     header, rows = metrics.format_table(content["variants"])
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = []
@@ -225,7 +229,7 @@ def format_text(content: dict[str, Any]) -> str:
 
 
 def describe_method(content: dict[str, Any]) -> str:
-    """How the figures came about, in a few sentences."""
+    """Returns a description, in a few sentences, of how the figures were measured."""
     return (
         f"{content['steps']} steps, batches of {content['batch']} clips with guidance, on"
         f" {content['device']}, threads: {content['threads']}. Medians over {content['rounds']}"
@@ -273,13 +277,13 @@ def _note(row: dict[str, Any]) -> str:
 
 
 def make_bar(length: int, label: str) -> Any:
-    """A progress bar; where no one watches, a line now and then."""
+    """Returns a progress bar; it is redrawn rarely if stderr is not a terminal."""
     return tqdm(
         total=length,
         desc=label,
         leave=False,
         mininterval=0.1 if sys.stderr.isatty() else 10,
-        # No time left: the first steps compile, and would make it absurd.
+        # No estimate of the time left: the first steps compile, and would distort it.
         bar_format="{desc}: {bar:30} {n_fmt}/{total_fmt} [{elapsed}]",
     )
 

@@ -1,4 +1,4 @@
-"""Sampling clips: DDIM with classifier-free guidance, one transformer call a step.
+"""Samples clips: DDIM with batched classifier-free guidance, one transformer call per step.
 
 Shapes: B prompts, F = 8 frames, H = W = 16 pixels, L tokens, C channels of a token.
 """
@@ -18,7 +18,7 @@ GUIDANCE = 2.5
 
 
 class Transformer(Protocol):
-    """What `sample` calls at every step."""
+    """The model that `sample` calls at every step."""
 
     def __call__(
         self,
@@ -28,19 +28,19 @@ class Transformer(Protocol):
         *,
         return_dict: bool,
     ) -> tuple[torch.Tensor, ...]:
-        """The velocity, shaped like `hidden_states`, as a tuple of one."""
+        """Returns the velocity, shaped like `hidden_states`, in a tuple."""
         ...
 
 
 def timesteps(demo: Demo, steps: int = 50) -> tuple[int, ...]:
-    """The timesteps that `sample` runs, first to last."""
+    """Returns the timesteps that `sample` runs, first to last."""
     scheduler = copy.deepcopy(demo.scheduler)
     scheduler.set_timesteps(steps)
     return tuple(scheduler.timesteps.tolist())
 
 
 def draw_noise(num: int, seed: int = 0) -> torch.Tensor:
-    """Initial latents (num, 1, 8, 16, 16) on the CPU; clip i depends on `seed` and i alone."""
+    """Returns initial latents (num, 1, 8, 16, 16) on the CPU; clip i depends on `seed` and i."""
     shape = (1, FRAMES, CANVAS, CANVAS)
     generators = [torch.Generator().manual_seed(seed * 1_000_003 + index) for index in range(num)]
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
@@ -58,25 +58,25 @@ def sample(
     progress: Callable[[int, int], None] | None = None,
     callback: Callable[[int, int, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
-    """Clips (B, F, H, W) in [0, 1] on the CPU, one for each prompt.
+    """Samples clips (B, F, H, W) in [0, 1], one per prompt; returns them on the CPU.
 
     Args:
         demo: the model, its scheduler and its text embedding.
-        prompts: captions of known words, see `pabc.demo.digits.WORDS`.
+        prompts: captions, of the words in `pabc.demo.digits.WORDS`.
         transformer: called instead of `demo.transformer` with hidden_states (2B, 1, F, H, W), the
             first half conditional, timestep (2B,), encoder_hidden_states (2B, L, C) and
             return_dict=False.
         steps: DDIM steps.
-        guidance: scale of classifier-free guidance; 1 is none (the batch is doubled all the same).
-        seed: of the initial noise, whatever the transformer.
+        guidance: scale of classifier-free guidance; 1 is none (the batch is doubled even then).
+        seed: of the initial noise.
         progress: called with (steps done, steps) after each step.
         callback: called with (i, timestep, latents (B, 1, F, H, W)) after each step.
 
     Raises:
-        ValueError: no prompt, or a word the model does not know.
+        ValueError: no prompt, or a word that the model does not know.
     """
     if not prompts:
-        raise ValueError("prompts: got an empty list, expected at least one caption")
+        raise ValueError("prompts: expected at least one caption, found none")
     denoise = transformer if transformer is not None else demo.transformer
     text = demo.text.encode([*prompts, *[""] * len(prompts)])
     scheduler = copy.deepcopy(demo.scheduler)
@@ -88,8 +88,8 @@ def sample(
         velocity = denoise(batch, when, text, return_dict=False)[0]
         conditional, unconditional = velocity.chunk(2)
         guided = unconditional + guidance * (conditional - unconditional)
-        # The noise must follow from the clipped sample: guidance pushes samples out of range, and a
-        # noise that does not know of the clipping adds up over many steps.
+        # Guidance pushes samples out of range. The scheduler clips them, and must derive the noise
+        # from the clipped sample, or errors accumulate over many steps.
         (latents, *_) = scheduler.step(
             guided, timestep, latents, use_clipped_model_output=True, return_dict=False
         )

@@ -1,4 +1,4 @@
-"""Variants of one model, generating the same clips in turn against the clock.
+"""Times variants of one model, which take turns to generate the same clips.
 
 Shapes: N clips, F frames, H = W pixels.
 """
@@ -19,12 +19,12 @@ from pabc.demo.latte import Demo
 from pabc.demo.launch import Launch
 
 Progress = Callable[[int, str], Any]
-"""Makes a progress bar of a length and a label: a context manager with `update(count)`."""
+"""A function of length and label that makes a progress bar: a context manager with `update`."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """What every variant generates once: one clip per caption, from the same noise."""
+    """A batch that every variant generates once, from the same noise: one clip per caption."""
 
     captions: tuple[str, ...]
     seed: int
@@ -32,9 +32,14 @@ class Round:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run the model; `transformer` is called in the model's place at every step.
+    """One way to run the model.
 
-    `ranks`: how many processes it takes; what takes one runs in the first, while others wait.
+    Attributes:
+        name: its name in tables.
+        transformer: is called in place of the model at every step.
+        about: a description for the reader.
+        is_compiled: True if its first generation compiles.
+        ranks: the number of processes that run it; one of 1 runs in the first, and the others wait.
     """
 
     name: str
@@ -46,11 +51,11 @@ class Variant:
 
 @dataclass
 class Run:
-    """What one variant did.
+    """The measurements of one variant.
 
     Attributes:
-        first_seconds: of its first generation, which compiles; not among `seconds`.
-        seconds: of each later generation, one per round.
+        first_seconds: seconds of its first generation, which compiles; not among `seconds`.
+        seconds: seconds of each later generation, one per round.
         batches: the clips (N, F, H, W) of each round.
     """
 
@@ -60,12 +65,12 @@ class Run:
 
     @property
     def clips(self) -> torch.Tensor:
-        """All clips of all rounds, (N, F, H, W)."""
+        """The clips of all rounds, (N, F, H, W)."""
         return torch.cat(self.batches)
 
     @property
     def compile_seconds(self) -> float:
-        """Wall time of the first generation beyond that of a steady one: capture and compiling."""
+        """The wall time of capturing and compiling: the first generation's, less a later one's."""
         return max(0.0, self.first_seconds - statistics.median(self.seconds))
 
 
@@ -78,10 +83,10 @@ def race(
     processes: Launch,
     progress: Progress | None = None,
 ) -> dict[str, Run]:
-    """Runs each variant once per round, interleaved, the order rotated from round to round.
+    """Times all variants, interleaved: each generates once per round, in an order that rotates.
 
-    Before that each generates once to compile and warm up, with an empty Inductor cache of its
-    own, so that no variant lives on what another (or an earlier run) has compiled.
+    Before that, each generates once to compile and warm up, with an empty Inductor cache of its
+    own, so that no variant profits from code that another variant, or an earlier run, compiled.
     """
     progress = progress or _Silent
     runs = {variant.name: Run() for variant in variants}
@@ -111,8 +116,10 @@ def _generate(
     processes: Launch,
     bar: Any = None,
 ) -> tuple[float, torch.Tensor] | None:
-    """Seconds and clips of one generation; the clips' way to the CPU waits for the device. None
-    where this process has no part in it."""
+    """Returns the seconds and the clips of one generation; None if this process has no part in it.
+
+    The copy of the clips to the CPU waits for the device.
+    """
     processes.wait()
     if variant.ranks == 1 and not processes.is_first:
         return None
@@ -129,7 +136,7 @@ def _generate(
 
 
 class _Silent:
-    """A progress bar that nobody sees."""
+    """A progress bar that is not shown."""
 
     def __init__(self, length: int, label: str) -> None:
         pass
@@ -141,7 +148,7 @@ class _Silent:
         pass
 
     def update(self, count: int) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 def _empty_cache(wanted: bool) -> contextlib.AbstractContextManager[Any]:

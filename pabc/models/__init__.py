@@ -8,18 +8,19 @@
 | :class:`LatteT2V` | Latte, text-to-video | spatial, temporal, cross |
 | :class:`LatteClass` | Latte, class-conditional and unconditional | spatial, temporal |
 
-Each is built by `from_config` from its original's configuration, loads the checkpoints that were
-published for the original, takes the original's arguments, and predicts what it does:
+Each is built by `from_config` from the original's configuration, loads the original's published
+checkpoints, takes the same arguments, and returns the same predictions:
 
     model = LatteT2V.from_config(json.loads(Path("config.json").read_text())).eval()
     model.load_state_dict(load_file("diffusion_pytorch_model.safetensors"))
     noise = model(latents, timestep, text)
 
-They are written for :func:`torch.export.export`: no value of a tensor decides what runs, so that a
-whole forward is one graph. Texts of unequal lengths are masked, where the originals pack them.
+They are written for :func:`torch.export.export`: no control flow depends on the values of tensors,
+so that a whole forward is one graph. Texts of unequal lengths are masked, not packed as in the
+originals.
 
-Files: `config` (configurations), `positions` (position embeddings, rotary tables), `layers` (what
-all share), `pixart` (what Latte's text-to-video model and Open-Sora-Plan share), and one file per
+Files: `config` (configurations), `positions` (position embeddings, rotary tables), `layers` (shared
+layers), `pixart` (parts shared by Latte's text-to-video model and Open-Sora-Plan), and one file per
 family: `latte`, `opensora`, `opensora_plan`.
 """
 

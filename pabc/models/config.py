@@ -1,4 +1,4 @@
-"""Models that are built from the configuration files their checkpoints are published with."""
+"""Builds models from the configuration files that are published with their checkpoints."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
-# Written by the libraries that save configurations, never read by a forward.
+# Keys that libraries write when they save a configuration; no model reads them.
 _BOOKKEEPING = frozenset({"architectures", "model_type", "torch_dtype", "dtype"})
 
 Model = TypeVar("Model", bound="Configurable")
 
 
 class Configurable(nn.Module):
-    """A model whose keyword arguments are its original's configuration keys.
+    """A model whose keyword arguments are the configuration keys of its original.
 
     Attributes:
-        ignored: keys of the original that concern training or the choice of a kernel.
-        fixed: keys of which only some values are implemented -> those values.
+        ignored: keys that concern training or the choice of a kernel, and are skipped.
+        fixed: key -> its implemented values, for keys that are not arguments.
     """
 
     ignored: ClassVar[Collection[str]] = ()
@@ -46,28 +46,30 @@ class Configurable(nn.Module):
                 _check_value(cls.__name__, key, value, cls.fixed[key])
             elif key not in cls.ignored and not _is_bookkeeping(key):
                 allowed = sorted({*known, *cls.fixed, *cls.ignored})
-                raise ValueError(f"{cls.__name__}: got key {key!r}, allowed: {', '.join(allowed)}")
+                raise ValueError(
+                    f"{cls.__name__}: expected keys among {', '.join(allowed)}, found {key!r}"
+                )
         missing = [
             key for key, p in known.items() if p.default is p.empty and chosen.get(key) is None
         ]
         if missing:
             raise ValueError(
-                f"{cls.__name__}: got no {', '.join(missing)}, allowed: a value for each"
+                f"{cls.__name__}: expected a value for {', '.join(missing)}, found none"
             )
         return cls(**chosen)
 
 
 def check_positive(where: str, **values: int) -> None:
-    """Raises ValueError, naming argument and value, unless each value is a positive integer."""
+    """Raises ValueError, naming the argument, unless all values are positive integers."""
     for name, value in values.items():
         if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{where}: got {name} {value!r}, allowed: a positive integer")
+            raise ValueError(f"{where}.{name}: expected a positive integer, found {value!r}")
 
 
 def _check_value(where: str, key: str, value: object, allowed: Collection[object]) -> None:
     if value not in allowed:
         listed = ", ".join(map(repr, allowed))
-        raise ValueError(f"{where}: got {key} {value!r}, allowed: {listed}")
+        raise ValueError(f"{where}.{key}: expected {listed}, found {value!r}")
 
 
 def _is_bookkeeping(key: str) -> bool:

@@ -36,14 +36,14 @@ from pabc.models.pixart import (
 )
 from pabc.models.positions import sincos, sincos_grid, spread
 
-PIXART_SIZE = 64  # latent pixels of the size whose positions the 2-D embedding counts in
+PIXART_SIZE = 64  # latent pixels per side at which 2-D positions have a scale of 1
 
 
 class LatteT2V(VideoTransformer):
     """Latte's text-to-video model: spatial blocks with cross attention, and temporal blocks.
 
-    Arguments are the original's configuration keys; see :meth:`from_config`. Raises ValueError on
-    values that fit no model.
+    The arguments are the original's configuration keys; see :meth:`from_config`. Raises ValueError
+    for values that no model can have.
     """
 
     def __init__(
@@ -110,15 +110,15 @@ class LatteT2V(VideoTransformer):
         encoder_attention_mask: Tensor | None = None,
         enable_temporal_attentions: bool = True,
     ) -> Tensor:
-        """One prediction.
+        """Returns the model's prediction.
 
         Args:
             hidden_states: latents [B, C, T, height, width].
             timestep: [B].
             encoder_hidden_states: text [B, L, features].
-            attention_mask: which tokens spatial attention may look at, 1 or 0: [B x T, S].
-            encoder_attention_mask: which text tokens count, 1 or 0: [B, L] or [B, 1, L].
-            enable_temporal_attentions: whether temporal blocks run.
+            attention_mask: 1 for tokens that spatial attention attends to, else 0: [B x T, S].
+            encoder_attention_mask: 1 for valid text tokens, else 0: [B, L] or [B, 1, L].
+            enable_temporal_attentions: False to skip the temporal blocks.
 
         Returns:
             [B, out_channels, T, height, width].
@@ -153,7 +153,7 @@ class LatteT2V(VideoTransformer):
             return None
         if num_frames != self.video_length:
             raise ValueError(
-                f"hidden_states: got {num_frames} frames, allowed: 1 or {self.video_length}"
+                f"hidden_states: expected 1 frame or {self.video_length}, found {num_frames}"
             )
         frames = torch.arange(num_frames, device=like.device)
         return sincos(self.width, frames)[:, None].to(like.dtype)
@@ -162,8 +162,8 @@ class LatteT2V(VideoTransformer):
 class LatteClass(Configurable):
     """Latte without text: unconditional (`extras` 1), or conditional on a class (`extras` 2).
 
-    Arguments are the original's configuration keys; see :meth:`from_config`. Raises ValueError on
-    values that fit no model.
+    The arguments are the original's configuration keys; see :meth:`from_config`. Raises ValueError
+    for values that no model can have.
     """
 
     fixed: ClassVar[Mapping[str, Collection[object]]] = {}
@@ -188,20 +188,20 @@ class LatteClass(Configurable):
         super().__init__()
         check_positive("LatteClass", input_size=input_size, depth=depth, num_frames=num_frames)
         if extras not in (1, 2):
-            raise ValueError(f"LatteClass: got extras {extras!r}, allowed: 1, 2")
+            raise ValueError(f"LatteClass.extras: expected 1 or 2, found {extras!r}")
         if depth % 2:
-            raise ValueError(f"LatteClass: got depth {depth}, allowed: even numbers")
+            raise ValueError(f"LatteClass.depth: expected an even number, found {depth}")
         if hidden_size % num_heads or hidden_size % 4:
             raise ValueError(
-                f"LatteClass: got hidden_size {hidden_size}, "
-                f"allowed: multiples of 4 and of num_heads ({num_heads})"
+                "LatteClass.hidden_size: expected a multiple of 4 and of num_heads "
+                f"({num_heads}), found {hidden_size}"
             )
         self.patch_size = patch_size
         self.side = input_size // patch_size
         self.x_embedder = PatchEmbed(in_channels, hidden_size, patch_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         if extras == 2:
-            has_null = class_dropout_prob > 0  # the class after the last one
+            has_null = class_dropout_prob > 0  # the null class has the index num_classes
             self.y_embedder = _LabelEmbedder(num_classes + has_null, hidden_size)
         places = torch.arange(self.side)
         self.pos_embed = nn.Parameter(
@@ -219,12 +219,12 @@ class LatteClass(Configurable):
         self.extras = extras
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """One prediction.
+        """Returns the model's prediction.
 
         Args:
             x: latents [B, T, C, height, width], of the configured frames and size.
             t: timestep [B].
-            y: class [B]; number `num_classes` is the null class. Read where `extras` is 2.
+            y: class [B]; `num_classes` is the null class. Used only if `extras` is 2.
 
         Returns:
             [B, T, out_channels, height, width].
@@ -232,13 +232,13 @@ class LatteClass(Configurable):
         num_frames, size = self.temp_embed.shape[1], self.side * self.patch_size
         if (x.shape[1], *x.shape[3:]) != (num_frames, size, size):
             raise ValueError(
-                f"x: got shape {tuple(x.shape)}, "
-                f"allowed: [batch, {num_frames}, channels, {size}, {size}]"
+                f"x: expected shape [batch, {num_frames}, channels, {size}, {size}], "
+                f"found {list(x.shape)}"
             )
         c_BD = self.t_embedder(t)
         if self.extras == 2:
             if y is None:
-                raise ValueError("y: got None, allowed: classes [batch], as extras is 2")
+                raise ValueError("y: expected classes [batch], as extras is 2, found None")
             c_BD = c_BD + self.y_embedder(y)
         latents = x.transpose(1, 2).to(self.pos_embed.dtype)
         h_BTSD = self.x_embedder(latents) + self.pos_embed

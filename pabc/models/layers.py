@@ -1,4 +1,4 @@
-"""What the model families share.
+"""Layers that the model families share.
 
 Shapes: B batch, C channels, T frames, S tokens a frame, N tokens, L text tokens, D width, H heads,
 d width of a head.
@@ -17,11 +17,11 @@ NUM_FREQUENCIES = 128
 MAX_PERIOD = 10000
 
 Attend = Callable[[Tensor], Tensor]
-"""An attention over the middle axis: [B, N, D] -> the same."""
+"""An attention over the middle axis: [B, N, D] -> [B, N, D]."""
 
 
 def sinusoid(t_B: Tensor) -> Tensor:
-    """The features of a number, [B, 256]: cosines, then sines, of 128 frequencies."""
+    """Returns sinusoidal features [B, 256] of numbers: cosines, then sines, at 128 frequencies."""
     steps = torch.arange(NUM_FREQUENCIES, dtype=torch.float32, device=t_B.device)
     frequencies = torch.exp(-math.log(MAX_PERIOD) * steps / NUM_FREQUENCIES)
     angles = t_B.float()[:, None] * frequencies
@@ -29,32 +29,32 @@ def sinusoid(t_B: Tensor) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Adaptive shift and scale of normalized values."""
+    """Shifts and scales normalized values."""
     return x * (1 + scale) + shift
 
 
 def mask_to_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """An additive bias: 0 where the mask is one, -10000 where it is zero."""
+    """Returns an additive bias: 0 where the mask is 1, -10000 where it is 0."""
     return (1 - mask.to(dtype)) * -10000.0
 
 
 def split_heads(x_BND: Tensor, num_heads: int) -> Tensor:
-    """[B, N, D] -> [B, H, N, d]."""
+    """Reshapes [B, N, D] to [B, H, N, d]."""
     return x_BND.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 def merge_heads(x_BHNd: Tensor) -> Tensor:
-    """[B, H, N, d] -> [B, N, D]."""
+    """Reshapes [B, H, N, d] to [B, N, D]."""
     return x_BHNd.transpose(1, 2).flatten(2)
 
 
 def plain_norm(width: int) -> nn.LayerNorm:
-    """A layer norm without weights, as before every modulation."""
+    """Returns a layer norm without weights, as it precedes each modulation."""
     return nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoid and a two-layer perceptron: [B] -> [B, D]."""
+    """The embedding of timesteps, [B] -> [B, D]: sinusoidal features and a two-layer MLP."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -62,12 +62,12 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(first, nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t_B: Tensor) -> Tensor:
-        """The embedding, in the dtype of the weights."""
+        """Returns the embedding, in the dtype of the weights."""
         return self.mlp(sinusoid(t_B).to(next(self.mlp.parameters()).dtype))
 
 
 class Mlp(nn.Module):
-    """Linear, tanh-approximated GELU, linear."""
+    """An MLP: linear, GELU with tanh approximation, linear."""
 
     def __init__(self, width: int, hidden: int, out: int | None = None) -> None:
         super().__init__()
@@ -75,12 +75,12 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width if out is None else out)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., out]."""
+        """Maps [..., D] to [..., out]."""
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm, computed in float32, with a weight."""
+    """A root mean square norm with a weight, computed in float32."""
 
     def __init__(self, width: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., d] -> the same."""
+        """Normalizes the last dimension."""
         y = x.float()
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * y.to(x.dtype)
@@ -107,7 +107,7 @@ class PackedAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x_BND: Tensor, rotate: Attend | None = None) -> Tensor:
-        """[B, N, D] -> the same; `rotate` turns queries and keys [B, H, N, d] after their norm."""
+        """Maps [B, N, D] to the same shape; `rotate` is applied to normalized queries and keys."""
         qkv = self.qkv(x_BND).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
@@ -117,20 +117,20 @@ class PackedAttention(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Patches of single frames: [B, C, T, height, width] -> [B, T, S, D]."""
+    """The embedding of patches of single frames: [B, C, T, height, width] -> [B, T, S, D]."""
 
     def __init__(self, in_channels: int, width: int, patch_size: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Rows and columns that do not fill a patch are dropped."""
+        """Embeds the patches; rows and columns that do not fill a patch are dropped."""
         frames = self.proj(x.transpose(1, 2).flatten(0, 1))
         return frames.flatten(2).transpose(1, 2).unflatten(0, (len(x), -1))
 
 
 def unpatchify(x_BTSD: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
-    """[B, T, S, patch x patch x C] -> [B, C, T, height, width], for `grid` rows and columns."""
+    """Reshapes [B, T, S, patch x patch x C] to [B, C, T, height, width]; S is `grid`'s product."""
     x = x_BTSD.unflatten(3, (patch_size, patch_size, -1)).unflatten(2, grid)
     return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
@@ -141,7 +141,7 @@ def attend_frames(attend: Attend, x_BTSD: Tensor) -> Tensor:
 
 
 def attend_times(attend: Attend, x_BTSD: Tensor) -> Tensor:
-    """Runs an attention over the frames at each place."""
+    """Runs an attention over the frames at each position."""
     x_BSTD = x_BTSD.transpose(1, 2)
     return attend(x_BSTD.flatten(0, 1)).unflatten(0, x_BSTD.shape[:2]).transpose(1, 2)
 

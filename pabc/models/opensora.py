@@ -34,8 +34,8 @@ from pabc.models.positions import THETA
 class OpenSora12(Configurable):
     """STDiT3: spatial and temporal blocks in turn, each with cross attention to the text.
 
-    Arguments are the original's configuration keys; see :meth:`from_config`. Raises ValueError on
-    values that fit no model.
+    The arguments are the original's configuration keys; see :meth:`from_config`. Raises ValueError
+    for values that no model can have.
     """
 
     fixed: ClassVar[Mapping[str, Collection[object]]] = {"skip_y_embedder": (False,)}
@@ -69,8 +69,8 @@ class OpenSora12(Configurable):
         check_positive("OpenSora12", input_sq_size=input_sq_size, depth=depth, num_heads=num_heads)
         if hidden_size % 4 or hidden_size % (2 * num_heads):
             raise ValueError(
-                f"OpenSora12: got hidden_size {hidden_size}, "
-                f"allowed: multiples of 4 and of 2 x num_heads ({2 * num_heads})"
+                "OpenSora12.hidden_size: expected a multiple of 4 and of 2 x num_heads "
+                f"({2 * num_heads}), found {hidden_size}"
             )
         self.input_sq_size = input_sq_size
         self.out_channels = 2 * in_channels if pred_sigma else in_channels
@@ -97,24 +97,24 @@ class OpenSora12(Configurable):
         height: Tensor | None = None,
         width: Tensor | None = None,
     ) -> Tensor:
-        """One prediction.
+        """Returns the model's prediction.
 
         Args:
             x: latents [B, C, frames, rows, columns].
             timestep: [B].
             y: text [B, 1, L, features].
-            mask: which text tokens count, 1 or 0: [n, L], repeated to the batch size.
-            x_mask: which frames are being denoised [B, T]; the others take the modulation of
-                timestep 0. None: all.
+            mask: 1 for valid text tokens, else 0: [n, L], repeated to the batch size.
+            x_mask: True for frames that are denoised [B, T]; other frames are modulated as at
+                timestep 0. None: all frames are denoised.
             fps: frames per second [n], repeated to the batch size.
-            height: of the video in pixels; the first is read.
+            height: of the video in pixels, a tensor whose first element is used.
             width: likewise.
 
         Returns:
             [B, out_channels, frames, rows, columns], in float32.
         """
         if fps is None or height is None or width is None:
-            raise ValueError("OpenSora12: got no fps, height or width, allowed: a tensor for each")
+            raise ValueError("fps, height, width: expected a tensor for each, found None")
         dtype = self.final_layer.linear.weight.dtype
         t_BD, t_B6TSD = self._embed_times(timestep.to(dtype), fps)
         clean_BD = None
@@ -136,7 +136,7 @@ class OpenSora12(Configurable):
         return self._unpatchify(patches, grid, x.shape).float()
 
     def _embed_times(self, t_B: Tensor, fps: Tensor) -> tuple[Tensor, Tensor]:
-        """The embedding [B, D] and the modulations [B, 6, 1, 1, D] of all blocks."""
+        """Returns the embedding [B, D] and the modulations [B, 6, 1, 1, D] of all blocks."""
         t_BD = self.t_embedder(t_B) + repeat_rows(self.fps_embedder(fps), len(t_B))
         return t_BD, self.t_block(t_BD).unflatten(1, (6, 1, 1, -1))
 
@@ -148,7 +148,7 @@ class OpenSora12(Configurable):
 
 
 class Block(nn.Module):
-    """Self-attention over what `arrange` puts together, cross attention to the text, MLP."""
+    """Self-attention over tokens grouped by `arrange`, cross attention to the text, and an MLP."""
 
     def __init__(
         self,
@@ -171,7 +171,7 @@ class Block(nn.Module):
     def forward(
         self, x_BTSD: Tensor, t_B6TSD: Tensor, text_BLD: Tensor, mask: Tensor | None, **how: Any
     ) -> Tensor:
-        """`how` goes to the self-attention."""
+        """Runs the block; `how` is passed to the self-attention."""
         table = self.scale_shift_table[:, None, None]
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (table + t_B6TSD).unbind(1)
         y = modulate(self.norm1(x_BTSD), shift, scale)
@@ -181,7 +181,7 @@ class Block(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention to the text, keys and values packed [2, H, d]."""
+    """Attention to the text; one projection for keys and values, packed [2, H, d]."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x_BND: Tensor, text_BLD: Tensor, mask: Tensor | None) -> Tensor:
-        """[B, N, D] -> the same; `mask` [B, 1, 1, L] is True for tokens that count."""
+        """Maps [B, N, D] to the same shape; `mask` [B, 1, 1, L] is True for valid text tokens."""
         q = split_heads(self.q_linear(x_BND), self.num_heads)
         kv = self.kv_linear(text_BLD).unflatten(-1, (2, self.num_heads, -1))
         k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -199,7 +199,7 @@ class CrossAttention(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens to patches."""
+    """The projection of tokens to patches."""
 
     def __init__(self, width: int, patch_dim: int) -> None:
         super().__init__()
@@ -210,10 +210,10 @@ class FinalLayer(nn.Module):
     def forward(
         self, x_BTSD: Tensor, t_BD: Tensor, x_mask: Tensor | None, clean_BD: Tensor | None
     ) -> Tensor:
-        """[B, T, S, D] -> [B, T, S, patch]; frames outside `x_mask` take `clean_BD`."""
+        """Maps [B, T, S, D] to [B, T, S, patch]; frames not in `x_mask` use `clean_BD`."""
         x = self._modulate(x_BTSD, t_BD)
         if x_mask is not None and clean_BD is not None:
-            # Modulated a second time, on top of the first: so the published weights were trained.
+            # Modulated a second time, as when the published weights were trained.
             x = torch.where(x_mask[:, :, None, None], x, self._modulate(x, clean_BD))
         return self.linear(x)
 
@@ -223,19 +223,19 @@ class FinalLayer(nn.Module):
 
 
 class PatchEmbed3D(nn.Module):
-    """Patches of frames, rows and columns, padded at the end where they do not divide."""
+    """The projection of patches of frames, rows and columns, zero-padded at the end of each."""
 
     def __init__(self, in_channels: int, width: int, patch_size: Sequence[int]) -> None:
         super().__init__()
         if len(patch_size) != 3:
             raise ValueError(
-                f"patch_size: got {patch_size!r}, allowed: frames, rows and columns of a patch"
+                f"patch_size: expected frames, rows and columns of a patch, found {patch_size!r}"
             )
         size = (patch_size[0], patch_size[1], patch_size[2])
         self.proj = nn.Conv3d(in_channels, width, kernel_size=size, stride=size)
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-        """[B, C, frames, rows, columns] -> ([B, T, S, D], the number of patches along each)."""
+        """Maps [B, C, frames, rows, columns] to [B, T, S, D]; returns the patches per axis, too."""
         missing = [-n % p for n, p in zip(x.shape[2:], self.proj.kernel_size, strict=True)]
         patches = self.proj(F.pad(x, [n for pad in reversed(missing) for n in (0, pad)]))
         num_frames, rows, columns = patches.shape[2:]
@@ -243,14 +243,17 @@ class PatchEmbed3D(nn.Module):
 
 
 class PlaceEmbedding(nn.Module):
-    """The 2-D position embedding: computed, with nothing to load."""
+    """The 2-D position embedding, which is computed and has no parameters."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.axis_width = width // 2
 
     def forward(self, rows: int, columns: int, scale: Tensor) -> Tensor:
-        """[S, D]: column half, row half. `scale` is the video's size over the trained one."""
+        """Returns the embedding [S, D]: one half for the column, one for the row.
+
+        `scale` is the video's size over that of training.
+        """
         base = round(math.sqrt(rows * columns))
         x, y = (self._embed(n, base, scale) for n in (columns, rows))
         shape = (rows, columns, self.axis_width)
@@ -265,7 +268,7 @@ class PlaceEmbedding(nn.Module):
 
 
 class Rope(nn.Module):
-    """Rotary positions over the tokens, neighboring channels rotated in pairs."""
+    """Rotary position embedding over the tokens; pairs of adjacent channels are rotated."""
 
     freqs: Tensor
 
@@ -284,7 +287,7 @@ class Rope(nn.Module):
 
 
 class CaptionEmbedder(nn.Module):
-    """Text features to the model's width; `y_embedding` is the null text of guidance."""
+    """The projection of text features to the model's width; `y_embedding` is the null text."""
 
     y_embedding: Tensor
 
@@ -295,12 +298,12 @@ class CaptionEmbedder(nn.Module):
         self.register_buffer("y_embedding", null)
 
     def forward(self, text: Tensor) -> Tensor:
-        """[..., features] -> [..., D]."""
+        """Maps [..., features] to [..., D]."""
         return self.y_proj(text)
 
 
 def repeat_rows(x: Tensor, num_rows: int) -> Tensor:
-    """The rows of a matrix again and again until there are `num_rows`."""
+    """Repeats the rows of a matrix until there are `num_rows`."""
     if num_rows % len(x):
-        raise ValueError(f"OpenSora12: got {len(x)} rows, allowed: a divisor of {num_rows}")
+        raise ValueError(f"mask, fps: expected a divisor of {num_rows} rows, found {len(x)}")
     return x.repeat(num_rows // len(x), 1)

@@ -26,16 +26,16 @@ from pabc.models.pixart import (
 )
 from pabc.models.positions import Rotary, grid_positions, rotary, sincos, sincos_grid, spread
 
-PIXART_SIZE = 64  # latent pixels of the size whose positions the 2-D embeddings count in
-LATTE_LENGTH = 16  # latent frames, likewise
-TRAINED_SIZE = (30, 40)  # likewise, in version 1.2
+PIXART_SIZE = 64  # latent pixels per side at which 2-D positions have a scale of 1
+LATTE_LENGTH = 16  # latent frames at which temporal positions have a scale of 1
+TRAINED_SIZE = (30, 40)  # latent rows and columns at which those of version 1.2 have it
 
 
 class OpenSoraPlan11(VideoTransformer):
     """LatteT2V of Open-Sora-Plan 1.1: spatial blocks with cross attention, and temporal blocks.
 
-    Arguments are the original's configuration keys; see :meth:`from_config`. Raises ValueError on
-    values that fit no model.
+    The arguments are the original's configuration keys; see :meth:`from_config`. Raises ValueError
+    for values that no model can have.
     """
 
     fixed: ClassVar[Mapping[str, Collection[object]]] = {
@@ -75,8 +75,8 @@ class OpenSoraPlan11(VideoTransformer):
         )
         if use_rope and (compress_kv_factor != 1 or attention_head_dim % 4):
             raise ValueError(
-                f"OpenSoraPlan11: got use_rope with compress_kv_factor {compress_kv_factor} and "
-                f"attention_head_dim {attention_head_dim}, allowed: 1, and multiples of 4"
+                "OpenSoraPlan11: expected with use_rope compress_kv_factor 1 and a multiple of 4 "
+                f"as attention_head_dim, found {compress_kv_factor} and {attention_head_dim}"
             )
         width = num_attention_heads * attention_head_dim
         super().__init__(
@@ -132,16 +132,16 @@ class OpenSoraPlan11(VideoTransformer):
         encoder_attention_mask: Tensor | None = None,
         enable_temporal_attentions: bool = True,
     ) -> Tensor:
-        """One prediction.
+        """Returns the model's prediction.
 
         Args:
             hidden_states: latents [B, C, T, height, width].
             timestep: [B].
             encoder_hidden_states: text [B, L, features] or [B, 1, L, features].
-            attention_mask: which latent pixels count in spatial attention, 1 or 0:
+            attention_mask: 1 for latent pixels that spatial attention attends to, else 0:
                 [B, T, height, width].
-            encoder_attention_mask: which text tokens count, 1 or 0: [B, L] or [B, 1, L].
-            enable_temporal_attentions: whether temporal blocks run.
+            encoder_attention_mask: 1 for valid text tokens, else 0: [B, L] or [B, 1, L].
+            enable_temporal_attentions: False to skip the temporal blocks.
 
         Returns:
             [B, out_channels, T, height, width].
@@ -149,7 +149,7 @@ class OpenSoraPlan11(VideoTransformer):
         num_frames, grid = hidden_states.shape[2], self.count_tokens(hidden_states)
         if num_frames != self.video_length:
             raise ValueError(
-                f"hidden_states: got {num_frames} frames, allowed: {self.video_length}"
+                f"hidden_states: expected {self.video_length} frames, found {num_frames}"
             )
         x_BTSD = self.pos_embed(hidden_states.to(self.dtype))
         device, dtype = x_BTSD.device, x_BTSD.dtype
@@ -186,7 +186,7 @@ class OpenSoraPlan11(VideoTransformer):
         base = self.trained_grid[0]
         side = math.isqrt(grid[0] * grid[1])
         if side**2 == grid[0] * grid[1] and grid == self.trained_grid:
-            grid = (side, side)  # the original embeds its own sample size as if it were square
+            grid = (side, side)  # the original treats its configured sample size as square
         rows, columns = (spread(length, base, self.scale_2d, device) for length in grid)
         return sincos_grid(self.width, rows, columns)
 
@@ -197,13 +197,13 @@ class OpenSoraPlan11(VideoTransformer):
     def _make_biases(
         self, mask: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Biases [B x T, 1, 1, S] over a frame's tokens, and over its compressed tokens."""
+        """Returns biases [B x T, 1, 1, S] over a frame's tokens, and over its compressed tokens."""
         if mask is None:
             return None, None
         if mask.ndim != 4:
             raise ValueError(
-                f"attention_mask: got shape {tuple(mask.shape)}, "
-                "allowed: [batch, frames, height, width]"
+                "attention_mask: expected shape [batch, frames, height, width], "
+                f"found {list(mask.shape)}"
             )
         tokens = (F.max_pool2d(mask.to(dtype), self.patch_size) != 0).to(dtype)
         pooled = F.max_pool2d(tokens, self.compress_kv_factor)
@@ -214,7 +214,7 @@ class OpenSoraPlan11(VideoTransformer):
 
 
 class FrameCompressedAttention(Attention):
-    """Keys and values from patches of `factor` x `factor` tokens of a frame."""
+    """Attention in a frame, with keys and values from patches of `factor` x `factor` tokens."""
 
     def __init__(
         self, width: int, num_heads: int, head_dim: int, factor: int, *, bias: bool
@@ -224,14 +224,17 @@ class FrameCompressedAttention(Attention):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x_BND: Tensor, *, grid: tuple[int, int], bias: Tensor | None) -> Tensor:  # type: ignore[override]
-        """[B, N, D] -> the same; `grid` is a frame's rows and columns of tokens."""
+        """Maps [B, N, D] to the same shape; `grid`: the rows and columns of a frame's tokens."""
         image = x_BND.transpose(1, 2).unflatten(2, grid)
         context = self.norm(self.sr(image).flatten(2).transpose(1, 2))
         return super().forward(x_BND, context, bias=bias)
 
 
 class TimeCompressedAttention(Attention):
-    """Keys and values from `factor` frames each; the first frame stands alone if T is odd."""
+    """Attention over frames, with keys and values from groups of `factor` frames.
+
+    If T is odd, the first frame is a group of its own.
+    """
 
     def __init__(
         self, width: int, num_heads: int, head_dim: int, factor: int, *, bias: bool
@@ -242,7 +245,7 @@ class TimeCompressedAttention(Attention):
         self.factor = factor
 
     def forward(self, x_BTD: Tensor) -> Tensor:  # type: ignore[override]
-        """[B, T, D] -> the same."""
+        """Maps [B, T, D] to the same shape."""
         frames = x_BTD.transpose(1, 2)
         if x_BTD.shape[1] % 2:
             first = frames[:, :, :1].expand(-1, -1, self.factor - 1)
@@ -253,15 +256,15 @@ class TimeCompressedAttention(Attention):
 class OpenSoraPlan12(VideoTransformer):
     """OpenSoraT2V of Open-Sora-Plan 1.2: attention over all tokens of the video.
 
-    Arguments are the original's configuration keys, and one more; see :meth:`from_config`. Raises
-    ValueError on values that fit no model.
+    The arguments are the original's configuration keys, and one more; see :meth:`from_config`.
+    Raises ValueError for values that no model can have.
 
     Args:
-        shared_rotary_tables: the original keeps rotary tables by their length alone: an axis takes
-            the table, and so the scale, of the axis that first had its length, be it in an earlier
-            call. True: so here too, as weights expect that were trained with unequal scales; the
-            released ones have scales of 1, with which it makes no difference. False: every axis has
-            its own scale, and no call depends on those before.
+        shared_rotary_tables: the original caches rotary tables by their length only, so that axes
+            of equal length share the table, and thus the scale, of the first of them, even across
+            calls. True does the same, for weights that were trained with unequal scales; released
+            weights have scales of 1, for which it makes no difference. False: each axis has its own
+            scale, and no call depends on earlier ones.
     """
 
     fixed: ClassVar[Mapping[str, Collection[object]]] = {
@@ -303,8 +306,8 @@ class OpenSoraPlan12(VideoTransformer):
         )
         if use_rope and attention_head_dim % 6:
             raise ValueError(
-                f"OpenSoraPlan12: got attention_head_dim {attention_head_dim} with use_rope, "
-                "allowed: multiples of 6"
+                "OpenSoraPlan12.attention_head_dim: expected a multiple of 6 with use_rope, "
+                f"found {attention_head_dim}"
             )
         width = num_attention_heads * attention_head_dim
         super().__init__(
@@ -355,14 +358,14 @@ class OpenSoraPlan12(VideoTransformer):
         attention_mask: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """One prediction.
+        """Returns the model's prediction.
 
         Args:
             hidden_states: latents [B, C, T, height, width].
             timestep: [B].
             encoder_hidden_states: text [B, 1, L, features] or [B, L, features].
-            attention_mask: which latent pixels count, 1 or 0: [B, T, height, width].
-            encoder_attention_mask: which text tokens count, 1 or 0: [B, 1, L] or [B, L].
+            attention_mask: 1 for valid latent pixels, else 0: [B, T, height, width].
+            encoder_attention_mask: 1 for valid text tokens, else 0: [B, 1, L] or [B, L].
 
         Returns:
             [B, out_channels, T, height, width].
@@ -405,13 +408,13 @@ class OpenSoraPlan12(VideoTransformer):
         return self._scale_of_table.setdefault(key, self.scales[axis])
 
     def _make_bias(self, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """A bias [B, 1, 1, N] over the tokens of the video."""
+        """Returns a bias [B, 1, 1, N] over the tokens of the video."""
         if mask is None:
             return None
         if mask.ndim != 4:
             raise ValueError(
-                f"attention_mask: got shape {tuple(mask.shape)}, "
-                "allowed: [batch, frames, height, width]"
+                "attention_mask: expected shape [batch, frames, height, width], "
+                f"found {list(mask.shape)}"
             )
         tokens = (F.max_pool2d(mask.to(dtype), self.patch_size) != 0).flatten(1)
         return mask_to_bias(tokens[:, None, None], dtype)

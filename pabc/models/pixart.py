@@ -1,7 +1,7 @@
 """Parts of the text-to-video transformers that descend from PixArt (arXiv 2310.00426).
 
-One table of modulations per model, made from the timestep, to which each block adds its own; cross
-attention with neither norm nor gate. Shapes as in :mod:`pabc.models.layers`.
+The timestep is embedded as one table of modulations, to which each block adds a table of its own;
+cross attention has neither norm nor gate. Shapes as in :mod:`pabc.models.layers`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MakeNorm = Callable[[], nn.Module]
 
 
 class AdaLNSingle(nn.Module):
-    """The timestep's embedding [B, D] and the modulations of all blocks [B, 6, D]."""
+    """The embedding [B, D] of the timestep, and the modulations [B, 6, D] of all blocks."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class AdaLNSingle(nn.Module):
         self.linear = nn.Linear(width, NUM_MODULATIONS * width)
 
     def forward(self, t_B: Tensor) -> tuple[Tensor, Tensor]:
-        """(modulations, embedding)."""
+        """Returns (modulations, embedding)."""
         embedding = self.emb["timestep_embedder"](t_B)
         return self.linear(F.silu(embedding)).unflatten(1, (NUM_MODULATIONS, -1)), embedding
 
@@ -64,10 +64,10 @@ class _TimestepMlp(nn.Module):
 
 
 class CaptionProjection(nn.Module):
-    """Text features to the model's width.
+    """The projection of text features to the model's width.
 
-    Some checkpoints carry the null text of their training, `y_embedding`, which no forward reads:
-    it is kept if the loaded state dict has it, and gone if not.
+    Some checkpoints contain the null text of their training as `y_embedding`, which no forward
+    reads. The buffer exists if the state dict that was loaded has it.
     """
 
     y_embedding: Tensor | None
@@ -80,7 +80,7 @@ class CaptionProjection(nn.Module):
         self.register_buffer("y_embedding", null)
 
     def forward(self, text: Tensor) -> Tensor:
-        """[..., features] -> [..., D]."""
+        """Maps [..., features] to [..., D]."""
         return self.linear_2(F.gelu(self.linear_1(text), approximate="tanh"))
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
@@ -91,7 +91,7 @@ class CaptionProjection(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention with separate projections; keys and values from `context` where there is one."""
+    """Attention with separate projections; keys and values come from `context` if it is given."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class Attention(nn.Module):
         bias: Tensor | None = None,
         rotate: Rotary | None = None,
     ) -> Tensor:
-        """[B, N, D] -> the same. `bias` is added to the scores [B, H, N, L]."""
+        """Maps [B, N, D] to the same shape; `bias` is added to the scores [B, H, N, L]."""
         context = x_BND if context_BLD is None else context_BLD
         q = split_heads(self.to_q(x_BND), self.num_heads)
         k = split_heads(self.to_k(context), self.num_heads)
@@ -131,16 +131,16 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The MLP of a block: four times the width inside."""
+    """The MLP of a block, with a hidden width of 4 D."""
 
     def __init__(self, width: int, activation: str) -> None:
         super().__init__()
         activate = _Activation(width, 4 * width, activation)
-        # The middle one is the original's dropout: it gives the last its place among the keys.
+        # The middle one is the original's dropout, without which the last key would differ.
         self.net = nn.Sequential(activate, nn.Identity(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> the same."""
+        """Maps [..., D] to the same shape."""
         return self.net(x)
 
 
@@ -148,7 +148,9 @@ class _Activation(nn.Module):
     def __init__(self, width: int, hidden: int, kind: str) -> None:
         super().__init__()
         if kind not in ACTIVATIONS:
-            raise ValueError(f"activation_fn: got {kind!r}, allowed: {', '.join(ACTIVATIONS)}")
+            raise ValueError(
+                f"activation_fn: expected one of {', '.join(ACTIVATIONS)}, found {kind!r}"
+            )
         self.kind = kind
         self.proj = nn.Linear(width, 2 * hidden if kind == "geglu" else hidden)
 
@@ -176,7 +178,7 @@ class _Block(nn.Module):
 
 
 class TextBlock(_Block):
-    """Self-attention over what `arrange` puts together, cross attention to the text, MLP."""
+    """Self-attention over tokens grouped by `arrange`, cross attention to the text, and an MLP."""
 
     def __init__(
         self,
@@ -196,7 +198,7 @@ class TextBlock(_Block):
     def forward(
         self, x_BTSD: Tensor, t_B6D: Tensor, text_BLD: Tensor, text_bias: Tensor | None, **how: Any
     ) -> Tensor:
-        """`how` goes to the self-attention."""
+        """Runs the block; `how` is passed to the self-attention."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulations(t_B6D)
         y = modulate(self.norm1(x_BTSD), shift, scale)
         x = x_BTSD + gate * self.arrange(partial(self.attn1, **how), y)
@@ -205,14 +207,14 @@ class TextBlock(_Block):
 
 
 class TemporalBlock(_Block):
-    """Self-attention over the frames at each place, MLP."""
+    """Self-attention over the frames at each position, and an MLP."""
 
     def __init__(self, width: int, norm: MakeNorm, attention: Attention, activation: str) -> None:
         super().__init__(width, norm, attention, activation)
         self.norm3 = norm()
 
     def forward(self, x_BTSD: Tensor, t_B6D: Tensor, **how: Any) -> Tensor:
-        """`how` goes to the self-attention."""
+        """Runs the block; `how` is passed to the self-attention."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulations(t_B6D)
         y = modulate(self.norm1(x_BTSD), shift, scale)
         x = x_BTSD + gate * attend_times(partial(self.attn1, **how), y)
@@ -220,30 +222,29 @@ class TemporalBlock(_Block):
 
 
 def read_text(text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Text [B, L, features], with an axis of one after the first or not, and its mask's bias.
+    """Returns the text as [B, L, features] and its mask as a bias [B, 1, 1, L].
 
-    The mask [B, L], with such an axis or not, becomes a bias [B, 1, 1, L]. Raises ValueError where
-    shapes do not fit.
+    Text and mask may have an axis of size 1 after the first. Raises ValueError for other shapes.
     """
     batch_size, num_tokens = text.shape[0], text.shape[-2]
     if text.ndim not in (3, 4) or text.numel() != batch_size * num_tokens * text.shape[-1]:
         raise ValueError(
-            f"encoder_hidden_states: got shape {tuple(text.shape)}, "
-            "allowed: [batch, tokens, features] or [batch, 1, tokens, features]"
+            "encoder_hidden_states: expected shape [batch, tokens, features] or "
+            f"[batch, 1, tokens, features], found {list(text.shape)}"
         )
     text_BLD = text.reshape(batch_size, num_tokens, -1)
     if mask is None:
         return text_BLD, None
     if mask.numel() != batch_size * num_tokens or mask.ndim not in (2, 3):
         raise ValueError(
-            f"encoder_attention_mask: got shape {tuple(mask.shape)}, "
-            f"allowed: {[batch_size, num_tokens]} or {[batch_size, 1, num_tokens]}"
+            f"encoder_attention_mask: expected shape {[batch_size, num_tokens]} or "
+            f"{[batch_size, 1, num_tokens]}, found {list(mask.shape)}"
         )
     return text_BLD, mask_to_bias(mask.reshape(batch_size, 1, 1, num_tokens), text.dtype)
 
 
 class VideoTransformer(Configurable):
-    """Everything but the blocks: patches, timestep, text, and the way back to latents."""
+    """The parts around the blocks: embeddings of patches, timestep and text; the output layer."""
 
     fixed: ClassVar[Mapping[str, Collection[object]]] = {
         "attention_type": ("default",),
@@ -288,11 +289,11 @@ class VideoTransformer(Configurable):
         return self.proj_out.weight.dtype
 
     def count_tokens(self, latents: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches of latents [B, C, T, height, width]."""
+        """Returns the rows and columns of patches of latents [B, C, T, height, width]."""
         return latents.shape[-2] // self.patch_size, latents.shape[-1] // self.patch_size
 
     def project_out(self, x_BTSD: Tensor, t_BD: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Tokens to latents [B, C, T, height, width]."""
+        """Projects tokens to latents [B, C, T, height, width]."""
         shift, scale = (self.scale_shift_table + t_BD[:, None])[:, :, None, None].unbind(1)
         patches = self.proj_out(modulate(self.norm_out(x_BTSD), shift, scale))
         return unpatchify(patches, grid, self.patch_size)

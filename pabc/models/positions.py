@@ -1,4 +1,4 @@
-"""Position embeddings and rotary tables: computed for the shape at hand, nothing is kept.
+"""Computes position embeddings and rotary tables for the shape at hand, without caches.
 
 Shapes: N positions, D embedding width, P axes (parts of a head), d width of a head.
 """
@@ -14,14 +14,14 @@ THETA = 10000.0
 
 
 def spread(length: int, base: int, scale: float, device: torch.device) -> Tensor:
-    """`length` positions over the range that `base` positions had in training, then `/ scale`."""
+    """Returns `length` positions over the range of `base` positions in training, over `scale`."""
     return torch.arange(length, dtype=torch.float32, device=device) / (length / base) / scale
 
 
 def sincos(width: int, positions_N: Tensor) -> Tensor:
-    """The embedding of each position, [N, width]: sines, then cosines.
+    """Returns the embedding of each position, [N, width]: sines, then cosines.
 
-    In double precision: a large position times a frequency must not lose the fraction of a turn.
+    Computes in float64, so that the phase of large positions stays exact.
     """
     half = torch.arange(width // 2, dtype=torch.float64, device=positions_N.device)
     angles = positions_N.double()[:, None] * THETA ** -(half / (width / 2))
@@ -29,7 +29,10 @@ def sincos(width: int, positions_N: Tensor) -> Tensor:
 
 
 def sincos_grid(width: int, rows: Tensor, columns: Tensor) -> Tensor:
-    """The embedding of a grid's places in row-major order, [N, width]: column half, row half."""
+    """Returns the embeddings of a grid's points in row-major order, [N, width].
+
+    The first half is for the column, the second for the row.
+    """
     shape = (len(rows), len(columns), -1)
     x = sincos(width // 2, columns)[None].expand(shape)
     y = sincos(width // 2, rows)[:, None].expand(shape)
@@ -37,7 +40,7 @@ def sincos_grid(width: int, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 class Rotary(NamedTuple):
-    """Cosines and sines [N, d] for heads of `num_parts` parts, each rotated half against half."""
+    """Cosines and sines [N, d] for heads of `num_parts` parts, whose two halves are rotated."""
 
     cos: Tensor
     sin: Tensor
@@ -51,7 +54,7 @@ class Rotary(NamedTuple):
 
 
 def rotary(head_dim: int, positions_PN: Tensor) -> Rotary:
-    """The table for heads split evenly over the P axes, each with its own positions."""
+    """Returns the table for heads split evenly over P axes, each with its own positions."""
     num_parts = len(positions_PN)
     part = head_dim // num_parts
     even = torch.arange(0, part, 2, dtype=torch.float32, device=positions_PN.device)
@@ -62,5 +65,5 @@ def rotary(head_dim: int, positions_PN: Tensor) -> Rotary:
 
 
 def grid_positions(*axes: Tensor) -> Tensor:
-    """The coordinates of each place of a grid in row-major order, [P, N]."""
+    """Returns the coordinates of a grid's points in row-major order, [P, N]."""
     return torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
