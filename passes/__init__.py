@@ -1,7 +1,6 @@
-"""The passes, one a file: functions from graph to graph, in the order of :mod:`pabc.pipeline`.
+"""The passes, one per file: functions from graph to graph; :mod:`pabc.pipeline` has their order.
 
-This module is the front door: code outside of this folder imports nothing else of it
-(`tests/test_floors.py`).
+Code outside of this folder imports only this module (`tests/test_floors.py`).
 """
 
 from .attention_ops import register_attention_op

@@ -1,9 +1,9 @@
-"""blocks: splits a flat phase into a chain of blocks, equal ones of which are compiled once.
+"""blocks: splits a flat phase into a chain of blocks; equal blocks are compiled once.
 
-Blocks are cut where nothing is lost: right before the first product of a residual branch. What
-crosses there, the residual stream and the normed input of the product, is written to memory however
-the graph is compiled, since products are kernels of their own; so the sum that ends one branch and
-the norm that begins the next stay in one block, and are fused.
+A block ends right before the first product of a residual branch, where no fusion is lost. The
+residual stream and the normed input of the product, which cross there, are materialized however the
+graph is compiled, since products are kernels of their own. The sum that ends one branch and the
+norm that begins the next stay in one block, and are fused.
 """
 
 from __future__ import annotations
@@ -31,15 +31,17 @@ from .ir import (
 def split_blocks_pass(
     gm: GraphModule, *, apart: Callable[[Node], bool] = lambda node: False, whole: bool = False
 ) -> tuple[GraphModule, Blocks]:
-    """Splits a flat graph into blocks, and calls blocks that are alike by one module.
+    """Splits a flat graph into blocks, and calls one submodule for all equal blocks.
 
-    Requires: a flat graph whose inputs are all there is (:func:`lift_weights_pass`), with marks of
-    the regions that its nodes are from (:func:`inline_regions_pass`), and no symbols for sizes.
+    An op for which `apart` is true becomes a block of its own. `whole`: all ops between two of
+    these are one block.
+
+    Requires: a flat graph without attribute reads (:func:`lift_weights_pass`), with the slots that
+    its nodes are from (:func:`inline_regions_pass`), and with fixed shapes.
     Ensures: the same inputs and results, bitwise as before; nothing but `call_module` nodes and
-    their items; each distinct block is one submodule, a flat graph of its own whose inputs come in
-    the order of their first use. Views never cross from one block to another: each block takes them
-    anew of what they are views of. An op that is to be kept `apart` is a block of its own. `whole`:
-    what lies between such ops is one block.
+    their items; each distinct block is one submodule, a flat graph of its own whose inputs are in
+    the order of their first use. No view is passed between blocks: a block that reads a view takes
+    its base as an input, and makes the view again.
 
         # before                                # after
         %y = add(%x, %g)                        %b = call_module[block_0](%x, %g, ...)
@@ -74,7 +76,7 @@ def split_blocks_pass(
 
 
 def verify_blocks(gm: GraphModule, blocks: Blocks) -> None:
-    """Checks that the graph does nothing but call blocks and take their results."""
+    """Checks that the graph only calls blocks and takes their results."""
     for node in gm.graph.nodes:
         is_item = node.target is GETITEM and node.args[0].op == "call_module"
         is_call = node.op == "call_module" and node.target in blocks.by_name
@@ -82,8 +84,11 @@ def verify_blocks(gm: GraphModule, blocks: Blocks) -> None:
 
 
 def _ordinals(graph: Graph, apart: Callable[[Node], bool], whole: bool) -> dict[Node, int]:
-    """Which block each op is in: its place in the graph says, but for what comes before the first
-    product of a branch that begins a block; that still belongs to the block before."""
+    """Returns the ordinal of the block that each op is in.
+
+    Blocks follow the order of the graph, except that the ops of a branch before its first product
+    belong to the previous block.
+    """
     ordinals: dict[Node, int] = {}
     block, current = 0, None
     begun: set[Node] = set()
@@ -113,7 +118,7 @@ def _ordinals(graph: Graph, apart: Callable[[Node], bool], whole: bool) -> dict[
 
 
 def _crossing(graph: Graph, ordinals: dict[Node, int]) -> set[Node]:
-    """The ops whose results leave their block."""
+    """Returns the ops whose results other blocks, or the output, read."""
     crossing = {n for n in output_node(graph).all_input_nodes if n in ordinals}
     for node, ordinal in ordinals.items():
         for source in node.all_input_nodes:
@@ -125,7 +130,7 @@ def _crossing(graph: Graph, ordinals: dict[Node, int]) -> set[Node]:
 def _build(
     gm: GraphModule, nodes: Iterable[Node], results: Sequence[Node]
 ) -> tuple[GraphModule, list[Node]]:
-    """A block as a graph of its own, and the values that are its inputs."""
+    """Builds the graph of a block; returns it with the values that are its inputs."""
     members = set(nodes)
     body = Graph()
     inner: dict[Node, Node] = {}
@@ -133,7 +138,7 @@ def _build(
     root: dict[str, Any] = {}
 
     def take(node: Node) -> Node:
-        """A value that is computed elsewhere, or a view of one."""
+        """Adds to the body an input for `node`, or the view that it is of an input."""
         if node in inner:
             return inner[node]
         base = _base(node)
@@ -159,7 +164,7 @@ def _build(
 
 
 def _base(node: Node) -> Node:
-    """The value that a node is a view of; of any other, itself."""
+    """Returns the node that `node` is a view of; `node` itself if it is no view."""
     while _is_view(node):
         source = node.args[0]
         assert isinstance(source, Node)
@@ -168,7 +173,10 @@ def _base(node: Node) -> Node:
 
 
 def _is_view(node: Node) -> bool:
-    """Whether a node takes no memory of its own; an op that may copy is tried on its operand."""
+    """Returns True if a node shares the memory of its operand.
+
+    An op that may copy is tried on a meta tensor with the strides of the operand.
+    """
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
         return False
     if node.target is GETITEM:
@@ -186,7 +194,7 @@ def _is_view(node: Node) -> bool:
 
 
 def block_key(gm: GraphModule) -> Hashable:
-    """What tells a flat graph from others, whatever its nodes and inputs are called."""
+    """Returns a key of a flat graph, independent of the names of its nodes and inputs."""
     index: dict[Node, int] = {}
     entries: list[Hashable] = []
     for node in gm.graph.nodes:

@@ -1,7 +1,7 @@
 """cache: guards every region with a cache read and a cache write, driven by the step index.
 
-The graph that comes out runs as it is. It takes the trajectory as its first input, asks it at every
-region, and is the oracle that each specialized module is compared with.
+The guarded graph can run as it is. It takes the trajectory as its first input and queries it at
+every region. It is the oracle that each specialized module is compared with.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .ir import GETITEM, aten, copy_into, make_module, output_node, user_inputs,
 
 
 def insert_cache_pass(gm: GraphModule, captured: Captured, regions: Regions) -> GraphModule:
-    """Puts a read, a guarded call and a write in place of every region's call.
+    """Replaces the call of every region by a cache read, a guarded call and a cache write.
 
     Requires: regions (:func:`outline_regions_pass`).
     Ensures: the first input is the trajectory; with one that never reuses, outputs bitwise as
@@ -58,7 +58,10 @@ def _cuts(gm: GraphModule, call: Node) -> tuple[Node, ...]:
 
 
 def _copy_kept_outputs(graph: Graph, hoisted: Collection[Node]) -> None:
-    """Returns copies of what later steps read again: cuts, hoisted values, and views of these."""
+    """Makes the graph return copies of cuts, hoisted values and their views.
+
+    Later steps read these again, and a caller may write to what it gets.
+    """
     output = output_node(graph)
 
     def copy(node: Node) -> Node:
@@ -74,7 +77,7 @@ def _copy_kept_outputs(graph: Graph, hoisted: Collection[Node]) -> None:
 
 
 def _viewed(node: Node) -> Node:
-    """The value that `node` is, or may be, a view of."""
+    """Returns the node that `node` is, or may be, a view of."""
     while node.target is GETITEM or _may_be_view(node):
         node = node.args[0]
     return node

@@ -1,4 +1,4 @@
-"""canonicalize: removes what changes no bit: asserts, no-op casts and copies, duplicates."""
+"""canonicalize: removes ops that change no bit: asserts, no-op casts and copies, duplicates."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ _NOOPS: tuple[Callable[[Node], bool], ...] = (
 
 
 def _is_returned_copy(node: Node) -> bool:
-    """A copy that the model returns stays one: what was copied may be an input or a weight."""
+    """Returns True if the model returns `node`; a copy stays, as its source may be an input."""
     return any(user.op == "output" for user in node.users)
 
 
 def _key(node: Node) -> tuple[object, ...] | None:
-    """What two nodes share when they must have the same value; None: never merged."""
+    """Returns a key that is equal for nodes with equal values; None: the node is never merged."""
     if node.op == "get_attr":
         return ("get_attr", node.target)
     if node.op != "call_function" or not (is_tensor(node) or is_size(node)):

@@ -1,4 +1,4 @@
-"""capture: the model's forward as one graph of ATen ops; parameters shared, model untouched."""
+"""capture: exports the model's forward as one graph of ATen ops, sharing its parameters."""
 
 from __future__ import annotations
 
@@ -41,24 +41,24 @@ def capture(
     lifted: Collection[int] = (),
     dynamic: bool = False,
 ) -> tuple[GraphModule, Captured]:
-    """Exports `model` for these arguments; returns its graph and what was found out about it.
+    """Exports `model` for these arguments; returns its graph and the facts about it.
 
-    Where the forward reads Python values from tensor data, the model is run once with these
-    arguments to record them, and the graph is right as long as the reads hold. A module that cannot
-    be traced, or is named in `opaque` (with the reason), is opaque: the graph calls it.
+    If the forward reads Python values from tensor data, the model runs once with these arguments to
+    record them, and the graph is guarded on the values read. A module that cannot be traced, or
+    that `opaque` names (with the reason), is opaque: the graph calls it.
 
-    `lifted`: positions among the flattened arguments of numbers that become inputs, as tensors
-    without dimensions; all other numbers are constants of the graph. `dynamic`: for all sizes of
-    the tensors for which the model does the same; :attr:`Captured.sizes` says which.
+    `lifted`: positions, among the flattened arguments, of numbers that become inputs, as tensors
+    without dimensions; all other numbers are constants of the graph. `dynamic`: the graph has
+    dynamic shapes; :attr:`Captured.sizes` has the sizes for which it is valid.
 
     Requires: `model` in eval mode; `args` and `kwargs` as :func:`pabc.base.arguments.bind_call`
     returns them.
     Ensures: inputs are placeholders, one per flattened argument, in order; parameters and buffers
     are `get_attr` nodes under their qualified names, sharing the model's tensors; every op is
-    functional; run on the same arguments it gives the model's bits; `model` is as it was.
-    Raises: ValueError where the model's own forward, not that of a module in it, cannot be traced,
-    or where a module holds its weights in a TorchScript object or has a hook of another library
-    that moves weights, or keeps values between calls.
+    functional; on the same arguments, outputs equal the model's bit for bit; `model` is unchanged.
+    Raises: ValueError if the model's own forward, not that of a submodule, cannot be traced; if a
+    module holds its weights in a TorchScript object; or if a module has a hook of another library
+    that moves weights or keeps values between calls.
 
         # before                                # after
         model(x, t)                             %w = get_attr[blocks.0.attn.to_q.weight]
@@ -79,9 +79,9 @@ def capture(
 def _export(
     model: nn.Module, call: TracedCall, opaque: dict[str, str], dynamic: bool
 ) -> tuple[tuple[Any, ...], Effects]:
-    """Exports the model around modules whose forwards do more than return results.
+    """Exports the model; modules whose forwards have side effects become opaque.
 
-    Returns what :func:`pabc.passes.tracing.export.export` does, and what the forward leaves behind.
+    Returns the results of :func:`pabc.passes.tracing.export.export`, and the forward's effects.
     """
     written: tuple[WrittenName, ...] = ()
     while True:
@@ -120,7 +120,7 @@ def _finish(
     graph = program.graph
     writes = _split_off_writes(program)
     _take_names(graph)
-    # What is read already are graphs that ops take as arguments, such as flex_attention's.
+    # Attributes that the graph reads already are graphs that ops take, as flex_attention does.
     root: dict[str, Any] = {
         str(n.target): getattr(program.graph_module, str(n.target))
         for n in graph.nodes
@@ -166,16 +166,20 @@ def _finish(
 
 
 def _take_names(graph: torch.fx.Graph) -> None:
-    """Keeps the names of nodes from those to come: torch.export renames inputs without telling the
-    graph, so that a weight may be called like one."""
+    """Reserves the names of the nodes, so that no new node gets one of them.
+
+    torch.export renames inputs without telling the graph.
+    """
     graph._graph_namespace._used_names.update(node.name for node in graph.nodes)
 
 
 def _split_off_tensors(
     graph: torch.fx.Graph, call: TracedCall, checked: Sequence[Checked]
 ) -> list[Checked]:
-    """Takes tokens and the tensors of reads off the results; `checked` with their nodes in their
-    place."""
+    """Removes effect tokens and the tensors of reads from the results.
+
+    Returns `checked` with these tensors' nodes.
+    """
     assert call.result is not None
     num_outputs = call.result.num_outputs
     output = output_node(graph)
@@ -186,9 +190,9 @@ def _split_off_tensors(
 
 
 def _written_buffers(program: torch.export.ExportedProgram) -> dict[str, str]:
-    """ModelState that write to buffers of theirs, and why that keeps them out of a graph.
+    """Returns the modules that write to their buffers, each with the reason why it is opaque.
 
-    Raises: ValueError where it is a buffer of the model itself.
+    Raises: ValueError if the model itself owns the buffer.
     """
     modules = {}
     for spec in program.graph_signature.output_specs:
@@ -207,7 +211,7 @@ _RESULTS = (OutputKind.USER_OUTPUT, OutputKind.USER_INPUT_MUTATION)
 
 
 def _split_off_writes(program: torch.export.ExportedProgram) -> dict[str, Node]:
-    """Takes what is written to inputs off the results: the input -> its new value."""
+    """Removes the new values of written inputs from the results; returns input name -> value."""
     output = output_node(program.graph)
     specs = program.graph_signature.output_specs
     pairs = list(zip(specs, output.args[0], strict=True))
@@ -231,7 +235,10 @@ def _refuse_packed_weights(model: nn.Module) -> None:
 def _resolve(
     model: nn.Module, program: torch.export.ExportedProgram, spec: InputSpec, node: Node
 ) -> tuple[str, Any]:
-    """A weight's name in the graph and its tensor: the model's own, or a constant of the graph."""
+    """Returns a weight's name in the graph and its tensor.
+
+    The tensor is the model's own, or a constant of the graph.
+    """
     assert spec.target is not None
     name, found = spec.target, find_tensor(model, spec.target)
     if found is None:
@@ -244,7 +251,10 @@ def _resolve(
 
 
 def find_tensor(model: nn.Module, name: str) -> torch.Tensor | None:
-    """A parameter, buffer, or other tensor that a module or a tensor in it holds as attribute."""
+    """Returns the parameter, buffer, or other tensor attribute with a qualified name, or None.
+
+    The attribute may belong to a module of the model, or to a tensor in one.
+    """
     try:
         found = attrgetter(name)(model)
     except AttributeError:
@@ -256,7 +266,10 @@ _UNWRAPPED = re.compile(r"(?:(.+)\.)?parametrizations\.([^.]+)\.original(\d+)")
 
 
 def _name_within(model: nn.Module, name: str) -> str:
-    """Where a tensor is that torch.export took out of a weight made of several: quantized, say."""
+    """Returns the name of a tensor that torch.export has taken out of a tensor subclass.
+
+    Quantized weights are such: their tensors go by the name of a parametrization.
+    """
     match = _UNWRAPPED.fullmatch(name)
     if match is None:
         return name
@@ -275,7 +288,7 @@ def _names_within(name: str, tensor: torch.Tensor) -> Iterator[str]:
 
 
 def _find_aliases(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Per tensor, the other names under which the model's modules share it."""
+    """Returns, for each tensor, the other names under which the model's modules share it."""
     by_id: dict[int, list[str]] = {}
     everything = (
         (f"{path}.{name}" if path else name, value)
@@ -296,7 +309,7 @@ def _find_aliases(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str
 def _read_attribute(
     graph: torch.fx.Graph, node: Node, name: str, position: Mapping[Node, int]
 ) -> None:
-    """Reads a weight right before its first use, rather than all of them at the top."""
+    """Replaces the placeholder of a weight by an attribute read right before its first use."""
     if node.users:
         with graph.inserting_before(min(node.users, key=position.__getitem__)):
             read = graph.create_node("get_attr", name)

@@ -1,7 +1,7 @@
-"""encode: slots keep cuts in a smaller form; the casts are part of the graph, so that they fuse.
+"""encode: makes slots hold cuts in a smaller form, by casts in the graph, which can be fused.
 
-A region's cuts are encoded after it was computed, and decoded where they are reused; what a slot
-holds is the encoded form. A step that computes a region goes on with the exact cuts.
+A region's cuts are encoded after the region was computed, and decoded where they are reused. A step
+that computes a region goes on with the exact cuts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CacheDtype = Literal["keep", "bf16", "fp8"]
 
 
 def form_of(cut: torch.Tensor, cache_dtype: CacheDtype) -> CacheDtype:
-    """The form in which a cut is kept: as it is, unless it is floating point and gets smaller."""
+    """Returns the form in which a slot holds a cut: "keep", unless encoding makes it smaller."""
     if cache_dtype == "keep" or not cut.is_floating_point() or cut.ndim == 0:
         return "keep"
     if cache_dtype == "bf16":
@@ -45,11 +45,11 @@ def form_of(cut: torch.Tensor, cache_dtype: CacheDtype) -> CacheDtype:
 
 
 def encode(cut: torch.Tensor, form: CacheDtype) -> Cuts:
-    """The tensors to keep in place of a cut.
+    """Returns the tensors that a slot holds instead of a cut.
 
-    `"bf16"`: one, rounded. `"fp8"`: the values over a scale, as e4m3, and the scale (float32), one
-    for each token, that is, each row of the last dimension: its largest magnitude over 448. What is
-    not finite in a row is not finite in its scale.
+    `"bf16"`: one tensor, rounded. `"fp8"`: the values divided by a scale, as e4m3, and the scales
+    (float32), one per token, that is, per row of the last dimension: the row's largest magnitude
+    divided by 448. If a row has values that are not finite, its scale is not finite.
     """
     if form == "keep":
         return (cut,)
@@ -62,7 +62,7 @@ def encode(cut: torch.Tensor, form: CacheDtype) -> Cuts:
 
 
 def decode(kept: Sequence[torch.Tensor], form: CacheDtype, dtype: torch.dtype) -> torch.Tensor:
-    """The cut of this dtype that was encoded as `kept`, up to the form's rounding."""
+    """Returns the cut that was encoded as `kept`, up to the rounding of the form."""
     if form == "fp8":
         values, scale = kept
         return (values.to(torch.float32) * scale).to(dtype)
@@ -72,12 +72,12 @@ def decode(kept: Sequence[torch.Tensor], form: CacheDtype, dtype: torch.dtype) -
 def encode_cuts_pass(
     gm: GraphModule, captured: Captured, regions: Regions, *, cache_dtype: CacheDtype
 ) -> tuple[GraphModule, Regions]:
-    """Decodes what each cache read gives, and encodes what each cache write is offered.
+    """Decodes the result of each cache read, and encodes the operand of each cache write.
 
     Requires: a guarded graph (:func:`insert_cache_pass`).
-    Ensures: slots hold encoded cuts (:attr:`Region.encoded`); regions whose cuts would not become
-    smaller, and with `"keep"` all, are as before; so are outputs, bit for bit, where nothing is
-    reused.
+    Ensures: slots hold encoded cuts (:attr:`Region.encoded`), except those of regions whose cuts
+    would not become smaller, and all with `"keep"`; outputs of a step that reuses nothing are
+    bitwise as before.
 
         # before                                # after
         %c = cache_read(%trajectory, 0)         %c = cache_read(%trajectory, 0)
@@ -123,7 +123,10 @@ def encode_cuts_pass(
 
 @dataclass(frozen=True)
 class _Codec:
-    """How cuts that are alike are encoded, and what that gives: fake tensors, shapes and dtypes."""
+    """The encoder and decoder of cuts of one layout.
+
+    `vals` are the fake tensors that the encoder returns; `layout` has their shapes and dtypes.
+    """
 
     index: int
     encoder: GraphModule
@@ -135,7 +138,7 @@ class _Codec:
 def _find_codecs(
     gm: GraphModule, regions: Sequence[Region], sizes: Sizes | None, cache_dtype: CacheDtype
 ) -> Mapping[int | None, _Codec]:
-    """Returns a codec for each slot whose cuts become smaller; one for all whose cuts are alike."""
+    """Returns the codec of each slot whose cuts become smaller; cuts of one layout share it."""
     known: dict[str, _Codec] = {}
     codecs: dict[int | None, _Codec] = {}
     for slot, region in enumerate(regions):
@@ -159,7 +162,7 @@ def _cuts(region: nn.Module) -> tuple[Node, ...]:
 def _trace_codec(
     index: int, cuts: Cuts, forms: tuple[CacheDtype, ...], sizes: Sizes | None
 ) -> _Codec:
-    """Traces with fake tensors; the ops take no sizes, so that it serves whatever sizes cuts do."""
+    """Traces a codec with fake tensors; its ops take no sizes, so that it works for all sizes."""
     nums = [2 if form == "fp8" else 1 for form in forms]
 
     def encode_all(*cuts: torch.Tensor) -> Cuts:

@@ -1,8 +1,8 @@
-"""enlarge: a call of the same model in which every token axis of the latents has several positions.
+"""enlarge: finds a call of the model in which each token axis of the latents has several positions.
 
-An axis of one position (one frame, one row of patches) leaves no trace in a graph: whether it lies
-in the batch or in the sequence, the shapes are the same. The model itself tells: called with more
-frames, its graph shows where they go. That graph is for naming kinds; it never runs.
+An axis of one position (one frame, one row of patches) leaves no trace in the shapes of a graph: it
+may lie in the batch or in the sequence. The graph of a call with more frames shows where it lies.
+That graph is used to name kinds; it never runs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .tracing.fakes import fake_like
 from .tracing.untouched import untouched
 
 LARGEST = 32
-"""How many times larger an axis may get: some models take one frame, or just as many as trained."""
+"""The largest factor to try; some models accept only one frame, or only as many as in training."""
 
 Leaves = Sequence[Any]
 """The flattened arguments of a call."""
@@ -41,12 +41,13 @@ def enlarge_call(
     *,
     kinds: Mapping[str, str],
 ) -> ModelCall | None:
-    """Returns the smallest call that the model takes with the latents larger along each such axis.
+    """Returns the smallest call that the model accepts with these axes of the latents enlarged.
 
-    Returns None if no kind hinges on one, or the user states them all (`kinds`). Other inputs as
-    large at the same place, counted from the last dimension (the mask of a video, say), grow with
-    the latents if the model does not take the call otherwise. An axis that the model does not take
-    larger stays as it is. No number of the larger call is lifted.
+    Returns None if no kind depends on an axis of one position, or if the user states all such
+    kinds (`kinds`). If the model rejects a call in which only the latents are larger, other inputs
+    of the same size in the same dimension, counted from the last, grow as well (such as a video's
+    mask). An axis that the model accepts at no larger size stays as it is. No number of the
+    larger call is lifted.
 
     Requires: axes (:func:`name_axes_pass`) of the graph of this call.
     """
@@ -69,7 +70,10 @@ def enlarge_call(
 
 
 def _grow(leaves: Leaves, latents: int, dim: int) -> Iterator[Leaves]:
-    """Larger and larger along `dim`: the latents alone, with one other input, with all others."""
+    """Yields arguments larger and larger along `dim`.
+
+    For each size: the latents alone, with each one of the other inputs, and with all of them.
+    """
     from_last = dim - leaves[latents].ndim
     size = leaves[latents].shape[dim]
     others = [
@@ -81,7 +85,7 @@ def _grow(leaves: Leaves, latents: int, dim: int) -> Iterator[Leaves]:
     for factor in range(2, LARGEST + 1):
         for chosen in dict.fromkeys([(), *((i,) for i in others), tuple(others)]):
             growing = {latents, *chosen}
-            with unset_fake_temporarily():  # fake tensors stay in the mode of the call's others
+            with unset_fake_temporarily():  # keeps fake tensors in their own mode
                 larger = [
                     x.repeat_interleave(factor, from_last) if i in growing else x
                     for i, x in enumerate(leaves)
@@ -91,14 +95,14 @@ def _grow(leaves: Leaves, latents: int, dim: int) -> Iterator[Leaves]:
 
 @contextmanager
 def _takes(model: nn.Module, structure: Structure) -> Iterator[Callable[[Leaves], bool]]:
-    """Tells whether the model runs on inputs of some shapes; nothing is computed."""
+    """Yields a predicate: the model accepts these arguments. It runs on fake tensors alone."""
 
     def takes(leaves: Leaves) -> bool:
         fakes = [fake_like(x, mode) if isinstance(x, torch.Tensor) else x for x in leaves]
         args, kwargs = structure.unflatten(fakes)
         try:
             inner_forward(model)(*args, **kwargs)
-        except Exception:  # whatever a model says to a shape that it does not take
+        except Exception:  # any error means that the model rejects the shapes
             return False
         return True
 

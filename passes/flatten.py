@@ -1,4 +1,4 @@
-"""flatten: a phase as a flat function of weights, inputs and cuts."""
+"""flatten: turns a phase into a flat function of weights, inputs and cuts."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def inline_regions_pass(gm: GraphModule, regions: Regions) -> GraphModule:
     """Copies every called region into the graph that calls it.
 
     Requires: a phase (:func:`specialize_phase_pass`).
-    Ensures: no `call_module` node; outputs bitwise as before, so that fusion may cross regions;
-    what was a region's is marked with its slot, in `meta["slot"]`; each op has its `"val"`.
+    Ensures: no `call_module` node, so that fusion may cross regions; outputs bitwise as before;
+    nodes that come from a region have its slot in `meta["slot"]`; each op has `meta["val"]`.
 
         # before                                # after
         %r = call_module[cross_0](%x)           %q = aten.linear(%x, %w)
@@ -74,7 +74,7 @@ def lift_weights_pass(gm: GraphModule) -> tuple[GraphModule, Lifted]:
     """Turns attribute reads into leading inputs and packs the results into one flat tuple.
 
     Requires: a flat graph (:func:`inline_regions_pass`) that returns (outputs, stored cuts).
-    Ensures: no tensor is read by `get_attr`: weights are the first inputs; every result is a
+    Ensures: no `get_attr` node reads a tensor: weights are the first inputs; every result is a
     tensor, the model's outputs first.
 
         # before                                # after

@@ -1,4 +1,4 @@
-"""flops: floating-point operations of a graph."""
+"""flops: counts the floating-point operations of a graph."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from .tracing.sizes import Sizes, hinted
 
 
 class FlopCounter:
-    """Counts FLOPs of graphs by PyTorch's own formulas, once for all calls of equal shapes.
+    """Counts FLOPs of graphs by PyTorch's own formulas, once for each op and shapes.
 
-    `sizes`: the sizes that the graphs serve, where they have dynamic shapes; the FLOPs are then
-    those of the captured call.
+    `sizes`: the sizes of graphs with dynamic shapes; the FLOPs are then those of the captured call.
     """
 
     def __init__(self, sizes: Sizes | None = None) -> None:
@@ -32,13 +31,13 @@ class FlopCounter:
             return sum(map(self._count, gm.graph.nodes))
 
     def _count(self, node: Node) -> int:
-        if is_attention_op(node):  # not all have a formula
+        if is_attention_op(node):  # PyTorch has no formula for some
             return attention_call(node).flops
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             return 0
         operands = [n.meta.get("val") for n in node.all_input_nodes]
         if sum(isinstance(val, torch.Tensor) for val in operands) < 2:
-            return 0  # only products of two tensors count
+            return 0  # only contractions of two tensors count
         call = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta.get("val"))
         key = (node.target, repr(pytree.tree_map(lambda arg: getattr(arg, "shape", arg), call)))
         if key not in self._known:

@@ -1,4 +1,4 @@
-"""fold: a graph with dynamic shapes becomes one for the sizes at hand."""
+"""fold: specializes a graph with dynamic shapes on the sizes of one call."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from .tracing.sizes import fold_sizes, is_size
 
 
 def fold_sizes_pass(gm: GraphModule, sizes: InputSizes) -> GraphModule:
-    """Puts numbers in place of symbols, and of nodes that compute sizes.
+    """Replaces symbols, and nodes that compute sizes, by numbers.
 
     Requires: a flat graph (:func:`lift_weights_pass`).
-    Ensures: no size is computed, but for inputs that are sizes; the same function for inputs of
-    these sizes. A graph with fixed shapes is left as it is.
+    Ensures: no node computes a size, although inputs may be sizes; the same function for inputs of
+    these sizes. A graph with fixed shapes is returned unchanged.
 
         # before                                # after
         %s = sym_size(%x, 1)                    %y = view(%x, [2, 1024, 64])

@@ -1,4 +1,4 @@
-"""held: a phase's inputs that take cuts are laid out as slots hold cuts."""
+"""held: gives the inputs of a phase that take cuts the layouts in which slots hold them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .ir import copy_into, make_module, user_inputs, value
 def lay_out_held_pass(gm: GraphModule, regions: Regions, slots: PhaseSlots) -> GraphModule:
     """Gives each input that takes a cut the strides with which a slot holds it.
 
-    A slot holds a copy of a cut that is a part of a larger buffer; compiled code is for the strides
-    of that copy.
+    If a cut is a view of a larger buffer, its slot holds a copy, and code is compiled for the
+    strides of that copy.
 
-    Requires: a flat graph of one size whose last inputs are the reused cuts.
-    Ensures: the same function; only fake tensors of these inputs change.
+    Requires: a flat graph with fixed shapes whose last inputs are the reused cuts.
+    Ensures: the same function; only the fake tensors of these inputs change.
 
         # before                                        # after
         %cut0: [2, 8, 16], strides (384, 48, 1)         %cut0: [2, 8, 16], strides (128, 16, 1)
@@ -34,6 +34,6 @@ def lay_out_held_pass(gm: GraphModule, regions: Regions, slots: PhaseSlots) -> G
 
 
 def _as_held(val: torch.Tensor) -> torch.Tensor:
-    """Returns a fake tensor like `val`, laid out as a slot holds it."""
+    """Returns a fake tensor like `val` with the strides that a slot gives it."""
     computed = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device="meta")
     return val.new_empty_strided(val.shape, without_spare_memory(computed).stride())

@@ -1,10 +1,10 @@
 """lower: replaces parts of a graph by calls of Triton kernels that compute them faster.
 
-Each rule (:mod:`pabc.passes.lowering`) finds what its kernel might compute, gives a reason if the
-kernel can't, and rewrites it. Nodes are visited from the last to the first, so that the largest
-match wins: its inner nodes are not matched again for the same kernel. Gains are never guessed:
-`auto` lowers what a measured table says is faster on the device at hand, and `force` lowers
-everything that a kernel can compute.
+Each rule (:mod:`pabc.passes.lowering`) matches a pattern that its kernel may compute, states a
+reason if the kernel cannot, and rewrites the match. Nodes are visited from the last to the first,
+so that the largest match wins: its inner nodes are not matched again for the same kernel. Gains are
+measured, never guessed: `auto` lowers the matches that a table says are faster on this device, and
+`force` lowers all that a kernel can compute.
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ RULES: tuple[KernelRule, ...] = (
     match_encode_rows,
     match_permute_copy,
 )
-"""All rules; of those that match a node, the first whose match is lowered wins."""
+"""All rules, by priority: the first whose match of a node can be lowered wins."""
 
 
 FREE_LAYOUTS = {KERNEL: ("y_like_x", "n_like_x")}
-"""Kernel -> its keywords that lay a result out like its first argument."""
+"""Kernel -> its keyword arguments that give a result the layout of the first argument."""
 
 
 def lower_pass(
     gm: GraphModule, *, kernels: Kernels, gains: Gains = find_gain
 ) -> tuple[GraphModule, KernelMatches]:
-    """Replaces what Triton kernels compute by calls of them.
+    """Replaces the parts of a graph that Triton kernels compute by calls of the kernels.
 
-    Requires: a flat graph of one size.
-    Ensures: the same function, within the kernels' tolerances, with results laid out as before. On
-    a CPU, `auto` looks at nothing.
+    Requires: a flat graph with fixed shapes.
+    Ensures: the same function, within the kernels' tolerances; results have the layouts that they
+    had. On a CPU, `auto` changes nothing.
 
         # before                                           # after
         %o = scaled_dot_product_attention(%q, %k, %v)      %o = pabc.short_attention(%q, %k, %v)
@@ -77,10 +77,10 @@ def lower_pass(
 
 
 class _Lowerer:
-    """What has been looked at, from the end of a graph on.
+    """Lowers a graph, node by node from its end.
 
     Attributes:
-        looked: what became of it.
+        looked: the matches so far, each with its outcome.
     """
 
     def __init__(self, kernels: Kernels, gains: Gains) -> None:
@@ -92,7 +92,7 @@ class _Lowerer:
         self._erased: set[Node] = set()
 
     def look_at(self, node: Node) -> None:
-        """Lowers the first match of a node that there is no reason against."""
+        """Lowers the first match of a node that no reason speaks against."""
         device = None if node in self._erased else _device(node)
         if device is None or (self._kernels == "auto" and device.type == "cpu"):
             return
@@ -132,7 +132,7 @@ def _device(node: Node) -> torch.device | None:
 
 
 def summarize(phases: Mapping[Any, Sequence[KernelMatch]]) -> tuple[str, ...]:
-    """A line for each kernel and outcome, of the phase in which most was looked at."""
+    """Returns a line for each kernel and outcome, for the phase with the most matches."""
     counts: Counter[str] = Counter()
     for each in max(phases.values(), key=len, default=()):
         outcome = "lowered" if each.reason is None else f"not lowered: {each.reason}"

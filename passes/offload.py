@@ -1,8 +1,8 @@
-"""offload: slots of regions that run on an accelerator lie in host memory, as part of the graph.
+"""offload: keeps the slots of regions on an accelerator in host memory, by copies in the graph.
 
-Each cut leaves the device where its region was computed, and comes back where it is used: a phase
-takes all it reuses at once and gives all it stores at once, and a value is reused from the step
-after its own on, so copies between steps would free nothing.
+Each cut is copied to the host right after its region is computed, and back right before it is used.
+Copies between steps would free no device memory: a phase takes all cuts that it reuses at its
+start, returns all that it stores at its end, and a cut may be reused from the next step on.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from .transfers import fetch, stash
 
 
 def offload_cuts_pass(gm: GraphModule, *, accelerators: Sequence[str] = ("cuda",)) -> GraphModule:
-    """Moves what cache writes are offered to host memory, and what cache reads give back.
+    """Copies operands of cache writes to host memory, and results of cache reads to the device.
 
     Requires: a guarded graph (:func:`insert_cache_pass`), encoded or not.
-    Ensures: slots hold no tensor on a device whose type is among `accelerators`; where there is no
-    such tensor, the graph is left as it is; outputs bitwise as before.
+    Ensures: slots hold no tensor on a device whose type is among `accelerators`; if none would, the
+    graph is returned unchanged; outputs bitwise as before.
 
         # before                                # after
         %c = cache_read(%trajectory, 0)         %c = cache_read(%trajectory, 0)
@@ -77,7 +77,7 @@ def _devices(vals: Sequence[torch.Tensor], accelerators: Sequence[str]) -> Devic
 
 
 def link_fetches(graph: Graph) -> None:
-    """Tells each fetch what is fetched next: that copy begins while what uses this one runs."""
+    """Passes to each fetch the tensor to fetch next, so that the copies overlap with compute."""
     fetches = [node for node in graph.nodes if node.target is fetch]
     for node, following in pairwise(fetches):
         if node.args[1] == following.args[1]:

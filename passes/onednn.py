@@ -1,7 +1,7 @@
-"""onednn: products in float32 on a CPU by the library that is faster on it.
+"""onednn: computes float32 projections on a CPU with oneDNN, if it is faster than MKL.
 
-PyTorch multiplies float32 matrices with MKL, which on some CPUs uses half of what they can do;
-oneDNN, which PyTorch has as well, is asked for by an op of its own.
+PyTorch multiplies float32 matrices with MKL, which reaches half of the peak of some CPUs. PyTorch
+also contains oneDNN, which an op of its own calls.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch.fx import Graph, GraphModule, Node
 from .ir import aten, copy_into, is_call, make_module, value
 
 _FEW_ROWS = 16
-"""Below, oneDNN's call costs more than its product gains."""
+"""With fewer rows, the overhead of a call of oneDNN exceeds the gain."""
 _GAIN = 0.8
-"""Of the other library's time, what oneDNN may take at most to be chosen."""
+"""oneDNN is used if it takes at most this share of MKL's time."""
 
 
 def use_onednn_pass(gm: GraphModule) -> GraphModule:
-    """Has oneDNN compute the projections of a graph that is to be compiled, where it is faster.
+    """Replaces projections by oneDNN's, if these are faster, in a graph that is to be compiled.
 
-    Requires: a flat graph of one size.
-    Ensures: the same function, summed in another order; no projection but those in float32 on a
-    CPU, of 16 rows or more, is changed.
+    Requires: a flat graph with fixed shapes.
+    Ensures: the same function, summed in another order; only projections in float32 on a CPU with
+    16 rows or more change.
 
         # before                                # after
         %h = linear(%n, %w, %b)                 %h = _linear_pointwise(%n, %w, %b, none, [], "")
@@ -57,11 +57,10 @@ def _fits(node: Node) -> bool:
 
 @cache
 def onednn_is_faster() -> bool:
-    """Whether oneDNN multiplies much faster here than what PyTorch takes by itself; measured once
-    a process, in about a tenth of a second.
+    """Returns True if oneDNN multiplies much faster on this CPU than PyTorch's default.
 
-    Both take turns, and the least of each counts, so that other work on the machine does not
-    decide.
+    Measured once per process, in about 0.1 s. The two alternate, and the minimum of each counts, so
+    that other load on the machine does not decide.
     """
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
@@ -82,8 +81,10 @@ def _time(call: Callable[[], Any]) -> float:
 
 @contextmanager
 def lowering_onednn() -> Iterator[None]:
-    """Lets Inductor compile the op, alone and with a sum that follows it, for weights that are
-    inputs: by itself, it does for constants."""
+    """Makes Inductor compile oneDNN's op, alone or fused with a sum, for weights that are inputs.
+
+    By default, Inductor compiles it for constant weights only.
+    """
     from torch._inductor.ir import TensorBox
     from torch._inductor.lowering import lowerings
     from torch._inductor.mkldnn_ir import LinearBinary, LinearUnary

@@ -1,4 +1,4 @@
-"""rewrites: other forms of the same formula, which compiled code runs faster."""
+"""rewrites: replaces formulas by equivalent ones that run faster when compiled."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _CUBIC = 0.044715 * _SLOPE
 
 
 def rewrite_formulas_pass(gm: GraphModule) -> GraphModule:
-    """Writes GELU's tanh approximation with a sigmoid.
+    """Replaces the tanh in GELU's tanh approximation by a sigmoid.
 
-    x (1 + tanh(u)) / 2 = x sigmoid(2 u), and an exponential takes a third of the time that a
-    tanh takes on a CPU: GELU is what a transformer's MLP spends most time on beside its products.
+    x (1 + tanh(u)) / 2 = x sigmoid(2 u), and on a CPU an exponential takes a third of the time of a
+    tanh. Besides its products, a transformer's MLP spends most of its time in GELU.
 
-    Requires: a flat graph that is to be compiled. Op by op, it would be slower, and not the
-    model's bits.
-    Ensures: the same function; in float32 it is as near to the exact one as PyTorch's own.
+    Requires: a flat graph that is to be compiled. Run op by op, it would be slower, and its bits
+    would differ from the model's.
+    Ensures: the same function; in float32, as accurate as PyTorch's own.
 
         # before                                # after
         %g = gelu(%x, approximate=tanh)         %u = (%x * %x * 0.0714 + 1.5958) * %x

@@ -1,8 +1,8 @@
-"""single_axes: axes of the latents of one position, which may lie in the batch or in a sequence.
+"""single_axes: names kinds if axes of the latents have one position.
 
-Shapes do not tell. Where a larger call does not tell either (:mod:`pabc.passes.enlarge`), an
-attention is taken to have its axes in each place that they may have; if it is of one kind in all of
-them, that is its kind.
+The shapes do not tell if such an axis lies in the batch or in a sequence. If a larger call does not
+tell either (:mod:`pabc.passes.enlarge`), all possible places of the axes are tried; if the
+attention has the same kind in all of them, that is its kind.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ Dimension = tuple[Factor, ...]
 
 
 def find_single_axes(gm: GraphModule, denoised: Denoised, found: list[FoundAttention]) -> list[int]:
-    """The dimensions of the latents that may be token axes of one position, or the channels.
+    """Returns the dimensions of the latents that may be token axes of one position, or channels.
 
-    None where all but the batch and the channels have several positions.
+    Returns an empty list if all axes except the batch and the channels have several positions.
     """
     shape, positions = _latent_positions(gm, denoised.latents, found)
     single = [dim for dim in range(1, len(shape)) if positions.get(dim, 1) == 1]
@@ -35,9 +35,9 @@ def find_single_axes(gm: GraphModule, denoised: Denoised, found: list[FoundAtten
 
 
 def hinges_on_single_axes(found: FoundAttention, latents: str) -> bool:
-    """Whether the kind depends on where an axis of one position of the latents lies.
+    """Returns True if the kind depends on where an axis of the latents of one position lies.
 
-    It does for self-attention alone, and not for that of another input's tokens.
+    It does for self-attention among the latents only.
     """
     sources = {axis.source for factor in (*found.query, *found.key) for axis in factor.axes()}
     joined = any(map(is_join, (*found.query, *found.key)))
@@ -48,9 +48,10 @@ def hinges_on_single_axes(found: FoundAttention, latents: str) -> bool:
 
 @dataclass(frozen=True)
 class SingleAxes:
-    """The latents' axes of one position: which of them may be tokens' axes, and of which streams.
+    """The axes of the latents that have one position, and the token axes of the streams.
 
-    `choices`: for each axis that may be the channels, the others, and the streams' token axes then.
+    `choices`: for each axis that may be the channels, the other axes of one position, and the
+    token axes of the streams in that case.
     """
 
     latents: str
@@ -59,7 +60,7 @@ class SingleAxes:
 
     @classmethod
     def of(cls, gm: GraphModule, denoised: Denoised, found: list[FoundAttention]) -> SingleAxes:
-        """Returns the axes of one position of a graph with these attentions."""
+        """Finds the axes of one position in a graph with these attentions."""
         latents = denoised.latents
         shape, positions = _latent_positions(gm, latents, found)
         single = find_single_axes(gm, denoised, found)
@@ -73,9 +74,9 @@ class SingleAxes:
         return cls(latents, _find_streams(gm, denoised, found), choices if open_axes else [])
 
     def name_kind(self, found: FoundAttention) -> str:
-        """The kind of an attention, if it is the same wherever these axes lie.
+        """Returns the kind of an attention, if it is the same wherever these axes lie.
 
-        Raises: ValueError where it is not, or as :func:`pabc.passes.kinds.name_kind` does.
+        Raises: ValueError if it is not, and as :func:`pabc.passes.kinds.name_kind` does.
         """
         if not self.choices or not hinges_on_single_axes(found, self.latents):
             return name_kind(found, self.streams)
@@ -94,9 +95,9 @@ class SingleAxes:
     def _placements(
         self, found: FoundAttention
     ) -> Iterator[tuple[FoundAttention, list[TokenAxes]]]:
-        """The attention with each axis in its sequence or outside of it.
+        """Yields the attention with each axis in its sequence or in its other dimensions.
 
-        Not with none where it has one: then it would mix nothing.
+        Skips placements that leave nothing in the sequence of an attention that has tokens there.
         """
         every = {axis for tokens, _ in self.choices for axis in tokens}
         for tokens, streams in self.choices:
@@ -123,7 +124,7 @@ def _place(
     inside: Sequence[Axis] = (),
     outside: Sequence[Axis] = (),
 ) -> FoundAttention:
-    """The attention as if axes had several positions: in the sequence, outside of it, or gone."""
+    """Returns the attention as if axes had several positions: in the sequence, outside, or gone."""
     gone = set(axes)
     query, key, outer = (_without(p, gone) for p in (found.query, found.key, found.outer))
     more, apart = (tuple(Factor(2, axis) for axis in some) for some in (inside, outside))
@@ -142,7 +143,7 @@ def _without(dimension: Dimension, axes: set[Axis]) -> Dimension:
 def _latent_positions(
     gm: GraphModule, latents: str, found: list[FoundAttention]
 ) -> tuple[torch.Size, dict[int, int]]:
-    """Returns the latents' shape, and per dimension the positions along it in the attentions."""
+    """Returns the latents' shape, and dimension -> number of positions along it in attentions."""
     shape = next(value(n).shape for n in user_inputs(gm.graph) if n.name == latents)
     positions: dict[int, int] = {}
     for attention in found:
@@ -152,7 +153,10 @@ def _latent_positions(
 
 
 def _count_positions(dimension: Dimension, latents: str) -> dict[int, int]:
-    """Per dimension of the latents, the positions along it; all of them where the order is lost."""
+    """Returns dimension of the latents -> number of positions along it in `dimension`.
+
+    It has all dimensions along which `dimension` lies, those of its concatenated parts included.
+    """
     counts: dict[int, int] = {}
     for factor in dimension:
         if is_join(factor):

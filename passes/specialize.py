@@ -1,4 +1,4 @@
-"""specialize: the guarded graph for one phase, its guards decided and its dead code gone."""
+"""specialize: decides the guards of a guarded graph for one phase, and removes dead code."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from .offload import link_fetches
 
 
 def specialize_phase_pass(gm: GraphModule, regions: Regions, slots: PhaseSlots) -> GraphModule:
-    """Decides every guard: slots that are reused become inputs, cuts of stored slots outputs.
+    """Decides every guard: reused slots become inputs, and the contents of stored slots outputs.
 
     Requires: a guarded graph (:func:`insert_cache_pass`); no slot both reused and stored.
-    Ensures: inputs are the model's, then what each reused slot holds in slot order; the output is
-    (the model's outputs, what each stored slot is to hold in slot order); nothing that only a
-    reused region needed is left; equal, bit for bit, to the guarded graph at a step of this phase.
+    Ensures: inputs are the model's, followed by the contents of the reused slots in slot order; the
+    output is (the model's outputs, the new contents of the stored slots in slot order); nothing
+    that only a reused region needed is left; equal, bit for bit, to the guarded graph at a step of
+    this phase.
 
         # before                                # after (slot 0 reused)
         %c = cache_read(%trajectory, 0)         %spatial_0_cut0 = placeholder

@@ -35,13 +35,13 @@ def tag_attention_pass(
 ) -> tuple[GraphModule, Tagged]:
     """Puts an :class:`Attention` into `meta["attention"]` of every attention's output node.
 
-    `kinds` maps patterns (fnmatch, on the qualified module name) to kinds the user states.
+    `kinds` maps patterns (fnmatch, on the qualified module name) to kinds that the user states.
 
-    Requires: axes (:func:`name_axes_pass`); where a token axis has one position, the graph, with
-    axes, of a larger call (:func:`pabc.passes.enlarge_call`) if there is one.
+    Requires: axes (:func:`name_axes_pass`); if a token axis has one position, the graph, with axes,
+    of a larger call (:func:`pabc.passes.enlarge_call`) if there is one.
     Ensures: every fused attention op, and every product-softmax-product chain, is tagged.
-    Raises: ValueError that names the node where a kind cannot be told from the axes, and for an
-    unknown kind or a pattern that matches no attention.
+    Raises: ValueError that names the node if the axes do not determine a kind; ValueError for an
+    unknown kind, or a pattern that matches no attention.
 
         # before                                # after
         %o = sdpa(%q, %k, %v)                   %o.meta["attention"] = Attention("blocks.0.attn",
@@ -77,7 +77,7 @@ def tag_attention_pass(
 
 
 def stated_by(found: FoundAttention, kinds: Mapping[str, str]) -> str | None:
-    """The first pattern that matches an attention's module."""
+    """Returns the first pattern that matches an attention's module, or None."""
     path = name_in_kinds(found)
     return next((pattern for pattern in kinds if fnmatchcase(path, pattern)), None)
 
@@ -85,10 +85,10 @@ def stated_by(found: FoundAttention, kinds: Mapping[str, str]) -> str | None:
 def _find_in_larger(
     gm: GraphModule, denoised: Denoised, found: list[FoundAttention], enlarged: Enlarged
 ) -> tuple[GraphModule, Denoised, list[FoundAttention]]:
-    """Returns the graph that tells the kinds, its denoised inputs and its attentions.
+    """Returns the graph from which to name kinds, its denoised inputs and its attentions.
 
-    It is the graph of a larger call if it has the same attentions: as many, of the same modules, by
-    the same ops, in the same order.
+    It is the graph of the larger call if it has the same attentions: the same modules and ops, in
+    the same order.
     """
     if enlarged.graph is not None and enlarged.denoised is not None:
         others = find_attentions(enlarged.graph, enlarged.denoised)
@@ -108,12 +108,12 @@ def verify_tags(gm: GraphModule) -> None:
 
 
 def tagged(gm: GraphModule) -> list[Node]:
-    """The output nodes of all tagged attentions, in graph order."""
+    """Returns the output nodes of all tagged attentions, in graph order."""
     return [node for node in gm.graph.nodes if "attention" in node.meta]
 
 
 def find_inner_attentions(gm: GraphModule) -> list[str]:
-    """A line for each op that runs graphs of its own with attention in them, such as torch.cond."""
+    """Returns a message for each op that runs inner graphs with attention, such as torch.cond."""
     lines = []
     for node in gm.graph.nodes:
         if node.op != "call_function" or is_attention_op(node):
@@ -137,7 +137,7 @@ def _is_graph(value: object) -> bool:
 
 
 def find_attentions(gm: GraphModule, denoised: Denoised) -> list[FoundAttention]:
-    """Returns fused attention ops, and those written out as products, in graph order."""
+    """Returns the fused attentions, and those written out as products, in graph order."""
     return _find(gm, denoised)[0]
 
 

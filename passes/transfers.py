@@ -1,7 +1,7 @@
-"""transfers: the ops that move cuts between a device and host memory.
+"""transfers: defines the ops that copy cuts between a device and host memory.
 
-Graphs, and fake tensors, need the ops' schemas and layouts alone. What copies, on which streams, is
-registered by :mod:`pabc.runtime.transfers`.
+This module has their schemas and fake implementations, which graphs need.
+:mod:`pabc.runtime.transfers` registers the implementations.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ torch.library.define(
 stash = torch.ops.pabc.stash.default
 """Returns a copy of a cut in host memory."""
 fetch = torch.ops.pabc.fetch.default
-"""Returns a copy, on a device, of what was stashed; `upcoming` is what is fetched after it."""
+"""Returns a copy of a stashed cut on a device; `upcoming` is the cut to fetch after it."""
 
 
 @torch.library.register_fake("pabc::stash")
