@@ -1,4 +1,4 @@
-"""Dumps: what the compiler did with one kind of call, as files."""
+"""Writes the graphs, stages and plan of one kind of call to files."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from pabc.stages import StageRecord, format_records
 
 
 def write_dump(folder: Path, program: Program, binding: Binding, explanation: Explanation) -> None:
-    """Writes the graph after each stage, for each phase too, the plan and what was found.
+    """Writes the graph after each stage, also of each phase; the plan; and the explanation.
 
-    Files in `folder`: `stages.txt`, a table of stage, nodes and seconds, and `seconds.json`;
-    `<n>_<stage>.py`, the graph after that stage; `region_<name>.py`, what the guarded graph calls;
-    `phase_<i>/`, the same table and graphs for phase i of the plan; `plan.json`; `explain.txt`.
+    Files in `folder`:
+        stages.txt: a table of stages, nodes and seconds.
+        seconds.json: the seconds of each stage.
+        <n>_<stage>.py: the graph after that stage.
+        region_<name>.py: the graph of a region, which the guarded graph calls.
+        phase_<i>/: the same table and graphs for phase i of the plan.
+        plan.json: the plan.
+        explain.txt: the explanation.
     """
     _write_stages(folder, program.records)
     seconds = {record.name: record.seconds for record in program.records}

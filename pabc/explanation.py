@@ -1,4 +1,4 @@
-"""What pabc found in a model, as data and as a table."""
+"""Describes what pabc found in a model, as data and as a table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,17 @@ from pabc.stages import StageRecord
 
 @dataclass(frozen=True)
 class RegionFacts:
-    """One region as it is shown: `flops` of one call, `nbytes` of what its slot holds."""
+    """The description of a region.
+
+    Attributes:
+        name: the region's name.
+        kind: its kind.
+        path: the qualified name of its module.
+        cuts: the shapes of the values that its slot holds.
+        nbytes: the bytes that its slot holds.
+        flops: the floating-point operations of one call.
+        attentions: the names of the attentions in it.
+    """
 
     name: str
     kind: str
@@ -28,28 +38,29 @@ class RegionFacts:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What was found; printed, it is a table.
+    """The description of a model; `str()` of it is a table.
 
     Attributes:
         attention: qualified module name of each attention -> its kind.
-        linear: the names of those that are linear attention, Q (K^T V).
-        regions: in execution order.
-        flops: kind -> floating-point operations of one call; `"outside"`: everything else that is
-            done at every call; `"prologue"`: what is done once a generation.
-        outside: attentions that no region holds, and modules that the graph calls and that run as
-            they are, each with the reason.
-        assumed: what the graph takes for granted of data, read by the model's own Python code:
-            other values get a capture of their own.
-        compiled: what the model compiles itself: it is traced as written, so that its numerics are
-            those of the backend here.
-        inputs: the names of the graph's inputs; `latents` names the one that is denoised.
-        plan: the plan, where there is a schedule.
-        fit: how the plan came to keep within a memory budget, where there is one.
-        offloaded: whether slots lie in host memory, and the model on a device.
-        compile_seconds: spent on compiling phases so far.
-        communication: what ranks send, where a model is divided among some.
-        stages: what each stage of the compiler did, as far as it is known.
-        lowered: what Triton kernels compute, and what not and why, in the phases compiled so far.
+        linear: the names of the attentions that are linear, Q (K^T V).
+        regions: the regions, in execution order.
+        flops: kind -> floating-point operations of one call. `"outside"`: those of each call that
+            are in no region; `"prologue"`: those of values that are computed once per generation.
+        outside: attentions that are in no region, and opaque modules, each with the reason.
+        assumed: values of data that the graph is guarded on, as the model's Python code reads them;
+            a call with other values gets a capture of its own.
+        compiled: functions that the model compiles itself. They are traced as written, so that
+            their numerics are those of pabc's backend.
+        inputs: the names of the graph's inputs; `latents` names the denoised one.
+        plan: the plan, if there is a schedule.
+        fit: the choice of slots for the memory budget, if there is one.
+        offloaded: True if the model is on a device and its slots are in host memory.
+        unmatched: the kinds and overrides of the schedule that match no slot.
+        compile_seconds: seconds spent on compiling phases so far.
+        communication: the collectives of each rank, if the model is sharded.
+        stages: the records of the compiler's stages, as far as they ran in this process.
+        lowered: the ops that Triton kernels replace, and those that they do not, with the reason,
+            in the phases compiled so far.
     """
 
     attention: dict[str, str]
@@ -72,7 +83,7 @@ class Explanation:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all slots together, were all of them held at once."""
+        """The sum of the bytes of all slots, whether or not a plan holds them all at once."""
         return sum(region.nbytes for region in self.regions)
 
     def __str__(self) -> str:
@@ -92,11 +103,11 @@ class Explanation:
             + (f"{r.flops / 1e6:.1f}",)
             for r in self.regions
         ]
-        held = {name for region in self.regions for name in (region.path,)}
+        paths = {region.path for region in self.regions}
         others = [
             f"  {name}: {kind}{', linear' * (name in self.linear)}, never reused"
             for name, kind in self.attention.items()
-            if kind == "other" and name not in held
+            if kind == "other" and name not in paths
         ]
         header = ("region", "kind", "module", "cut", "bytes", "MFLOP")
         return [
@@ -144,19 +155,19 @@ class Explanation:
             f"  the schedule also asks for {what}: nothing matches" for what in self.unmatched
         ]
         peak = self.plan.peak_bytes
-        place = ", in host memory" if self.offloaded else ""
+        memory = ", in host memory" if self.offloaded else ""
         fit = [str(self.fit)] if self.fit is not None else []
         return [
             str(self.plan),
             f"  slots take {format_bytes(peak)} ({peak} bytes) at the fullest step, for each branch"
-            f" of a generation{place}",
+            f" of a generation{memory}",
             *fit,
             *missing,
         ]
 
 
 def describe(guarded: Guarded, **facts: Any) -> Explanation:
-    """Collects an :class:`Explanation` of a guarded graph; `facts` are passed on."""
+    """Returns the :class:`Explanation` of a guarded graph; `facts` are further fields of it."""
     graph, captured, regions = guarded.graph, guarded.captured, guarded.regions
     attentions = find_attentions(guarded)
     count_flops = FlopCounter(captured.sizes)
@@ -187,7 +198,7 @@ def describe(guarded: Guarded, **facts: Any) -> Explanation:
 
 
 def find_attentions(guarded: Guarded) -> list[Attention]:
-    """Returns every tagged attention: in the prologue, in regions in execution order, outside."""
+    """Returns the tagged attentions: of the prologue, of regions in execution order, of neither."""
     graphs = [guarded.graph.get_submodule(region.name) for region in guarded.regions]
     return [*guarded.prologue.attentions] + [
         node.meta["attention"]

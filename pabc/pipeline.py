@@ -1,8 +1,8 @@
-"""The compiler as three lists of stages: which pass follows which, and what must hold after each.
+"""The compiler as three lists of stages: the order of the passes, and their postconditions.
 
-NAMING    once per signature of a call, and again while an opaque module is found
-GUARDING  once per signature of a call
-PHASE     once per phase of a plan; then Inductor compiles each distinct block once
+NAMING    runs once per call signature, and again each time that a module turns out to be opaque
+GUARDING  runs once per call signature
+PHASE     runs once per phase of a plan; Inductor then compiles each distinct block once
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 def capture_call(
     gm: GraphModule, call: passes.ModelCall, *, dynamic: bool
 ) -> tuple[GraphModule, passes.Captured]:
-    """Exports the model for a call; `gm` is empty."""
+    """Captures the model for a call; `gm` is an empty graph."""
     return passes.capture(
         call.model,
         call.args,
@@ -45,36 +45,36 @@ def capture_larger_call(
     *,
     kinds: dict[str, str],
 ) -> tuple[GraphModule, passes.Enlarged]:
-    """Captures a larger call, where token axes of one position hide kinds."""
+    """Captures a larger call, if token axes of size 1 hide the kinds of attentions."""
     larger = passes.enlarge_call(gm, call, captured.signature, denoised, kinds=kinds)
     if larger is None:
         return gm, passes.Enlarged()
     options = Options(latents=denoised.latents)
     try:
         named = run_stages(NAMING, begin_capture(larger), options)
-    except ValueError as error:  # the kinds may still be stated
+    except ValueError as error:  # not fatal: the user may state the kinds
         logger.info("the larger call was not captured: %s", error)
         return gm, passes.Enlarged()
     return gm, passes.Enlarged(named.graph, named.facts[passes.Denoised])
 
 
 def split_phase(gm: GraphModule, *, cudagraphs: bool) -> tuple[GraphModule, passes.Blocks]:
-    """Splits a phase into blocks, with ops that cannot be in one kept apart."""
+    """Splits a phase into blocks; ops that cannot be part of one become blocks by themselves."""
     return passes.split_blocks_pass(gm, apart=_kept_apart(cudagraphs))
 
 
 def keep_phase_whole(gm: GraphModule, *, cudagraphs: bool) -> tuple[GraphModule, passes.Blocks]:
-    """Makes a phase one block, but for ops that cannot be in one."""
+    """Makes a phase one block, except for ops that cannot be part of one."""
     return passes.split_blocks_pass(gm, apart=_kept_apart(cudagraphs), whole=True)
 
 
 def _kept_apart(cudagraphs: bool) -> Callable[..., bool]:
-    """Returns what tells the ops that are blocks by themselves."""
+    """Returns the predicate of ops that are blocks by themselves."""
     return passes.cannot_be_recorded if cudagraphs else passes.is_effect
 
 
 def is_compiled(options: Options) -> bool:
-    """Returns True if Inductor compiles what the stages leave."""
+    """Returns True if Inductor compiles the blocks."""
     return options.backend == "inductor"
 
 
@@ -88,7 +88,7 @@ NAMING: tuple[Stage, ...] = (
         annotates=True,
     ),
 )
-"""What captures the model and names the axes of its tensors."""
+"""The stages that capture the model and name the axes of its tensors."""
 
 GUARDING: tuple[Stage, ...] = (
     Stage(name="enlarge", run=capture_larger_call, annotates=True),
@@ -143,7 +143,7 @@ GUARDING: tuple[Stage, ...] = (
         is_optional=True,
     ),
 )
-"""What makes the guarded graph."""
+"""The stages that make the guarded graph, which reuses and stores as its state tells it to."""
 
 PHASE: tuple[Stage, ...] = (
     Stage(name="specialize", run=passes.specialize_phase_pass, verify=passes.verify_phase),
@@ -181,7 +181,7 @@ PHASE: tuple[Stage, ...] = (
         is_optional=True,
     ),
 )
-"""What makes a phase of the guarded graph."""
+"""The stages that specialize the guarded graph for a phase, and split it into blocks."""
 STAGES: dict[str, Stage] = {stage.name: stage for stage in (*NAMING, *GUARDING, *PHASE)}
 """Every stage by its name."""
 
@@ -193,18 +193,18 @@ def analyze(
     options: Options,
     lifted: Collection[int] = (),
 ) -> tuple[passes.Guarded, tuple[StageRecord, ...]]:
-    """Captures the model for a call; returns what is guarded, and what each stage did.
+    """Captures the model for a call; returns the guarded graph and the records of the stages.
 
-    A module that reads Python values from what follows from the latents would have to be captured
-    at every step: it is opaque instead, and the graph calls it. The model and the arguments may be
-    fake tensors, of whatever modes.
+    A module that reads Python values from tensors that depend on the latents would have to be
+    recaptured at every step. Such a module is opaque instead: the graph calls it. Parameters and
+    arguments may be fake tensors of any modes.
 
     Args:
         model: the model, in eval mode.
         args: its positional arguments.
         kwargs: its keyword arguments.
-        options: what the user decided.
-        lifted: positions among the flattened arguments of numbers that become inputs.
+        options: the user's options.
+        lifted: the positions, among the flattened arguments, of numbers that become inputs.
     """
     with unset_fake_temporarily():
         args, kwargs = passes.share_fake_mode((args, kwargs))
@@ -222,12 +222,12 @@ def analyze(
 
 
 def begin_capture(call: passes.ModelCall) -> Compilation:
-    """Returns an empty graph, for the first stage to capture the call."""
+    """Returns an empty graph with the call, for the first stage of :data:`NAMING`."""
     return Compilation(GraphModule({}, Graph()), passes.Facts([call]))
 
 
 def collect_guarded(made: Compilation) -> passes.Guarded:
-    """Returns the graph that :data:`GUARDING` left, with all that is known of it."""
+    """Returns the graph that :data:`GUARDING` made, with its facts."""
     facts = made.facts
     return passes.Guarded(
         graph=made.graph,
@@ -247,7 +247,7 @@ def specialize_phase(
     *,
     keeps_code: bool = False,
 ) -> Compilation:
-    """Runs the first stage of :data:`PHASE` on a guarded graph: what is left runs op by op."""
+    """Runs the first stage of :data:`PHASE`; the resulting graph can be run op by op."""
     facts = passes.Facts([passes.Regions(guarded.regions), slots])
     start = Compilation(guarded.graph, facts)
     return run_stages(PHASE[:1], start, options, keeps_code=keeps_code)
@@ -260,12 +260,12 @@ def lower_phase(
     *,
     keeps_code: bool = False,
 ) -> Compilation:
-    """Runs the other stages of :data:`PHASE`: what is left is a chain of blocks to compile.
+    """Runs the other stages of :data:`PHASE`; the result is a chain of blocks to compile.
 
     Args:
-        specialized: what :func:`specialize_phase` returned.
+        specialized: the result of :func:`specialize_phase`.
         sizes: the sizes to compile for.
-        options: what the user decided.
+        options: the user's options.
         keeps_code: True to record the graph's code after each stage.
     """
     start = replace(specialized, facts=specialized.facts.adding(sizes))
@@ -275,10 +275,9 @@ def lower_phase(
 def trace_phase(
     guarded: passes.Guarded, options: Options, slots: passes.PhaseSlots | None = None
 ) -> tuple[StageRecord, ...]:
-    """Returns what each stage of :data:`PHASE` makes of a phase, with the graph's code after it.
+    """Runs all stages of :data:`PHASE` for the sizes of the captured call; returns their records.
 
-    By default, the phase is the one that reuses and stores nothing; its sizes are those of the call
-    that was captured.
+    The records include the graph's code. The default phase reuses and stores nothing.
     """
     slots = slots or passes.PhaseSlots((), ())
     sizes = guarded.captured.sizes

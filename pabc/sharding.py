@@ -1,4 +1,4 @@
-"""How a model is sharded over processes, from what the user says."""
+"""Translates the user's mesh or ranks into a sharding, as passes take it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pabc.schedule import Schedule
 
 
 def shard_over(mesh: DeviceMesh, *, dim: int | None, output: passes.Output) -> passes.Sharding:
-    """Returns the sharding over a mesh of one dimension, tokens, or of two, samples and tokens."""
+    """Returns the sharding over a mesh: (tokens,), or (samples, tokens)."""
     if mesh.ndim not in (1, 2):
         names = f", {mesh.mesh_dim_names}" if mesh.mesh_dim_names else ""
         raise ValueError(
@@ -30,9 +30,9 @@ def shard_over(mesh: DeviceMesh, *, dim: int | None, output: passes.Output) -> p
 def shard_for(
     sizes: Sequence[int], *, dim: int | None, weigh: passes.Weigh | None = None
 ) -> passes.Sharding:
-    """Returns the sharding over a mesh of these sizes, whose processes need not be there.
+    """Returns the sharding over a mesh of these sizes, without any processes.
 
-    Graphs that are sharded so can be explained, but not run. `weigh`: see
+    Graphs that are sharded this way can be explained, but not run. For `weigh`, see
     :attr:`pabc.passes.Sharding.weigh`.
     """
     *batch, tokens = (passes.Ranks(size, 0, "none") for size in sizes)
@@ -41,7 +41,7 @@ def shard_for(
 
 
 def shares_computed(schedule: Schedule, kinds: Sequence[str]) -> list[float]:
-    """Returns the share of the schedule's steps that compute each region, given their kinds."""
+    """Returns, for regions of these kinds, the share of the steps that compute each of them."""
     if not kinds:
         return []
     slots = [SlotSpec(str(i), kind, kinds[:i].count(kind)) for i, kind in enumerate(kinds)]

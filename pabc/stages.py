@@ -28,20 +28,20 @@ logger = logging.getLogger(__name__)
 class Stage:
     """A pass, when it runs, and what must hold after it.
 
-    The passes' signatures say what they take: the runner passes each positional parameter after the
-    graph the fact of its type, and each keyword the option of its name. A pass returns the graph,
-    or the graph and one fact that it found.
+    The signature of a pass determines its arguments: after the graph, each positional parameter
+    gets the fact of its type, and each keyword-only parameter the option of its name. A pass
+    returns the graph, or the graph and one new fact.
 
     Attributes:
-        name: the stage's name, as in `disable=` and in dumps.
+        name: the stage's name, in `disable=` and in dumps.
         run: the pass.
-        verify: the postcondition, which raises AssertionError; it takes facts as the pass does.
-        when: tells from the options whether the stage is needed; None: always.
-        instead: runs in place of the pass where that is left out, for the fact that it would find.
-        is_optional: True if results are right without the stage: `disable=` may name it.
-        changes_bits: True if results may differ from the model's, within rounding.
-        annotates: True if the pass only writes facts on nodes, so that the graph's code stays. In a
-            graph with dynamic shapes, it sees the sizes of the captured call.
+        verify: the postcondition, which raises AssertionError; its arguments are found likewise.
+        when: returns from the options whether the stage is needed; None: it always is.
+        instead: replaces the pass if the stage is off, to provide the fact that later passes need.
+        is_optional: True if results are correct without the stage, so that `disable=` may name it.
+        changes_bits: True if results may differ from the model's by rounding.
+        annotates: True if the pass writes to `node.meta` only, and leaves the code unchanged. With
+            dynamic shapes, such a pass sees the sizes of the captured call.
     """
 
     name: str
@@ -61,14 +61,14 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class StageRecord:
-    """What the runner saw of one stage.
+    """The record of one stage that the runner ran.
 
     Attributes:
         stage: the stage.
-        is_on: False if the stage was left out.
-        seconds: how long the pass, its checks and the record took.
-        num_nodes: nodes of the graph before and after it.
-        code: the graph's code after it; empty where code is not kept.
+        is_on: False if the stage was off.
+        seconds: the seconds that the pass, its checks and this record took.
+        num_nodes: the number of nodes of the graph before and after it.
+        code: the graph's code after it; empty if code is not kept.
     """
 
     stage: Stage
@@ -89,8 +89,8 @@ class Compilation:
 
     Attributes:
         graph: the graph.
-        facts: what is known about it.
-        records: what was done so far.
+        facts: the facts that passes found so far.
+        records: the records of the stages so far.
     """
 
     graph: GraphModule
@@ -107,13 +107,13 @@ def run_stages(
 ) -> Compilation:
     """Runs stages one after the other.
 
-    After each, the graph is linted and, where it was changed in place, recompiled; the
-    postcondition is checked; seconds and ops are logged and recorded.
+    After each stage, the postcondition is checked, the graph is linted and, if it was changed in
+    place, recompiled; seconds and ops are logged and recorded.
 
     Args:
         stages: the stages, in order.
         compilation: the graph, and the facts that the first stages take.
-        options: what the user decided.
+        options: the user's options.
         keeps_code: True to record the graph's code after each stage.
     """
     for stage in stages:
@@ -136,9 +136,8 @@ def _run_stage(
                 arguments, _ = _arguments(stage.verify, facts, options)
                 stage.verify(graph, *arguments)
         graph.graph.lint()
-        if (
-            graph is before.graph and not stage.annotates
-        ):  # new modules are compiled as they are made
+        # A new GraphModule has compiled its code when it was made.
+        if graph is before.graph and not stage.annotates:
             graph.recompile()
     record = StageRecord(
         stage,
@@ -153,7 +152,7 @@ def _run_stage(
 
 
 def _hints(compilation: Compilation) -> AbstractContextManager[None]:
-    """Has a graph with dynamic shapes show the sizes of the captured call, within the context."""
+    """Gives symbolic sizes of the graph their values in the captured call, within the context."""
     captured = compilation.facts.get(passes.Captured)
     return passes.hinted(compilation.graph, captured.sizes if captured is not None else None)
 
@@ -172,7 +171,7 @@ def _apply(
 def _arguments(
     run: Callable[..., Any], facts: passes.Facts, options: Options
 ) -> tuple[list[Any], dict[str, Any]]:
-    """Returns the facts and the options that a pass takes."""
+    """Returns the positional and keyword arguments of a pass, from facts and options."""
     kinds, names = _parameters(run)
     return [facts[kind] for kind in kinds], {
         name: getattr(options, name) for name in names if hasattr(options, name)
@@ -190,7 +189,7 @@ def _parameters(run: Callable[..., Any]) -> tuple[tuple[type, ...], tuple[str, .
 
 
 def _count_ops(gm: GraphModule) -> Counter[str]:
-    """Returns how often each op is called; nothing unless that is logged."""
+    """Returns the number of calls of each op; empty if debug logging is off."""
     if not logger.isEnabledFor(logging.DEBUG):
         return Counter()
     return Counter(str(node.target) for node in gm.graph.nodes if node.op.startswith("call"))
@@ -204,7 +203,7 @@ def _log(record: StageRecord, before: Counter[str], after: Counter[str]) -> None
 
 
 def format_records(records: Sequence[StageRecord]) -> list[str]:
-    """Returns a table of what stages did: nodes, seconds, and whether they may change bits."""
+    """Returns a table of stages: nodes, seconds, and whether they may change bits."""
     header = ("stage", "nodes", "seconds", "bits", "")
     return format_table(header, [_format_record(record) for record in records])
 
