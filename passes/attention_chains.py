@@ -28,9 +28,8 @@ from .ir import (
     is_tensor,
     value,
 )
-from .provenance.factors import Product as Dimension
-from .provenance.factors import combine, is_named, length, unknown
-from .provenance.products import Product, as_product, is_weight
+from .provenance.factors import Dimension, combine, is_named, length, unknown
+from .relations.einsums import Einsum, as_einsum, is_weight
 
 _EXPONENTIALS = frozenset({*SOFTMAXES, aten.exp.default, aten.log_softmax.int, aten.exp2.default})
 _CARRIERS = frozenset(
@@ -80,7 +79,7 @@ def find_chains(gm: GraphModule, reach: Reach) -> list[AttentionChain]:
     products = {
         node: product
         for node in gm.graph.nodes
-        if is_tensor(node) and (product := as_product(node)) is not None
+        if is_tensor(node) and (product := as_einsum(node)) is not None
         if sum(not is_weight(n) for n in product.operands) > 1
     }
     chains: dict[Node, AttentionChain] = {}
@@ -98,8 +97,8 @@ def find_chains(gm: GraphModule, reach: Reach) -> list[AttentionChain]:
 
 
 def _nearest_products(
-    start: Node, products: dict[Node, Product], reach: Reach
-) -> list[tuple[Product, list[Node]]]:
+    start: Node, products: dict[Node, Einsum], reach: Reach
+) -> list[tuple[Einsum, list[Node]]]:
     """Returns the nearest products that `start` depends on, each with the nodes on the path.
 
     The ops on the path keep the dimensions of the product apart; they are in graph order.
@@ -126,7 +125,7 @@ def _path(source: Node, sink: Node, carriers: set[Node], reach: Reach) -> list[N
     return list(reached)[1:]
 
 
-def _match(first: Product, last: Product, k: int, path: list[Node]) -> AttentionChain | None:
+def _match(first: Einsum, last: Einsum, k: int, path: list[Node]) -> AttentionChain | None:
     """Returns the attention that two products make, or None if they make none.
 
     Operand `k` of the last product depends on the first product by `path`.
@@ -202,7 +201,7 @@ def _leads_to(start: Node, products: set[Node]) -> bool:
 
 
 def _tokens(
-    last: Product, mixing: Product, summed: list[str], queries: list[int]
+    last: Einsum, mixing: Einsum, summed: list[str], queries: list[int]
 ) -> tuple[Dimension, Dimension, Dimension]:
     """Returns the query, key and outer factors.
 
@@ -224,11 +223,11 @@ def _tokens(
     return tuple(query), _dimension_of(mixing, summed), tuple(outer)
 
 
-def _count(product: Product, label: str) -> int:
+def _count(product: Einsum, label: str) -> int:
     return sum(label in term for term in product.terms)
 
 
-def _dimensions(product: Product, label: str) -> list[Dimension]:
+def _dimensions(product: Einsum, label: str) -> list[Dimension]:
     """Returns the dimension with this label of each operand that has it."""
     return [
         n.meta["axes"][term.index(label)]
@@ -237,21 +236,21 @@ def _dimensions(product: Product, label: str) -> list[Dimension]:
     ]
 
 
-def _dimension(product: Product, label: str) -> Dimension:
+def _dimension(product: Einsum, label: str) -> Dimension:
     dims = _dimensions(product, label)
     return combine((max(map(length, dims)),), [(dim,) for dim in dims])[0]
 
 
-def _dimension_of(product: Product, labels: list[str]) -> Dimension:
+def _dimension_of(product: Einsum, labels: list[str]) -> Dimension:
     return tuple(f for label in labels for f in _dimension(product, label))
 
 
-def _name_tokens(product: Product, labels: list[str]) -> bool:
+def _name_tokens(product: Einsum, labels: list[str]) -> bool:
     """Returns True if some label stands for tokens of an input in all operands that have it."""
     return any(all(map(is_named, _dimensions(product, label))) for label in labels)
 
 
-def _trace(first: Product, operand: Node, path: list[Node]) -> list[set[int]]:
+def _trace(first: Einsum, operand: Node, path: list[Node]) -> list[set[int]]:
     """Returns, for each dimension of `operand`, the dimensions of the first product in it."""
     name = f"result of {first.node.name}"
     shape = tuple(value(first.node).shape)

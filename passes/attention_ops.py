@@ -17,8 +17,7 @@ from torch.fx import Node
 
 from pabc.base.flops import count_attention_flops
 
-from .ir import GETITEM, Dims, Factor, is_tensor, value
-from .provenance.factors import combine, length
+from .ir import GETITEM, is_tensor, value
 
 _SEQUENCE, _PACKED, _FEATURES, _OTHER = "smnl", "t", "dkc", "bhg"
 _LAYOUT_PATTERN = re.compile(rf"(\.\.\.)?[{_SEQUENCE}{_PACKED}{_FEATURES}{_OTHER}]+")
@@ -313,34 +312,24 @@ def attention_result(node: Node) -> Node | None:
     return next((u for u in node.users if u.target is GETITEM and u.args[1] == position), None)
 
 
-def attended_dims(node: Node, shape: Sequence[int]) -> Dims:
-    """The dimensions of an attention's result: the query's, with the value's features."""
+def check_result(node: Node, shape: Sequence[int]) -> None:
+    """Checks that an attention's result of this shape is laid out as the query.
+
+    Raises: ValueError where it is not.
+    """
     call = attention_call(node)
-    query, key, values = (n.meta["axes"] for n in (call.query, call.key, call.value))
+    query = value(call.query).shape
+    named = f"attention op {_name(_functionalized(node))}, called by {node.name}"
     if len(shape) != len(query):
         raise ValueError(
-            f"attention op {_name(_functionalized(node))}, called by {node.name}: expected a "
-            f"result laid out as the query, {call.layout}, found shape {tuple(shape)}"
+            f"{named}: expected a result laid out as the query, {call.layout}, found shape "
+            f"{tuple(shape)}"
         )
-    dims: list[tuple[Factor, ...]] = []
-    for i, size in enumerate(shape):
-        position = i - len(shape)
-        if position == call.layout.sequence:
-            sources = [query[i : i + 1]]
-        elif position == call.layout.features:
-            sources = [values[position : position + 1 or None]]
-        else:
-            sources = [query[i : i + 1]]
-            if len(key) >= -position:
-                at = len(key) + position
-                sources.append(key[at : at + 1])
-        dims += combine((size,), sources)
-    if length(dims[call.layout.sequence]) != length(query[call.layout.sequence]):
+    if shape[call.layout.sequence] != query[call.layout.sequence]:
         raise ValueError(
-            f"attention op {_name(_functionalized(node))}, called by {node.name}: expected as many "
-            f"tokens in the result as in the query ({call.layout}), found shape {tuple(shape)}"
+            f"{named}: expected as many tokens in the result as in the query ({call.layout}), "
+            f"found shape {tuple(shape)}"
         )
-    return tuple(dims)
 
 
 def _ship(layouts: str | Sequence[str], *names: str, offsets: str = "") -> None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from .attention_ops import attended_dims, attention_call, is_attention_op
 from .facts import Captured, Denoised, Signature
 from .ir import (
     GETITEM,
@@ -22,19 +22,18 @@ from .ir import (
     Dims,
     Factor,
     Reach,
-    aten,
     is_opaque,
     is_tensor,
     model_outputs,
     user_inputs,
     value,
 )
-from .provenance.axis_rules import RULES
-from .provenance.factors import blur, combine, learned, length, narrow, unknown
-from .provenance.operands import argument, dim_of, lost
+from .provenance.factors import blur, combine, learned, length, unknown
+from .provenance.follow import follow
 from .provenance.positions import find_positions, rejoin
-
-_SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default})
+from .relations.arguments import argument, nodes_in
+from .relations.table import Relate, find_relation, relate_results
+from .relations.terms import Relation
 
 
 def name_axes_pass(
@@ -59,14 +58,15 @@ def name_axes_pass(
         raise ValueError(f"latents: expected one of the inputs {names}, found {latents!r}")
     candidates = [latents] if latents is not None else _find_candidates(gm)
     outputs = model_outputs(gm.graph, captured.signature.out_spec.num_outputs)
+    relate = cache(relate_results)
     for name in candidates:
         streams = dict.fromkeys(_samples(gm, captured.signature, name), name)
-        _propagate(gm, streams)
+        _propagate(gm, relate, streams)
         if latents is not None or any(_comes_out_again(gm, name, n) for n in outputs[:1]):
-            _propagate(gm, streams, conditions=names)
+            _propagate(gm, relate, streams, conditions=names)
             if others := _find_other_streams(gm, captured.signature, streams, outputs):
                 streams |= others
-                _propagate(gm, streams, conditions=names)
+                _propagate(gm, relate, streams, conditions=names)
             return gm, Denoised(name, streams)
     raise ValueError(
         f"latents: expected an input whose axes come out again in the model's output, found none "
@@ -160,7 +160,11 @@ def _find_other_streams(
 
 
 def _propagate(
-    gm: GraphModule, streams: Mapping[str, str], *, conditions: Sequence[str] = ()
+    gm: GraphModule,
+    relate: Relate,
+    streams: Mapping[str, str],
+    *,
+    conditions: Sequence[str] = (),
 ) -> None:
     """Computes every node's dimensions; no input but these has axes of its own.
 
@@ -174,14 +178,15 @@ def _propagate(
     for node in gm.graph.nodes:
         if node.name in streams or not following.isdisjoint(node.all_input_nodes):
             following.add(node)
-        node.meta["positions"] = find_positions(node)
+        relation = find_relation(node, relate)
+        node.meta["positions"] = find_positions(node, relation)
         if _is_constant(node, constants):
             constants.add(node)
             node.meta["axes"] = _learned(node.meta.get("val"))
             continue
         if not is_tensor(node):
             if isinstance(node.meta.get("val"), (tuple, list)):
-                node.meta["axes"] = infer(node)
+                node.meta["axes"] = infer(node, relate=relate)
             continue
         shape = tuple(value(node).shape)
         if node.op == "placeholder" and node.name in sources:
@@ -190,7 +195,7 @@ def _propagate(
             axes = [Axis(source, i, rank) for i in range(len(shape))]
             dims: Dims = tuple((Factor(s, a),) for s, a in zip(shape, axes, strict=True))
         elif node.op == "call_function":
-            dims, node.meta["positions"] = rejoin(node, infer(node))
+            dims, node.meta["positions"] = rejoin(node, relation, infer(node, relate=relate))
         else:
             dims = learned(shape)
         node.meta["axes"] = dims if node in following else _without_reasons(dims)
@@ -221,72 +226,65 @@ def _known(node: Node) -> Any:
     return node.meta["axes"]
 
 
-def infer(node: Node, known: Callable[[Node], Any] = _known) -> Any:
-    """The dimensions of a call's result, given those of its operands; of each, where several."""
-    return _apply(node, known) if is_tensor(node) else _several(node, known)
+def infer(
+    node: Node,
+    known: Callable[[Node], Any] = _known,
+    relate: Relate = relate_results,
+) -> Any:
+    """Returns the dimensions of a call's result, given those of its operands; of each of several.
+
+    Args:
+        node: the call.
+        known: the dimensions of its operands.
+        relate: what a call does to dimensions; the table, or results of it that are kept.
+    """
+    return _infer_one(node, known, relate) if is_tensor(node) else _several(node, known, relate)
 
 
-def _flat_nodes(args: Any) -> list[Node]:
-    flat: list[Node] = []
-    torch.fx.node.map_arg(args, flat.append)
-    return flat
-
-
-def _apply(node: Node, known: Callable[[Node], Any]) -> Dims:
+def _infer_one(node: Node, known: Callable[[Node], Any], relate: Relate) -> Dims:
     if node.target is GETITEM:
         return known(node.args[0])[node.args[1]]
     shape = tuple(value(node).shape)
-    operands = [known(n) for n in _flat_nodes(node.args) if is_tensor(n)]
     if 0 in shape:
         return unknown(shape, f"{node.name} has an empty dimension")
-    if is_attention_op(node):
-        return attended_dims(node, shape)
-    rule = RULES.get(node.target)
-    if rule is not None:
-        return rule(node, operands)
-    inputs = [n for n in _flat_nodes(node.args) if is_tensor(n)]
+    relation = relate(node)
+    if isinstance(relation, Relation):
+        return follow(relation, known, _lost(node))
+    return _guess(node, known, shape)
+
+
+def _guess(node: Node, known: Callable[[Node], Any], shape: tuple[int, ...]) -> Dims:
+    """The dimensions of what an op yields that is not in the table, if its shape is that of its
+    operands broadcast: names decide which branches may be reused, and never what is computed."""
+    inputs = [n for n in nodes_in(node.args) if is_tensor(n)]
     try:
         broadcast = torch.broadcast_shapes(*(tuple(value(n).shape) for n in inputs))
     except RuntimeError:
         broadcast = torch.Size()
     if inputs and tuple(broadcast) == shape:
-        return combine(shape, operands)
+        return combine(shape, [known(n) for n in inputs])
     if not inputs:
         return learned(shape)
     return unknown(shape, f"{node.name} ({node.target}) has no rule for axes")
 
 
-def _several(node: Node, known: Callable[[Node], Any]) -> tuple[Dims, ...]:
-    """Ops with several results: splits by their sizes, others (topk, statistics) by the first."""
+def _lost(node: Node) -> str:
+    """Why positions are no longer known after `node`."""
+    return f"{node.name} ({node.target}) mixes positions"
+
+
+def _several(node: Node, known: Callable[[Node], Any], relate: Relate) -> tuple[Dims, ...]:
+    """Ops with several results: by their relations, others (topk, statistics) by the first."""
     vals = node.meta["val"]
     if is_opaque(node):
         return tuple(unknown(val.shape, f"{node.name} runs outside of the graph") for val in vals)
-    if node.target in _SPLITS:
-        source = known(node.args[0])
-        dim = dim_of(node, 2, 0, len(source))
-        results, start = [], 0
-        for val in vals:
-            stop = start + val.shape[dim]
-            part = narrow(source[dim], start, stop, lost(node))
-            results.append(source[:dim] + (part,) + source[dim + 1 :])
-            start = stop
-        return tuple(results)
-    if node.target is aten.unbind.int:
-        source = known(node.args[0])
-        dim = dim_of(node, 1, 0, len(source))
-        return tuple(source[:dim] + source[dim + 1 :] for _ in vals)
-    if is_attention_op(node):
-        output = attention_call(node).output
-        return tuple(
-            attended_dims(node, val.shape)
-            if i == output
-            else unknown(val.shape if _has_shape(val) else ())
-            for i, val in enumerate(vals)
-        )
+    relations = relate(node)
+    if isinstance(relations, tuple):
+        return tuple(follow(each, known, _lost(node)) for each in relations)
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         reason = f"{node.name} ({node.target}) has no rule for axes"
         return tuple(unknown(val.shape if _has_shape(val) else (), reason) for val in vals)
-    first = known(next(n for n in _flat_nodes(node.args) if is_tensor(n)))
+    first = known(next(n for n in nodes_in(node.args) if is_tensor(n)))
     shapes = [tuple(val.shape) if _has_shape(val) else () for val in vals]
     return tuple(_like(first, node, shape) for shape in shapes)
 
@@ -299,9 +297,9 @@ def _like(dims: Dims, node: Node, shape: tuple[int, ...]) -> Dims:
         gone = {d % len(dims) for d in chosen}
         dims = tuple(product for d, product in enumerate(dims) if d not in gone)
     if len(shape) != len(dims):
-        return unknown(shape, lost(node))
+        return unknown(shape, _lost(node))
     return tuple(
-        product if length(product) == size else blur(product, size, lost(node))
+        product if length(product) == size else blur(product, size, _lost(node))
         for product, size in zip(dims, shape, strict=True)
     )
 

@@ -10,10 +10,11 @@ from operator import mul
 
 from ..ir import Dims, Factor
 
-Product = tuple[Factor, ...]
+Dimension = tuple[Factor, ...]
+"""The factors of one dimension, the outermost first."""
 
 
-def anonymous(size: int, reason: str = "") -> Product:
+def anonymous(size: int, reason: str = "") -> Dimension:
     """A dimension along no axis of an input."""
     return (Factor(size, reason=reason),)
 
@@ -28,27 +29,27 @@ def learned(shape: Sequence[int]) -> Dims:
     return tuple((Factor(size, learned=True),) for size in shape)
 
 
-def is_learned(product: Product) -> bool:
+def is_learned(product: Dimension) -> bool:
     """Whether all positions of a dimension are those of a weight or a constant."""
     return all(factor.learned for factor in product)
 
 
-def unlearned(product: Product) -> Product:
+def unlearned(product: Dimension) -> Dimension:
     """The same dimension, holding values that are no constants."""
     return tuple(replace(factor, learned=False) for factor in product)
 
 
-def length(product: Product) -> int:
+def length(product: Dimension) -> int:
     """The size of a dimension."""
     return prod(factor.size for factor in product)
 
 
-def is_named(product: Product) -> bool:
+def is_named(product: Dimension) -> bool:
     """Whether a dimension lies along any axis of an input."""
     return any(True for factor in product for _ in factor.axes())
 
 
-def blur(product: Product, size: int, reason: str) -> Product:
+def blur(product: Dimension, size: int, reason: str) -> Dimension:
     """A dimension of `size` that draws on `product` in an order that is no longer known."""
     axes = {axis for factor in product for axis in factor.axes()}
     constant = bool(product) and is_learned(product)
@@ -73,7 +74,7 @@ def regroup(dims: Dims, shape: Sequence[int], reason: str) -> Dims:
     """
     queue = [(factor, origin) for origin, product in enumerate(dims) for factor in product]
     queue = _align(queue, shape, reason)
-    result: list[Product] = []
+    result: list[Dimension] = []
     for i, size in enumerate(shape):
         taken = _take(queue, size)
         next_is_one = i + 1 < len(shape) and shape[i + 1] == 1
@@ -168,9 +169,9 @@ def _take(queue: _Queue, size: int) -> _Queue:
     return taken
 
 
-def join(products: Sequence[Product]) -> Product:
+def join(products: Sequence[Dimension]) -> Dimension:
     """The dimension of a concatenation; joins of joins are flattened."""
-    parts: list[Product] = []
+    parts: list[Dimension] = []
     for product in products:
         single = product[0] if len(product) == 1 else None
         parts.extend(single.parts if single is not None and is_join(single) else (product,))
@@ -185,7 +186,7 @@ def is_join(factor: Factor) -> bool:
     return in_order and sum(length(part) for part in factor.parts) == factor.size
 
 
-def narrow(product: Product, start: int, stop: int, reason: str, step: int = 1) -> Product:
+def narrow(product: Dimension, start: int, stop: int, reason: str, step: int = 1) -> Dimension:
     """The positions `start` to `stop` of a dimension.
 
     Of a concatenation those of each part, of a product those of its factors where they form one
@@ -197,7 +198,7 @@ def narrow(product: Product, start: int, stop: int, reason: str, step: int = 1) 
     return picked or anonymous(1)
 
 
-def _pick(product: Product, positions: range, reason: str) -> Product:
+def _pick(product: Dimension, positions: range, reason: str) -> Dimension:
     if not product or positions == range(length(product)):
         return product
     first, rest = product[0], product[1:]
@@ -218,12 +219,12 @@ def _pick(product: Product, positions: range, reason: str) -> Product:
     return blur(product, size, reason)
 
 
-def _pick_one(factor: Factor, positions: range, reason: str) -> Product:
+def _pick_one(factor: Factor, positions: range, reason: str) -> Dimension:
     if positions == range(factor.size):
         return (factor,)
     if not is_join(factor):
         return blur((factor,), len(positions), reason)
-    kept: list[Product] = []
+    kept: list[Dimension] = []
     offset = 0
     for part in factor.parts:
         size = length(part)
@@ -234,7 +235,7 @@ def _pick_one(factor: Factor, positions: range, reason: str) -> Product:
     return kept[0] if len(kept) == 1 else join(kept)
 
 
-def find_position(product: Product, start: int, stop: int) -> tuple[Product, int] | None:
+def find_position(product: Dimension, start: int, stop: int) -> tuple[Dimension, int] | None:
     """The outer factors of which the positions `start` to `stop` have one alone, and which.
 
     Of a single position that is all of them.
@@ -256,7 +257,7 @@ def combine(shape: Sequence[int], operands: Sequence[Dims]) -> Dims:
     That is the one along an axis of lowest rank, in an order that is known, with values that are no
     constants, the earlier one of several.
     """
-    result: list[Product] = []
+    result: list[Dimension] = []
     for i, size in enumerate(shape):
         candidates = []
         for dims in operands:
@@ -267,7 +268,7 @@ def combine(shape: Sequence[int], operands: Sequence[Dims]) -> Dims:
     return tuple(result)
 
 
-def _rank(product: Product) -> tuple[float, bool, bool]:
+def _rank(product: Dimension) -> tuple[float, bool, bool]:
     rank = min((axis.rank for factor in product for axis in factor.axes()), default=inf)
     is_lost = any(factor.parts and not is_join(factor) for factor in product)
     return rank, is_lost, is_named(product) and is_learned(product)

@@ -6,36 +6,31 @@ position instead, and where all positions of a dimension are stacked or concaten
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch.fx import Node
 
-from ..ir import GETITEM, Dims, aten, is_call, value
-from .factors import Product, find_position, is_named, length
-from .operands import argument, dim_of
+from ..ir import Dims
+from ..relations.terms import Join, Narrow, Relation, Source, Stack, Write
+from .factors import Dimension, find_position, is_named, length
 
-Positions = Mapping[Product, int | None]
+Positions = Mapping[Dimension, int | None]
 """The dimensions, now gone, of which a value follows from one position; None: from several."""
 
-_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 
-
-def find_positions(node: Node) -> Positions:
-    """Those of the operands, and the one that `node` itself takes; the latest last."""
+def find_positions(node: Node, relation: Relation | None) -> Positions:
+    """Returns those of the operands, and the one that `node` itself takes; the latest last."""
     found = _merge([n.meta["positions"] for n in node.all_input_nodes if "positions" in n.meta])
-    taken = _take_one(node)
-    if taken is None:
-        return found
-    product, position = taken
-    return {**{p: i for p, i in found.items() if p != product}, product: position}
+    for product, position in _taken(relation) if relation is not None else ():
+        found = {**{p: i for p, i in found.items() if p != product}, product: position}
+    return found
 
 
 def _merge(operands: Sequence[Positions]) -> Positions:
     known = [positions for positions in operands if positions]
     if all(positions is known[0] for positions in known):
         return known[0] if known else {}
-    merged: dict[Product, int | None] = {}
+    merged: dict[Dimension, int | None] = {}
     for positions in known:
         for product, position in positions.items():
             same = merged.get(product, position) == position
@@ -43,47 +38,24 @@ def _merge(operands: Sequence[Positions]) -> Positions:
     return merged
 
 
-def _take_one(node: Node) -> tuple[Product, int] | None:
-    """The dimension that `node` takes one position of, and which."""
-    source = node.args[0] if node.args else None
-    if is_call(node, (GETITEM,)) and isinstance(source, Node):
-        return _take_part(source, int(node.args[1]))
-    if not isinstance(source, Node) or not is_call(node, (aten.select.int, aten.slice.Tensor)):
-        return None
-    dims: Dims = source.meta["axes"]
-    dim = dim_of(node, 1, 0, len(dims))
-    start = argument(node, 2, None) or 0
-    if not isinstance(start, int):  # data says which
-        return None
-    size, step = length(dims[dim]), argument(node, 4, 1)
-    start = start + size if start < 0 else start
-    if is_call(node, (aten.select.int,)):
-        return _named(dims[dim], start, start + 1)
-    return _named(dims[dim], start, start + (value(node).shape[dim] - 1) * step + 1)
+def _taken(relation: Relation) -> Iterator[tuple[Dimension, int]]:
+    """Yields the dimensions, or outer parts of them, of which one position is left, and which."""
+    spans = [(s.source, s.index, s.index + 1) for s in relation.selected if s.index is not None]
+    spans += [(t.source, t.start, t.stop) for t in relation.terms if isinstance(t, Narrow)]
+    for source, start, stop in spans:
+        found = find_position(_dimension(source), start, stop)
+        if found is not None and is_named(found[0]):
+            yield found
 
 
-def _take_part(call: Node, part: int) -> tuple[Product, int] | None:
-    """Of what is split into single positions."""
-    source = call.args[0] if is_call(call, (aten.unbind.int, *_SPLITS)) else None
-    if not isinstance(source, Node):
-        return None
-    dims: Dims = source.meta["axes"]
-    if is_call(call, (aten.unbind.int,)):
-        return _named(dims[dim_of(call, 1, 0, len(dims))], part, part + 1)
-    dim = dim_of(call, 2, 0, len(dims))
-    stops = list(accumulate((val.shape[dim] for val in call.meta["val"]), initial=0))
-    return _named(dims[dim], stops[part], stops[part + 1])
+def _dimension(source: Source) -> Dimension:
+    dims: Dims = source.tensor.meta["axes"]
+    return dims[source.dim]
 
 
-def _named(product: Product, start: int, stop: int) -> tuple[Product, int] | None:
-    """Of what is taken, the dimension or outer part of it that one position is left of."""
-    found = find_position(product, start, stop)
-    return found if found is not None and is_named(found[0]) else None
-
-
-def rejoin(node: Node, dims: Dims) -> tuple[Dims, Positions]:
-    """The dimensions of a stack, a concatenation or a write, with the one that a loop ran over, and
-    the positions of those that are still gone.
+def rejoin(node: Node, relation: Relation | None, dims: Dims) -> tuple[Dims, Positions]:
+    """Returns the dimensions of a stack, a concatenation or a write with the one that a loop ran
+    over, and the positions of those that are still gone.
 
         # frames x_BTSD[:, i], each (B, S, D), concatenated: ((T 3, B 2), (S 4,), (D 8,))
     """
@@ -91,56 +63,51 @@ def rejoin(node: Node, dims: Dims) -> tuple[Dims, Positions]:
     if not positions:
         return dims, positions
     looped = None
-    if (dim := _rejoined_dim(node)) is not None:
-        dim %= len(dims)
-        looped, inner = _find_looped(node, positions, dims[dim], dim)
+    for dim, term in enumerate(relation.terms if relation is not None else ()):
+        if isinstance(term, (Join, Stack, Write)):
+            looped, inner = _find_looped(term, positions, dims[dim])
         if looped is not None:
             dims = (*dims[:dim], looped + inner, *dims[dim + 1 :])
+            break
     left = {p: i for p, i in positions.items() if p != looped and p not in dims}
     return dims, positions if len(left) == len(positions) else left
 
 
-def _rejoined_dim(node: Node) -> int | None:
-    if is_call(node, (aten.stack.default, aten.cat.default)):
-        return int(argument(node, 1, node.kwargs.get("dim", 0)))
-    if is_call(node, (aten.select_scatter.default,)):
-        return int(argument(node, 2, node.kwargs.get("dim", 0)))
-    return None
-
-
 def _find_looped(
-    node: Node, positions: Positions, whole: Product, dim: int
-) -> tuple[Product | None, Product]:
-    """The dimension that a loop ran over, the innermost of several, and what each part adds."""
-    inner: Product | None = ()
-    if is_call(node, (aten.select_scatter.default,)):
-        found = [p for p in positions if _is_written(node, whole, p)]
+    term: Join | Stack | Write, positions: Positions, whole: Dimension
+) -> tuple[Dimension | None, Dimension]:
+    """Returns the dimension that a loop ran over, the innermost of several, and what each part
+    adds to it."""
+    inner: Dimension | None = ()
+    if isinstance(term, Write):
+        found = [p for p in positions if _is_written(term, whole, p)]
     else:
-        parts: Sequence[Node] = node.args[0]
+        is_join = isinstance(term, Join)
+        parts = [part.tensor for part in term.parts] if is_join else term.tensors
         found = [p for p in positions if _are_all_of(parts, p)]
-        inner = _shared(parts, dim) if is_call(node, (aten.cat.default,)) else ()
+        inner = _shared(term.parts) if is_join else ()
     return (found[-1], inner) if found and inner is not None else (None, ())
 
 
-def _are_all_of(parts: Sequence[Node], product: Product) -> bool:
-    """Whether each position of a dimension is that of one part."""
+def _are_all_of(parts: Sequence[Node], product: Dimension) -> bool:
+    """Returns whether each position of a dimension is that of one part."""
     found = [part.meta["positions"].get(product) for part in parts]
     every = set(range(length(product)))
     return len(found) == len(every) > 1 and set(found) == every
 
 
-def _is_written(node: Node, whole: Product, product: Product) -> bool:
-    """Whether what is written to one position of a new dimension is from the same of another."""
-    part, index = node.args[1], argument(node, 3, node.kwargs.get("index"))
-    same = part.meta["positions"].get(product) == index
+def _is_written(term: Write, whole: Dimension, product: Dimension) -> bool:
+    """Returns whether what is written to one position of a new dimension is from the same position
+    of another."""
+    if term.dim is not None or term.span is None or len(term.span) != 1:
+        return False
+    same = term.written.meta["positions"].get(product) == term.span[0]
     return same and length(whole) == length(product) > 1 and not is_named(whole)
 
 
-def _shared(parts: Sequence[Node], dim: int) -> Product | None:
-    """The dimension of each part, where all have the same; nothing if it is one position."""
-    dims: list[Product] = [part.meta["axes"][dim] for part in parts if value(part).ndim > dim]
-    if len(dims) < len(parts):  # an empty tensor of one dimension
-        return None
+def _shared(parts: Sequence[Source]) -> Dimension | None:
+    """Returns the dimension of each part where all have the same; nothing if it is one position."""
+    dims = list(map(_dimension, parts))
     if length(dims[0]) == 1:
         return () if all(length(product) == 1 for product in dims) else None
     return dims[0] if all(product == dims[0] for product in dims) else None

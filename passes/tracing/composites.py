@@ -16,13 +16,58 @@ from torch.utils._pytree import tree_leaves
 
 from ..attention_ops import is_attention_op
 from ..ir import GETITEM, SOFTMAXES, aten, is_tensor, layout_key
-from ..provenance.axis_rules import RULES
 from .bodies import COMPOSITE, call_key, splice_body, trace_body
 from .casts import without_autocast, write_out_casts_within
 from .sizes import has_free_sizes
 
-_KEPT = frozenset({*RULES, *SOFTMAXES, aten.dropout.default})
-"""Composites that the passes know as they are: a projection, a fused attention, a norm."""
+_KEPT = frozenset(
+    {
+        *SOFTMAXES,
+        aten._upsample_nearest_exact2d.vec,
+        aten.adaptive_avg_pool1d.default,
+        aten.adaptive_avg_pool2d.default,
+        aten.adaptive_avg_pool3d.default,
+        aten.argsort.default,
+        aten.avg_pool1d.default,
+        aten.batch_norm.default,
+        aten.cdist.default,
+        aten.conv1d.default,
+        aten.conv2d.default,
+        aten.conv3d.default,
+        aten.conv_transpose1d.default,
+        aten.conv_transpose2d.input,
+        aten.conv_transpose3d.input,
+        aten.dropout.default,
+        aten.einsum.default,
+        aten.group_norm.default,
+        aten.inner.default,
+        aten.instance_norm.default,
+        aten.layer_norm.default,
+        aten.linalg_vecdot.default,
+        aten.linear.default,
+        aten.log_softmax.int,
+        aten.matmul.default,
+        aten.max_pool2d.default,
+        aten.one_hot.default,
+        aten.pad.default,
+        aten.repeat_interleave.self_int,
+        aten.reshape.default,
+        aten.rms_norm.default,
+        aten.tensordot.default,
+        aten.upsample_bicubic2d.vec,
+        aten.upsample_bilinear2d.vec,
+        aten.upsample_linear1d.vec,
+        aten.upsample_nearest1d.vec,
+        aten.upsample_nearest2d.vec,
+        aten.upsample_nearest3d.vec,
+        aten.upsample_trilinear3d.vec,
+    }
+)
+"""Composite ops that a captured graph keeps: a projection, a fused attention, a norm.
+
+Each has an entry in :mod:`pabc.passes.relations.table`, or is removed by canonicalize (dropout); to
+take it apart would only hide what it does.
+"""
 
 
 def decompose_unknown_composites(program: ExportedProgram) -> ExportedProgram:

@@ -1,4 +1,4 @@
-"""products: every op that multiplies tensors and sums over dimensions, seen as one einsum.
+"""einsums: every op that multiplies tensors and sums over dimensions, seen as one einsum.
 
 matmul, bmm, baddbmm, einsum with or without an ellipsis, tensordot, inner, and a broadcast
 multiplication followed by a sum differ in spelling only: each is a list of operands, a label for
@@ -13,13 +13,15 @@ from typing import Any
 
 from torch.fx import Node
 
-from ..ir import LAYOUTS, aten, is_call, is_tensor, value
+from ..ir import aten, is_call, is_tensor, value
+from .groups import CASTS, LAYOUTS
+from .terms import Source
 
 Labels = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Product:
+class Einsum:
     """`result[labels] = sum over the other labels of the product of operands[labels]`.
 
     In a broadcast dimension of size one an operand has the label of the dimension it is broadcast
@@ -31,13 +33,18 @@ class Product:
     terms: tuple[Labels, ...]
     result: Labels
 
+    def sources(self, label: str) -> list[Source]:
+        """Returns a label's dimension in each operand that has it."""
+        pairs = zip(self.operands, self.terms, strict=True)
+        return [Source(n, term.index(label)) for n, term in pairs if label in term]
+
     def contracted(self, operand: int) -> list[str]:
         """The labels of an operand that it shares with another and that are summed over."""
         others = {label for k, term in enumerate(self.terms) if k != operand for label in term}
         return [n for n in self.terms[operand] if n in others and n not in self.result]
 
 
-def as_product(node: Node) -> Product | None:
+def as_einsum(node: Node) -> Einsum | None:
     """The product that `node` computes, or None."""
     reader = _READERS.get(node.target) if node.op == "call_function" else None
     return reader(node) if reader is not None else None
@@ -59,52 +66,52 @@ def _batch(node: Node, count: int) -> Labels:
     return tuple(f"batch{i}" for i in range(_rank(node) - count, 0, -1))
 
 
-def _of_matrices(node: Node, a: Node, b: Node) -> Product | None:
+def _of_matrices(node: Node, a: Node, b: Node) -> Einsum | None:
     if _rank(a) == 0 or _rank(b) == 0:
         return None
     a_batch, a_row = (_batch(a, 2), ("i",)) if _rank(a) > 1 else ((), ())
     b_batch, b_column = (_batch(b, 2), ("j",)) if _rank(b) > 1 else ((), ())
     batch = a_batch if len(a_batch) >= len(b_batch) else b_batch
     terms = ((*a_batch, *a_row, "k"), (*b_batch, "k", *b_column))
-    return Product(node, (a, b), terms, (*batch, *a_row, *b_column))
+    return Einsum(node, (a, b), terms, (*batch, *a_row, *b_column))
 
 
-def _matmul(node: Node) -> Product | None:
+def _matmul(node: Node) -> Einsum | None:
     return _of_matrices(node, *node.args[:2])
 
 
-def _addmm(node: Node) -> Product | None:
+def _addmm(node: Node) -> Einsum | None:
     return _of_matrices(node, *node.args[1:3])
 
 
-def _linear(node: Node) -> Product | None:
+def _linear(node: Node) -> Einsum | None:
     a, b = node.args[:2]
     if _rank(b) != 2:
         return None
     batch = tuple(f"batch{i}" for i in range(_rank(a) - 1, 0, -1))
-    return Product(node, (a, b), ((*batch, "k"), ("j", "k")), (*batch, "j"))
+    return Einsum(node, (a, b), ((*batch, "k"), ("j", "k")), (*batch, "j"))
 
 
-def _inner(node: Node) -> Product | None:
+def _inner(node: Node) -> Einsum | None:
     a, b = node.args[:2]
     if _rank(a) == 0 or _rank(b) == 0:
         return None
     rows = tuple(f"a{i}" for i in range(_rank(a) - 1))
     columns = tuple(f"b{i}" for i in range(_rank(b) - 1))
-    return Product(node, (a, b), ((*rows, "k"), (*columns, "k")), (*rows, *columns))
+    return Einsum(node, (a, b), ((*rows, "k"), (*columns, "k")), (*rows, *columns))
 
 
-def _tensordot(node: Node) -> Product | None:
+def _tensordot(node: Node) -> Einsum | None:
     a, b, dims_a, dims_b = node.args[:4]
     rows = [f"a{i}" for i in range(_rank(a))]
     columns = [f"b{i}" for i in range(_rank(b))]
     for n, (i, j) in enumerate(zip(dims_a, dims_b, strict=True)):
         rows[i] = columns[j] = f"k{n}"
     result = tuple(label for label in (*rows, *columns) if not label.startswith("k"))
-    return Product(node, (a, b), (tuple(rows), tuple(columns)), result)
+    return Einsum(node, (a, b), (tuple(rows), tuple(columns)), result)
 
 
-def _einsum(node: Node) -> Product | None:
+def _einsum(node: Node) -> Einsum | None:
     operands: Sequence[Node] = node.args[1]
     left, arrow, right = str(node.args[0]).replace(" ", "").partition("->")
     texts = left.split(",")
@@ -118,7 +125,7 @@ def _einsum(node: Node) -> Product | None:
         every = [label for term in terms for label in term]
         once = sorted(n for n in set(every) if every.count(n) == 1 and not n.startswith("batch"))
         result = (*(_expand("...", max(spans)) if "..." in left else ()), *once)
-    return Product(node, tuple(operands), terms, result)
+    return Einsum(node, tuple(operands), terms, result)
 
 
 def _expand(text: str, span: int) -> Labels:
@@ -127,10 +134,10 @@ def _expand(text: str, span: int) -> Labels:
     return (*before, *batch, *after)
 
 
-def _summed(node: Node) -> Product | None:
+def _summed(node: Node) -> Einsum | None:
     """(a * b).sum(dim), where each operand is broadcast over a dimension of the other."""
     source = node.args[0]
-    while is_call(source, (aten._to_copy.default,)):
+    while is_call(source, CASTS):
         source = source.args[0]
     dims = node.args[1] if len(node.args) > 1 else None
     if not is_call(source, (aten.mul.Tensor,)) or not dims:
@@ -142,14 +149,14 @@ def _summed(node: Node) -> Product | None:
     return None if keepdim else _of_broadcast(node, source, operands, dims)
 
 
-def _vecdot(node: Node) -> Product | None:
+def _vecdot(node: Node) -> Einsum | None:
     dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else -1)
     return _of_broadcast(node, node, node.args[:2], [dim])
 
 
 def _of_broadcast(
     node: Node, product: Node, operands: Sequence[Any], dims: Sequence[int]
-) -> Product | None:
+) -> Einsum | None:
     rank = max(_rank(n) for n in operands)
     size = [
         max(value(n).shape[d - rank] for n in operands if _rank(n) >= rank - d) for d in range(rank)
@@ -167,10 +174,10 @@ def _of_broadcast(
     result = tuple(f"d{d}" for d in range(rank) if d not in gone)
     own = [set(term) - set(other) for term, other in (terms, reversed(terms))]
     outer = all(any(label in result for label in labels) for labels in own)
-    return Product(node, tuple(operands), tuple(terms), result) if outer else None
+    return Einsum(node, tuple(operands), tuple(terms), result) if outer else None
 
 
-_READERS: dict[Any, Callable[[Node], Product | None]] = {
+_READERS: dict[Any, Callable[[Node], Einsum | None]] = {
     aten.mm.default: _matmul,
     aten.bmm.default: _matmul,
     aten.matmul.default: _matmul,
