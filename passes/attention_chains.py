@@ -16,7 +16,6 @@ from torch.fx import GraphModule, Node
 from .axes import infer
 from .ir import (
     GETITEM,
-    LAYOUTS,
     SOFTMAXES,
     Axis,
     Dims,
@@ -30,6 +29,7 @@ from .ir import (
 )
 from .provenance.factors import Dimension, combine, is_named, length, unknown
 from .relations.einsums import Einsum, as_einsum, is_weight
+from .relations.groups import LAYOUTS, SPLITS
 
 _EXPONENTIALS = frozenset({*SOFTMAXES, aten.exp.default, aten.log_softmax.int, aten.exp2.default})
 _CARRIERS = frozenset(
@@ -41,9 +41,7 @@ _CARRIERS = frozenset(
         aten.cat.default,
         aten.slice.Tensor,
         aten.select.int,
-        aten.split.Tensor,
-        aten.split_with_sizes.default,
-        aten.chunk.default,
+        *SPLITS,
         aten.constant_pad_nd.default,
         aten.pad.default,
         aten.dropout.default,

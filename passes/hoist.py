@@ -19,7 +19,6 @@ from torch.fx import Graph, GraphModule, Node
 
 from .facts import Captured, Denoised, PrologueGraph
 from .ir import (
-    LAYOUTS,
     copy_into,
     dead_without,
     is_opaque,
@@ -29,6 +28,7 @@ from .ir import (
     user_inputs,
     value,
 )
+from .relations.groups import LAYOUTS
 from .tracing.sizes import is_size
 
 

@@ -39,25 +39,6 @@ CONTRACTIONS = frozenset(
         torch.ops.mkldnn._linear_pointwise.default,
     }
 )
-LAYOUTS = frozenset(
-    {
-        aten.view.default,
-        aten._unsafe_view.default,
-        aten.reshape.default,
-        aten.permute.default,
-        aten.transpose.int,
-        aten.t.default,
-        aten.unsqueeze.default,
-        aten.squeeze.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.clone.default,
-        aten.contiguous.default,
-        aten.alias.default,
-        aten.detach.default,
-        aten._to_copy.default,
-    }
-)
 SOFTMAXES = frozenset({aten.softmax.int, aten._softmax.default, aten._safe_softmax.default})
 MASKS = (torch.bool, torch.uint8)
 """Dtypes of an index tensor that is a mask, not a list of positions."""

@@ -11,7 +11,6 @@ from torch.fx import GraphModule, Node
 from .attention_ops import attention_result
 from .facts import Denoised, Marked, Tagged
 from .ir import (
-    LAYOUTS,
     Attention,
     Reach,
     dead_without,
@@ -22,6 +21,7 @@ from .ir import (
     user_inputs,
     value,
 )
+from .relations.groups import LAYOUTS
 from .residuals import Residual, find_exits, find_merges, find_residuals, find_shares
 from .tag import find_inner_attentions, tagged
 

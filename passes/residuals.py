@@ -7,19 +7,12 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
-from .ir import (
-    GETITEM,
-    LAYOUTS,
-    Reach,
-    aten,
-    is_call,
-    is_contraction,
-    is_tensor,
-    value,
-)
+from .ir import Reach, aten, is_call, is_contraction, is_tensor, value
+from .relations.groups import LAYOUTS
+from .relations.table import find_relation
+from .relations.terms import Keep, Narrow, Regroup, Source, Term
 
 _ADDS = (aten.add.Tensor,)
-_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
 
 
 @dataclass(frozen=True)
@@ -80,15 +73,33 @@ def _through_layouts(node: Node) -> Node:
 
 
 def _whole(node: Node) -> Node:
-    """What a node is a part, or another layout, of."""
-    while is_call(node, (*LAYOUTS, aten.slice.Tensor, GETITEM)) and isinstance(node.args[0], Node):
-        source = node.args[0]
-        if node.target is GETITEM:
-            if not is_call(source, _SPLITS):
-                break
-            source = source.args[0]
+    """Returns what a node is a part, or another layout, of."""
+    while (source := _source_of(node)) is not None:
         node = source
     return node
+
+
+def _source_of(node: Node) -> Node | None:
+    """Returns the tensor that each element of a node comes from, in the order that it has there."""
+    relation = find_relation(node)
+    if relation is None or not relation.is_exact or relation.selected:
+        return None
+    found = {s.tensor for term in relation.terms for s in _drawn_from(term) or ()}
+    is_part = all(_drawn_from(term) is not None for term in relation.terms)
+    return found.pop() if is_part and len(found) == 1 else None
+
+
+def _drawn_from(term: Term) -> tuple[Source, ...] | None:
+    """Returns the dimensions that a term has positions of, in order and once; None if it has not
+    just those."""
+    match term:
+        case Keep(size, sources) if all(source.size == size for source in sources):
+            return sources if sources or size == 1 else None
+        case Regroup(run):
+            return run
+        case Narrow(source=source):
+            return (source,)
+    return None
 
 
 def find_exits(reach: Reach, residuals: Sequence[Residual], attention: Node) -> list[Residual]:

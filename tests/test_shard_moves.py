@@ -11,7 +11,7 @@ from torch.fx.node import map_arg
 
 from pabc.passes.ir import aten, value
 from pabc.passes.sharding import moves
-from pabc.passes.sharding.places import Place, Ranks
+from pabc.passes.sharding.places import AxisPlace, Ranks
 
 FEW = settings(max_examples=25, deadline=None, derandomize=True)
 SIZE = st.integers(1, 3)
@@ -78,7 +78,7 @@ def places(draw, *, others=False):
     before, size, after = draw(SIZE), draw(LENGTH), draw(SIZE)
     low, high = (draw(st.integers(0, 2)) if others else 0 for _ in range(2))
     sizes = (*lead, low + before * size * after + high, *rest)
-    return Place(sizes, len(lead), before, size, after, low, high)
+    return AxisPlace(sizes, len(lead), before, size, after, low, high)
 
 
 @st.composite
@@ -89,12 +89,12 @@ def pairs(draw):
     count_a, count_b = (before * size * after for before, size, after in (a, b))
     if draw(st.booleans()):
         sizes = (*lead, count_a * count_b, *rest)
-        first = Place(sizes, len(lead), a[0], a[1], a[2] * count_b)
-        second = Place(sizes, len(lead), count_a * b[0], b[1], b[2])
+        first = AxisPlace(sizes, len(lead), a[0], a[1], a[2] * count_b)
+        second = AxisPlace(sizes, len(lead), count_a * b[0], b[1], b[2])
     else:
         sizes = (*lead, count_a, *middle, count_b, *rest)
-        first = Place(sizes, len(lead), *a)
-        second = Place(sizes, len(lead) + 1 + len(middle), *b)
+        first = AxisPlace(sizes, len(lead), *a)
+        second = AxisPlace(sizes, len(lead) + 1 + len(middle), *b)
     return (first, second) if draw(st.booleans()) else (second, first)
 
 
@@ -131,7 +131,7 @@ def test_gather_gives_every_rank_the_whole_and_drops_padding(place, num_ranks):
 
 @FEW
 @given(pairs(), NUM_RANKS)
-@example((Place((6,), 0, 2, 3, 1), Place((6,), 0, 2, 1, 3)), 2)
+@example((AxisPlace((6,), 0, 2, 3, 1), AxisPlace((6,), 0, 2, 1, 3)), 2)
 def test_switch_goes_from_shards_of_one_axis_to_shards_of_another(pair, num_ranks):
     old, new = pair
     x = counted(old.sizes)
@@ -146,7 +146,7 @@ def sequences(draw):
     before, size, after = draw(SIZE), draw(LENGTH), draw(SIZE)
     low, high = draw(st.integers(0, 2)), draw(st.integers(0, 2))
     sizes = (batch, heads, low + before * size * after + high, width)
-    return Place(sizes, 2, before, size, after, low, high), Place(sizes, 1, 1, heads, 1)
+    return AxisPlace(sizes, 2, before, size, after, low, high), AxisPlace(sizes, 1, 1, heads, 1)
 
 
 @FEW
@@ -170,7 +170,7 @@ def test_join_heads_gives_own_tokens_of_all_heads(sequence, num_ranks):
 def test_a_mask_is_padded_with_true():
     """A query that is not there attends to all keys: none would give NaN."""
     mask = torch.zeros(2, 5, dtype=torch.bool)
-    place = Place((2, 5), 1, 1, 5, 1)
+    place = AxisPlace((2, 5), 1, 1, 5, 1)
     found = run_move(moves.cut, [mask] * 2, [place])
     assert_same(found, shards(mask, place, 2, True))
     assert found[1][:, -1].all()
@@ -179,7 +179,7 @@ def test_a_mask_is_padded_with_true():
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
 def test_bytes_are_those_that_leave_the_rank(num_ranks):
     """Of an all-to-all, all shares but one's own; of an all-gather, the shard, to each other."""
-    old, new = Place((4, 6, 2), 0, 1, 4, 1), Place((4, 6, 2), 1, 1, 6, 1)
+    old, new = AxisPlace((4, 6, 2), 0, 1, 4, 1), AxisPlace((4, 6, 2), 1, 1, 6, 1)
     share, part = -(-4 // num_ranks), -(-6 // num_ranks)
     for move, places, op, numel in (
         (moves.switch, [old, new], "all_to_all", share * part * 2),

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..ir import aten, is_call, value
+from ..ir import aten, is_call, is_tensor, value
+from ..relations.groups import STRICT_VIEWS
+from ..relations.table import find_relation
+from ..relations.terms import Keep
 from .match import only_user
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
+class RowCopy:
     """A contiguous copy of a value, its rows split and in another order.
 
     Attributes:
@@ -27,11 +30,11 @@ class Copy:
     nodes: tuple[Node, ...]
 
 
-def find_copy(node: Node, user: Node) -> Copy | None:
-    """The copy that all that reads a node begins with `user` and ends in.
+def find_row_copy(node: Node, user: Node) -> RowCopy | None:
+    """Returns the copy that the only reader of a node, `user`, begins.
 
-    # before                                           # found
-    %a = view(%x, [B, T, S, C])                        Copy(split=(B, T, S, C), order=(0, 2, 1, 3))
+    # before                                         # found
+    %a = view(%x, [B, T, S, C])                      RowCopy(split=(B, T, S, C), order=(0, 2, 1, 3))
     %b = permute(%a, [0, 2, 1, 3])
     %c = clone(%b, memory_format=contiguous_format)
     """
@@ -39,26 +42,25 @@ def find_copy(node: Node, user: Node) -> Copy | None:
 
     nodes: list[Any] = [user]
     split = tuple(value(node).shape)
-    if is_call(user, (aten.view.default, aten._unsafe_view.default)):
+    if is_call(user, STRICT_VIEWS):
         split = tuple(value(user).shape)
         nodes.append(only_user(user))
     order = _find_order(nodes[-1])
     if order is None or order[-1] != len(split) - 1 or not is_split(split, value(node).shape):
         return None
     nodes.append(only_user(nodes[-1]))
-    return Copy(split, order, tuple(nodes)) if _is_contiguous_copy(nodes[-1]) else None
+    return RowCopy(split, order, tuple(nodes)) if _is_contiguous_copy(nodes[-1]) else None
 
 
 def _find_order(node: Any) -> tuple[int, ...] | None:
-    """Which dimension of its operand each of a node's is, where that is all it does."""
-    if is_call(node, (aten.permute.default,)):
-        return tuple(d % len(node.args[1]) for d in node.args[1])
-    if not is_call(node, (aten.transpose.int,)):
+    """Returns which dimension of its operand each of a node's is, where it only permutes them."""
+    relation = find_relation(node) if is_tensor(node) else None
+    if relation is None or not relation.is_exact:
         return None
-    order = list(range(value(node).ndim))
-    a, b = node.args[1:]
-    order[a], order[b] = order[b], order[a]
-    return tuple(order)
+    kept = [term.sources for term in relation.terms if isinstance(term, Keep)]
+    order = tuple(sources[0].dim for sources in kept if len(sources) == 1)
+    plain = tuple(range(value(node).ndim))
+    return order if sorted(order) == list(plain) and order != plain else None
 
 
 def _is_contiguous_copy(node: Any) -> bool:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable
 
 from torch.fx import Node
 
-from ..ir import GETITEM, LAYOUTS, aten, is_call, is_collective, is_tensor, value
+from ..ir import GETITEM, is_call, is_collective, is_tensor, value
+from ..relations.groups import COPIES, RELAYOUTS
 from .match import Match, first_reason, insert, replace
 
-_COPIES = (aten.clone.default, aten.contiguous.default)
-_SAME_MEMORY = (*LAYOUTS - {*_COPIES, aten._to_copy.default}, GETITEM)
+_SAME_MEMORY = (*RELAYOUTS, GETITEM)
 
 
 def match_permute_copy(node: Node) -> Match | None:
@@ -37,7 +37,7 @@ def match_permute_copy(node: Node) -> Match | None:
 
 def _is_copy(node: Node) -> bool:
     """Whether it copies what is not contiguous to what is."""
-    if not is_call(node, _COPIES) or not is_tensor(node) or not is_tensor(node.args[0]):
+    if not is_call(node, COPIES) or not is_tensor(node) or not is_tensor(node.args[0]):
         return False
     return not value(node.args[0]).is_contiguous() and value(node).is_contiguous()
 

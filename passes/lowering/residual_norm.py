@@ -15,7 +15,7 @@ from torch.fx import Node
 from pabc.kernels.dtypes import FLOATS, FP8
 
 from ..ir import GETITEM, aten, value
-from .copies import Copy, find_copy
+from .copies import RowCopy, find_row_copy
 from .match import Match, first_reason, insert, only_user, operands, steps
 from .match import replace as substitute
 from .norms import Norm, exact_source, find_norm
@@ -47,11 +47,11 @@ class ResidualNorm:
     n: Node | None
     before: Node
     nodes: tuple[Node, ...]
-    y_copy: Copy | None = None
-    n_copy: Copy | None = None
+    y_copy: RowCopy | None = None
+    n_copy: RowCopy | None = None
 
     @property
-    def copies(self) -> tuple[Copy, ...]:
+    def copies(self) -> tuple[RowCopy, ...]:
         """The copies that the kernel makes."""
         return tuple(copy for copy in (self.y_copy, self.n_copy) if copy is not None)
 
@@ -181,9 +181,9 @@ def _with_copies(fused: ResidualNorm) -> ResidualNorm:
 
     inner = set(fused.nodes)
 
-    def find(node: Node | None) -> Copy | None:
+    def find(node: Node | None) -> RowCopy | None:
         users = [] if node is None else [user for user in node.users if user not in inner]
-        return find_copy(node, users[0]) if len(users) == 1 else None
+        return find_row_copy(node, users[0]) if len(users) == 1 else None
 
     y_copy, n_copy = find(fused.y), find(fused.n)
     if y_copy is not None and n_copy is not None and y_copy.split != n_copy.split:

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from ..attention_ops import attention_call, check_result
 from ..ir import aten, is_random, value
-from .arguments import argument, dim_of, dims_of
+from .arguments import argument, dim_of, dims_of, nodes_in
 from .einsums import as_einsum
 from .terms import (
     Across,
@@ -85,7 +85,7 @@ def relate_product(node: Node) -> Relation:
         Keep(size, tuple(product.sources(label)))
         for label, size in zip(product.result, shape, strict=True)
     ]
-    added = [n for n in node.all_input_nodes if n not in product.operands]
+    added = nodes_in(node.args)[: -len(product.operands)]
     for i, term in enumerate(broadcast(shape, map(sources_of, added))):
         terms[i] = Keep(term.size, (*terms[i].sources, *term.sources))
     return Relation(tuple(terms))
@@ -121,7 +121,7 @@ def relate_attention(node: Node, shape: Sequence[int]) -> Relation:
     check_result(node, shape)
     call = attention_call(node)
     operands = (call.query, call.key, call.value)
-    masks = [n for n in node.all_input_nodes if n not in operands]
+    masks = nodes_in((node.args[len(operands) :], node.kwargs))
     is_known = node.target is aten.scaled_dot_product_attention.default and not is_random(node)
     terms: list[Term] = []
     for dim in range(-len(shape), 0):

@@ -28,7 +28,8 @@ class Source(NamedTuple):
 class Keep:
     """Position i is computed from position i of each source, in the same way for every i.
 
-    No other operand varies along the dimension. A source of size one is broadcast; without any
+    Of all other operands and dimensions, every position reads the same. An operand that is given
+    twice is a source twice if it is kept each time. A source of size one is broadcast; without any
     source of `size` positions, all positions hold the same.
     """
 

@@ -10,7 +10,6 @@ from torch.fx import Node
 from ..ir import value
 from .terms import (
     Across,
-    Keep,
     Merge,
     Mix,
     New,

@@ -13,15 +13,15 @@ from torch.fx import Node
 from ..ir import aten, value
 from . import moves
 from .operands import Operands
-from .places import Place
+from .places import AxisPlace
 
 
-def place_of_heads(sizes: Sequence[int]) -> Place:
+def place_of_heads(sizes: Sequence[int]) -> AxisPlace:
     """Where heads are in queries, keys, values of these sizes."""
-    return Place(tuple(sizes), len(sizes) - 3, 1, sizes[-3], 1)
+    return AxisPlace(tuple(sizes), len(sizes) - 3, 1, sizes[-3], 1)
 
 
-def split_heads(call: moves.Call, x: Node, count: int, have: Operands) -> Node:
+def split_heads(call: moves.EmitCall, x: Node, count: int, have: Operands) -> Node:
     """This rank's heads of queries, keys or values; of fewer than `count` heads, as many times each
     as it takes for a rank to have whole groups."""
     own, ranks = have.place(x), have.ranks
@@ -37,10 +37,10 @@ def split_heads(call: moves.Call, x: Node, count: int, have: Operands) -> Node:
     return moves.split_heads(call, made, own, place_of_heads(sizes), ranks)
 
 
-def mask_of_heads(mask: Node, heads: Place, have: Operands) -> Node:
+def mask_of_heads(mask: Node, heads: AxisPlace, have: Operands) -> Node:
     """The mask that this rank's heads have, whole but for the others' heads."""
     sizes = value(mask).shape
     at = len(sizes) - 3
     if at < 0 or sizes[at] == 1:
         return have.whole(mask)
-    return have.cut(mask, Place(tuple(sizes), at, 1, heads.size, 1))
+    return have.cut(mask, AxisPlace(tuple(sizes), at, 1, heads.size, 1))

@@ -1,37 +1,32 @@
-"""Rules for sequences where tokens that every rank has lie beside those of the axis."""
+"""Rules for sequences that hold tokens which every rank has beside the sharded ones.
+
+Text and latents in one sequence: the latents' tokens are sharded, the text's are on every rank.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any
 
 from torch.fx import Node
 
 from ..ir import aten, value
-from .operands import Arguments, Operands, align, along
-from .places import Place, Ranks
+from .by_position import compute_by_position
+from .operands import Operands, ShardArguments, align
+from .places import AxisPlace, Ranks
 
 
-def join(node: Node, place: Place, have: Operands) -> Arguments | None:
-    """Tensors put together along another dimension than that of the axis."""
+def join(node: Node, place: AxisPlace, have: Operands) -> ShardArguments | None:
+    """cat and stack: tokens after one another, or along another dimension."""
     parts, dim = (*node.args, 0)[:2]
-    num_dims = value(node).ndim
-    dim = int(dim) % num_dims
-    if dim == place.dim:
+    if int(dim) % value(node).ndim == place.dim:
         return _join_tokens(parts, place, have)
-    inner, adds = place, node.target is aten.stack.default
-    if adds:
-        at = place.dim - (place.dim > dim)
-        sizes = tuple(n for d, n in enumerate(place.sizes) if d != dim)
-        inner = replace(place, sizes=sizes, dim=at)
-    made = [align(part, inner, num_dims - adds, have) for part in parts]
-    return None if None in made else ((made, dim), {})
+    return compute_by_position(node, place, have)
 
 
-def _join_tokens(parts: Sequence[Node], place: Place, have: Operands) -> Arguments | None:
+def _join_tokens(parts: Sequence[Node], place: AxisPlace, have: Operands) -> ShardArguments | None:
     """Tokens of the axis, in shards, beside others that are whole."""
     made: list[Node] = []
     low = 0
@@ -47,12 +42,12 @@ def _join_tokens(parts: Sequence[Node], place: Place, have: Operands) -> Argumen
     return (made, place.dim), {}
 
 
-def some(node: Node, place: Place | None, have: Operands) -> Arguments | None:
+def some(node: Node, place: AxisPlace | None, have: Operands) -> ShardArguments | None:
     """A slice: along another dimension; or the tokens of the axis alone, or others alone."""
     source, dim, start, stop, step = _slice_of(node, 1)
     own = have.place(source)
     if own is None or dim % len(own.sizes) != own.dim:
-        return None if place is None else along(1, 0)(node, place, have)
+        return None if place is None else compute_by_position(node, place, have)
     size = own.sizes[own.dim]
     start, stop = (min(n + size if n < 0 else n, size) for n in (start, stop))
     cuts = _local_bounds(own, (start, stop), have.ranks)
@@ -71,19 +66,19 @@ def _slice_of(node: Node, num_tensors: int) -> tuple[Any, ...]:
     return (*tensors, dim, start or 0, sys.maxsize if stop is None else stop, step)
 
 
-def _local_bounds(own: Place, bounds: Sequence[int], ranks: Ranks) -> list[int]:
+def _local_bounds(own: AxisPlace, bounds: Sequence[int], ranks: Ranks) -> list[int]:
     """Where bounds that lie outside of the axis's tokens are in a shard."""
     last = own.low + own.count(own.size)
     less = own.count(own.size) - own.count(ranks.share(own.size))
     return [n if n < last else n - less for n in bounds]
 
 
-def split(node: Node, place: Place | None, have: Operands) -> Arguments | None:
+def split(node: Node, place: AxisPlace | None, have: Operands) -> ShardArguments | None:
     """Along another dimension; or tokens of the axis from others."""
     source, sizes, dim = (*node.args, 0)[:3]
     own = have.place(source)
     if own is None or dim % len(own.sizes) != own.dim:
-        return along(2, 0)(node, place, have)
+        return compute_by_position(node, place, have)
     if isinstance(sizes, int):
         return None
     bounds = [0, *accumulate(sizes)]
@@ -94,7 +89,7 @@ def split(node: Node, place: Place | None, have: Operands) -> Arguments | None:
     return (have.shard(source), [b - a for a, b in pairwise(cuts)], dim), {}
 
 
-def scatter(node: Node, place: Place, have: Operands) -> Arguments | None:
+def scatter(node: Node, place: AxisPlace, have: Operands) -> ShardArguments | None:
     """Along another dimension; or all tokens of the axis anew, beside others."""
     into, source, dim, start, stop, step = _slice_of(node, 2)
     num_dims = len(place.sizes)
@@ -112,7 +107,7 @@ def scatter(node: Node, place: Place, have: Operands) -> Arguments | None:
     return None if made is None else ((have.shard(into), made, dim, *cuts), {})
 
 
-def item(node: Node, place: Place | None, have: Operands) -> Arguments | None:
+def item(node: Node, place: AxisPlace | None, have: Operands) -> ShardArguments | None:
     """Of several results in shards: positions of the axis; or of a split, tokens of others."""
     source, index = node.args
     assert isinstance(source, Node) and isinstance(index, int)

@@ -12,25 +12,22 @@ import torch
 from torch.fx import Graph, Node
 
 from ..ir import aten, value
-from .places import Place, Ranks
+from ..relations.groups import COPIES, RELAYOUTS
+from .places import AxisPlace, Ranks
 
 ALL_TO_ALL = torch.ops._c10d_functional.all_to_all_single.default
 ALL_GATHER = torch.ops._c10d_functional.all_gather_into_tensor.default
 WAIT = torch.ops._c10d_functional.wait_tensor.default
-LAYOUTS = (
-    aten.permute.default,
-    aten.reshape.default,
-    aten.slice.Tensor,
-    aten.view.default,
-    aten.transpose.int,
-)
-PACKS = (aten.clone.default, aten.constant_pad_nd.default)
+_UNPACKS = (*RELAYOUTS, aten.slice.Tensor)
+"""Ops that may stand between a collective and what reads it."""
+_PACKS = (*_UNPACKS, *COPIES, aten.constant_pad_nd.default)
+"""Ops that may stand between a tensor and the collective that sends it."""
 
-Call = Callable[..., Node]
+EmitCall = Callable[..., Node]
 """(op, *args, **kwargs) -> its call, written to the graph."""
 
 
-def cut(call: Call, x: Node, place: Place, ranks: Ranks) -> Node:
+def cut(call: EmitCall, x: Node, place: AxisPlace, ranks: Ranks) -> Node:
     """This rank's positions of an axis of a whole tensor."""
     if place.low or place.high:
         return _within(call, x, place, place.size, lambda y: cut(call, y, place.inner, ranks))
@@ -42,7 +39,7 @@ def cut(call: Call, x: Node, place: Place, ranks: Ranks) -> Node:
     return call(aten.reshape.default, _pad(call, mine, place.at, share), place.together(share))
 
 
-def gather(call: Call, x: Node, place: Place, ranks: Ranks) -> Node:
+def gather(call: EmitCall, x: Node, place: AxisPlace, ranks: Ranks) -> Node:
     """The whole of a tensor of which each rank has its positions of an axis."""
     share = ranks.share(place.size)
     if place.low or place.high:
@@ -58,7 +55,7 @@ def gather(call: Call, x: Node, place: Place, ranks: Ranks) -> Node:
     return call(aten.reshape.default, ordered, place.together(place.size))
 
 
-def switch(call: Call, x: Node, old: Place, new: Place, ranks: Ranks) -> Node:
+def switch(call: EmitCall, x: Node, old: AxisPlace, new: AxisPlace, ranks: Ranks) -> Node:
     """From shards of one axis to shards of another, by one all-to-all.
 
     Each rank sends, to each other one, that one's positions of the new axis.
@@ -87,7 +84,7 @@ def switch(call: Call, x: Node, old: Place, new: Place, ranks: Ranks) -> Node:
     return call(aten.reshape.default, whole, new.together(part))
 
 
-def split_heads(call: Call, x: Node, place: Place, heads: Place, ranks: Ranks) -> Node:
+def split_heads(call: EmitCall, x: Node, place: AxisPlace, heads: AxisPlace, ranks: Ranks) -> Node:
     """From shards of an axis of sequences to shards of heads: of the tokens that every rank has,
     its own heads are enough."""
     share = ranks.share(place.size)
@@ -100,7 +97,7 @@ def split_heads(call: Call, x: Node, place: Place, heads: Place, ranks: Ranks) -
     )  # fmt: skip
 
 
-def join_heads(call: Call, x: Node, place: Place, heads: Place, ranks: Ranks) -> Node:
+def join_heads(call: EmitCall, x: Node, place: AxisPlace, heads: AxisPlace, ranks: Ranks) -> Node:
     """From shards of heads to shards of an axis of sequences; the tokens that every rank has are
     gathered."""
     if not (place.low or place.high):
@@ -112,22 +109,24 @@ def join_heads(call: Call, x: Node, place: Place, heads: Place, ranks: Ranks) ->
     )  # fmt: skip
 
 
-def _resized(heads: Place, x: Node) -> Place:
+def _resized(heads: AxisPlace, x: Node) -> AxisPlace:
     """Where all heads are, in a tensor with the other dimensions of `x`."""
     sizes = list(value(x).shape)
     sizes[heads.dim] = heads.size
     return replace(heads, sizes=tuple(sizes))
 
 
-def _within(call: Call, x: Node, place: Place, size: int, by: Callable[[Node], Node]) -> Node:
+def _within(
+    call: EmitCall, x: Node, place: AxisPlace, size: int, by: Callable[[Node], Node]
+) -> Node:
     """What becomes of the tokens of an axis, of which there are `size` positions; others stay."""
     return _apart(call, x, place, size, lambda y: y, by)
 
 
 def _apart(
-    call: Call,
+    call: EmitCall,
     x: Node,
-    place: Place,
+    place: AxisPlace,
     size: int,
     others: Callable[[Node], Node],
     own: Callable[[Node], Node],
@@ -142,7 +141,7 @@ def _apart(
     return call(aten.cat.default, parts, place.dim)
 
 
-def _both(old: Place, new: Place) -> tuple[list[int], int, int]:
+def _both(old: AxisPlace, new: AxisPlace) -> tuple[list[int], int, int]:
     """Sizes of a whole tensor with both axes apart, and the dimensions of the two."""
     if old.dim != new.dim:
         first, second = sorted((old, new), key=lambda place: place.dim)
@@ -166,7 +165,7 @@ def _both(old: Place, new: Place) -> tuple[list[int], int, int]:
     return sizes, ats[old], ats[new]
 
 
-def _pad(call: Call, x: Node, dim: int, size: int) -> Node:
+def _pad(call: EmitCall, x: Node, dim: int, size: int) -> Node:
     missing = size - value(x).shape[dim]
     if not missing:
         return x
@@ -177,11 +176,11 @@ def _pad(call: Call, x: Node, dim: int, size: int) -> Node:
     return call(aten.constant_pad_nd.default, x, pads)
 
 
-def _contiguous(call: Call, x: Node) -> Node:
+def _contiguous(call: EmitCall, x: Node) -> Node:
     return call(aten.clone.default, x, memory_format=torch.contiguous_format)
 
 
-def _wait(call: Call, x: Node) -> Node:
+def _wait(call: EmitCall, x: Node) -> Node:
     return call(WAIT, x)
 
 
@@ -195,7 +194,7 @@ def overlap(graph: Graph) -> None:
     waiting: set[Node] = set()
     for node in graph.nodes:
         if node.target is WAIT or (
-            node.target in LAYOUTS and all(n in waiting for n in node.all_input_nodes)
+            node.target in _UNPACKS and all(n in waiting for n in node.all_input_nodes)
         ):
             waiting.add(node)
     for node in reversed(list(graph.nodes)):
@@ -205,7 +204,7 @@ def overlap(graph: Graph) -> None:
 
 def _launch_early(collective: Node) -> None:
     chain, source = [collective], collective.args[0]
-    while isinstance(source, Node) and source.target in (*LAYOUTS, *PACKS):
+    while isinstance(source, Node) and source.target in _PACKS:
         chain.append(source)
         source = source.args[0]
     if not isinstance(source, Node) or source.op != "call_function":

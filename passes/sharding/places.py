@@ -23,7 +23,7 @@ class Ranks:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class AxisPlace:
     """An axis of `size` positions in dimension `dim` of a tensor, which is before x size x after.
 
     `sizes`: those of the whole tensor. `low` and `high`: how many tokens of others, which every
@@ -40,7 +40,7 @@ class Place:
     high: int = 0
 
     @property
-    def inner(self) -> Place:
+    def inner(self) -> AxisPlace:
         """The place in what is left without the tokens of others."""
         sizes = list(self.sizes)
         sizes[self.dim] -= self.low + self.high
@@ -70,7 +70,7 @@ class Place:
         """Elements from one position of what is before the axis to the next: their number."""
         return math.prod(self.sizes[: self.dim]) * self.before
 
-    def is_like(self, other: Place) -> bool:
+    def is_like(self, other: AxisPlace) -> bool:
         """Whether the axis is cut in the same way."""
         mine, others = ((p.before, p.size, p.after, p.low, p.high) for p in (self, other))
         return mine == others
@@ -80,9 +80,9 @@ class Place:
         return num_dims - len(self.sizes) + self.dim
 
 
-def find_place(sizes: Sequence[int], dims: Dims | None, axis: Axis) -> Place | None:
+def find_place(sizes: Sequence[int], dims: Dims | None, axis: Axis) -> AxisPlace | None:
     """Where an axis is in a tensor; None where it is nowhere, or in more than one place."""
-    found: list[Place | None] = []
+    found: list[AxisPlace | None] = []
     for dim, product in enumerate(dims or ()):
         for i, factor in enumerate(product):
             if axis not in factor.axes():
@@ -94,7 +94,7 @@ def find_place(sizes: Sequence[int], dims: Dims | None, axis: Axis) -> Place | N
                 found.append(_in_parts(sizes, dim, factor, axis) if rest == 1 else None)
             else:
                 before, after = (_count(part) for part in (product[:i], product[i + 1 :]))
-                found.append(Place(tuple(sizes), dim, before, factor.size, after))
+                found.append(AxisPlace(tuple(sizes), dim, before, factor.size, after))
     return found[0] if len(found) == 1 else None
 
 
@@ -112,7 +112,7 @@ def resize(dims: Dims, axis: Axis, to: Callable[[int], int]) -> Dims:
     return tuple(tuple(map(resized, product)) for product in dims)
 
 
-def _in_parts(sizes: Sequence[int], dim: int, factor: Factor, axis: Axis) -> Place | None:
+def _in_parts(sizes: Sequence[int], dim: int, factor: Factor, axis: Axis) -> AxisPlace | None:
     counts = [_count(part) for part in factor.parts]
     having = [i for i, part in enumerate(factor.parts) if any(axis in f.axes() for f in part)]
     if len(having) != 1:
@@ -123,7 +123,7 @@ def _in_parts(sizes: Sequence[int], dim: int, factor: Factor, axis: Axis) -> Pla
         return None
     before, after = _count(part[: own[0]]), _count(part[own[0] + 1 :])
     low, high = sum(counts[: having[0]]), sum(counts[having[0] + 1 :])
-    return Place(tuple(sizes), dim, before, part[own[0]].size, after, low, high)
+    return AxisPlace(tuple(sizes), dim, before, part[own[0]].size, after, low, high)
 
 
 def _count(factors: Sequence[Factor]) -> int:

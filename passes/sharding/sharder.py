@@ -9,13 +9,13 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from ..ir import Axis, aten, is_tensor, make_module, output_node, user_inputs, value
+from ..relations.groups import STRICT_VIEWS
 from . import moves
 from .heads import mask_of_heads, place_of_heads, split_heads
-from .places import Place, Ranks, find_place, resize
+from .places import AxisPlace, Ranks, find_place, resize
 from .rules import MAY_BE_WHOLE, find_rule
 
 Output = Literal["full", "sharded"]
-VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 
 def attentions_by_region(gm: GraphModule) -> dict[int, list[Node]]:
@@ -97,7 +97,7 @@ class Sharder:
 
     # What rules ask for.
 
-    def place(self, node: Node) -> Place | None:
+    def place(self, node: Node) -> AxisPlace | None:
         """Where the current axis is, in what comes to a node in shards of it."""
         return self._place(node, self._current) if self._is_sharded(node) else None
 
@@ -109,7 +109,7 @@ class Sharder:
         """All positions."""
         return self._version(node, None)
 
-    def cut(self, node: Node, place: Place) -> Node:
+    def cut(self, node: Node, place: AxisPlace) -> Node:
         """This rank's positions, of what has the axis in a place without its name."""
         inside = self._region if node.meta.get("region") == self._region else None
         key = (node, (place, self._current), -1 if inside is None else inside)
@@ -128,7 +128,7 @@ class Sharder:
             return False
         return self._place(node, self._current) is not None
 
-    def _place(self, node: Node, axis: Axis | None) -> Place | None:
+    def _place(self, node: Node, axis: Axis | None) -> AxisPlace | None:
         if axis is None or not is_tensor(node):
             return None
         return find_place(value(node).shape, node.meta.get("axes"), axis)
@@ -175,7 +175,7 @@ class Sharder:
         if dims is not None and is_tensor(node):
             made.meta["axes"] = dims if axis is None else resize(dims, axis, self.ranks.share)
 
-    def _call(self, region: int | None) -> moves.Call:
+    def _call(self, region: int | None) -> moves.EmitCall:
         def call(target: Any, *args: Any, **kwargs: Any) -> Node:
             made = self._graph.call_function(target, args, kwargs)
             given, named = map_arg((args, kwargs), lambda n: n.meta["val"])
@@ -206,7 +206,7 @@ class Sharder:
         self._write(node, arguments[0], dict(arguments[1]), self._current, is_whole=is_whole)
         return True
 
-    def _compute_heads(self, node: Node, place: Place) -> bool:
+    def _compute_heads(self, node: Node, place: AxisPlace) -> bool:
         """Writes attention that mixes the axis, of all positions by the heads that the rank has."""
         if node.target is not aten.scaled_dot_product_attention.default or len(place.sizes) < 3:
             return False
@@ -254,7 +254,7 @@ class Sharder:
         try:
             return target(*given, **named)
         except (RuntimeError, ValueError):
-            if target not in VIEWS:
+            if target not in STRICT_VIEWS:
                 raise
             made.target = aten.reshape.default
             return aten.reshape.default(*given, **named)
