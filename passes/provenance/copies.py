@@ -87,8 +87,8 @@ class _CopyFollower:
     def follow(self, term: Term) -> CopyFactors:
         """Returns the factors of one dimension."""
         match term:
-            case Keep(size, sources):
-                return self._shared(size, sources)
+            case Keep(size):
+                return self._shared(size, term.operands)
             case Pick(size, indices):  # equal indices pick equal values
                 return self._shared(size, indices)
             case Regroup(run, sizes, index):

@@ -41,7 +41,8 @@ def _merge(operands: Sequence[Positions]) -> Positions:
 def _taken(relation: Relation) -> Iterator[tuple[Dimension, int]]:
     """Yields the dimensions, or outer parts of them, of which one position is left, and which."""
     spans = [(s.source, s.index, s.index + 1) for s in relation.selected if s.index is not None]
-    spans += [(t.source, t.start, t.stop) for t in relation.terms if isinstance(t, Narrow)]
+    narrowed = (t for t in relation.terms if isinstance(t, Narrow) and not t.is_indexed)
+    spans += [(t.source, t.start, t.stop) for t in narrowed]
     for source, start, stop in spans:
         found = find_position(_dimension(source), start, stop)
         if found is not None and is_named(found[0]):

@@ -11,6 +11,7 @@ from ..ir import MASKS, aten, is_call, is_tensor, value
 from .arguments import argument, dim_of
 from .groups import ALIASES, CASTS, COPIES
 from .terms import (
+    Across,
     Keep,
     Mix,
     Narrow,
@@ -65,7 +66,7 @@ def relate_index(node: Node) -> Relation:
 
 
 def _narrow(source: Source, positions: range) -> Narrow:
-    return Narrow(len(positions), source, positions.start, positions.step)
+    return Narrow(len(positions), source, positions.start, positions.step, is_indexed=True)
 
 
 def _pick(tensor: Node, picked: dict[int, Node], size: int, from_end: int) -> Term:
@@ -127,15 +128,32 @@ def relate_argsort(node: Node) -> Relation:
     return Relation(tuple(terms))
 
 
-def relate_scatter(node: Node) -> Relation:
-    """scatter, index_add, index_copy(x, dim, index, source): written to along `dim`."""
-    whole, dim, index, source = node.args[:4]
-    if not isinstance(source, Node):  # a number, where the index says
-        return _written_somewhere(whole, index)
-    if value(source).ndim != value(whole).ndim:
-        return _written_somewhere(whole, source)
-    written = source
+def relate_index_add(node: Node) -> Relation:
+    """index_add, index_copy(x, dim, index, source): rows are written along `dim`."""
+    whole, dim, _, written = node.args[:4]
+    if value(written).ndim != value(whole).ndim:
+        return _written_somewhere(whole, written)
     return _written_along(whole, int(dim) % value(whole).ndim, written)
+
+
+def relate_scatter(node: Node) -> Relation:
+    """scatter(x, dim, index, source): the index names a position along `dim` for each element.
+
+    Where it has fewer positions than `x`, the rest of these are as they were.
+    """
+    whole, dim, index, written = node.args[:4]
+    if not isinstance(written, Node):  # a number, where the index says
+        return _written_somewhere(whole, index)
+    terms: list[Term] = []
+    for source, named in zip(sources_of(whole), sources_of(index), strict=True):
+        part = Source(written, source.dim)
+        if source.dim == int(dim) % value(whole).ndim:
+            terms.append(Write(source, written, source.dim))
+        elif source.size == named.size == part.size:
+            terms.append(Keep(source.size, (source, part), (named,)))
+        else:
+            terms.append(Across(source.size, (source,)))
+    return Relation(tuple(terms))
 
 
 def relate_index_put(node: Node) -> Relation:

@@ -34,14 +34,11 @@ from .terms import (
 
 
 def relate_pointwise(node: Node) -> Relation | None:
-    """Each element from one of each operand, broadcast; no relation without an operand."""
+    """Pointwise ops: each element is computed from one of each operand, broadcast."""
     tensors = tensors_of(nodes_in((node.args, node.kwargs)))
-    if not tensors:
+    if not tensors or is_random(node):
         return None
-    terms = broadcast(value(node).shape, map(sources_of, tensors))
-    if is_random(node):  # others at each position
-        return Relation(tuple(Across(t.size, t.sources) for t in terms))
-    return Relation(tuple(terms))
+    return Relation(tuple(broadcast(value(node).shape, map(sources_of, tensors))))
 
 
 def relate_copy(node: Node) -> Relation:

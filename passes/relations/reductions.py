@@ -81,13 +81,12 @@ def relate_product(node: Node) -> Relation:
     product = as_einsum(node)
     if product is None:
         return Relation(tuple(map(Unknown, shape)))
-    terms = [
-        Keep(size, tuple(product.sources(label)))
-        for label, size in zip(product.result, shape, strict=True)
-    ]
     added = nodes_in(node.args)[: -len(product.operands)]
-    for i, term in enumerate(broadcast(shape, map(sources_of, added))):
-        terms[i] = Keep(term.size, (*terms[i].sources, *term.sources))
+    biases = broadcast(shape, map(sources_of, added))
+    terms = (
+        Keep(bias.size, tuple(product.sources(label)), bias.sources)
+        for label, bias in zip(product.result, biases, strict=True)
+    )
     return Relation(tuple(terms))
 
 
@@ -120,18 +119,21 @@ def relate_attention(node: Node, shape: Sequence[int]) -> Relation:
     """
     check_result(node, shape)
     call = attention_call(node)
-    operands = (call.query, call.key, call.value)
-    masks = nodes_in((node.args[len(operands) :], node.kwargs))
+    masks = nodes_in((node.args[3:], node.kwargs))
     is_known = node.target is aten.scaled_dot_product_attention.default and not is_random(node)
     terms: list[Term] = []
     for dim in range(-len(shape), 0):
-        is_row, is_feature = dim == call.layout.sequence, dim == call.layout.features
-        main = (call.value,) if is_feature else (call.query,) if is_row else operands
-        sources = _aligned(main, dim)
-        varying = sources if is_feature else sources + _aligned(masks, dim)
-        is_alike = {source.size for source in varying} <= {1, shape[dim]}
+        is_row = dim == call.layout.sequence
+        if dim == call.layout.features:
+            sources, modifiers = _aligned([call.value], dim), ()
+        elif is_row:
+            sources, modifiers = _aligned([call.query], dim), _aligned(masks, dim)
+        else:
+            sources = _aligned([call.query, call.key], dim)
+            modifiers = _aligned([call.value, *masks], dim)
+        is_alike = {source.size for source in sources + modifiers} <= {1, shape[dim]}
         if is_known and is_alike and not (is_row and _is_causal(node)):
-            terms.append(Keep(shape[dim], varying))
+            terms.append(Keep(shape[dim], sources, modifiers))
         else:
             terms.append(Across(shape[dim], sources))
     return Relation(tuple(terms))

@@ -121,10 +121,9 @@ _PRODUCTS: Mapping[Any, Callable[[Node], Relations]] = {
     aten.mv.default: reductions.relate_mv,
 }
 _INDEXING: Mapping[Any, Callable[[Node], Relations]] = {
+    **dict.fromkeys((aten.index_add.default, aten.index_copy.default), indexing.relate_index_add),
     **dict.fromkeys(
         (
-            aten.index_add.default,
-            aten.index_copy.default,
             aten.scatter.src,
             aten.scatter.value,
             aten.scatter_add.default,

@@ -31,10 +31,20 @@ class Keep:
     Of all other operands and dimensions, every position reads the same. An operand that is given
     twice is a source twice if it is kept each time. A source of size one is broadcast; without any
     source of `size` positions, all positions hold the same.
+
+    Attributes:
+        sources: the dimensions that say what the positions are: a query's, say.
+        modifiers: further ones that are read position by position: a mask's, a bias's.
     """
 
     size: int
     sources: tuple[Source, ...] = ()
+    modifiers: tuple[Source, ...] = ()
+
+    @property
+    def operands(self) -> tuple[Source, ...]:
+        """All dimensions that vary along this one."""
+        return self.sources + self.modifiers
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +69,16 @@ class Regroup:
 
 @dataclass(frozen=True, slots=True)
 class Narrow:
-    """Position i comes from position `start + i * step` of the source."""
+    """Position i comes from position `start + i * step` of the source.
+
+    `is_indexed`: an index tensor says so, made by `torch.arange`.
+    """
 
     size: int
     source: Source
     start: int
     step: int = 1
+    is_indexed: bool = False
 
     @property
     def stop(self) -> int:

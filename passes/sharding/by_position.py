@@ -53,7 +53,7 @@ def _kept(term: Term) -> tuple[Source, ...]:
     """Returns the dimensions of which a rank needs its positions alone."""
     if isinstance(term, Like):
         return (term.source,)
-    return term.sources if isinstance(term, Keep) else ()
+    return term.operands if isinstance(term, Keep) else ()
 
 
 def _compute(
