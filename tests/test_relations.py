@@ -158,7 +158,7 @@ def may_depend(relation: Relation, tensor: Node, at: tuple[int, ...]) -> Tensor:
     """A mask of the elements of a result that may depend on the element `at` of a tensor."""
     mask = torch.tensor(True)
     for select in relation.selected:
-        if select.source.tensor is tensor and select.index not in (None, at[select.source.dim]):
+        if select.source.tensor is tensor and select.position not in (None, at[select.source.dim]):
             mask = torch.tensor(False)
     for term in relation.terms:
         mask = mask[..., None] & is_at(term, tensor, at)

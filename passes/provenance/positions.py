@@ -40,7 +40,8 @@ def _merge(operands: Sequence[Positions]) -> Positions:
 
 def _taken(relation: Relation) -> Iterator[tuple[Dimension, int]]:
     """Yields the dimensions, or outer parts of them, of which one position is left, and which."""
-    spans = [(s.source, s.index, s.index + 1) for s in relation.selected if s.index is not None]
+    taken = ((s.source, s.position) for s in relation.selected)
+    spans = [(source, at, at + 1) for source, at in taken if at is not None]
     narrowed = (t for t in relation.terms if isinstance(t, Narrow) and not t.is_indexed)
     spans += [(t.source, t.start, t.stop) for t in narrowed]
     for source, start, stop in spans:
@@ -80,13 +81,14 @@ def _find_looped(
     """Returns the dimension that a loop ran over, the innermost of several, and what each part
     adds to it."""
     inner: Dimension | None = ()
-    if isinstance(term, Write):
-        found = [p for p in positions if _is_written(term, whole, p)]
-    else:
-        is_join = isinstance(term, Join)
-        parts = [part.tensor for part in term.parts] if is_join else term.tensors
-        found = [p for p in positions if _are_all_of(parts, p)]
-        inner = _shared(term.parts) if is_join else ()
+    match term:
+        case Write():
+            found = [p for p in positions if _is_written(term, whole, p)]
+        case Stack(tensors):
+            found = [p for p in positions if _are_all_of(tensors, p)]
+        case Join(parts):
+            found = [p for p in positions if _are_all_of([part.tensor for part in parts], p)]
+            inner = _shared(parts)
     return (found[-1], inner) if found and inner is not None else (None, ())
 
 

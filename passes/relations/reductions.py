@@ -125,12 +125,12 @@ def relate_attention(node: Node, shape: Sequence[int]) -> Relation:
     for dim in range(-len(shape), 0):
         is_row = dim == call.layout.sequence
         if dim == call.layout.features:
-            sources, modifiers = _aligned([call.value], dim), ()
+            named, others = [call.value], []
         elif is_row:
-            sources, modifiers = _aligned([call.query], dim), _aligned(masks, dim)
+            named, others = [call.query], masks
         else:
-            sources = _aligned([call.query, call.key], dim)
-            modifiers = _aligned([call.value, *masks], dim)
+            named, others = [call.query, call.key], [call.value, *masks]
+        sources, modifiers = _aligned(named, dim), _aligned(others, dim)
         is_alike = {source.size for source in sources + modifiers} <= {1, shape[dim]}
         if is_known and is_alike and not (is_row and _is_causal(node)):
             terms.append(Keep(shape[dim], sources, modifiers))

@@ -245,10 +245,10 @@ Term = (
 
 
 class Select(NamedTuple):
-    """A dimension of which one position was taken, at `index` if the arguments tell."""
+    """A dimension of which one position was taken: which one, if the arguments tell."""
 
     source: Source
-    index: int | None
+    position: int | None
 
 
 @dataclass(frozen=True, slots=True)
