@@ -17,10 +17,15 @@ _ADDS = (aten.add.Tensor,)
 
 @dataclass(frozen=True)
 class Residual:
-    """stream + branch, where the branch reads the stream.
+    """An addition to a residual stream: stream + branch, where the branch reads the stream.
 
-    Or the share of a branch (`branch`) that joins another's at `add`, a sum or concatenation, and
-    is added to the stream with it, as what `later` holds.
+    Or a share of a branch, which is joined with another one before the addition.
+
+    Attributes:
+        add: the addition; of a share, the sum or concatenation that joins it.
+        stream: the stream that the branch reads and is added to.
+        branch: the branch, or the share of one.
+        later: of a share, the branch that it is a part of.
     """
 
     add: Node
@@ -30,7 +35,8 @@ class Residual:
 
 
 def find_residuals(graph: Graph, reach: Reach) -> list[Residual]:
-    """Additions of equal shapes of which one operand is computed from the other by a product."""
+    """Returns the additions of equal shapes of which one operand is computed from the other by a
+    product."""
     streams: dict[Node, Node] = {}
     found = []
     for node in graph.nodes:
@@ -51,9 +57,10 @@ def find_residuals(graph: Graph, reach: Reach) -> list[Residual]:
 def _shared_stream(
     reach: Reach, streams: dict[Node, Node], branch: Node, other: Node
 ) -> Node | None:
-    """The value that `branch` reads and `other` carries on: `other`, or what it was added to.
+    """Returns the stream that `branch` reads and `other` carries on: `other`, or an earlier sum in
+    it.
 
-    A part of the stream carries on the stream: some models add to each part with its own gate.
+    A part of the stream counts as the stream: some models add to each part with its own gate.
     """
     candidate: Node | None = _through_layouts(other)
     if candidate is not None and not reach.depends(branch, candidate):
@@ -103,7 +110,7 @@ def _drawn_from(term: Term) -> tuple[Source, ...] | None:
 
 
 def find_exits(reach: Reach, residuals: Sequence[Residual], attention: Node) -> list[Residual]:
-    """The innermost residual adds that the attention's output reaches, one per stream."""
+    """Returns the innermost residual additions that an attention reaches, one per stream."""
     exits: list[Residual] = []
     for residual in residuals:
         reached = residual.branch is attention or reach.depends(residual.branch, attention)
@@ -115,7 +122,7 @@ def find_exits(reach: Reach, residuals: Sequence[Residual], attention: Node) -> 
 
 
 def _projects(reach: Reach, stream: Node, attention: Node) -> bool:
-    """Whether the attention reads the stream through a product: a query is not a stream."""
+    """Returns whether an attention reads a stream through a product: a query is not a stream."""
     return reach.depends(attention, stream) and any(
         is_contraction(n) for n in reach.between(stream, attention)[:-1]
     )
@@ -124,7 +131,7 @@ def _projects(reach: Reach, stream: Node, attention: Node) -> bool:
 def find_merges(
     reach: Reach, residual: Residual, attentions: Sequence[Node], mask: int
 ) -> Iterator[tuple[Node, list[Node]]]:
-    """Where other branches join the attention's, in order, with what joins."""
+    """Yields where other branches join the attention's, in order, with what joins there."""
     read = {_through_layouts(n) for attention in attentions for n in attention.all_input_nodes}
     read = {n for n in read if reach.depends(n, residual.stream)}  # not masks, which others share
     owned = mask | reach.mask(read)  # what follows from its values belongs to the attention
@@ -142,7 +149,7 @@ def find_shares(
     groups: Mapping[tuple[Node, ...], Sequence[Node]],
     residuals: Sequence[Residual],
 ) -> list[Residual]:
-    """What joins attentions before their residual add, such as an MLP in parallel."""
+    """Returns what joins attentions before their residual addition, such as a parallel MLP."""
     by_add = {r.add: r for r in residuals}
     return [
         Residual(node, residual.stream, share, residual.branch)

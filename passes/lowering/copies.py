@@ -1,4 +1,4 @@
-"""Copies that put rows in another order: frames of a video beside one another, and back."""
+"""Copies that permute rows: from frames by frames to places by places, and back."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .match import only_user
 
 @dataclass(frozen=True, slots=True)
 class RowCopy:
-    """A contiguous copy of a value, its rows split and in another order.
+    """A contiguous copy of a value with its rows permuted.
 
     Attributes:
-        split: the value's shape, with dimensions of rows split.
-        order: of the dimensions of `split`; the last one stays the last.
-        nodes: what is computed, the copy last.
+        split: the value's shape, viewed with more dimensions of rows.
+        order: the permutation of the dimensions of `split`; the last one stays the last.
+        nodes: the ops that make the copy, the copy last.
     """
 
     split: tuple[int, ...]

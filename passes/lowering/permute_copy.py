@@ -1,7 +1,7 @@
-"""Copies into another order around collectives, which `pabc.kernels.permute_copy` computes.
+"""Permuting copies next to collectives, which `pabc.kernels.permute_copy` computes.
 
-Elsewhere such copies are no passes over memory: Inductor has them done by what computes, or by what
-reads, the elements. What a collective sends and receives is memory as it is.
+Elsewhere Inductor fuses such copies into the ops that produce or read the elements. A collective
+sends and receives memory as it is, so that the copy is a pass over memory of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SAME_MEMORY = (*RELAYOUTS, GETITEM)
 
 
 def match_permute_copy(node: Node) -> Match | None:
-    """A copy that is sent, or of what was received.
+    """Matches a copy that a collective sends, or one of what it received.
 
     # before                                            # after
     %p = permute(%x, [2, 0, 1, 3])
@@ -36,14 +36,14 @@ def match_permute_copy(node: Node) -> Match | None:
 
 
 def _is_copy(node: Node) -> bool:
-    """Whether it copies what is not contiguous to what is."""
+    """Returns whether a node copies a tensor that is not contiguous to one that is."""
     if not is_call(node, COPIES) or not is_tensor(node) or not is_tensor(node.args[0]):
         return False
     return not value(node.args[0]).is_contiguous() and value(node).is_contiguous()
 
 
 def _reaches(node: Node, next_of: Callable[[Node], Iterable[Node]]) -> bool:
-    """Whether a collective reads, or made, the same memory."""
+    """Returns whether a collective reads, or wrote, the same memory."""
     return any(
         is_collective(each) or (is_call(each, _SAME_MEMORY) and _reaches(each, next_of))
         for each in next_of(node)
@@ -51,7 +51,7 @@ def _reaches(node: Node, next_of: Callable[[Node], Iterable[Node]]) -> bool:
 
 
 def _shape(source: Node) -> tuple[int, ...]:
-    """Bytes, and how many of them are read side by side."""
+    """Returns the number of bytes, and of those that are read contiguously."""
     from pabc.kernels.permute_copy import find_tiling
 
     val = value(source)

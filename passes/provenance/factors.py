@@ -1,4 +1,4 @@
-"""Arithmetic on factors: what splitting, merging, slicing and joining do to provenance."""
+"""Arithmetic on factors: the provenance of split, merged, sliced and joined dimensions."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ Dimension = tuple[Factor, ...]
 
 
 def anonymous(size: int, reason: str = "") -> Dimension:
-    """A dimension along no axis of an input."""
+    """Returns a dimension along no axis of an input."""
     return (Factor(size, reason=reason),)
 
 
 def unknown(shape: Sequence[int], reason: str = "") -> Dims:
-    """Dimensions along no axis of an input."""
+    """Returns dimensions along no axis of an input."""
     return tuple(anonymous(size, reason) for size in shape)
 
 
 def learned(shape: Sequence[int]) -> Dims:
-    """Dimensions of a weight or a constant."""
+    """Returns the dimensions of a weight or a constant."""
     return tuple((Factor(size, learned=True),) for size in shape)
 
 
 def is_learned(product: Dimension) -> bool:
-    """Whether all positions of a dimension are those of a weight or a constant."""
+    """Returns whether all positions of a dimension are those of a weight or a constant."""
     return all(factor.learned for factor in product)
 
 
 def unlearned(product: Dimension) -> Dimension:
-    """The same dimension, holding values that are no constants."""
+    """Returns the same dimension, of a tensor whose values are not constant."""
     return tuple(replace(factor, learned=False) for factor in product)
 
 
 def length(product: Dimension) -> int:
-    """The size of a dimension."""
+    """Returns the size of a dimension."""
     return prod(factor.size for factor in product)
 
 
 def is_named(product: Dimension) -> bool:
-    """Whether a dimension lies along any axis of an input."""
+    """Returns whether a dimension lies along any axis of an input."""
     return any(True for factor in product for _ in factor.axes())
 
 
 def blur(product: Dimension, size: int, reason: str) -> Dimension:
-    """A dimension of `size` that draws on `product` in an order that is no longer known."""
+    """Returns a dimension of `size` positions that draws on `product` in an unknown order."""
     axes = {axis for factor in product for axis in factor.axes()}
     constant = bool(product) and is_learned(product)
     if not axes:
@@ -62,13 +62,13 @@ def blur(product: Dimension, size: int, reason: str) -> Dimension:
 
 
 def regroup(dims: Dims, shape: Sequence[int], reason: str) -> Dims:
-    """Provenance after a view: the row-major sequence of factors, cut anew into `shape`.
+    """Returns the dimensions of a view: the row-major sequence of factors, regrouped into `shape`.
 
     A factor that a boundary falls into is split into an outer and an inner one along the same axis.
     Where boundaries of the two shapes cut across each other, the order is lost between the nearest
-    boundaries that both have, and kept elsewhere.
-    Factors of size one go to a dimension of size one where there is one, else to the dimension
-    that ends before them, unless that has features alone and tokens follow.
+    boundaries that both have, and kept elsewhere. A factor of size one goes to a dimension of size
+    one if there is one, else to the dimension that ends before it, unless that has only features
+    and tokens follow.
 
         ((B 2, T 8), (S 16,), (C 64,)) -> [2, 128, 64] gives ((B 2,), (T 8, S 16), (C 64,))
     """
@@ -92,14 +92,14 @@ def regroup(dims: Dims, shape: Sequence[int], reason: str) -> Dims:
 
 
 _Queue = list[tuple[Factor, int]]
-"""Factors with the dimension that each was in."""
+"""Factors, each with the dimension that it was in."""
 
 
 def _align(queue: _Queue, shape: Sequence[int], reason: str) -> _Queue:
-    """The factors, with those that `shape` cuts across blurred into one for each of its sizes.
+    """Returns the factors, with those that `shape` cuts across blurred into one per size.
 
-    Positions are counted from the last dimension: a boundary is the number of elements after it.
-    Both shapes share one that lies on or evenly within a factor of each.
+    A boundary between dimensions is identified by the number of elements after it. Two shapes share
+    a boundary that lies on, or divides evenly, a factor of each.
     """
     old, new = _boundaries([factor.size for factor, _ in queue]), _boundaries(shape)
     if all(_fits(place, old) for place in new):
@@ -124,18 +124,18 @@ def _boundaries(sizes: Sequence[int]) -> list[int]:
 
 
 def _fits(place: int, boundaries: Sequence[int]) -> bool:
-    """Whether a boundary is one of these, or splits what lies between two of them evenly."""
+    """Returns whether a boundary is one of these, or evenly divides what lies between two."""
     low = max((n for n in boundaries if n <= place), default=1)
     high = min((n for n in boundaries if n >= place), default=place)
     return place % low == 0 and high % place == 0
 
 
 def _starts_next(taken: _Queue, queue: _Queue) -> bool:
-    """Whether a factor of size one lies with what follows rather than with what comes before.
+    """Returns whether a factor of size one belongs with what follows it, not with what precedes it.
 
-    It does where it shared a dimension with what follows and not with what comes before; where
-    features come before it and tokens follow; or where tokens come before it and its axis is
-    followed by the next of the same input: rows go with columns.
+    It does if it shared a dimension with what follows and not with what precedes; if features
+    precede it and tokens follow; or if tokens precede it and the next axis of the same input
+    follows: rows go with columns.
     """
     if len(queue) < 2 or not taken:
         return False
@@ -152,7 +152,7 @@ def _starts_next(taken: _Queue, queue: _Queue) -> bool:
 
 
 def _take(queue: _Queue, size: int) -> _Queue:
-    """Pops factors whose sizes multiply to `size`, splitting the last one where it is larger."""
+    """Pops factors whose sizes multiply to `size`; splits the last one if it is larger."""
     taken: _Queue = []
     rest = size
     if size == 1:
@@ -170,7 +170,7 @@ def _take(queue: _Queue, size: int) -> _Queue:
 
 
 def join(products: Sequence[Dimension]) -> Dimension:
-    """The dimension of a concatenation; joins of joins are flattened."""
+    """Returns the dimension of a concatenation; joins of joins are flattened."""
     parts: list[Dimension] = []
     for product in products:
         single = product[0] if len(product) == 1 else None
@@ -181,16 +181,16 @@ def join(products: Sequence[Dimension]) -> Dimension:
 
 
 def is_join(factor: Factor) -> bool:
-    """Whether the parts lie one after another, so that a slice can tell them apart."""
+    """Returns whether a factor is a concatenation whose parts a slice can tell apart."""
     in_order = bool(factor.parts) and not factor.reason
     return in_order and sum(length(part) for part in factor.parts) == factor.size
 
 
 def narrow(product: Dimension, start: int, stop: int, reason: str, step: int = 1) -> Dimension:
-    """The positions `start` to `stop` of a dimension.
+    """Returns the positions `start` to `stop` of a dimension.
 
-    Of a concatenation those of each part, of a product those of its factors where they form one
-    again: a slice that lies within one position of the outer factors has the inner ones alone.
+    A slice of a concatenation is one of its parts. A slice of a product is a product again where
+    it can be: within one position of the outer factors, it has only the inner ones.
 
         (B 2, S 24)[0:24] gives (S 24,), (T 4, S 24)[24:72] gives (T 2, S 24)
     """
@@ -236,9 +236,9 @@ def _pick_one(factor: Factor, positions: range, reason: str) -> Dimension:
 
 
 def find_position(product: Dimension, start: int, stop: int) -> tuple[Dimension, int] | None:
-    """The outer factors of which the positions `start` to `stop` have one alone, and which.
+    """Returns the outer factors of which the slice `start:stop` has one position, and which one.
 
-    Of a single position that is all of them.
+    For a slice of one position, these are all factors.
     """
     if stop - start == 1:
         return product, start
@@ -252,10 +252,10 @@ def find_position(product: Dimension, start: int, stop: int) -> tuple[Dimension,
 
 
 def combine(shape: Sequence[int], operands: Sequence[Dims]) -> Dims:
-    """Provenance of a broadcast: per dimension the operand that knows most.
+    """Returns the dimensions of a broadcast: each from the operand that says most about it.
 
-    That is the one along an axis of lowest rank, in an order that is known, with values that are no
-    constants, the earlier one of several.
+    That is the one along the axis of lowest rank; among these, one in a known order, then one whose
+    values are not constant, then the first.
     """
     result: list[Dimension] = []
     for i, size in enumerate(shape):

@@ -1,7 +1,7 @@
-"""Loops over an axis: single positions that are taken one by one and put together again.
+"""Loops over an axis: positions that are taken one by one, and joined again.
 
-What a loop over frames or samples computes has no dimension for them. Each value follows from one
-position instead, and where all positions of a dimension are stacked or concatenated, it is back.
+The values that a loop over frames or samples computes have no dimension for these. Each follows
+from one position instead. Where all positions are stacked or concatenated, the dimension is back.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from ..relations.terms import Join, Narrow, Relation, Source, Stack, Write
 from .factors import Dimension, find_position, is_named, length
 
 Positions = Mapping[Dimension, int | None]
-"""The dimensions, now gone, of which a value follows from one position; None: from several."""
+"""Dimensions that a value no longer has -> the position it is from; None: several."""
 
 
 def find_positions(node: Node, relation: Relation | None) -> Positions:
-    """Returns those of the operands, and the one that `node` itself takes; the latest last."""
+    """Returns the positions that a node's operands follow from, and last the one that it takes."""
     found = _merge([n.meta["positions"] for n in node.all_input_nodes if "positions" in n.meta])
     for product, position in _taken(relation) if relation is not None else ():
         found = {**{p: i for p, i in found.items() if p != product}, product: position}

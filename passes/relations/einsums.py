@@ -1,4 +1,4 @@
-"""einsums: every op that multiplies tensors and sums over dimensions, seen as one einsum.
+"""Einsums: every op that multiplies tensors and sums over dimensions, in one form.
 
 matmul, bmm, baddbmm, einsum with or without an ellipsis, tensordot, inner, and a broadcast
 multiplication followed by a sum differ in spelling only: each is a list of operands, a label for
@@ -24,8 +24,12 @@ Labels = tuple[str, ...]
 class Einsum:
     """`result[labels] = sum over the other labels of the product of operands[labels]`.
 
-    In a broadcast dimension of size one an operand has the label of the dimension it is broadcast
-    over where the op says no more.
+    Attributes:
+        node: the op.
+        operands: the tensors that are multiplied.
+        terms: the labels of each operand's dimensions. One of size one that is broadcast has the
+            label of the dimension that it is broadcast over.
+        result: the labels of the result's dimensions.
     """
 
     node: Node
@@ -39,19 +43,19 @@ class Einsum:
         return [Source(n, term.index(label)) for n, term in pairs if label in term]
 
     def contracted(self, operand: int) -> list[str]:
-        """The labels of an operand that it shares with another and that are summed over."""
+        """Returns the labels that an operand shares with another and that are summed over."""
         others = {label for k, term in enumerate(self.terms) if k != operand for label in term}
         return [n for n in self.terms[operand] if n in others and n not in self.result]
 
 
 def as_einsum(node: Node) -> Einsum | None:
-    """The product that `node` computes, or None."""
+    """Returns the product that `node` computes, or None."""
     reader = _READERS.get(node.target) if node.op == "call_function" else None
     return reader(node) if reader is not None else None
 
 
 def is_weight(node: Node) -> bool:
-    """Whether `node` is a weight of the model, or a view or a cast of one."""
+    """Returns whether `node` is a weight of the model, or a view or a cast of one."""
     while is_call(node, LAYOUTS) and is_tensor(node.args[0]):
         node = node.args[0]
     return node.op == "get_attr"
@@ -62,7 +66,8 @@ def _rank(node: Node) -> int:
 
 
 def _batch(node: Node, count: int) -> Labels:
-    """Labels of leading dimensions, counted from their end as broadcasting does."""
+    """Returns labels of all but the last `count` dimensions, counted from the last as in
+    broadcasting."""
     return tuple(f"batch{i}" for i in range(_rank(node) - count, 0, -1))
 
 
@@ -135,7 +140,7 @@ def _expand(text: str, span: int) -> Labels:
 
 
 def _summed(node: Node) -> Einsum | None:
-    """(a * b).sum(dim), where each operand is broadcast over a dimension of the other."""
+    """Reads (a * b).sum(dim), where each operand is broadcast over a dimension of the other."""
     source = node.args[0]
     while is_call(source, CASTS):
         source = source.args[0]
@@ -177,16 +182,20 @@ def _of_broadcast(
     return Einsum(node, tuple(operands), tuple(terms), result) if outer else None
 
 
-_READERS: dict[Any, Callable[[Node], Einsum | None]] = {
+PRODUCTS: dict[Any, Callable[[Node], Einsum | None]] = {
     aten.mm.default: _matmul,
     aten.bmm.default: _matmul,
     aten.matmul.default: _matmul,
     aten.addmm.default: _addmm,
     aten.baddbmm.default: _addmm,
-    aten.linear.default: _linear,
     aten.inner.default: _inner,
     aten.tensordot.default: _tensordot,
     aten.einsum.default: _einsum,
+}
+"""Ops whose relation follows from the einsum that they are."""
+_READERS: dict[Any, Callable[[Node], Einsum | None]] = {
+    **PRODUCTS,
+    aten.linear.default: _linear,
     aten.sum.dim_IntList: _summed,
     aten.linalg_vecdot.default: _vecdot,
 }

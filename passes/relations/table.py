@@ -13,6 +13,7 @@ from torch.fx import Node
 from ..attention_ops import attention_call, is_attention_op
 from ..ir import GETITEM, SOFTMAXES, aten, is_pointwise, is_tensor, value
 from . import indexing, layouts, reductions, windows
+from .einsums import PRODUCTS
 from .groups import ALIASES, CASTS, COPIES, SPLITS, SQUEEZES, VIEWS
 from .terms import New, Relation
 
@@ -102,19 +103,7 @@ _REDUCTIONS: Mapping[Any, Callable[[Node], Relations]] = {
     aten.rms_norm.default: reductions.relate_layer_norm,
 }
 _PRODUCTS: Mapping[Any, Callable[[Node], Relations]] = {
-    **dict.fromkeys(
-        (
-            aten.addmm.default,
-            aten.baddbmm.default,
-            aten.bmm.default,
-            aten.einsum.default,
-            aten.inner.default,
-            aten.matmul.default,
-            aten.mm.default,
-            aten.tensordot.default,
-        ),
-        reductions.relate_product,
-    ),
+    **dict.fromkeys(PRODUCTS, reductions.relate_product),
     aten.cdist.default: reductions.relate_distances,
     aten.linalg_vecdot.default: reductions.relate_vecdot,
     aten.linear.default: reductions.relate_linear,

@@ -1,2 +1,6 @@
-"""What :func:`pabc.passes.shard_pass` is made of: where an axis is in a tensor (`places.py`), how
-tensors are cut, gathered and switched (`moves.py`), what each op does to a shard (`rules.py`)."""
+"""The parts of :func:`pabc.passes.shard_pass`.
+
+`places.py` says where an axis lies in a tensor; `moves.py` cuts, gathers and switches shards;
+`by_position.py`, `rules.py` and `joint.py` say which ops a rank computes on its shard, and
+`heads.py` how attention runs on some of the heads; `sharder.py` writes the graph of one rank.
+"""

@@ -1,6 +1,6 @@
-"""The rule of ops that compute each position of an axis from that position of their operands.
+"""The rule for ops that compute each position of an axis from the same position of their operands.
 
-A rank calls them with the arguments that they have, on its positions.
+A rank calls them on its shard with their other arguments unchanged.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from .operands import Operands, ShardArguments
 from .places import AxisPlace
 
 _BY_PLACE = (Mix, Pad, Pick, Roll, Write)
-"""Terms of ops that every rank computes whole, whichever dimension they are about: they move
-positions, and only a few models have them."""
+"""Terms of ops that every rank computes on whole tensors, whichever dimension is sharded: they move
+positions, and few models have them on their way."""
 
 
 def compute_by_position(
     node: Node, place: AxisPlace | None, have: Operands
 ) -> ShardArguments | None:
-    """Returns the arguments for a rank's positions; None where an op mixes those of the axis.
+    """Returns the arguments for a rank's positions; None if the op mixes positions of the axis.
 
-    With several results there is no place: all have to keep the axis of the one operand in shards.
+    With several results there is no place: each has to keep the axis of the sharded operand.
     """
     relations = relate_results(node)
     if relations is None:
@@ -50,7 +50,7 @@ def compute_by_position(
 
 
 def _kept(term: Term) -> tuple[Source, ...]:
-    """Returns the dimensions of which a rank needs its positions alone."""
+    """Returns the dimensions of operands of which a rank needs no positions but its own."""
     if isinstance(term, Like):
         return (term.source,)
     return term.operands if isinstance(term, Keep) else ()

@@ -1,6 +1,6 @@
-"""Attention over all positions, by some of its heads on each rank (Ulysses).
+"""Attention over all positions, with some of the heads on each rank (Ulysses).
 
-(..., H, T, D)  queries; keys and values may have fewer heads, each for a group of queries' heads
+(..., H, T, D)  queries; of keys and values, one head may serve a group of query heads (GQA)
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from .places import AxisPlace
 
 
 def place_of_heads(sizes: Sequence[int]) -> AxisPlace:
-    """Where heads are in queries, keys, values of these sizes."""
+    """Returns where the heads lie in queries, keys or values of these sizes."""
     return AxisPlace(tuple(sizes), len(sizes) - 3, 1, sizes[-3], 1)
 
 
 def split_heads(call: moves.EmitCall, x: Node, count: int, have: Operands) -> Node:
-    """This rank's heads of queries, keys or values; of fewer than `count` heads, as many times each
-    as it takes for a rank to have whole groups."""
+    """Returns this rank's heads of queries, keys or values.
+
+    Fewer than `count` heads are repeated if they do not divide among the ranks.
+    """
     own, ranks = have.place(x), have.ranks
     made = have.whole(x) if own is None else have.shard(x)
     sizes = list(value(x).shape)
@@ -38,7 +40,7 @@ def split_heads(call: moves.EmitCall, x: Node, count: int, have: Operands) -> No
 
 
 def mask_of_heads(mask: Node, heads: AxisPlace, have: Operands) -> Node:
-    """The mask that this rank's heads have, whole but for the others' heads."""
+    """Returns the mask of this rank's heads."""
     sizes = value(mask).shape
     at = len(sizes) - 3
     if at < 0 or sizes[at] == 1:

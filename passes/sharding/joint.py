@@ -19,7 +19,7 @@ from .places import AxisPlace, Ranks
 
 
 def join(node: Node, place: AxisPlace, have: Operands) -> ShardArguments | None:
-    """cat and stack: tokens after one another, or along another dimension."""
+    """Concatenates or stacks: along the dimension of the axis, or another one."""
     parts, dim = (*node.args, 0)[:2]
     if int(dim) % value(node).ndim == place.dim:
         return _join_tokens(parts, place, have)
@@ -27,7 +27,7 @@ def join(node: Node, place: AxisPlace, have: Operands) -> ShardArguments | None:
 
 
 def _join_tokens(parts: Sequence[Node], place: AxisPlace, have: Operands) -> ShardArguments | None:
-    """Tokens of the axis, in shards, beside others that are whole."""
+    """Concatenates tokens in shards with others that every rank has."""
     made: list[Node] = []
     low = 0
     for part in parts:
@@ -43,7 +43,7 @@ def _join_tokens(parts: Sequence[Node], place: AxisPlace, have: Operands) -> Sha
 
 
 def some(node: Node, place: AxisPlace | None, have: Operands) -> ShardArguments | None:
-    """A slice: along another dimension; or the tokens of the axis alone, or others alone."""
+    """Slices: along another dimension; or takes the sharded tokens alone, or the others alone."""
     source, dim, start, stop, step = _slice_of(node, 1)
     own = have.place(source)
     if own is None or dim % len(own.sizes) != own.dim:
@@ -59,7 +59,7 @@ def some(node: Node, place: AxisPlace | None, have: Operands) -> ShardArguments 
 
 
 def _slice_of(node: Node, num_tensors: int) -> tuple[Any, ...]:
-    """The operands of a slice: tensors, dimension, start, stop, step."""
+    """Returns the arguments of a slice: `num_tensors` tensors, dimension, start, stop, step."""
     defaults = (0, None, None, 1)
     given = (*node.args, *defaults[len(node.args) - num_tensors :])
     tensors, (dim, start, stop, step) = given[:num_tensors], given[num_tensors:]
@@ -67,14 +67,14 @@ def _slice_of(node: Node, num_tensors: int) -> tuple[Any, ...]:
 
 
 def _local_bounds(own: AxisPlace, bounds: Sequence[int], ranks: Ranks) -> list[int]:
-    """Where bounds that lie outside of the axis's tokens are in a shard."""
+    """Returns where bounds, none of which lies among the axis's tokens, are in a shard."""
     last = own.low + own.count(own.size)
     less = own.count(own.size) - own.count(ranks.share(own.size))
     return [n if n < last else n - less for n in bounds]
 
 
 def split(node: Node, place: AxisPlace | None, have: Operands) -> ShardArguments | None:
-    """Along another dimension; or tokens of the axis from others."""
+    """Splits: along another dimension; or the sharded tokens from the others."""
     source, sizes, dim = (*node.args, 0)[:3]
     own = have.place(source)
     if own is None or dim % len(own.sizes) != own.dim:
@@ -83,14 +83,14 @@ def split(node: Node, place: AxisPlace | None, have: Operands) -> ShardArguments
         return None
     bounds = [0, *accumulate(sizes)]
     first, last = own.low, own.sizes[own.dim] - own.high
-    if [n for n in bounds if first <= n <= last] != [first, last]:  # one part has all of them
+    if [n for n in bounds if first <= n <= last] != [first, last]:  # not all in one part
         return None
     cuts = _local_bounds(own, bounds, have.ranks)
     return (have.shard(source), [b - a for a, b in pairwise(cuts)], dim), {}
 
 
 def scatter(node: Node, place: AxisPlace, have: Operands) -> ShardArguments | None:
-    """Along another dimension; or all tokens of the axis anew, beside others."""
+    """Writes a slice: along another dimension; or all of the sharded tokens."""
     into, source, dim, start, stop, step = _slice_of(node, 2)
     num_dims = len(place.sizes)
     if dim % num_dims != place.dim:
@@ -108,7 +108,7 @@ def scatter(node: Node, place: AxisPlace, have: Operands) -> ShardArguments | No
 
 
 def item(node: Node, place: AxisPlace | None, have: Operands) -> ShardArguments | None:
-    """Of several results in shards: positions of the axis; or of a split, tokens of others."""
+    """Takes one of several results: a shard; or, of a split, tokens that every rank has."""
     source, index = node.args
     assert isinstance(source, Node) and isinstance(index, int)
     if place is None and not _is_of_others(source, index, have):
@@ -117,6 +117,7 @@ def item(node: Node, place: AxisPlace | None, have: Operands) -> ShardArguments 
 
 
 def _is_of_others(split: Node, index: int, have: Operands) -> bool:
+    """Returns whether a part of a split holds only tokens that every rank has."""
     if split.target is not aten.split_with_sizes.default:
         return False
     source, sizes, dim = (*split.args, 0)[:3]

@@ -1,6 +1,6 @@
-"""Tensors cut into shards, gathered from them, and switched from one axis to another.
+"""Cutting tensors into shards, gathering them, and switching shards from one axis to another.
 
-P  ranks; each has ceil(size / P) positions of an axis, padded with zeros after the last
+P  ranks; each has ceil(size / P) positions of an axis, padded with zeros at the end
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _PACKS = (*_UNPACKS, *COPIES, aten.constant_pad_nd.default)
 """Ops that may stand between a tensor and the collective that sends it."""
 
 EmitCall = Callable[..., Node]
-"""(op, *args, **kwargs) -> its call, written to the graph."""
+"""(op, *args, **kwargs) -> a call of it, added to the graph that is being written."""
 
 
 def cut(call: EmitCall, x: Node, place: AxisPlace, ranks: Ranks) -> Node:
-    """This rank's positions of an axis of a whole tensor."""
+    """Returns this rank's positions of an axis of a whole tensor."""
     if place.low or place.high:
         return _within(call, x, place, place.size, lambda y: cut(call, y, place.inner, ranks))
     share = ranks.share(place.size)
@@ -40,7 +40,7 @@ def cut(call: EmitCall, x: Node, place: AxisPlace, ranks: Ranks) -> Node:
 
 
 def gather(call: EmitCall, x: Node, place: AxisPlace, ranks: Ranks) -> Node:
-    """The whole of a tensor of which each rank has its positions of an axis."""
+    """Returns all positions of a tensor of which each rank has a shard."""
     share = ranks.share(place.size)
     if place.low or place.high:
         return _within(call, x, place, share, lambda y: gather(call, y, place.inner, ranks))
@@ -56,9 +56,9 @@ def gather(call: EmitCall, x: Node, place: AxisPlace, ranks: Ranks) -> Node:
 
 
 def switch(call: EmitCall, x: Node, old: AxisPlace, new: AxisPlace, ranks: Ranks) -> Node:
-    """From shards of one axis to shards of another, by one all-to-all.
+    """Returns shards of the `new` axis, made from shards of the `old` one by one all-to-all.
 
-    Each rank sends, to each other one, that one's positions of the new axis.
+    Each rank sends every other rank the positions of the new axis that belong to it.
     """
     if any(place.low or place.high for place in (old, new)):
         return cut(call, gather(call, x, old, ranks), new, ranks)
@@ -73,7 +73,7 @@ def switch(call: EmitCall, x: Node, old: AxisPlace, new: AxisPlace, ranks: Ranks
     sent = _contiguous(call, call(aten.permute.default, by_rank, order))
     even = [1] * ranks.size
     received = _wait(call, call(ALL_TO_ALL, sent, even, even, ranks.group))
-    # (P, ...) with the old axis's positions of each rank: they go beside what is there of it
+    # (P, ...): dimension 0 is the rank that sent, and becomes the outer part of the old axis
     to = list(range(1, len(sizes)))
     to.insert(at_old, 0)
     merged = list(product)
@@ -85,8 +85,11 @@ def switch(call: EmitCall, x: Node, old: AxisPlace, new: AxisPlace, ranks: Ranks
 
 
 def split_heads(call: EmitCall, x: Node, place: AxisPlace, heads: AxisPlace, ranks: Ranks) -> Node:
-    """From shards of an axis of sequences to shards of heads: of the tokens that every rank has,
-    its own heads are enough."""
+    """Returns shards of heads, made from shards of a sequence.
+
+    Of the tokens that every rank has (`place.low`, `place.high`), a rank takes its heads: nothing
+    is sent for them.
+    """
     share = ranks.share(place.size)
     if not (place.low or place.high):
         return switch(call, x, place, heads, ranks)
@@ -98,8 +101,10 @@ def split_heads(call: EmitCall, x: Node, place: AxisPlace, heads: AxisPlace, ran
 
 
 def join_heads(call: EmitCall, x: Node, place: AxisPlace, heads: AxisPlace, ranks: Ranks) -> Node:
-    """From shards of heads to shards of an axis of sequences; the tokens that every rank has are
-    gathered."""
+    """Returns shards of a sequence, made from shards of heads.
+
+    The tokens that every rank has are gathered over all heads.
+    """
     if not (place.low or place.high):
         return switch(call, x, heads, place, ranks)
     return _apart(
@@ -110,7 +115,7 @@ def join_heads(call: EmitCall, x: Node, place: AxisPlace, heads: AxisPlace, rank
 
 
 def _resized(heads: AxisPlace, x: Node) -> AxisPlace:
-    """Where all heads are, in a tensor with the other dimensions of `x`."""
+    """Returns the place of all heads in a tensor with the other dimensions of `x`."""
     sizes = list(value(x).shape)
     sizes[heads.dim] = heads.size
     return replace(heads, sizes=tuple(sizes))
@@ -119,7 +124,7 @@ def _resized(heads: AxisPlace, x: Node) -> AxisPlace:
 def _within(
     call: EmitCall, x: Node, place: AxisPlace, size: int, by: Callable[[Node], Node]
 ) -> Node:
-    """What becomes of the tokens of an axis, of which there are `size` positions; others stay."""
+    """Applies `by` to the tokens of an axis of `size` positions; the others stay as they are."""
     return _apart(call, x, place, size, lambda y: y, by)
 
 
@@ -131,7 +136,7 @@ def _apart(
     others: Callable[[Node], Node],
     own: Callable[[Node], Node],
 ) -> Node:
-    """What becomes of the tokens of an axis, and of others in the same dimension."""
+    """Applies `own` to the tokens of an axis of `size` positions, `others` to those beside them."""
     first, last = place.low, place.low + place.count(size)
     parts = []
     spans = (0, first, others), (first, last, own), (last, last + place.high, others)
@@ -142,7 +147,8 @@ def _apart(
 
 
 def _both(old: AxisPlace, new: AxisPlace) -> tuple[list[int], int, int]:
-    """Sizes of a whole tensor with both axes apart, and the dimensions of the two."""
+    """Returns the sizes of a whole tensor viewed with both axes as dimensions of their own, and the
+    two dimensions."""
     if old.dim != new.dim:
         first, second = sorted((old, new), key=lambda place: place.dim)
         sizes = [
@@ -171,7 +177,7 @@ def _pad(call: EmitCall, x: Node, dim: int, size: int) -> Node:
         return x
     pads = [0] * (2 * (value(x).ndim - dim))
     pads[-1] = missing
-    if value(x).dtype is torch.bool:  # a mask: tokens that are not there attend to all, not to none
+    if value(x).dtype is torch.bool:  # of a mask: padded rows of False alone would give NaN
         return call(aten.constant_pad_nd.default, x, pads, True)
     return call(aten.constant_pad_nd.default, x, pads)
 
@@ -185,8 +191,10 @@ def _wait(call: EmitCall, x: Node) -> Node:
 
 
 def overlap(graph: Graph) -> None:
-    """Moves each collective, and what packs its tensor, to just after what makes the tensor; each
-    wait, and what unpacks, to just before what needs it: what lies between is computed meanwhile.
+    """Lets communication and computation overlap.
+
+    Each collective, with the ops that pack its tensor, moves to right after the tensor is computed;
+    each wait, with the ops that unpack, to right before its result is read.
     """
     for node in list(graph.nodes):
         if node.target in (ALL_TO_ALL, ALL_GATHER):
@@ -199,7 +207,7 @@ def overlap(graph: Graph) -> None:
             waiting.add(node)
     for node in reversed(list(graph.nodes)):
         if node in waiting and node.users:
-            min(node.users).prepend(node)  # nodes compare by their place
+            min(node.users).prepend(node)  # nodes compare by their order in the graph
 
 
 def _launch_early(collective: Node) -> None:
@@ -216,8 +224,13 @@ def _launch_early(collective: Node) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Collective:
-    """A call in which `ranks` processes take part: `op` is `"all_to_all"` or `"all_gather"`;
-    `nbytes` is what each of them sends to others."""
+    """A call in which processes exchange data.
+
+    Attributes:
+        op: `"all_to_all"` or `"all_gather"`.
+        ranks: the number of processes that take part.
+        nbytes: the bytes that each of them sends to others.
+    """
 
     op: str
     ranks: int
@@ -225,7 +238,7 @@ class Collective:
 
 
 def find_collective(node: Node) -> Collective | None:
-    """What a node sends, where it is one."""
+    """Returns the collective that a node calls, or None."""
     if node.target is ALL_TO_ALL:
         ranks = len(node.args[1])
         return Collective("all_to_all", ranks, value(node.args[0]).nbytes * (ranks - 1) // ranks)
@@ -236,5 +249,5 @@ def find_collective(node: Node) -> Collective | None:
 
 
 def find_collectives(graph: Graph) -> tuple[Collective, ...]:
-    """Those of a graph, in its order."""
+    """Returns the collectives of a graph, in its order."""
     return tuple(found for found in map(find_collective, graph.nodes) if found is not None)

@@ -1,4 +1,4 @@
-"""Where an axis is in a tensor, and what a rank has of it."""
+"""Where an axis lies in a tensor, and which share of it a rank has."""
 
 from __future__ import annotations
 
@@ -11,24 +11,36 @@ from ..ir import Axis, Dims, Factor
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """The processes among which tokens are divided: how many, which one this is, their group."""
+    """The processes among which tokens are sharded.
+
+    Attributes:
+        size: their number.
+        rank: which one this is.
+        group: the name of their process group.
+    """
 
     size: int
     rank: int
     group: str
 
     def share(self, size: int) -> int:
-        """The positions of an axis that each rank has; the last ones' may be padding."""
+        """Returns how many of `size` positions each rank has; the last ones may be padding."""
         return -(-size // self.size)
 
 
 @dataclass(frozen=True, slots=True)
 class AxisPlace:
-    """An axis of `size` positions in dimension `dim` of a tensor, which is before x size x after.
+    """Where an axis lies: dimension `dim` is low + (before x size x after) + high.
 
-    `sizes`: those of the whole tensor. `low` and `high`: how many tokens of others, which every
-    rank has, lie in that dimension before those of the axis and after them (text in one sequence
-    with latents).
+    Attributes:
+        sizes: of the whole tensor.
+        dim: the dimension that the axis lies in.
+        before: the product of the factors outside of the axis.
+        size: the number of positions of the axis.
+        after: the product of the factors inside of it.
+        low: the number of tokens before those of the axis that every rank has: text in one
+            sequence with latents, say.
+        high: the number of such tokens after those of the axis.
     """
 
     sizes: tuple[int, ...]
@@ -41,47 +53,47 @@ class AxisPlace:
 
     @property
     def inner(self) -> AxisPlace:
-        """The place in what is left without the tokens of others."""
+        """The place in the tensor without the tokens that every rank has."""
         sizes = list(self.sizes)
         sizes[self.dim] -= self.low + self.high
         return replace(self, sizes=tuple(sizes), low=0, high=0)
 
     def count(self, size: int) -> int:
-        """Tokens of `size` positions of the axis."""
+        """Returns the number of tokens at `size` positions of the axis."""
         return self.before * size * self.after
 
     @property
     def at(self) -> int:
-        """The dimension of the axis, where it is one of its own."""
+        """The dimension of the axis in a view that has it apart (:meth:`apart`)."""
         return self.dim + 1
 
     def apart(self, size: int) -> list[int]:
-        """Sizes with the axis as a dimension of its own, of which there are `size` positions."""
+        """Returns sizes with the axis, of `size` positions, as a dimension of its own."""
         lead, rest = self.sizes[: self.dim], self.sizes[self.dim + 1 :]
         return [*lead, self.before, size, self.after, *rest]
 
     def together(self, size: int) -> list[int]:
-        """Sizes of the tensor with `size` positions of the axis."""
+        """Returns the sizes of the tensor with `size` positions of the axis."""
         lead, rest = self.sizes[: self.dim], self.sizes[self.dim + 1 :]
         return [*lead, self.low + self.count(size) + self.high, *rest]
 
     @property
     def num_before(self) -> int:
-        """Elements from one position of what is before the axis to the next: their number."""
+        """The number of positions of everything outside of the axis, in row-major order."""
         return math.prod(self.sizes[: self.dim]) * self.before
 
     def is_like(self, other: AxisPlace) -> bool:
-        """Whether the axis is cut in the same way."""
+        """Returns whether the axis divides its dimension in the same way."""
         mine, others = ((p.before, p.size, p.after, p.low, p.high) for p in (self, other))
         return mine == others
 
     def from_right(self, num_dims: int) -> int:
-        """Its dimension in a tensor of so many dimensions that is broadcast with this one."""
+        """Returns the dimension of the axis in a tensor that is broadcast with this one."""
         return num_dims - len(self.sizes) + self.dim
 
 
 def find_place(sizes: Sequence[int], dims: Dims | None, axis: Axis) -> AxisPlace | None:
-    """Where an axis is in a tensor; None where it is nowhere, or in more than one place."""
+    """Returns where an axis lies in a tensor; None if nowhere, or in more than one place."""
     found: list[AxisPlace | None] = []
     for dim, product in enumerate(dims or ()):
         for i, factor in enumerate(product):
@@ -99,7 +111,8 @@ def find_place(sizes: Sequence[int], dims: Dims | None, axis: Axis) -> AxisPlace
 
 
 def resize(dims: Dims, axis: Axis, to: Callable[[int], int]) -> Dims:
-    """The same dimensions with another number of positions of an axis, where they can be told."""
+    """Returns dimensions with another number of positions of an axis, where these can be told
+    apart."""
 
     def resized(factor: Factor) -> Factor:
         if factor.reason or axis not in factor.axes():

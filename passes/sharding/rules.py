@@ -20,7 +20,7 @@ from .places import AxisPlace
 
 
 def view(node: Node, place: AxisPlace, have: Operands) -> ShardArguments | None:
-    """The same order of elements, with the sizes of a shard."""
+    """Views a shard in the sizes of a shard."""
     source = node.args[0]
     own = have.place(source)
     if own is None or own.num_before != place.num_before or own.size != place.size:
@@ -29,7 +29,7 @@ def view(node: Node, place: AxisPlace, have: Operands) -> ShardArguments | None:
 
 
 def expand(node: Node, place: AxisPlace, have: Operands) -> ShardArguments | None:
-    """To the sizes of a shard."""
+    """Expands a shard to the sizes of a shard."""
     source = node.args[0]
     assert isinstance(source, Node)
     own = have.place(source)
@@ -51,7 +51,7 @@ RULES: dict[Any, ShardRule] = {
 """Ops whose arguments differ for a shard."""
 
 MAY_BE_WHOLE = (some, item)
-"""Rules that may give tokens of others alone, which every rank has."""
+"""Rules whose results may hold only tokens that every rank has."""
 
 
 def find_rule(node: Node) -> ShardRule | None:

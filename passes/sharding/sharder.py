@@ -1,4 +1,4 @@
-"""Writes a graph anew for one rank: each node whole, or in shards of an axis."""
+"""Rewriting a graph for one rank: each node is computed whole, or as a shard of an axis."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Output = Literal["full", "sharded"]
 
 
 def attentions_by_region(gm: GraphModule) -> dict[int, list[Node]]:
-    """The attentions of each region that has some."""
+    """Returns the attentions of each region that has any."""
     found: dict[int, list[Node]] = {}
     for node in gm.graph.nodes:
         if "attention" in node.meta and "region" in node.meta:
@@ -28,15 +28,18 @@ def attentions_by_region(gm: GraphModule) -> dict[int, list[Node]]:
 
 
 def mix(attentions: Iterable[Node], axis: Axis) -> bool:
-    """Whether a query of one position of the axis attends to keys of others."""
+    """Returns whether queries attend to keys at other positions of the axis."""
     return any(
         axis in factor.axes() for node in attentions for factor in node.meta["attention"].key
     )
 
 
 class Sharder:
-    """Writes the graph anew. Of each node there is a version that is whole, or in shards of an
-    axis; others are made of it where they are needed."""
+    """Rewrites a graph for one rank.
+
+    Each node is computed once, whole or as a shard of an axis. Other versions of it (gathered, cut,
+    a shard of another axis) are made where they are needed.
+    """
 
     def __init__(
         self,
@@ -49,12 +52,20 @@ class Sharder:
         *,
         early: bool,
     ) -> None:
-        """`streams`: the inputs that are denoised; `axes`: those that can be sharded, the best
-        first; `axis`: that which is, outside of regions; `early`: from the inputs on, not only
-        from the first region."""
+        """Prepares to rewrite `gm`.
+
+        Args:
+            gm: the graph of one process.
+            streams: the inputs that are denoised.
+            ranks: the processes, and which one the graph is for.
+            axes: those that can be sharded, the best first.
+            axis: the one that is sharded outside of regions.
+            output: whether outputs are gathered.
+            early: whether to shard from the inputs on, not only from the first region.
+        """
         self.ranks = ranks
         self.gathered: set[int] = set()
-        """The regions whose attention every rank computes as a whole."""
+        """The regions whose attention every rank computes whole."""
         self._gm = gm
         self._axes = axes
         self._axis = axis
@@ -62,10 +73,10 @@ class Sharder:
         self._early = early
         self._graph = Graph()
         self._first: dict[Node, Axis | None] = {}
-        """In what form a node was computed."""
+        """The axis of which a node was computed as a shard; None: whole."""
         self._versions: dict[tuple[Node, Axis | None], Node] = {}
         self._inside: dict[tuple[Node, Any, int], Node] = {}
-        """Versions that were made in a region, for it alone."""
+        """Versions made in a region, which nothing outside of it may read."""
         self._follows = _find_following(gm, streams)
         self._run_axis = {
             region: self._choose_axis(attentions)
@@ -75,7 +86,7 @@ class Sharder:
         self._current: Axis | None = None
 
     def run(self) -> GraphModule:
-        """The graph for one rank."""
+        """Returns the graph for one rank."""
         for node in self._gm.graph.nodes:
             self._region = node.meta.get("region")
             self._current = self._run_axis.get(self._region, self._axis)
@@ -89,38 +100,40 @@ class Sharder:
         return make_module(self._gm, self._graph)
 
     def _choose_axis(self, attentions: Sequence[Node]) -> Axis:
-        """The one that is divided within a region: as outside, or the best that none mixes."""
+        """Returns the axis to shard in a region: as outside, or the best that nothing mixes."""
         if not mix(attentions, self._axis):
             return self._axis
         others = [axis for axis in self._axes if not mix(attentions, axis)]
         return others[0] if others else self._axis
 
-    # What rules ask for.
+    # Operands, for rules.
 
     def place(self, node: Node) -> AxisPlace | None:
-        """Where the current axis is, in what comes to a node in shards of it."""
+        """Returns where the current axis lies in an operand; None if it is whole."""
         return self._place(node, self._current) if self._is_sharded(node) else None
 
     def shard(self, node: Node) -> Node:
-        """This rank's positions of the current axis."""
+        """Returns a node's shard of the current axis."""
         return self._version(node, self._current)
 
     def whole(self, node: Node) -> Node:
-        """All positions."""
+        """Returns a node with all positions."""
         return self._version(node, None)
 
     def cut(self, node: Node, place: AxisPlace) -> Node:
-        """This rank's positions, of what has the axis in a place without its name."""
+        """Returns this rank's positions of a node in which the axis, though not named, lies at
+        `place`."""
         inside = self._region if node.meta.get("region") == self._region else None
         key = (node, (place, self._current), -1 if inside is None else inside)
         if key not in self._inside:
             self._inside[key] = moves.cut(self._call(inside), self.whole(node), place, self.ranks)
         return self._inside[key]
 
-    # Forms.
+    # Versions.
 
     def _is_sharded(self, node: Node) -> bool:
-        """Whether a node comes in shards: as it is one, or as a region's latents enter it."""
+        """Returns whether a node is read as a shard: it was computed as one, or follows from the
+        latents and enters a region."""
         if self._first[node] is not None:
             return True
         enters = self._region is not None and node.meta.get("region") != self._region
@@ -134,7 +147,7 @@ class Sharder:
         return find_place(value(node).shape, node.meta.get("axes"), axis)
 
     def _version(self, node: Node, axis: Axis | None) -> Node:
-        """A node in shards of an axis, or whole."""
+        """Returns a node as a shard of an axis, or whole."""
         first = self._first[node]
         if axis == first:
             return self._versions[node, first]
@@ -170,7 +183,7 @@ class Sharder:
         raise AssertionError(f"{node.name} has no place for {axis}")
 
     def _describe(self, made: Node, node: Node, axis: Axis | None) -> None:
-        """Says where axes are in what a node has become, in shards of one of them."""
+        """Notes the dimensions of a version of a node that is a shard of an axis."""
         dims = node.meta.get("axes")
         if dims is not None and is_tensor(node):
             made.meta["axes"] = dims if axis is None else resize(dims, axis, self.ranks.share)
@@ -189,8 +202,7 @@ class Sharder:
     # Nodes.
 
     def _compute_shard(self, node: Node) -> bool:
-        """Writes an op on this rank's positions, where one of its operands is in shards and it has
-        a rule."""
+        """Computes an op on shards, if one of its operands is in shards and a rule allows it."""
         if not any(self._is_sharded(n) for n in node.all_input_nodes):
             return False
         rule = find_rule(node)
@@ -207,7 +219,7 @@ class Sharder:
         return True
 
     def _compute_heads(self, node: Node, place: AxisPlace) -> bool:
-        """Writes attention that mixes the axis, of all positions by the heads that the rank has."""
+        """Computes attention that mixes the axis over all positions, for the rank's heads."""
         if node.target is not aten.scaled_dot_product_attention.default or len(place.sizes) < 3:
             return False
         places = [place, *(self.place(x) for x in node.args[:3])]
@@ -228,7 +240,7 @@ class Sharder:
         return True
 
     def _copy(self, node: Node) -> None:
-        """Writes an op on whole operands."""
+        """Computes an op on whole operands."""
         if "attention" in node.meta and "region" in node.meta and node in self._follows:
             self.gathered.add(node.meta["region"])
         args, kwargs = map_arg((node.args, dict(node.kwargs)), self.whole)
@@ -247,8 +259,10 @@ class Sharder:
         self._versions[node, axis] = made
 
     def _find_val(self, made: Node) -> Any:
-        """What a call yields of what it is given now; where memory is no longer laid out as a view
-        needs it, the call becomes one that copies."""
+        """Returns the fake tensors that a call yields for its new operands.
+
+        A view that the layout of a shard does not allow becomes a copy.
+        """
         given, named = map_arg((made.args, made.kwargs), lambda n: n.meta["val"])
         target: Any = made.target
         try:
@@ -260,7 +274,7 @@ class Sharder:
             return aten.reshape.default(*given, **named)
 
     def _leave(self, node: Node) -> None:
-        """Has a region give out its cut in shards of the axis that is divided outside."""
+        """Turns a region's cut into a shard of the axis that is sharded outside."""
         first, region = self._first[node], node.meta["region"]
         inner = self._versions[node, first]
         if first == self._axis or self._place(node, self._axis) is None:
@@ -279,7 +293,7 @@ class Sharder:
         output_node(self._graph).meta.update(node.meta)
 
     def _own(self, node: Node) -> Node:
-        """This rank's positions of what has some; the whole of anything else."""
+        """Returns a node as a shard if the axis lies in it, else whole."""
         has_some = self._place(node, self._axis) is not None
         return self._version(node, self._axis if has_some else None)
 

@@ -1,4 +1,4 @@
-"""composites: which of PyTorch's composite ops a captured graph keeps, and which it takes apart."""
+"""composites: which of PyTorch's composite ops a captured graph keeps, and which are decomposed."""
 
 from __future__ import annotations
 
@@ -71,10 +71,10 @@ take it apart would only hide what it does.
 
 
 def decompose_unknown_composites(program: ExportedProgram) -> ExportedProgram:
-    """Makes every op functional, and takes apart the composite ops that no pass has a rule for.
+    """Makes every op functional, and decomposes the composite ops that no pass knows.
 
-    A composite is defined by other ops, and eager mode runs just those: to take it apart changes
-    no bit, and spares a rule for every spelling (concat for cat, hstack, tile, tensordot, ...).
+    A composite is defined by other ops, which eager mode runs: decomposing it changes no bit, and
+    spares an entry for every spelling (concat for cat, hstack, tile, ...).
     """
     _drop_dropouts(program.graph)
     if not _needs_whole_trace(program) and _expand(program.graph):
@@ -96,15 +96,17 @@ def decompose_unknown_composites(program: ExportedProgram) -> ExportedProgram:
 
 
 def _needs_whole_trace(program: ExportedProgram) -> bool:
-    """Whether a trace of the whole graph has more to write out than composites: autocast's casts,
-    the tensors that others are made of."""
+    """Returns whether the whole graph has to be traced again: for autocast's casts, or for tensors
+    that are made of others."""
     tensors = (*program.state_dict.values(), *program.constants.values())
     return torch._C._is_any_autocast_enabled() or any(map(is_traceable_wrapper_subclass, tensors))
 
 
 def _drop_dropouts(graph: Graph) -> None:
-    """Where it drops nothing, dropout returns the very tensor that it was given: what is written to
-    one is written to both."""
+    """Removes dropout that drops nothing.
+
+    It returns the very tensor that it was given: a write to one is a write to both.
+    """
     for node in graph.find_nodes(op="call_function", target=aten.dropout.default):
         if not node.args[2]:
             node.replace_all_uses_with(node.args[0])
@@ -112,8 +114,8 @@ def _drop_dropouts(graph: Graph) -> None:
 
 
 def _has_plain_ops(graph: Graph) -> bool:
-    """Whether no op takes a graph as its argument, sizes are numbers, and what is written to is
-    seen by no other op."""
+    """Returns whether no op takes a graph as an argument, sizes are fixed, and no other op reads a
+    tensor that is written to."""
     ops = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
     return not has_free_sizes(graph) and all(
         node.target is GETITEM or _is_plain(node) for node in ops
@@ -133,8 +135,10 @@ def _is_plain(node: Node) -> bool:
 
 
 def _functional_form(node: Node) -> torch._ops.OpOverload | None:
-    """The op that computes what this one writes to its first operand, where no other node has that
-    operand or a part of it; else None."""
+    """Returns the op that computes what this one writes to its first operand.
+
+    None if another node reads that operand, or a part of it.
+    """
     op, operand = node.target, node.args[0]
     assert isinstance(op, torch._ops.OpOverload)
     name, _, overload = op.name().partition("::")[2].partition(".")
@@ -148,7 +152,7 @@ def _functional_form(node: Node) -> torch._ops.OpOverload | None:
 
 
 def _takes_memory(op: Any) -> bool:
-    """Whether what an op returns is nothing but its own: no view, and no operand as it is."""
+    """Returns whether an op's results are new memory: no view, and none of its operands."""
     if not isinstance(op, torch._ops.OpOverload):
         return False
     may_alias = any(result.alias_info is not None for result in op._schema.returns)
@@ -156,10 +160,10 @@ def _takes_memory(op: Any) -> bool:
 
 
 def _expand(graph: Graph) -> bool:
-    """Puts the ops that a composite consists of in its place: each call by itself, and each kind of
-    call once. A trace of the whole graph, as torch.export makes it, takes ten times as long.
+    """Replaces each composite by the ops that it consists of; equal calls are traced once.
 
-    False, and nothing done, where only that can make every op functional.
+    Tracing the whole graph, as torch.export does, takes ten times as long. Returns False, with
+    nothing changed, if only that makes every op functional.
     """
     if not _has_plain_ops(graph):
         return False
@@ -192,7 +196,7 @@ def _is_write(node: Node) -> bool:
 
 
 def find_unknown_composites(graph: Graph) -> set[torch._ops.OpOverload]:
-    """Composite ops called in a graph that are neither pointwise nor known to any pass."""
+    """Returns the composite ops called in a graph that are neither pointwise nor kept."""
     calls = [n for n in graph.nodes if n.op == "call_function" and not is_attention_op(n)]
     targets = {node.target for node in calls}
     return {op for op in targets if isinstance(op, torch._ops.OpOverload) and _is_unknown(op)}
