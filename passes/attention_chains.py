@@ -16,7 +16,6 @@ from torch.fx import GraphModule, Node
 from .axes import infer
 from .ir import (
     GETITEM,
-    SOFTMAXES,
     Axis,
     Dims,
     Factor,
@@ -29,7 +28,7 @@ from .ir import (
 )
 from .provenance.factors import Dimension, combine, is_named, length, unknown
 from .relations.einsums import Einsum, as_einsum, is_weight
-from .relations.groups import LAYOUTS, SPLITS
+from .relations.groups import LAYOUTS, SOFTMAXES, SPLITS
 
 _EXPONENTIALS = frozenset({*SOFTMAXES, aten.exp.default, aten.log_softmax.int, aten.exp2.default})
 _CARRIERS = frozenset(

@@ -19,27 +19,10 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
+from .relations.groups import CONTRACTIONS
+
 aten = torch.ops.aten
 
-# One primitive op per line of thought: what an op may do to values, not what models call it.
-CONTRACTIONS = frozenset(
-    {
-        aten.linear.default,
-        aten.mm.default,
-        aten.bmm.default,
-        aten.addmm.default,
-        aten.baddbmm.default,
-        aten.matmul.default,
-        aten.inner.default,
-        aten.tensordot.default,
-        aten.convolution.default,
-        aten.conv1d.default,
-        aten.conv2d.default,
-        aten.conv3d.default,
-        torch.ops.mkldnn._linear_pointwise.default,
-    }
-)
-SOFTMAXES = frozenset({aten.softmax.int, aten._softmax.default, aten._safe_softmax.default})
 MASKS = (torch.bool, torch.uint8)
 """Dtypes of an index tensor that is a mask, not a list of positions."""
 COLLECTIVES = ("_c10d_functional", "c10d", "c10d_functional")

@@ -13,7 +13,6 @@ from .attention_chains import AttentionChain, find_chains, find_unclaimed_softma
 from .attention_ops import attention_call, is_attention_op
 from .facts import Denoised, Enlarged, Tagged
 from .ir import (
-    SOFTMAXES,
     Attention,
     Dims,
     Reach,
@@ -23,6 +22,7 @@ from .ir import (
     user_inputs,
 )
 from .kinds import FoundAttention, name_in_kinds
+from .relations.groups import SOFTMAXES
 from .single_axes import SingleAxes
 
 

@@ -24,6 +24,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from ..ir import aten, is_call, is_tensor, value
+from ..relations.groups import CASTS, SPLITS, VIEWS
 from .match import are_same, insert
 
 LEAD = 3
@@ -31,8 +32,7 @@ LEAD = 3
 MOST_OPS = 64
 """Ops of an embedding at most."""
 
-_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
-_COPIES = (aten._to_copy.default, aten.clone.default)
+_COPIES = (*CASTS, aten.clone.default)
 _ARITHMETIC = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.neg.default)
 _ALONG = {
     aten.unbind.int: 1,
@@ -40,9 +40,7 @@ _ALONG = {
     aten.cat.default: 1,
     aten.slice.Tensor: 1,
     aten.select.int: 1,
-    aten.split.Tensor: 2,
-    aten.split_with_sizes.default: 2,
-    aten.chunk.default: 2,
+    **dict.fromkeys(SPLITS, 2),
     aten.unsqueeze.default: 1,
     aten.squeeze.dim: 1,
 }
@@ -140,7 +138,7 @@ def _is_wide(node: Node, root: Node) -> bool:
 
 def _is_known(node: Node, root: Node) -> bool:
     """Returns True if a node does the same to every token, by an op that can run on the probe."""
-    if is_call(node, _VIEWS):
+    if is_call(node, VIEWS):
         return _is_wide(node, root)
     if is_call(node, _COPIES):
         return value(node).is_floating_point()
@@ -178,7 +176,7 @@ def _probe(source: Node, ops: Sequence[Node]) -> RotaryEmbedding | None:
 
 def _run(op: Node, given: Mapping[Node, Any]) -> Any:
     args = map_arg(op.args, lambda n: given[n])
-    if is_call(op, _VIEWS):
+    if is_call(op, VIEWS):
         return args[0].reshape(*args[0].shape[:LEAD], *value(op).shape[LEAD:])
     if is_call(op, _COPIES):
         return args[0]

@@ -14,7 +14,7 @@ from typing import Any
 from torch.fx import Node
 
 from ..ir import aten, is_call, is_tensor, value
-from .groups import CASTS, LAYOUTS
+from .groups import CASTS, LAYOUTS, MATMULS, MATMULS_WITH_BIAS
 from .terms import Source
 
 Labels = tuple[str, ...]
@@ -183,11 +183,8 @@ def _of_broadcast(
 
 
 PRODUCTS: dict[Any, Callable[[Node], Einsum | None]] = {
-    aten.mm.default: _matmul,
-    aten.bmm.default: _matmul,
-    aten.matmul.default: _matmul,
-    aten.addmm.default: _addmm,
-    aten.baddbmm.default: _addmm,
+    **dict.fromkeys(MATMULS, _matmul),
+    **dict.fromkeys(MATMULS_WITH_BIAS, _addmm),
     aten.inner.default: _inner,
     aten.tensordot.default: _tensordot,
     aten.einsum.default: _einsum,

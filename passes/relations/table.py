@@ -11,10 +11,19 @@ from typing import Any
 from torch.fx import Node
 
 from ..attention_ops import attention_call, is_attention_op
-from ..ir import GETITEM, SOFTMAXES, aten, is_pointwise, is_tensor, value
+from ..ir import GETITEM, aten, is_pointwise, is_tensor, value
 from . import indexing, layouts, reductions, windows
 from .einsums import PRODUCTS
-from .groups import ALIASES, CASTS, COPIES, SPLITS, SQUEEZES, VIEWS
+from .groups import (
+    ALIASES,
+    CASTS,
+    CONVOLUTIONS,
+    COPIES,
+    SOFTMAXES,
+    SPLITS,
+    SQUEEZES,
+    VIEWS,
+)
 from .terms import New, Relation
 
 Relations = Relation | tuple[Relation, ...]
@@ -132,15 +141,7 @@ _INDEXING: Mapping[Any, Callable[[Node], Relations]] = {
     aten.slice_scatter.default: indexing.relate_slice_scatter,
 }
 _WINDOWS: Mapping[Any, Callable[[Node], Relations]] = {
-    **dict.fromkeys(
-        (
-            aten.convolution.default,
-            aten.conv1d.default,
-            aten.conv2d.default,
-            aten.conv3d.default,
-        ),
-        windows.relate_convolution,
-    ),
+    **dict.fromkeys(CONVOLUTIONS, windows.relate_convolution),
     **dict.fromkeys(
         (
             aten.conv_transpose1d.default,

@@ -21,7 +21,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..attention_ops import is_attention
-from ..ir import EFFECT, OPAQUE, SOFTMAXES
+from ..ir import EFFECT, OPAQUE
+from ..relations.groups import SOFTMAXES
 from .patch import patched
 from .python_state import Snapshot
 from .tensor_call import ResultLayout, TensorCall
