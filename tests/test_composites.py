@@ -6,7 +6,8 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from pabc.passes.ir import aten
-from pabc.passes.tracing.composites import find_unknown_composites
+from pabc.passes.relations.table import RELATIONS
+from pabc.passes.tracing.composites import KEPT, find_unknown_composites
 
 
 class Composites(nn.Module):
@@ -115,3 +116,7 @@ def test_dtypes_that_only_a_write_keeps_stay():
     call = {"x": torch.randn(4), "y": torch.randn(4)}
     result = capture_call(Narrow(), call)(*call.values())[0]
     assert result.dtype == torch.half and torch.equal(result, Narrow()(**call))
+
+
+def test_kept_composites_have_a_relation():
+    assert KEPT - {aten.dropout.default} <= RELATIONS.keys()

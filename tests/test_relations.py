@@ -43,7 +43,7 @@ from pabc.passes.relations.terms import (
 
 
 @dataclass
-class Call:
+class OpCall:
     """A call of an op; tensors among its arguments are its operands, calls are computed first."""
 
     op: Any
@@ -54,9 +54,9 @@ class Call:
         """Returns the results, with other values in place of some tensors."""
 
         def resolve(x):
-            return x.run(changed)[0] if isinstance(x, Call) else (changed or {}).get(id(x), x)
+            return x.run(changed)[0] if isinstance(x, OpCall) else (changed or {}).get(id(x), x)
 
-        args, kwargs = tree_map_only((Tensor, Call), resolve, (self.args, self.kwargs))
+        args, kwargs = tree_map_only((Tensor, OpCall), resolve, (self.args, self.kwargs))
         torch.manual_seed(0)
         found = self.op(*args, **kwargs)
         return tuple(found) if isinstance(found, (tuple, list)) else (found,)
@@ -65,14 +65,14 @@ class Call:
         """Returns the call in a graph; `nodes` gains a placeholder for each tensor."""
 
         def resolve(x):
-            if isinstance(x, Call):
+            if isinstance(x, OpCall):
                 return x.trace(graph, nodes)
             if id(x) not in nodes:
                 nodes[id(x)] = graph.placeholder(f"x{len(nodes)}")
                 nodes[id(x)].meta["val"] = x
             return nodes[id(x)]
 
-        args, kwargs = tree_map_only((Tensor, Call), resolve, (self.args, self.kwargs))
+        args, kwargs = tree_map_only((Tensor, OpCall), resolve, (self.args, self.kwargs))
         node = graph.call_function(self.op, args, kwargs)
         found = self.run()
         node.meta["val"] = found if len(self.op._schema.returns) > 1 or self.is_list else found[0]
@@ -92,12 +92,12 @@ class Call:
             found.update({id(x): x} if isinstance(x, Tensor) else {id(y): y for y in x.tensors()})
             return x
 
-        tree_map_only((Tensor, Call), note, (self.args, self.kwargs))
+        tree_map_only((Tensor, OpCall), note, (self.args, self.kwargs))
         return list(found.values())
 
 
 def call(op, *args, **kwargs):
-    return Call(op, args, kwargs)
+    return OpCall(op, args, kwargs)
 
 
 # Which positions of a result's dimension may depend on one element of an operand.
@@ -194,7 +194,7 @@ def differs(a: Tensor, b: Tensor) -> Tensor:
     return ~((a == b) | ((a != a) & (b != b)))
 
 
-def check(case: Call) -> None:
+def check(case: OpCall) -> None:
     """The relations of a call's results are true of it."""
     nodes: dict[int, Node] = {}
     node = case.trace(Graph(), nodes)
@@ -210,7 +210,7 @@ def check(case: Call) -> None:
             check_exact(case, nodes, relation, i)
 
 
-def check_dependence(case: Call, nodes: dict[int, Node], relation: Relation, i: int) -> None:
+def check_dependence(case: OpCall, nodes: dict[int, Node], relation: Relation, i: int) -> None:
     """An element that changes, changes only what the relation allows."""
     before = case.run()[i]
     for x in case.tensors():
@@ -226,7 +226,7 @@ def check_dependence(case: Call, nodes: dict[int, Node], relation: Relation, i: 
             assert not (changed & ~allowed).any(), (nodes[id(x)], at)
 
 
-def check_exact(case: Call, nodes: dict[int, Node], relation: Relation, i: int) -> None:
+def check_exact(case: OpCall, nodes: dict[int, Node], relation: Relation, i: int) -> None:
     """Each element is the one that the relation names; a constant where it names none."""
     named = set().union(
         *map(names_of, relation.terms), (s.source.tensor for s in relation.selected)
@@ -244,7 +244,7 @@ def check_exact(case: Call, nodes: dict[int, Node], relation: Relation, i: int) 
     assert torch.equal(case.run(numbers)[i].to(expected.dtype), expected)
 
 
-def check_alike(case: Call, nodes: dict[int, Node], relation: Relation, i: int) -> None:
+def check_alike(case: OpCall, nodes: dict[int, Node], relation: Relation, i: int) -> None:
     """Along a dimension that is kept, operands in another order give results in that order."""
     before = case.run()[i]
     for dim, term in enumerate(relation.terms):
@@ -391,9 +391,9 @@ CASES = [
     call(aten.index.Tensor, rand(3, 4, 2), [index(2, 3), index(3)]),
     call(aten.index.Tensor, rand(3, 4, 2), [index(3), None, index(3)]),
     call(aten.index.Tensor, rand(3, 4), [flags(3)]),
-    call(aten.index.Tensor, rand(3, 4), [None, Call(aten.arange.start_step, (1, 4, 2))]),
+    call(aten.index.Tensor, rand(3, 4), [None, OpCall(aten.arange.start_step, (1, 4, 2))]),
     call(aten.index_select.default, rand(3, 4), 1, index(3)),
-    call(aten.index_select.default, rand(3, 4), 0, Call(aten.arange.start, (1, 3))),
+    call(aten.index_select.default, rand(3, 4), 0, OpCall(aten.arange.start, (1, 3))),
     call(aten.gather.default, rand(3, 4), 1, index(3, 2)),
     call(aten.gather.default, rand(3, 4), 1, index(2, 3)),
     call(aten.embedding.default, rand(2, 3), index(4, 2)),
@@ -471,7 +471,7 @@ NEW_MEMORY = {aten.new_empty.default, aten.new_empty_strided.default, aten.empty
 """Ops whose values are whatever their memory held: nothing to compare."""
 
 
-def name_of(case: Call) -> str:
+def name_of(case: OpCall) -> str:
     return str(case.op).removeprefix("aten.")
 
 

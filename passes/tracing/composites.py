@@ -21,7 +21,7 @@ from .bodies import COMPOSITE, call_key, splice_body, trace_body
 from .casts import without_autocast, write_out_casts_within
 from .sizes import has_free_sizes
 
-_KEPT = frozenset(
+KEPT = frozenset(
     {
         *SOFTMAXES,
         aten._upsample_nearest_exact2d.vec,
@@ -157,7 +157,7 @@ def _takes_memory(op: Any) -> bool:
     if not isinstance(op, torch._ops.OpOverload):
         return False
     may_alias = any(result.alias_info is not None for result in op._schema.returns)
-    return not may_alias and (op in _KEPT or not op.has_kernel_for_dispatch_key(COMPOSITE))
+    return not may_alias and (op in KEPT or not op.has_kernel_for_dispatch_key(COMPOSITE))
 
 
 def _expand(graph: Graph) -> bool:
@@ -205,7 +205,7 @@ def find_unknown_composites(graph: Graph) -> set[torch._ops.OpOverload]:
 
 def _is_unknown(op: torch._ops.OpOverload) -> bool:
     return (
-        op not in _KEPT
+        op not in KEPT
         and torch.Tag.pointwise not in op.tags
         and op.has_kernel_for_dispatch_key(COMPOSITE)
     )
