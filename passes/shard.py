@@ -1,13 +1,13 @@
-"""shard: divides the tokens of a model among processes, with what they send inside the regions.
+"""shard: shards the tokens of a model over processes, with communication inside the regions.
 
-One token axis of the latents is divided among all ranks, from the first region on. What works on
-positions by themselves has its own; a region whose attention mixes the axis runs on shards of
+One token axis of the latents is sharded over all ranks, from the first region on. Ops that treat
+positions independently run on shards. A region whose attention mixes the axis runs on shards of
 another axis, with an all-to-all at its entry and one at its exit (Dynamic Sequence Parallel), or,
-where it mixes all axes, on shards of its heads (Ulysses). Both lie in the region: a step that
-reuses it sends nothing. Whatever has no rule (:mod:`pabc.passes.sharding.rules`) is gathered, and
-computed by every rank.
+if it mixes all axes, on shards of its heads (Ulysses). Both lie in the region: a step that reuses
+it sends nothing. If no rule covers an op (:mod:`pabc.passes.sharding.rules`), its operands are
+gathered, and every rank computes it whole.
 
-The batch can be divided as well, from the inputs on, by the same rules: nothing mixes it.
+The batch can be sharded as well, from the inputs on, by the same rules: nothing mixes samples.
 """
 
 from __future__ import annotations
@@ -39,10 +39,9 @@ class Sharding:
     Attributes:
         tokens: the ranks that share the tokens of a sample.
         batch: the ranks that share the samples of a batch; None: the batch is not sharded.
-        dim: the dimension of the latents that is sharded; None: that for which they send least.
-        output: whether every rank returns the whole outputs or its positions.
-        weigh: kinds of regions -> the share of steps that compute each, which decides how much is
-            sent; None: every step does.
+        dim: the dimension of the latents to shard; None: the one for which they send least.
+        output: whether every rank returns the whole outputs, or its own positions.
+        weigh: kinds of regions -> the share of steps that compute each; None: every step does.
     """
 
     tokens: Ranks
@@ -60,13 +59,13 @@ def shard_pass(
     *,
     sharding: Sharding,
 ) -> tuple[GraphModule, Shards]:
-    """Has each rank compute its samples of the batch, and its positions of one token axis.
+    """Shards the batch and one token axis: each rank computes its own samples and positions.
 
-    Requires: marks (:func:`mark_regions_pass`) of a graph of one size.
-    Ensures: outputs as on one rank, but for the order of sums; collectives of a region are marked
-    as its own; cuts are shards.
-    Raises: ValueError for what would see a shard alone (a hook that keeps what it is given, an
-    input that the model writes to), and where no axis can be sharded.
+    Requires: marks (:func:`mark_regions_pass`); fixed shapes.
+    Ensures: outputs equal those of one rank up to the order of sums; collectives of a region are
+    marked as its own; cuts are shards.
+    Raises: ValueError for what would see only a shard (a hook that keeps what it is given, an input
+    that the model writes to), and if no axis can be sharded.
 
         # before                                # after, T sharded
         %n = layer_norm(%x)                     %s = all_to_all(%x: T -> S)       region 0
@@ -122,16 +121,16 @@ def shard_tokens(
     weights: Sequence[float] = (),
     output: Output = "full",
 ) -> tuple[GraphModule, ShardedAxis | None]:
-    """Has each rank compute its positions of one token axis.
+    """Shards one token axis: each rank computes its own positions.
 
     Args:
-        gm: a marked graph of one size.
+        gm: a marked graph of fixed shapes.
         denoised: which of its inputs are denoised.
-        ranks: the ranks that share the axis; of one alone, the graph is returned as it is.
-        axis: the dimension of the latents to shard; by default, that for which a rank sends the
-            fewest bytes; of those that the same regions mix, the one that is padded least.
-        weights: of each region, the share of steps that compute it; by default, all do.
-        output: whether every rank returns the whole of the model's outputs, or its positions.
+        ranks: the ranks that share the axis; for a single one, the graph is returned unchanged.
+        axis: the dimension of the latents to shard; by default, the one for which a rank sends the
+            fewest bytes, and among those that the same regions mix, the one that is padded least.
+        weights: per region, the share of steps that compute it; by default 1.
+        output: whether every rank returns the whole outputs, or its own positions.
     """
     sizes = find_token_axes(gm, denoised.latents)
     if not sizes:
@@ -154,7 +153,7 @@ def shard_tokens(
 def shard_batch(
     gm: GraphModule, denoised: Denoised, ranks: Ranks, *, output: Output = "full"
 ) -> tuple[GraphModule, ShardedAxis | None]:
-    """Has each rank compute its samples of the batch: its guidance branches, or its videos.
+    """Shards the batch: each rank computes its own samples (guidance branches, or videos).
 
     No region sends anything. Arguments as for :func:`shard_tokens`.
     """
@@ -166,15 +165,15 @@ def shard_batch(
 
 
 def verify_shard(gm: GraphModule, marked: Marked) -> None:
-    """Checks that regions are still such, collectives included."""
+    """Checks that regions are still regions, with their collectives."""
     verify_marks(gm, marked)
 
 
 def find_token_axes(gm: GraphModule, source: str) -> dict[Axis, int]:
-    """Returns the axes of the latents along which some attention has its queries, in their order,
-    and how many positions each has: more than one.
+    """Returns the token axes of the latents of more than one position, and how many each has.
 
-    Of positions that are mixed, each axis is said to have one. `source` names the latents.
+    These are the axes along which attention has its queries; where the order of positions is lost,
+    an axis counts as one position. `source` names the latents.
     """
     found: dict[Axis, int] = {}
     for node in gm.graph.nodes:
@@ -195,7 +194,7 @@ def _leaves(factor: Factor) -> Iterator[Factor]:
 
 
 def _one_of_alike(gm: GraphModule, axes: Sequence[Axis]) -> list[Axis]:
-    """Of axes that the same regions mix, the first: but for padding, they send alike."""
+    """Returns one axis, the first, of each set that the same regions mix: these send alike."""
     found: dict[tuple[bool, ...], Axis] = {}
     groups = attentions_by_region(gm).values()
     for axis in axes:
@@ -219,7 +218,7 @@ def _shard(
 
 
 def _weigh(gm: GraphModule, weights: Sequence[float]) -> float:
-    """Returns the bytes that a rank sends at a step, on average."""
+    """Returns the bytes that a rank sends per step, on average."""
     total = 0.0
     for node in gm.graph.nodes:
         sent = find_collective(node)
