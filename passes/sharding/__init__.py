@@ -1,6 +1,6 @@
 """The parts of :func:`pabc.passes.shard_pass`.
 
 `places.py` says where an axis lies in a tensor; `moves.py` cuts, gathers and switches shards;
-`by_position.py`, `rules.py` and `joint.py` say which ops a rank computes on its shard, and
-`heads.py` how attention runs on some of the heads; `sharder.py` writes the graph of one rank.
+`rules.py` and `joint.py` say which ops a rank computes on its shard, and `heads.py` how attention
+runs on some of the heads; `sharder.py` writes the graph of one rank.
 """

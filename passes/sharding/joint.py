@@ -7,23 +7,31 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any
 
 from torch.fx import Node
 
 from ..ir import aten, value
-from .by_position import compute_by_position
-from .operands import Operands, ShardArguments, align
+from .operands import Operands, ShardArguments, align, along
 from .places import AxisPlace, Ranks
 
 
 def join(node: Node, place: AxisPlace, have: Operands) -> ShardArguments | None:
     """Concatenates or stacks: along the dimension of the axis, or another one."""
     parts, dim = (*node.args, 0)[:2]
-    if int(dim) % value(node).ndim == place.dim:
+    num_dims = value(node).ndim
+    dim = int(dim) % num_dims
+    if dim == place.dim:
         return _join_tokens(parts, place, have)
-    return compute_by_position(node, place, have)
+    inner, adds = place, node.target is aten.stack.default
+    if adds:
+        at = place.dim - (place.dim > dim)
+        sizes = tuple(n for d, n in enumerate(place.sizes) if d != dim)
+        inner = replace(place, sizes=sizes, dim=at)
+    made = [align(part, inner, num_dims - adds, have) for part in parts]
+    return None if None in made else ((made, dim), {})
 
 
 def _join_tokens(parts: Sequence[Node], place: AxisPlace, have: Operands) -> ShardArguments | None:
@@ -47,7 +55,7 @@ def some(node: Node, place: AxisPlace | None, have: Operands) -> ShardArguments 
     source, dim, start, stop, step = _slice_of(node, 1)
     own = have.place(source)
     if own is None or dim % len(own.sizes) != own.dim:
-        return None if place is None else compute_by_position(node, place, have)
+        return None if place is None else along(1, 0)(node, place, have)
     size = own.sizes[own.dim]
     start, stop = (min(n + size if n < 0 else n, size) for n in (start, stop))
     cuts = _local_bounds(own, (start, stop), have.ranks)
@@ -78,7 +86,7 @@ def split(node: Node, place: AxisPlace | None, have: Operands) -> ShardArguments
     source, sizes, dim = (*node.args, 0)[:3]
     own = have.place(source)
     if own is None or dim % len(own.sizes) != own.dim:
-        return compute_by_position(node, place, have)
+        return along(2, 0)(node, place, have)
     if isinstance(sizes, int):
         return None
     bounds = [0, *accumulate(sizes)]

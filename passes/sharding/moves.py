@@ -12,15 +12,20 @@ import torch
 from torch.fx import Graph, Node
 
 from ..ir import aten, value
-from ..relations.groups import COPIES, RELAYOUTS
 from .places import AxisPlace, Ranks
 
 ALL_TO_ALL = torch.ops._c10d_functional.all_to_all_single.default
 ALL_GATHER = torch.ops._c10d_functional.all_gather_into_tensor.default
 WAIT = torch.ops._c10d_functional.wait_tensor.default
-_UNPACKS = (*RELAYOUTS, aten.slice.Tensor)
+_UNPACKS = (
+    aten.permute.default,
+    aten.reshape.default,
+    aten.slice.Tensor,
+    aten.view.default,
+    aten.transpose.int,
+)
 """Ops that may stand between a collective and what reads it."""
-_PACKS = (*_UNPACKS, *COPIES, aten.constant_pad_nd.default)
+_PACKS = (*_UNPACKS, aten.clone.default, aten.constant_pad_nd.default)
 """Ops that may stand between a tensor and the collective that sends it."""
 
 EmitCall = Callable[..., Node]
