@@ -200,7 +200,7 @@ def x_and_y():
 
 
 def shard(gm, ranks, output="full"):
-    made = Sharder(gm, ranks, [AXIS], AXIS, output, early=True).run()
+    made = Sharder(gm, ["x"], ranks, [AXIS], AXIS, output, early=True).run()
     made.graph.lint()
     return made
 
