@@ -51,7 +51,7 @@ _CARRIERS = frozenset(
 
 @dataclass(frozen=True)
 class AttentionChain:
-    """Two products that make an attention: `first` and `node`, the last one.
+    """An attention that consists of two products: `first` and `node`, the last one.
 
     `path` has the nodes between them. `query_source` and `key_source` are the operands. `query` and
     `key` are the factors of their sequence dimensions, `features` those of the dimension that the

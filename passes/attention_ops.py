@@ -71,7 +71,7 @@ class AttentionOp:
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """One call of an attention op: its operand nodes and their layout.
+    """A call of an attention op: its operand nodes and their layout.
 
     `output` is the position of the attention's result if the op has several. `packed`: several
     sequences are concatenated in one dimension, and only tensor data tells them apart.

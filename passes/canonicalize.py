@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from torch.fx import GraphModule, Node
 
-from .ir import aten, is_call, is_random, is_tensor, remove_dead_code, value
+from .dead_code import remove_dead_code
+from .ir import aten, is_call, is_random, is_tensor, value
 from .tracing.sizes import is_size, same_sizes
 
 _ASSERTS = frozenset(

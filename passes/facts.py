@@ -146,7 +146,7 @@ class Marked:
 
 @dataclass(frozen=True, slots=True)
 class ShardedAxis:
-    """One axis of the latents that is sharded.
+    """A sharded axis of the latents.
 
     Attributes:
         axis: the axis.

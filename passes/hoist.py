@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from .dead_code import dead_without
 from .facts import Captured, Denoised, PrologueGraph
 from .ir import (
     copy_into,
-    dead_without,
     is_opaque,
     is_random,
     is_tensor,

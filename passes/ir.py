@@ -51,7 +51,7 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Factor:
-    """One factor of a dimension: `size` consecutive positions along `axis`.
+    """A factor of a dimension: `size` consecutive positions along `axis`.
 
     `axis` None means that the positions are no tokens of an input, but features, heads, parameters
     or repeats. A concatenation has `parts` instead, each the factors of one operand. `reason` names
@@ -79,7 +79,7 @@ Dims = tuple[tuple[Factor, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """One attention call: the node with its output, and the axes its softmax mixes.
+    """An attention: the node with its output, and the axes that its softmax mixes.
 
     `query` and `key` are the factors of the sequence dimension of Q and of K. `linear`: the
     attention is computed as Q (K^T V), at a cost that is linear in the number of tokens.
@@ -95,7 +95,7 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """One residual branch, outlined to a submodule whose outputs are its cuts.
+    """A residual branch, outlined to a submodule whose outputs are its cuts.
 
     `name` is the submodule's attribute, `path` the user's module it came from, `layer` its ordinal
     among regions of its kind. `shapes` and `dtypes` describe the cuts. `encoded` has the shape and
@@ -265,49 +265,6 @@ def module_path(node: Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     paths = [path for path, _ in stack.values()]
     return str(paths[-1]) if paths else ""
-
-
-def dead_without(cuts: Iterable[Node]) -> set[Node]:
-    """Returns the nodes, cuts included, that are dead code once the values of the cuts are inputs.
-
-    Nodes with side effects are never dead. Visits only the dead nodes and their inputs.
-
-    Requires: a graph without dead code.
-    """
-    dead = set(cuts)
-    stack = list(dead)
-    while stack:
-        for node in stack.pop().all_input_nodes:
-            is_free = node.op != "placeholder" and not is_effect(node)
-            if node not in dead and is_free and dead.issuperset(node.users):
-                dead.add(node)
-                stack.append(node)
-    return dead
-
-
-def remove_dead_code(graph: Graph) -> None:
-    """Erases calls and attribute reads without users, except calls that have side effects.
-
-    Inputs stay, since they are the signature.
-    """
-    for node in reversed(list(graph.nodes)):
-        if node.op not in ("placeholder", "output") and not node.users and not is_effect(node):
-            graph.erase_node(node)
-
-
-def erase_unneeded(nodes: Iterable[Node]) -> set[Node]:
-    """Erases those of `nodes` without users, and what only they needed; returns what it erased."""
-    erased: set[Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node in erased or node.users or node.op in ("placeholder", "output"):
-            continue
-        inputs = node.all_input_nodes
-        node.graph.erase_node(node)
-        erased.add(node)
-        stack += inputs
-    return erased
 
 
 def copy_into(

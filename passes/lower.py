@@ -18,8 +18,9 @@ from torch.fx import Graph, GraphModule, Node
 
 from pabc.kernels.gains import find_gain
 
+from .dead_code import erase_unneeded, remove_dead_code
 from .facts import KernelMatch, KernelMatches
-from .ir import copy_into, erase_unneeded, make_module, remove_dead_code
+from .ir import copy_into, make_module
 from .lowering.attention import match_attention
 from .lowering.encode_rows import match_encode_rows
 from .lowering.joint_norm import match_joint_norm

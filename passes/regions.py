@@ -9,11 +9,11 @@ from typing import Literal
 from torch.fx import GraphModule, Node
 
 from .attention_ops import attention_result
+from .dead_code import dead_without
 from .facts import Denoised, Marked, Tagged
 from .ir import (
     Attention,
     Reach,
-    dead_without,
     is_call,
     is_contraction,
     is_opaque,

@@ -8,6 +8,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from .attention_ops import is_attention_op
+from .dead_code import remove_dead_code
 from .facts import PhaseSlots, Regions
 from .guard_ops import GUARD_OPS, Decisions
 from .ir import (
@@ -15,7 +16,6 @@ from .ir import (
     copy_into,
     make_module,
     output_node,
-    remove_dead_code,
 )
 from .offload import link_fetches
 

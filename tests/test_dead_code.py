@@ -1,4 +1,4 @@
-"""The base of passes: what depends on what in a graph."""
+"""Dead code: the nodes that no output depends on."""
 
 import random
 
@@ -6,7 +6,8 @@ import pytest
 from models import CASES, Case
 from stages import run_to
 
-from pabc.passes.ir import dead_without, output_node
+from pabc.passes.dead_code import dead_without
+from pabc.passes.ir import output_node
 
 
 @pytest.mark.parametrize("case", CASES[:8], ids=str)
