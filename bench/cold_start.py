@@ -1,19 +1,18 @@
-"""Seconds from the start of a process to its first result: compiled anew, and loaded from a file.
+"""Measures seconds from the start of a process to its first result: compiled, and loaded.
 
     python bench/cold_start.py --out bench/results/cold_start.json
 
-Each row is a process of its own with the demo's model (2.96 M parameters, random weights serve as
-well) and a pyramid of 20 steps, which has five phases:
+Each row is a process of its own with the demo's model (2.96 M parameters, random weights) and a
+pyramid of 20 steps, which has five phases:
 
-- compiled, empty cache: `pabc.compile`, and nothing in Inductor's cache on disk;
-- compiled, full cache: the same again, Inductor's cache as the row before left it;
-- saved: compiled as in the row before, then `save`, whose seconds are in `save`;
-- loaded: `pabc.load` of that file, and nothing in Inductor's cache.
+- compiled, empty cache: `pabc.compile` with an empty Inductor cache on disk;
+- compiled, full cache: the same with the Inductor cache that the first row left;
+- saved: compiled as in the second row, then `save`, whose seconds are in `save`;
+- loaded: `pabc.load` of that file, with an empty Inductor cache.
 
-`first` is from the start of the process to the result of the first step, `generation` to that of
-the last step; `imports` is the part of both that it takes to import, and to build the model;
-`cpu` what `generation` is in seconds of a core, compilers' included: other work on the machine
-counts less there.
+`first` is the time from the start of the process to the result of the first step, `generation` to
+that of the last step; `imports` is the part of both that imports and building the model take. `cpu`
+is the CPU time of `generation`, compilers included, which is less sensitive to other processes.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ NUM_STEPS = 20
 
 
 def measure(artifact: str, how: str, start: float) -> dict[str, float]:
-    """One row, in this process, which began at `start`."""
+    """Returns a row, measured in this process, which began at `start`."""
     import torch
 
     import pabc
@@ -69,13 +68,13 @@ def measure(artifact: str, how: str, start: float) -> dict[str, float]:
 
 
 def cpu_seconds() -> float:
-    """What this process, and those that it waited for, have run so far."""
+    """Returns the CPU seconds of this process and of the child processes that it waited for."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in used)
 
 
 def run(artifact: Path, how: str, cache: Path) -> dict[str, float]:
-    """One row, in a process of its own."""
+    """Returns a row, measured in a process of its own."""
     command = [sys.executable, __file__, "--row", str(artifact), how, repr(time.time())]
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
@@ -87,7 +86,9 @@ def main() -> None:
     """Measures the rows, prints them and writes them to a file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("bench/results/cold_start.json"))
-    parser.add_argument("--repeats", type=int, default=3, help="of the rows but `saved`; medians")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="repetitions of all rows but `saved`"
+    )
     parser.add_argument("--row", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
@@ -106,7 +107,7 @@ def main() -> None:
 
 
 def measure_all(folder: Path, repeats: int) -> dict[str, dict[str, float]]:
-    """Per row, medians of its numbers."""
+    """Measures all rows; returns the medians of each."""
     artifact = folder / "fast.pabc"
     found: dict[str, list[dict[str, float]]] = {}
     for i in range(repeats):
@@ -122,7 +123,7 @@ def measure_all(folder: Path, repeats: int) -> dict[str, dict[str, float]]:
 
 
 def median(rows: list[dict[str, float]]) -> dict[str, float]:
-    """The middle of each number."""
+    """Returns the median of each number."""
     return {name: round(statistics.median(r[name] for r in rows), 2) for name in rows[0]}
 
 

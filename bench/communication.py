@@ -1,4 +1,4 @@
-"""Bytes that ranks send in a generation, without reuse and with PAB's 2/4/6; whether results agree.
+"""Measures the bytes that ranks send in a generation, without reuse and with 2/4/6; checks results.
 
     python bench/communication.py --out bench/results/communication.json
 
@@ -6,13 +6,13 @@ Two tables, of Latte, Open-Sora 1.2 and CogVideoX, 30 steps, 2/4/6 (CogVideoX: j
 second step) in the middle 70 % of the steps:
 
 - measured: whole generations at the shapes of `bench/peers.py`, float32, in 2, 3 and 4 processes
-  (gloo), against one process with the same schedule: the largest difference at any step; bytes
-  that a rank sends to others, counted as the collectives are called, and what `explain()` said;
-  with `--shard`, tokens are divided along that dimension;
+  (gloo): the largest difference at any step from one process with the same schedule; the bytes that
+  a rank sends to others, counted at each collective, and as `explain()` predicts them; with
+  `--shard`, tokens are sharded along that dimension;
 - predicted: at published sizes, bfloat16, by `pabc.explain(ranks=...)` on the meta device, for 2, 4
-  and 8 ranks, the bytes of each kind of region, and all.
+  and 8 ranks: the bytes of each kind of region, and their sum.
 
-`ratio`: bytes with reuse over bytes without. For both, tokens are divided along the dimension for
+`ratio` is bytes with reuse over bytes without. For both, tokens are sharded along the dimension for
 which a rank sends the fewest bytes with 2/4/6, as pabc chooses.
 """
 
@@ -42,9 +42,9 @@ def main() -> None:
     add_options(parser)
     add = parser.add_argument
     add("--models", type=lambda text: text.split(","), default=list(MODELS))
-    add("--ranks", type=_numbers, default=[2, 3, 4], help="measured")
-    add("--predict", type=_numbers, default=[2, 4, 8], help="predicted")
-    add("--shard", type=int, help="measured: the dimension of the latents to divide")
+    add("--ranks", type=_numbers, default=[2, 3, 4], help="numbers of ranks to measure")
+    add("--predict", type=_numbers, default=[2, 4, 8], help="numbers of ranks to predict")
+    add("--shard", type=int, help="measured rows: the dimension of the latents to shard")
     add("--steps", type=int, default=30)
     add("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -72,13 +72,13 @@ def _numbers(text: str) -> list[int]:
 
 
 def run_ranks(mesh: DeviceMesh, task: Any) -> Row:
-    """One process of a measured row."""
+    """Measures a row in one of its processes."""
     workload = (TINY if task["smoke"] else SMALL)[task["model"]]
     model, steps = build(workload), task["steps"]
     row: Row = {"model": task["model"], "ranks": mesh.size()}
     schedules = make_schedules(workload, steps)
     fast = compile_for(model, schedules["2/4/6"], mesh, "eager", task["shard"])
-    fast(**example_call(workload))  # captures under the preset, by which the dimension is chosen
+    fast(**example_call(workload))  # captured under this schedule, for which pabc picks the dim
     fast.reset()
     for name, schedule in schedules.items():
         fast.schedule = schedule
@@ -86,7 +86,7 @@ def run_ranks(mesh: DeviceMesh, task: Any) -> Row:
             outputs = generate(workload, fast, steps)
         found = fast.explain().communication
         assert found is not None
-        if mesh.get_rank() > 0:  # the first compares
+        if mesh.get_rank() > 0:  # the first rank compares
             continue
         alone = pabc.compile(model, schedule, backend="eager")
         expected = generate(workload, alone, steps)
@@ -104,14 +104,14 @@ def run_ranks(mesh: DeviceMesh, task: Any) -> Row:
 
 
 def example_call(workload: Workload, device: str = "cpu", dtype: Any = torch.float32) -> Any:
-    """The arguments of one call of the model, with guidance."""
+    """Returns the arguments of one call of the model, with guidance."""
     start = draw(workload, 0, device, dtype)
     batch = torch.cat([start.latents, start.latents])
     return workload.call(batch, first_timestep(workload, device).expand(len(batch)), start.text)
 
 
 def predict(name: str, ranks: int, options: argparse.Namespace) -> Row:
-    """A predicted row."""
+    """Returns a predicted row."""
     workload = (TINY if options.smoke else FULL)[name]
     model = build(workload, "meta", torch.bfloat16)
     schedule = make_schedules(workload, options.steps)["2/4/6"]
@@ -133,7 +133,7 @@ def predict(name: str, ranks: int, options: argparse.Namespace) -> Row:
 
 
 def print_tables(rows: Rows) -> None:
-    """Both tables."""
+    """Prints both tables."""
     measured = [row for name, row in rows.rows.items() if name.endswith("measured")]
     predicted = [row for name, row in rows.rows.items() if name.endswith("predicted")]
     header = ["measured", "ranks", "divided", "max error", "of values up to"]

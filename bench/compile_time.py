@@ -1,28 +1,28 @@
-"""Seconds until a model is compiled and has given its first result, by depth: cold and warm.
+"""Measures seconds until a model is compiled and has returned its first result: cold and warm.
 
     python bench/compile_time.py --out bench/results/compile_time.json
 
 The model is diffusers' Latte with n spatial and n temporal blocks, n = 4, 12, 28, random weights.
 Variants:
 
-- eager: the model as it is; one step, which is what is not compiling;
+- eager: the model as it is; one step, for the time that is not compilation;
 - pabc: `pabc.compile` with a pyramid of 30 steps, 2/4/6 over the middle 70 %; `prepare`, which
   captures the model and compiles every phase of that plan; then the first step;
 - torch.compile: the whole model as one graph, `fullgraph=True`; one step;
 - regional: each transformer block compiled by itself, by diffusers' `compile_repeated_blocks`
-  where the model says which these are, else by `block.compile`, both with `fullgraph=True`; one
-  step. PyTorch reuses the code of a block for those like it.
+  if the model declares its repeated blocks, else by `block.compile`, both with `fullgraph=True`;
+  one step. PyTorch reuses the code of a block for equal blocks.
 
-Each row is a process of its own. Cold: nothing in Inductor's cache on disk; warm: the same again,
-with the cache that the cold row left. `seconds` (wall clock) and `cpu` (of all threads and child
-processes, compilers included) run from before the call that compiles to the first result; imports
-of torch, diffusers and pabc, and the making of the model, are before it (`imports`), what PyTorch
-imports only when it compiles is in it. Of pabc's seconds, `capture` is what the capture, the
-passes, the first step and lookups take; the rest specializes and compiles. `codes` are what was
-compiled apart: pabc's distinct blocks, the others' graphs. `ratio` is against torch.compile's
-median of the same depth, cold against cold and warm against warm.
+Each row is a process of its own. Cold: an empty Inductor cache on disk; warm: the same again, with
+the cache that the cold row left. `seconds` (wall clock) and `cpu` (all threads and child processes,
+compilers included) begin before the call that compiles and end with the first result. They do not
+include imports of torch, diffusers and pabc, and building the model (`imports`), but what PyTorch
+imports only when it compiles. Of pabc's seconds, `capture` is the part of the capture, the passes,
+the first step and lookups; the rest specializes and compiles. `codes` is the number of compilation
+units: pabc's distinct blocks, the others' graphs. `ratio` is over torch.compile's median of the
+same depth, cold over cold and warm over warm.
 
-On a machine with other work, `cpu` says more than `seconds`.
+On a busy machine, `cpu` is more reliable than `seconds`.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def main() -> None:
     add = parser.add_argument
     add("--depths", type=lambda text: [int(n) for n in text.split(",")], default=list(DEPTHS))
     add("--variants", type=lambda text: text.split(","), default=list(VARIANTS))
-    add("--width", type=int, default=128, help="of the model, with 4 heads")
-    add("--rounds", type=int, default=3, help="how often each row is measured")
-    add("--limit", type=float, default=1200, help="seconds that a row may take")
+    add("--width", type=int, default=128, help="width of the model, which has 4 heads")
+    add("--rounds", type=int, default=3, help="measurements of each row")
+    add("--limit", type=float, default=1200, help="seconds after which a row is stopped")
     add("--row", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
@@ -67,7 +67,8 @@ def main() -> None:
         print(json.dumps(measure(variant, depth, width)))
         return
     if unknown := set(options.variants) - set(VARIANTS):
-        parser.error(f"--variants: got {', '.join(unknown)}, allowed: {', '.join(VARIANTS)}")
+        expected = ", ".join(VARIANTS)
+        parser.error(f"--variants: expected some of {expected}, found {', '.join(unknown)}")
     if options.smoke:
         options.depths, options.width, options.rounds = [1], 16, 1
     names = ("depths", "variants", "width", "rounds")
@@ -80,7 +81,7 @@ def main() -> None:
 
 
 def measure_all(rows: Rows, options: argparse.Namespace) -> None:
-    """Every variant in turn, round after round; a row is a variant's cold and its warm start."""
+    """Measures the variants in turn, round after round; a row is a cold and a warm start."""
     for i, depth in itertools.product(range(options.rounds), options.depths):
         for variant in options.variants:
             measured = partial(run_pair, variant, depth, options.width, options.limit)
@@ -88,14 +89,14 @@ def measure_all(rows: Rows, options: argparse.Namespace) -> None:
 
 
 def run_pair(variant: str, depth: int, width: int, limit: float) -> Row:
-    """A cold and a warm start, each in a process of its own."""
+    """Measures a cold and a warm start, each in a process of its own."""
     about = {"variant": variant, "depth": depth, "shapes": _make(depth, width).shapes}
     with tempfile.TemporaryDirectory() as cache:
         return {**about, **{state: run(variant, depth, width, cache, limit) for state in STATES}}
 
 
 def run(variant: str, depth: int, width: int, cache: str, limit: float) -> Row:
-    """One start, in a process with this folder as Inductor's cache; or why there is none."""
+    """Returns a start measured in a process with `cache` as Inductor's folder, or an error."""
     command = [sys.executable, __file__, "--row", json.dumps([variant, depth, width])]
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
     try:
@@ -111,7 +112,7 @@ def run(variant: str, depth: int, width: int, cache: str, limit: float) -> Row:
 
 
 def measure(variant: str, depth: int, width: int) -> Row:
-    """One start, in this process."""
+    """Measures a start in this process."""
     import torch
     from workloads import build, draw
 
@@ -137,7 +138,7 @@ def measure(variant: str, depth: int, width: int) -> Row:
 
 _START = time.perf_counter()
 Facts = Callable[[], Row]
-"""What else a row says, asked for when the clock has stopped."""
+"""A function that returns further entries of a row, called after the time is taken."""
 
 
 def _make(depth: int, width: int) -> Any:
@@ -153,13 +154,13 @@ def _first_step(depth: int, width: int) -> float:
 
 
 def start_eager(model: Any, call: dict[str, Any], depth: int, width: int) -> Facts:
-    """The model as it is."""
+    """Runs a step of the model as it is."""
     model(**call)
     return dict
 
 
 def start_pabc(model: Any, call: dict[str, Any], depth: int, width: int) -> Facts:
-    """All phases, then the first step."""
+    """Compiles all phases, then runs the first step."""
     from latte import make_schedule
 
     import pabc
@@ -183,12 +184,12 @@ def start_pabc(model: Any, call: dict[str, Any], depth: int, width: int) -> Fact
 
 
 def count_blocks(fast: Any) -> int:
-    """How many distinct graphs were compiled: one a phase with `backend="eager"`."""
+    """Returns the number of distinct blocks; with `backend="eager"`, of phases."""
     return int(fast.stats.blocks or fast.stats.compiles)
 
 
 def start_torch(model: Any, call: dict[str, Any], depth: int, width: int) -> Facts:
-    """The whole model in one graph."""
+    """Compiles the whole model as one graph, and runs a step."""
     import torch
 
     torch.compile(model, fullgraph=True)(**call)
@@ -196,7 +197,7 @@ def start_torch(model: Any, call: dict[str, Any], depth: int, width: int) -> Fac
 
 
 def start_regional(model: Any, call: dict[str, Any], depth: int, width: int) -> Facts:
-    """Each block by itself."""
+    """Compiles each block by itself, and runs a step."""
     import torch
 
     if getattr(model, "_repeated_blocks", None):
@@ -210,7 +211,7 @@ def start_regional(model: Any, call: dict[str, Any], depth: int, width: int) -> 
 
 
 def count_graphs() -> Row:
-    """How many graphs were compiled."""
+    """Returns the number of compiled graphs."""
     from torch._dynamo.utils import counters
 
     return {"codes": counters["stats"]["unique_graphs"]}
@@ -225,10 +226,10 @@ VARIANTS: dict[str, Callable[[Any, dict[str, Any], int, int], Facts]] = {
 
 
 def cpu_seconds() -> float:
-    """What this process and all that it started have run so far, in seconds of a core.
+    """Returns the CPU seconds of this process and of all processes that it started.
 
-    Inductor's compilers run in workers that are not waited for, so that `getrusage` misses them:
-    those that still run are looked up, and each tells of the ones that it waited for.
+    Inductor compiles in worker processes that are not waited for, which `getrusage` misses. Running
+    ones are looked up in /proc, where each counts the children that it waited for.
     """
     used: dict[int, float] = {}
     parents: dict[int, int] = {}
@@ -236,7 +237,7 @@ def cpu_seconds() -> float:
     for file in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = file.read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
         number = int(file.parent.name)
         parents[number] = int(fields[1])
@@ -253,7 +254,7 @@ def _is_ours(number: int, parents: dict[int, int]) -> bool:
 
 
 def summarize(rows: dict[str, Row]) -> list[Row]:
-    """Per depth, variant and state: medians with their spread, and the ratio to torch.compile."""
+    """Returns medians, spreads and ratios to torch.compile by depth, variant and state."""
     groups: dict[tuple[int, str, str], list[Row]] = {}
     for row in rows.values():
         for state in STATES:
@@ -286,7 +287,7 @@ def _summarize(depth: int, variant: str, state: str, found: list[Row]) -> Row:
 
 
 def format_rows(summary: list[Row]) -> str:
-    """The table."""
+    """Returns the table."""
     header = ("start", "seconds (min to max)", "ratio", "cpu seconds", "ratio", "capture")
     lines = [
         [

@@ -1,18 +1,19 @@
-"""Microseconds that a call takes besides running its phase: guards, step, choice of the phase.
+"""Measures the overhead of a call in microseconds: guards, the step, the choice of the phase.
 
     python bench/dispatch.py --out bench/results/dispatch.json
 
-A Latte of each depth, with narrow channels, follows a pyramid of 30 steps. After
-one generation, what runs a phase is replaced by a function that gives its last results again, so
-that what is left of a call is pabc's own. Rows, per depth:
+A Latte of each depth, with narrow channels, follows a pyramid of 30 steps. After one generation,
+the code of each phase is replaced by a function that returns its last results, so that the rest of
+a call is pabc's overhead. Rows, per depth:
 
-- `steady`: a step that neither begins a generation nor keeps anything;
-- `storing`: one that keeps cuts for later steps;
-- `first`: the first of a generation, which looks at the whole model for what has changed;
+- `steady`: a step that neither begins a generation nor stores anything;
+- `storing`: a step that stores cuts for later steps;
+- `first`: the first step of a generation, which checks the whole model for changes;
 - `mean`: over all steps of a generation.
 
-Medians over generations, in wall-clock time and, as `thread`, in time of this thread, which other
-work on the machine disturbs less. `calls` counts the Python functions that a steady step calls.
+Times are medians over generations, of wall-clock time and, as `thread`, of this thread's CPU time,
+which is less sensitive to other processes. `calls` is the number of Python function calls in a
+steady step.
 """
 
 from __future__ import annotations
@@ -38,21 +39,21 @@ WARM_UP = 5
 
 
 class Recorded:
-    """Runs a phase once, and gives those results again."""
+    """The code of a phase, which runs once; later calls return the same results."""
 
     def __init__(self, run: Callable[..., Any]) -> None:
         self._run = run
         self._results: Any = None
 
     def __call__(self, *inputs: Any) -> Any:
-        """What the phase gave when it was run."""
+        """Returns the results of the first call."""
         if self._results is None:
             self._results = self._run(*inputs)
         return self._results
 
 
 def make_model(depth: int) -> nn.Module:
-    """A Latte of so many spatial and as many temporal blocks."""
+    """Returns a Latte of `depth` spatial and `depth` temporal blocks."""
     from diffusers import LatteTransformer3DModel
 
     return LatteTransformer3DModel(
@@ -76,7 +77,7 @@ def make_model(depth: int) -> nn.Module:
 
 
 def compile_recorded(depth: int) -> tuple[pabc.CompiledModel, Callable[[int], Any]]:
-    """A compiled model whose phases give results at once, and what makes the call of a step."""
+    """Returns a compiled model whose phases return recorded results, and the calls of its steps."""
     schedule = pabc.Schedule.pyramid(STEPS, spatial=2, temporal=4, cross=6, fraction=(0.15, 0.85))
     fast = pabc.compile(make_model(depth), schedule, backend="eager")
     latents, text = torch.randn(2, 4, 3, 8, 8), torch.randn(2, 5, 10)
@@ -94,13 +95,13 @@ def compile_recorded(depth: int) -> tuple[pabc.CompiledModel, Callable[[int], An
 
 
 def run_generation(call: Callable[[int], Any]) -> None:
-    """All steps, in order."""
+    """Runs all steps, in order."""
     for step in range(len(STEPS)):
         call(step)
 
 
 def time_steps(call: Callable[[int], Any], clock: Callable[[], int]) -> list[float]:
-    """Microseconds of each step of a generation."""
+    """Returns the microseconds of each step of a generation."""
     found = []
     for step in range(len(STEPS)):
         start = clock()
@@ -110,7 +111,7 @@ def time_steps(call: Callable[[int], Any], clock: Callable[[], int]) -> list[flo
 
 
 def count_calls(call: Callable[[int], Any], steps: Sequence[int]) -> int:
-    """How many Python functions are called in the least of these steps of a generation."""
+    """Returns the least number of Python function calls in any of these steps."""
     counts = []
     for step in range(len(STEPS)):
         entered: list[str] = []
@@ -122,7 +123,7 @@ def count_calls(call: Callable[[int], Any], steps: Sequence[int]) -> int:
 
 
 def measure(depth: int, generations: int) -> dict[str, Any]:
-    """The rows of one depth."""
+    """Returns the rows of one depth."""
     fast, call = compile_recorded(depth)
     plan = fast.plan
     storing = [s for s in range(1, plan.num_steps) if (plan.until[s][~plan.reuse[s]] >= 0).any()]
@@ -146,7 +147,7 @@ def measure(depth: int, generations: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Prints a table; writes JSON where asked to."""
+    """Measures all depths; prints a table, and writes JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--generations", type=int, default=200)
     parser.add_argument("--out", type=Path)

@@ -1,20 +1,22 @@
-"""Whether what the schedule frees is really freed: each phase against a module written for it.
+"""Compares each phase with a module written by hand for it: does reuse save all that it could?
 
     python bench/efficiency.py --out bench/results/efficiency.json
 
 The 2/4/6 pyramid over the middle 70 % of 30 steps, on the demo's model and on a Latte that takes a
-tenth of a second a step or more. The module written by hand has, for each phase, only what must
-remain: a reused branch is the tensor that was kept, times its gate, with nothing of its norm,
-modulation, projections or attention; keys and values of the text are computed once a generation.
-Each phase's module is compiled by torch.compile in one graph.
+tenth of a second a step or more. The handwritten module of a phase computes only what is necessary:
+a reused branch is the stored tensor times its gate, without norm, modulation, projections or
+attention; keys and values of the text are computed once per generation. torch.compile compiles each
+module as one graph.
 
-All run the same steps in turns, each being first in turn; a row is a phase: seconds of a step
-that runs it, medians over steps and rounds, and the median of the ratios of neighbors. pabc's is
-the whole call, guards included; by hand, it is with Dynamo's. The first step of a generation, where
-the text is projected, is left out. Outputs are compared before anything is timed.
+All variants run the same steps in turn, in an order that rotates. A row is a phase: seconds of a
+step, medians over steps and rounds, and the median of the ratios of adjacent runs. pabc's seconds
+are those of the whole call, guards included; those of the handwritten module include Dynamo's
+guards. The first step of a generation, which projects the text, is left out. Outputs are compared
+before anything is timed.
 
-The ratio asked for is that of pabc without its own forms of products and of GELU, so that both run
-the same ops and what differs is what the schedule has left; `as shipped` is with them.
+The ratio in question is that of pabc without the stages that replace formulas and matrix products,
+so that both sides run the same ops and differ in the work that reuse leaves; `as shipped` is with
+these stages.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ Name = tuple[str, int]
 
 
 class LattePhase(nn.Module):
-    """diffusers' Latte in one phase, written out: what is reused is read, and no more is done.
+    """diffusers' Latte in one phase, written by hand: it reads reused values and does nothing more.
 
     B clips, T frames, S tokens of a frame, L text tokens, D channels, H heads.
     """
@@ -60,8 +62,8 @@ class LattePhase(nn.Module):
     def forward(
         self, latents: Tensor, timestep: Tensor, texts: Sequence[Tensor], cuts: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        """Latents [B, C, T, h, w], each cross attention's keys and values [B, L, D], what is
-        reused -> the prediction, and what is to be kept."""
+        """Maps latents [B, C, T, h, w], each cross attention's keys and values [B, L, D] and the
+        reused values to the prediction and the values to store."""
         model, held, kept = self.model, dict(zip(self.reused, cuts, strict=True)), {}
 
         def branch(name: Name, compute: Any) -> Tensor:
@@ -111,29 +113,29 @@ class LattePhase(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Shift and scale that follow from the timestep."""
+    """Shifts and scales a normalized input."""
     return x * (1 + scale) + shift
 
 
 def attend_self(block: Any, x: Tensor, mods: Tensor) -> Tensor:
-    """The branch of a self attention, before its gate."""
+    """Returns the branch of a self-attention, before its gate."""
     attn, x = block.attn1, modulate(block.norm1(x), mods[:, :1], mods[:, 1:2])
     return attend(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x))
 
 
 def attend(attn: Any, *qkv: Tensor) -> Tensor:
-    """Attention of projected tokens, and the projection after it."""
+    """Returns the attention of projected tokens, after the output projection."""
     q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in qkv)
     return attn.to_out[0](scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 def feed(block: Any, x: Tensor, mods: Tensor) -> Tensor:
-    """The residual MLP."""
+    """Returns the input plus the branch of the MLP."""
     return x + mods[:, 5:] * block.ff(modulate(block.norm2(x), mods[:, 3:4], mods[:, 4:5]))
 
 
 def name_slot(plan: Plan, slot: int) -> Name:
-    """Which region a slot is of."""
+    """Returns the region of a slot."""
     return plan.slots[slot].kind, plan.slots[slot].layer
 
 
@@ -143,14 +145,14 @@ class ByHand:
     def __init__(self, model: Any, plan: Plan) -> None:
         self._model, self._plan = model, plan
         phases = [LattePhase(model, plan, phase) for phase in plan.phases]
-        # All share one forward, of which Dynamo keeps as many variants as there are phases.
+        # All modules share one forward; Dynamo needs room for one compilation per phase.
         torch._dynamo.config.recompile_limit = max(8, 2 * len(phases))
         self._phases = [torch.compile(phase, fullgraph=True, dynamic=False) for phase in phases]
         self._held: dict[int, Tensor] = {}
         self._texts: list[Tensor] = []
 
     def __call__(self, step: int, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        """A step; step 0 begins a generation."""
+        """Runs a step; step 0 begins a generation."""
         if step == 0:
             text = self._model.caption_projection(text)
             blocks = self._model.transformer_blocks
@@ -170,7 +172,7 @@ class ByHand:
 
 
 def measure(workload: workloads.Workload, rounds: int) -> dict[str, Any]:
-    """The rows of one model."""
+    """Returns the rows of one model."""
     model = workloads.build(workload)
     timesteps = workloads.timesteps(workload, NUM_STEPS)
     schedule = pabc.Schedule.pyramid(timesteps, **workload.ranges, fraction=workloads.FRACTION)
@@ -203,7 +205,9 @@ def measure(workload: workloads.Workload, rounds: int) -> dict[str, Any]:
         for run in (run_plain, run_shipped):
             errors.append(((run(step) - expected).abs().max() / expected.abs().max()).item())
     if max(errors) > TOLERANCE:
-        raise RuntimeError(f"expected equal outputs, found a relative error of {max(errors):g}")
+        raise RuntimeError(
+            f"outputs: expected equal ones, found a relative error of {max(errors):g}"
+        )
     seconds = time_steps((run_plain, run_by_hand, run_shipped), rounds)
     rows = []
     for phase in fast.plan.phases:
@@ -223,14 +227,14 @@ def measure(workload: workloads.Workload, rounds: int) -> dict[str, Any]:
 
 
 def first_of(output: Any) -> Tensor:
-    """The prediction, of a model's result."""
+    """Returns the prediction in a model's result."""
     found = output[0] if isinstance(output, tuple) else output.sample
     assert isinstance(found, Tensor)
     return found
 
 
 def time_steps(runs: Sequence[Any], rounds: int) -> list[list[tuple[float, ...]]]:
-    """Per step, per round, the seconds of each of `runs`, which take turns to be first."""
+    """Returns the seconds of each of `runs` per step and round; their order rotates."""
     found: list[list[tuple[float, ...]]] = [[] for _ in range(NUM_STEPS)]
     for turn in range(rounds):
         for step in range(NUM_STEPS):
@@ -246,13 +250,13 @@ def time_steps(runs: Sequence[Any], rounds: int) -> list[list[tuple[float, ...]]
 
 
 def count_kinds(plan: Plan, phase: Phase) -> dict[str, int]:
-    """How many regions of each kind a phase reuses."""
+    """Returns the number of regions of each kind that a phase reuses."""
     kinds = [plan.slots[slot].kind for slot in phase.reused]
     return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
 
 
 def format_model(model: dict[str, Any]) -> str:
-    """The table of one model."""
+    """Returns the table of one model."""
     rows = [
         (
             model["model"],
@@ -281,11 +285,11 @@ def format_model(model: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Prints a table; writes JSON where asked to."""
+    """Measures all models; prints a table, and writes JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tiny", action="store_true", help="shapes that say nothing, to try it")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the script")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     facts = report.describe_run()

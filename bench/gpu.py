@@ -1,25 +1,25 @@
-"""Everything that needs a GPU, in one run of less than ten minutes; rows in a folder as they come.
+"""Runs all checks and benchmarks that need a GPU in less than ten minutes; writes rows at once.
 
     python bench/gpu.py --out bench/results/gpu
 
 Nothing of it has run on a GPU yet: it was written and tested on a CPU alone, where
 `--device cpu --smoke` takes its paths with tiny models. In order:
 
-- correctness of tiny Latte, CogVideoX and Wan models in float32 and bfloat16: what `eager` gives
-  where nothing is reused, against the model's bits; `eager` against the oracle's; Inductor's error
-  against float64, at most twice that of `eager`;
-- the timestep guard, which on a GPU speaks one call late; slots as bf16, fp8 or in host memory,
-  against the same on the CPU; bytes predicted, counted, and allocated; `save` and `load`;
+- correctness of tiny Latte, CogVideoX and Wan models in float32 and bfloat16: `eager` without reuse
+  has the model's bits; `eager` with reuse has the oracle's; Inductor's error against float64 is at
+  most twice that of `eager`;
+- the timestep guard, which on a GPU raises one call late; slots as bf16, fp8 or in host memory,
+  against the same on the CPU; bytes as predicted, counted, and allocated; `save` and `load`;
 - CUDA graphs; kernels: their tests, then their times;
 - end to end, published sizes in bf16: eager, pabc and torch.compile in turn, with seconds for each
-  phase of the plan and the peak of allocated bytes. Times are of variants whose first step agrees
-  with the model's;
-- memory of the published size by where and how slots are kept.
+  phase of the plan and the peak of allocated bytes. A variant is timed only if its first step
+  agrees with the model's;
+- memory at the published size, for each way to keep slots.
 
-Each part is a process of its own: what one leaves in memory, or a fault that ends it, is not the
-next one's. A part whose time is over is stopped, and what it wrote stays; `--resume` goes on with
-the parts that are not done. What a part prints is in `gpu.log` beside `gpu.json`. The exit status
-is 1 where a check failed.
+Each part is a process of its own, so that neither its memory nor a crash affects other parts. A
+part that exceeds its time is stopped, and the rows that it wrote stay; `--resume` runs the parts
+that are not done. The output of parts is in `gpu.log` beside `gpu.json`. The exit status is 1 if a
+check failed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from variants import first_line
 
 Part = Callable[[Target], Iterator[tuple[str, Row]]]
 LEAST = 5.0
-"""Seconds that must be left for a part to be begun."""
+"""A part starts only if at least this many seconds are left."""
 
 PARTS: dict[str, Part] = {
     **{
@@ -63,11 +63,11 @@ PARTS: dict[str, Part] = {
     "end to end: opensora": functools.partial(gpu_timing.time_loops, "opensora"),
     "memory: latte": gpu_timing.measure_memory,
 }
-"""What is done, in this order."""
+"""The parts, in the order in which they run."""
 
 
 def main() -> None:
-    """Runs the parts that the options name, as long as there is time; prints and writes rows."""
+    """Runs the parts that the options name while there is time; prints and writes rows."""
     begin = time.monotonic()
     options = parse_options()
     deadline = begin + options.budget_seconds
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -99,24 +99,29 @@ def parse_options() -> argparse.Namespace:
     parser.set_defaults(out=Path("bench/results/gpu"))
     add = parser.add_argument
     add("--device", default="cuda")
-    add("--budget-seconds", type=float, default=570, help="after which nothing runs; default 570")
-    add("--only", type=lambda text: text.split(";"), help=f"of {'; '.join(PARTS)}")
-    add("--backend", choices=("inductor", "eager"), default="inductor", help="eager: paths alone")
-    add("--steps", type=int, help="of generations that are timed; default 12")
+    add("--budget-seconds", type=float, default=570, help="of the whole run; default 570")
+    add("--only", type=lambda text: text.split(";"), help=f"some of {'; '.join(PARTS)}")
+    add(
+        "--backend",
+        choices=("inductor", "eager"),
+        default="inductor",
+        help="eager: to try the script",
+    )
+    add("--steps", type=int, help="steps of timed generations; default 12")
     add("--rounds", type=int, help="timed generations of each variant; default 3")
     options = parser.parse_args()
     options.steps = options.steps or (7 if options.smoke else 12)
     options.rounds = options.rounds or (1 if options.smoke else 3)
     options.only = [name.strip() for name in options.only or PARTS]
     if unknown := set(options.only) - set(PARTS):
-        parser.error(f"--only: got {'; '.join(unknown)}, allowed: {'; '.join(PARTS)}")
+        parser.error(f"--only: expected some of {'; '.join(PARTS)}, found {'; '.join(unknown)}")
     if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--device: got {options.device}, and PyTorch finds no GPU; allowed: cpu")
+        parser.error(f"--device: expected cpu, as PyTorch finds no GPU, found {options.device}")
     return options
 
 
 def describe_gpu(device: str) -> Row | None:
-    """What tells this GPU from others; None on a CPU."""
+    """Returns the properties of the GPU; None on a CPU."""
     if torch.device(device).type != "cuda":
         return None
     found = torch.cuda.get_device_properties(device)
@@ -131,14 +136,14 @@ def describe_gpu(device: str) -> Row | None:
 
 
 def has_failed(row: Row) -> bool:
-    """Whether a row says that something is not as it must be."""
+    """Returns True if a row has a failed check or an error."""
     return "error" in row or row.get("passed") is False
 
 
 class Process:
-    """A part in a process of its own, which imports what it needs and then waits to be begun.
+    """A part in a process of its own, which imports its modules and then waits to be begun.
 
-    Started anew, not forked: a GPU that the parent process knows of cannot be used after a fork.
+    The process is spawned, not forked: CUDA cannot be used after a fork.
     """
 
     def __init__(self, name: str, target: Target, log: Path) -> None:
@@ -150,7 +155,7 @@ class Process:
         theirs.close()
 
     def run(self, rows: Rows, deadline: float) -> str:
-        """Adds the part's rows as they come; what came of it."""
+        """Runs the part, adding its rows as they arrive; returns a summary."""
         try:
             self._pipe.send("begin")
             while self._pipe.poll(max(deadline - time.monotonic(), 0)):
@@ -166,7 +171,7 @@ class Process:
             return f"died: exit code {self._process.exitcode}"
 
     def end(self, seconds: float = 0) -> None:
-        """Ends the process, which may take so long to end by itself."""
+        """Ends the process, after waiting a while for it to end by itself."""
         self._process.join(seconds)
         if self._process.is_alive():
             self._process.kill()
@@ -175,11 +180,11 @@ class Process:
 
 
 def run_parts(names: list[str], target: Target, rows: Rows, deadline: float, log: Path) -> None:
-    """The parts in turn; each one's process starts while the one before it runs."""
+    """Runs the parts in turn; the process of each starts while the one before it runs."""
     following: Process | None = None
     for i, name in enumerate(names):
         for each in [each for each in rows.rows if each.startswith(f"{name}: ")]:
-            del rows.rows[each]  # of a run that was stopped
+            del rows.rows[each]  # rows of a part that was stopped
         begin = time.monotonic()
         outcome = "not begun: no time left"
         if deadline - begin > LEAST:
@@ -197,7 +202,7 @@ def run_parts(names: list[str], target: Target, rows: Rows, deadline: float, log
 
 
 def serve(pipe: Connection, name: str, target: Target, log: Path) -> None:
-    """The process of a part: waits, sends its rows, then None."""
+    """Runs a part in its process: waits to be begun, sends its rows, then None."""
     with log.open("a") as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
@@ -216,7 +221,7 @@ def serve(pipe: Connection, name: str, target: Target, log: Path) -> None:
 
 
 def format_row(name: str, row: Row) -> str:
-    """A row as a line."""
+    """Returns a row as a line of text."""
     if "error" in row:
         return f"{name}: FAILED: {row['error']}"
     parts = [f"{key} {_format(value)}" for key, value in row.items() if key != "passed"]
@@ -225,7 +230,7 @@ def format_row(name: str, row: Row) -> str:
 
 
 def format_times(rows: dict[str, Row]) -> str:
-    """The table of variants that were timed."""
+    """Returns the table of timed variants."""
     header = ("variant", "s a generation (min to max)", "ms a step", "speedup", "peak GiB")
     lines = []
     for name, row in rows.items():

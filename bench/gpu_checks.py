@@ -1,4 +1,4 @@
-"""Whether a GPU gives what it must: parts of bench/gpu.py that give rows with `passed`."""
+"""Checks results on a GPU: the parts of bench/gpu.py whose rows have `passed`."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ import pabc
 
 NUM_STEPS = 8
 BLOCK = 512
-"""PyTorch's allocator gives out multiples of so many bytes."""
+"""PyTorch's CUDA allocator rounds sizes up to multiples of this, in bytes."""
 Call = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """What the parts run on.
+    """The device and the settings of the parts.
 
     Attributes:
-        is_smoke: tiny models; float32 where others take bfloat16.
-        backend: pabc's, where Inductor is measured.
-        steps, rounds: of generations that are timed.
+        is_smoke: True for tiny models, and float32 in place of bfloat16.
+        backend: pabc's backend in parts that measure Inductor.
+        steps: the number of steps of timed generations.
+        rounds: the number of timed generations of each variant.
     """
 
     device: str
@@ -44,12 +45,12 @@ class Target:
 
     @property
     def is_cuda(self) -> bool:
-        """Whether there is a GPU."""
+        """True on a GPU."""
         return torch.device(self.device).type == "cuda"
 
 
 def _wan() -> Workload:
-    """diffusers' Wan: one attention over all tokens, one to the text, rotary positions."""
+    """Returns diffusers' Wan, with full attention, cross attention and rotary positions."""
     config: dict[str, Any] = {
         "patch_size": (1, 2, 2),
         "num_attention_heads": 2,
@@ -83,7 +84,7 @@ MODELS: dict[str, Callable[[], Workload]] = {
 
 
 def make_schedule(workload: Workload, num_steps: int = NUM_STEPS) -> pabc.Schedule:
-    """Ranges of 2/4/6 over the middle 70 % of the steps."""
+    """Returns the schedule 2/4/6 over the middle 70 % of the steps."""
     steps = workloads.timesteps(workload, num_steps)
     return pabc.Schedule.pyramid(steps, fraction=FRACTION, **workload.ranges)
 
@@ -91,7 +92,7 @@ def make_schedule(workload: Workload, num_steps: int = NUM_STEPS) -> pabc.Schedu
 def make_calls(
     workload: Workload, timesteps: Sequence[float], device: str, dtype: torch.dtype
 ) -> list[Call]:
-    """A generation's calls, the same on every device; new latents at each."""
+    """Returns the calls of a generation, equal on all devices, each with new latents."""
     text = draw(workload, 0, device, dtype).text
     calls = []
     for i, timestep in enumerate(timesteps):
@@ -103,25 +104,25 @@ def make_calls(
 
 @torch.no_grad()
 def run(model: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
-    """What each call of a generation gives."""
+    """Returns the result of each call of a generation."""
     return [first_of(model(**call)) for call in calls]
 
 
 def first_of(output: Any) -> Tensor:
-    """The tensor that a model returns, alone or in a tuple."""
+    """Returns the tensor in a model's result, which may be a tuple."""
     found: Tensor = output[0] if isinstance(output, tuple) else output
     return found
 
 
 def is_equal(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-    """Whether these are the same bits."""
+    """Returns True if the tensors are equal bit for bit."""
     return len(found) == len(expected) and all(map(torch.equal, found, expected))
 
 
 def find_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The greatest of the errors of these tensors, each relative to the norm of what it is to be.
+    """Returns the maximum error of these tensors, relative to the norm of the expected ones.
 
-    A NaN is an error that no bound allows.
+    It is 1e9, which fails every bound, if a tensor contains a NaN.
     """
     errors = []
     for x, y in zip(found, expected, strict=True):
@@ -131,7 +132,7 @@ def find_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 
 def check_model(name: str, target: Target) -> Iterator[tuple[str, Row]]:
-    """Bits of `eager` and of the oracle, the error of compiled phases."""
+    """Checks the bits of `eager` and of the oracle, and the error of compiled phases."""
     for dtype in (torch.float32, torch.bfloat16):
         for what, row in _check_dtype(MODELS[name](), target, dtype):
             yield f"{str(dtype).removeprefix('torch.')}, {what}", row
@@ -195,7 +196,7 @@ def _as_double(x: Any) -> Any:
 
 
 def check_guard(target: Target) -> Iterator[tuple[str, Row]]:
-    """A call with another step's timestep is refused: on a GPU when the next one is made."""
+    """Checks that a call with the timestep of another step raises: on a GPU, at the next call."""
     workload, wrong = TINY["latte"], 3
     schedule = make_schedule(workload)
     steps = list(schedule.timesteps)
@@ -223,11 +224,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "offload": {"offload": "cpu"},
     "offload, fp8": {"offload": "cpu", "cache_dtype": "fp8"},
 }
-"""How slots are kept."""
+"""The ways to keep slots, as options of `pabc.compile`."""
 
 
 def check_memory(target: Target) -> Iterator[tuple[str, Row]]:
-    """Each way to keep slots: the oracle's bits, what a CPU gives, and the bytes that it takes."""
+    """Checks each way to keep slots: against the oracle, against a CPU, and its bytes."""
     workload = (TINY if target.is_smoke else SMALL)["latte"]
     schedule = make_schedule(workload)
     on_cpu = _run_options(workload, schedule, "cpu")
@@ -239,10 +240,10 @@ def check_memory(target: Target) -> Iterator[tuple[str, Row]]:
         own[name] = run(fast, calls)
         oracle = run(pabc.compile(model, schedule, backend="oracle", **options), calls)
         kept = "fp8" if "fp8" in name else name if name == "bf16" else "keep"
-        # What a slot loses in its form may differ between devices by as much as it loses.
+        # The rounding of a slot may differ between devices by as much as its own error.
         allowed = find_error(on_cpu[kept], on_cpu["keep"]) + 1e-4
         error = find_error(own[name], on_cpu[kept])
-        twin = own[kept] if kept in own else own[name]  # host memory changes no bit
+        twin = own[kept] if kept in own else own[name]  # offloading must not change any bit
         row: Row = {
             "passed": is_equal(own[name], oracle)
             and is_equal(own[name], twin)
@@ -269,7 +270,7 @@ def _run_options(workload: Workload, schedule: pabc.Schedule, device: str) -> di
 
 
 def _check_bytes(fast: Any, calls: Sequence[Call], target: Target) -> tuple[Row, int]:
-    """Bytes of slots as planned, as counted, and as the allocator has given them out."""
+    """Checks the bytes of slots: as planned, as counted, and as allocated."""
     counted, allocated = [], []
     for call in calls:
         run(fast, [call])
@@ -281,7 +282,7 @@ def _check_bytes(fast: Any, calls: Sequence[Call], target: Target) -> tuple[Row,
     row: Row = {"passed": planned == peak, "planned": planned, "counted": peak}
     if not allocated:
         return row, 0
-    # After the first step what is hoisted is there, and nothing is kept.
+    # After the first step, hoisted values are allocated, and no slot is.
     assert counted[0] == 0
     grown = max(allocated) - allocated[0]
     off = abs(grown - max(counted))
@@ -291,7 +292,7 @@ def _check_bytes(fast: Any, calls: Sequence[Call], target: Target) -> tuple[Row,
 
 
 def check_artifact(target: Target) -> Iterator[tuple[str, Row]]:
-    """What is saved and loaded gives what was compiled, and is neither captured nor compiled."""
+    """Checks that a saved and loaded model has equal results, without capture or compilation."""
     workload = TINY["latte"]
     schedule = make_schedule(workload)
     model = build(workload, target.device)

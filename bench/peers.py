@@ -1,24 +1,24 @@
-"""Whole sampling loops side by side: eager, torch.compile, what other caches do, and pabc.
+"""Times whole sampling loops side by side: eager, torch.compile, other caches, and pabc.
 
     python bench/peers.py --out bench/results/peers.json
 
-Per model, every variant gets a process and a copy of the model of its own, with the same weights,
-noise, text, scheduler and threads. It prepares (captures, compiles, calibrates: the column
+Each variant of a model has a process and a copy of the model of its own, with the same weights,
+noise, text, scheduler and threads. It is prepared (captured, compiled, calibrated: the column
 `prepare`), generates once to warm up and once to count the attentions that run; then all variants
-generate in turn, round after round, each round from another one on. Times are medians with the
-least and the most. PSNR and SSIM compare the last latents with the full eager run's: on random
-weights they tell equal from different, and nothing about quality.
+generate in turn, round after round, in an order that rotates. Times are medians with minimum and
+maximum. PSNR and SSIM compare the last latents with the full eager run's: on random weights, they
+show whether results are equal, but say nothing about quality.
 
-The schedule, ranges of 2/4/6 for spatial, temporal and cross attention in the middle 70 % of the
-steps, is pabc's and that of diffusers' Pyramid Attention Broadcast: `attentions` must be the same.
-The other caches are other approximations, with the settings of their documentation; on random
-weights, how often those skip that look at the data says nothing.
+pabc and diffusers' Pyramid Attention Broadcast follow the same schedule, ranges of 2/4/6 for
+spatial, temporal and cross attention in the middle 70 % of the steps, so that their `attentions`
+must be equal. The other caches are other approximations, with the settings of their documentation.
+On random weights, the number of steps skipped by caches that depend on the data means nothing.
 
-The clock is what counts; `cpu_seconds` in the JSON is what all threads ran, spinning included: on
-a busy machine, with one thread, it says more.
+Compare wall-clock times. `cpu_seconds` in the JSON is the CPU time of all threads, busy waiting
+included: with one thread, it is more reliable on a busy machine.
 
-A run that is stopped goes on where it was, model by model, when it is started again with the same
-options at the same commit. What a variant prints is in the log beside the result.
+An interrupted run resumes, model by model, if it is started again with the same options at the same
+commit. The output of a variant is in the log beside the result.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    """Measures what the options name; prints a table per model, writes the JSON."""
+    """Measures the models and variants that the options name; prints tables, writes the JSON."""
     options = parse_options()
     settings = {
         name: getattr(options, name)
@@ -68,14 +68,14 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--out", type=Path, help="JSON to write, as the run goes on")
-    add("--models", type=split, help=f"of {', '.join(SIZES['small'])}; default: all")
-    add("--variants", type=lambda text: split(text, ";"), help=f"of {'; '.join(VARIANTS)}")
+    add("--out", type=Path, help="JSON to write, updated during the run")
+    add("--models", type=split, help=f"some of {', '.join(SIZES['small'])}; default: all")
+    add("--variants", type=lambda text: split(text, ";"), help=f"some of {'; '.join(VARIANTS)}")
     add("--steps", type=int, help="default 30")
     add("--rounds", type=int, help="timed generations of each variant; default 3")
     add("--seed", type=int, default=0)
@@ -93,18 +93,19 @@ def parse_options() -> argparse.Namespace:
     for name, allowed in known.items():
         wanted = getattr(options, name) or allowed
         if unknown := set(wanted) - set(allowed):
-            parser.error(f"--{name}: got {', '.join(unknown)}, allowed: {', '.join(allowed)}")
+            expected = ", ".join(allowed)
+            parser.error(f"--{name}: expected some of {expected}, found {', '.join(unknown)}")
         setattr(options, name, [each for each in allowed if each in wanted or each == "eager"])
     return options
 
 
 def split(text: str, separator: str = ",") -> list[str]:
-    """The parts of a list on the command line."""
+    """Returns the items of a list on the command line."""
     return [part.strip() for part in text.split(separator)]
 
 
 def find_done(out: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """The models that an interrupted run with these settings has measured, at this commit."""
+    """Returns the models that an interrupted run measured with these settings at this commit."""
     if out is None or not out.exists():
         return {}
     content = json.loads(out.read_text())
@@ -117,7 +118,7 @@ def find_done(out: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_model(name: str, options: argparse.Namespace, content: dict[str, Any]) -> None:
-    """Adds what one model gives to `content`, and writes it whenever there is more."""
+    """Adds the measurements of one model to `content`, and writes it each time that it grows."""
     workload = SIZES[options.size][name]
     rows: dict[str, Row] = {
         variant: {"about": VARIANTS[variant].about} for variant in options.variants
@@ -140,7 +141,7 @@ def measure_model(name: str, options: argparse.Namespace, content: dict[str, Any
 def prepare_all(
     name: str, options: argparse.Namespace, content: dict[str, Any], workers: dict[str, Worker]
 ) -> None:
-    """A worker per variant, the eager model's first: the others are compared with it."""
+    """Prepares a worker per variant, the eager model's first: others are compared with it."""
     rows = content["models"][name]["rows"]
     log = (options.out or Path("peers")).with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -164,7 +165,9 @@ def prepare_all(
             row["error"] = answer["error"]
             worker.stop()
             if variant == "eager":
-                raise RuntimeError(f"{name}: the full model does not run: {answer['error']}")
+                raise RuntimeError(
+                    f"{name}: expected the full model to run, found an error: {answer['error']}"
+                )
         else:
             workers[variant] = worker
             latents = torch.from_numpy(answer.pop("latents"))
@@ -177,7 +180,7 @@ def prepare_all(
 
 
 def compare(workload: Workload, latents: Tensor, reference: Tensor) -> dict[str, Any]:
-    """PSNR and SSIM, means over clips; PSNR is None where the two are equal, bit for bit."""
+    """Returns PSNR and SSIM, means over clips; PSNR is None for clips equal bit for bit."""
     pictures, others = (as_pictures(workload, x, reference) for x in (latents, reference))
     psnr = float(judge.psnr(pictures, others).mean())
     fits = min(pictures.shape[-2:]) >= 11  # SSIM's window
@@ -195,7 +198,7 @@ def race(
     options: argparse.Namespace,
     content: dict[str, Any],
 ) -> None:
-    """Rounds in which every variant generates once, each round beginning with another one."""
+    """Runs the rounds: every variant generates once in each, in an order that rotates."""
     names = list(workers)
     generations: dict[str, list[Row]] = {name: [] for name in names}
     for index in range(options.rounds):
@@ -215,7 +218,7 @@ def race(
 
 
 def summarize(row: Row, generations: list[Row]) -> Row:
-    """What a row says of its timed generations so far."""
+    """Returns the entries of a row about its timed generations so far."""
     seconds = [generation["seconds"] for generation in generations]
     found = report.summarize(seconds)
     extra = row["prepare_seconds"] + row["first_seconds"] - found["median"]
@@ -230,13 +233,13 @@ def summarize(row: Row, generations: list[Row]) -> Row:
 
 
 def save(options: argparse.Namespace, content: dict[str, Any]) -> None:
-    """Writes what there is."""
+    """Writes the results so far."""
     if options.out is not None:
         report.write_json(options.out, content)
 
 
 def progress(text: str) -> None:
-    """Where the run is, on one line of a terminal."""
+    """Shows the state of the run on one line of the terminal."""
     if sys.stderr.isatty():
         width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
         print(f"\r{text[:width]:<{width}}", end="\r", file=sys.stderr, flush=True)

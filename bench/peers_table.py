@@ -1,4 +1,4 @@
-"""How the results of `peers.py` are shown: a table per model, and what is to be read from it."""
+"""Formats the results of `peers.py`: a table per model, and its conclusions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Row = dict[str, Any]
 
 
 def format_model(name: str, model: dict[str, Any]) -> str:
-    """The table of one model, and how the variants at the same schedule fare phase by phase."""
+    """Returns the table of one model, and the times by phase of variants with pabc's schedule."""
     rows: dict[str, Row] = model["rows"]
     plan = next((row for row in rows.values() if "phases" in row), None)
     facts = [f"latents {model['latents']}, text {model['text']}"]
@@ -48,7 +48,7 @@ def format_model(name: str, model: dict[str, Any]) -> str:
 
 
 def format_row(variant: str, row: Row, rows: dict[str, Row]) -> list[object]:
-    """One variant's cells."""
+    """Returns the cells of one variant."""
     has_dynamo = bool(row.get("graphs"))
     return [
         variant,
@@ -58,7 +58,7 @@ def format_row(variant: str, row: Row, rows: dict[str, Row]) -> list[object]:
         row["ssim"],
         row["attentions"],
         row["compile_seconds"],
-        # pabc's are its phases, which Dynamo does not see.
+        # pabc's graphs are its phases, which do not go through Dynamo.
         row.get("graphs") or row.get("compiles") or None,
         *(row[key] if has_dynamo else None for key in ("recompiles", "recompiles_later")),
         row.get("limit_hits") or None,
@@ -66,7 +66,7 @@ def format_row(variant: str, row: Row, rows: dict[str, Row]) -> list[object]:
 
 
 def format_notes(rows: dict[str, Row]) -> list[str]:
-    """What does not run and why; what else there is to say of a row."""
+    """Returns the errors of variants that do not run, and the notes of the others."""
     lines = []
     for variant, row in rows.items():
         if "error" in row:
@@ -77,19 +77,19 @@ def format_notes(rows: dict[str, Row]) -> list[str]:
 
 
 def find_ratio(rows: dict[str, Row], other: str, variant: str) -> float | None:
-    """How many times as fast as another a variant is."""
+    """Returns the speedup of a variant over another."""
     first, second = (rows.get(name, {}).get("summary") for name in (other, variant))
     return first["median"] / second["median"] if first and second else None
 
 
 def format_ratio(rows: dict[str, Row], other: str, variant: str) -> str | None:
-    """The same, for the table."""
+    """Returns the speedup as text, for the table."""
     ratio = find_ratio(rows, other, variant)
     return None if ratio is None else f"{ratio:.2f}x"
 
 
 def format_phases(rows: dict[str, Row], phases: list[int]) -> str:
-    """Milliseconds a step, by phase of pabc's plan, of the variants that do the same work."""
+    """Returns milliseconds per step, by phase of pabc's plan, of variants with the same work."""
     order = sorted(set(phases))
     header = ["ms a step, by phase of the plan", *(f"{p} (x{phases.count(p)})" for p in order)]
     lines = []
@@ -102,7 +102,7 @@ def format_phases(rows: dict[str, Row], phases: list[int]) -> str:
 
 
 def format_verdict(rows: dict[str, Row]) -> list[str]:
-    """pabc against the best peer at the same schedule; who does not compute what the plan says."""
+    """Returns pabc's speedup over the best peer with the same schedule; names those that differ."""
     peers = [name for name in SAME_WORK if "pabc" not in name and rows.get(name, {}).get("summary")]
     lines = []
     if peers and rows.get("pabc", {}).get("summary"):

@@ -1,18 +1,18 @@
-"""Seconds and bytes against tokens, layers, steps and batch, one varied at a time: slopes.
+"""Measures how seconds and bytes grow with tokens, layers, steps and batch, one at a time.
 
     python bench/scaling.py --out bench/results/scaling.json
 
-The model is diffusers' Latte, random weights; the schedule 2/4/6 over the middle 70 %. Per factor,
-one compiled model a value; all values then generate in turn, round after round, each after a
-generation that warms it up and is not timed. A slope is that of the least-squares line through the
-logarithms: 1 means linear, 0 constant; `last` is the slope between the two largest values, where
-what a call costs whatever its size weighs least. What each should be, and why, is in `EXPECTED`.
+The model is diffusers' Latte with random weights; the schedule is 2/4/6 over the middle 70 %. For
+each value of a factor, there is a compiled model; all generate in turn, round after round, after a
+generation that warms up and is not timed. A slope is that of the least-squares line through the
+logarithms: 1 is linear growth, 0 is none. `last` is the slope between the two largest values, which
+constant costs affect least. `EXPECTED` has the expected slopes, and the reasons.
 
-- `step`: seconds of a generation by its number of steps; `eager`: the model's own;
-- `bytes`: held after the fullest step, counted while it runs; `planned`: what the plan says;
+- `step`: seconds of a generation over its number of steps; `eager`: the same of the model itself;
+- `bytes`: bytes held after the fullest step, counted while it runs; `planned`: as planned;
 - `capture`: seconds of the capture and the passes, once; `compile`: of specializing and compiling
-  all phases, once, with nothing in Inductor's cache; for `steps`, one compiled model serves all;
-- `plan`: seconds to work the plan out for these steps and slots.
+  all phases, once, with an empty Inductor cache; for `steps`, one compiled model serves all values;
+- `plan`: seconds to make the plan for these steps and slots.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from workloads import build, draw
 import pabc
 
 NUM_PLANS = 9
-"""How often a plan is worked out in each round."""
+"""The number of times that a plan is made in each round."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """One point: patches are 2 x 2 of `side` x `side` latents, `depth` blocks of each sort."""
+    """A model's size: `depth` blocks of each kind, 2 x 2 patches of `side` x `side` latents."""
 
     depth: int = 2
     width: int = 64
@@ -54,7 +54,7 @@ class Size:
 
     @property
     def tokens(self) -> int:
-        """Of one clip."""
+        """The tokens of one clip."""
         return self.frames * (self.side // 2) ** 2
 
 
@@ -64,7 +64,7 @@ FACTORS: dict[str, tuple[str, tuple[int, ...]]] = {
     "steps": ("steps", (10, 30, 90, 270)),
     "batch": ("batch", (1, 2, 4, 8)),
 }
-"""Factor -> what of a size is varied, and its values."""
+"""Factor -> the field of a size that varies, and its values."""
 SMOKE = {
     "tokens": ("side", (4, 8)),
     "layers": ("depth", (1, 2)),
@@ -75,9 +75,9 @@ TINY = Size(depth=1, width=16, frames=2, side=8, steps=7)
 
 Slopes = tuple[float, float]
 EXPECTED: dict[str, dict[str, Slopes]] = {
-    # The linear layers grow with the tokens, attention with their square.
+    # Linear layers grow linearly with the tokens, attention quadratically.
     "tokens": {"step": (1, 2), "bytes": (1, 1), "capture": (0, 0), "compile": (0, 0)},
-    # A graph has nodes for each layer; its distinct blocks are compiled once.
+    # The graph grows with the layers; equal blocks are compiled once.
     "layers": {
         "step": (1, 1),
         "bytes": (1, 1),
@@ -85,17 +85,19 @@ EXPECTED: dict[str, dict[str, Slopes]] = {
         "compile": (0, 1),
         "plan": (0, 1),
     },
-    # As large a share of the steps reuses; a slot holds one value, of however many steps.
+    # The share of steps that reuse is constant; a slot holds one value for any number of steps.
     "steps": {"step": (0, 0), "bytes": (0, 0), "plan": (1, 1)},
     "batch": {"step": (1, 1), "bytes": (1, 1), "capture": (0, 0), "compile": (0, 0)},
 }
-"""Factor -> what is measured -> least and greatest slope that the design implies for large values;
-small ones give less, since every call, pass and plan has a part that does not grow."""
+"""Factor -> measurement -> least and greatest slope that the design implies for large values.
+
+Slopes between small values are less, as every call, pass and plan has a constant part.
+"""
 
 
 @dataclass
 class Point:
-    """A value of a factor: what runs, and what was measured of it."""
+    """A value of a factor: the functions to time, and their measurements."""
 
     value: int
     size: Size
@@ -106,26 +108,26 @@ class Point:
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def time(self, name: str, run: Callable[[], object], count: int) -> None:
-        """Adds the seconds of one of `count` things that `run` does."""
+        """Times `run`, which does `count` things; records the seconds of one of them."""
         start = time.perf_counter()
         run()
         self.seconds.setdefault(name, []).append((time.perf_counter() - start) / count)
 
     def run_round(self) -> None:
-        """One timed generation of each sort, and some plans."""
+        """Times a generation of pabc, one of the eager model, and some plans."""
         self.time("step", self.generate, self.size.steps)
         self.time("eager", self.generate_eager, self.size.steps)
         for _ in range(NUM_PLANS):
             self.time("plan", self.plan, 1)
 
     def row(self) -> Row:
-        """What was measured."""
+        """Returns the measurements."""
         found = {name: report.summarize(each, 7) for name, each in self.seconds.items()}
         return {"value": self.value, **self.once, **found}
 
 
 def main() -> None:
-    """Measures what the options name; prints tables, writes the JSON."""
+    """Measures the factors that the options name; prints tables, writes the JSON."""
     options = parse_options()
     torch.set_num_threads(options.threads)
     names = ("factors", "backend", "rounds", "threads", "smoke")
@@ -135,7 +137,7 @@ def main() -> None:
     base = TINY if options.smoke else Size()
     missing = [name for name in options.factors if name not in rows]
     if missing and not options.smoke:
-        Compiled(TINY, options.backend)  # imports, and what else is done once a process
+        Compiled(TINY, options.backend)  # imports, and other work that is done once per process
     for name in missing:
         rows.add(name, measure_factor(name, *factors[name], base, options))
     summary = [slope for name, row in rows.rows.items() for slope in find_slopes(name, row)]
@@ -147,7 +149,7 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -161,12 +163,13 @@ def parse_options() -> argparse.Namespace:
     options.backend = options.backend or ("eager" if options.smoke else "inductor")
     options.rounds = options.rounds or (1 if options.smoke else 3)
     if unknown := set(options.factors) - set(FACTORS):
-        parser.error(f"--factors: got {', '.join(unknown)}, allowed: {', '.join(FACTORS)}")
+        expected = ", ".join(FACTORS)
+        parser.error(f"--factors: expected some of {expected}, found {', '.join(unknown)}")
     return options
 
 
 class Compiled:
-    """A model of one size, and the same compiled for its schedule."""
+    """A model of one size, as it is and compiled for its schedule."""
 
     def __init__(self, size: Size, backend: str) -> None:
         self.workload = make_latte(
@@ -196,7 +199,7 @@ class Compiled:
         return self.workload.call(self.latents, when, self.start.text)
 
     def point(self, value: int, size: Size, once: Row) -> Point:
-        """This model as a point with the steps of `size`; runs it once, to see what it holds."""
+        """Returns this model as a point with the steps of `size`; runs it once to count bytes."""
         schedule = make_schedule(self.workload, size.steps)
         calls = [self._call(timestep) for timestep in schedule.timesteps]
 
@@ -221,7 +224,7 @@ class Compiled:
         )
 
     def _count_bytes(self, schedule: pabc.Schedule, calls: Sequence[dict[str, Any]]) -> list[int]:
-        """What slots hold after each step; also compiles the phases of a new schedule."""
+        """Returns the bytes of slots after each step; compiles the phases of a new schedule."""
         self.fast.schedule = schedule
         held = []
         with torch.no_grad():
@@ -232,14 +235,14 @@ class Compiled:
 
 
 def empty_cache(backend: str) -> AbstractContextManager[Any]:
-    """Nothing in Inductor's cache within it."""
+    """Uses an empty Inductor cache within the context."""
     made: AbstractContextManager[Any] = fresh_cache() if backend == "inductor" else nullcontext()
     return made
 
 
 @torch.no_grad()
 def run(model: nn.Module, calls: Sequence[dict[str, Any]]) -> None:
-    """One generation."""
+    """Runs one generation."""
     for call in calls:
         model(**call)
 
@@ -247,7 +250,7 @@ def run(model: nn.Module, calls: Sequence[dict[str, Any]]) -> None:
 def measure_factor(
     name: str, varied: str, values: Sequence[int], base: Size, options: argparse.Namespace
 ) -> Row:
-    """The points of one factor, in turn."""
+    """Measures the points of one factor in turn."""
     points = []
     compiled: Compiled | None = None
     for value in values:
@@ -263,7 +266,7 @@ def measure_factor(
 
 
 def find_slopes(factor: str, row: Row) -> list[Row]:
-    """What was measured of one factor, as slopes, beside those expected."""
+    """Returns the measured slopes of one factor, and the expected ones."""
     points = row["points"]
     values = [point["value"] for point in points]
     found = []
@@ -280,14 +283,14 @@ def _middle(measured: Any) -> float:
 
 
 def fit(values: Sequence[float], measured: Sequence[float]) -> float:
-    """The slope of the least-squares line through the logarithms."""
+    """Returns the slope of the least-squares line through the logarithms."""
     return statistics.linear_regression(
         [math.log(value) for value in values], [math.log(each) for each in measured]
     ).slope
 
 
 def format_points(rows: dict[str, Row]) -> str:
-    """The table of points."""
+    """Returns the table of points."""
     header = ("factor", "ms a step (min to max)", "eager", "KiB", "planned", "capture s")
     lines = []
     for name, row in rows.items():
@@ -305,7 +308,7 @@ ONCE = ("capture", "compile")
 
 
 def format_slopes(summary: Sequence[Row]) -> str:
-    """The table of slopes."""
+    """Returns the table of slopes."""
     header = ("slope against", "measured", "last", "expected")
     lines = []
     for row in summary:

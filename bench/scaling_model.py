@@ -1,4 +1,4 @@
-"""The arithmetic of `bench/parallel.py`: seconds of a generation on so many ranks.
+"""Predicts seconds of a generation on several ranks, for `bench/parallel.py`.
 
 seconds of a step = compute seconds of its phase on one rank x FLOPs of a rank / FLOPs of one alone
 x crowding + collectives x latency + bytes / bandwidth + agreement
@@ -17,9 +17,12 @@ from pabc.schedule import Schedule
 
 @dataclass(frozen=True)
 class Link:
-    """Seconds that a collective takes: `latency`, and its bytes over `bandwidth`, bytes a second.
+    """The link between ranks.
 
-    `agreement`: seconds that the ranks take to compare what they do, once a step.
+    Attributes:
+        latency: seconds of a collective without its bytes.
+        bandwidth: bytes per second that a rank sends.
+        agreement: seconds of the ranks' agreement check, once per step.
     """
 
     latency: float
@@ -27,13 +30,13 @@ class Link:
     agreement: float = 0.0
 
     def seconds(self, calls: float, nbytes: float) -> float:
-        """Of so many collectives, in which a rank sends so many bytes in all."""
+        """Returns the seconds of `calls` collectives, in which a rank sends `nbytes` in all."""
         return calls * self.latency + nbytes / self.bandwidth
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one rank does in each phase: `steps` of it, FLOPs, collectives and bytes of one step."""
+    """The work of one rank in each phase: number of steps; FLOPs, collectives, bytes of a step."""
 
     steps: Sequence[int]
     flops: Sequence[float]
@@ -42,7 +45,7 @@ class Cost:
 
     @classmethod
     def of(cls, found: Explanation, schedule: Schedule) -> Cost:
-        """Of a schedule, from an explanation that has a plan (of any schedule)."""
+        """Returns the cost of a schedule, from an explanation that has a plan of any schedule."""
         assert found.plan is not None
         plan, sent = schedule.plan(found.plan.slots), found.communication
         first = [phase.steps[0] for phase in plan.phases]
@@ -60,8 +63,15 @@ class Cost:
 def predict(
     seconds: Sequence[float], alone: Cost, cost: Cost, link: Link, crowding: float = 1.0
 ) -> float:
-    """Seconds of a generation: `seconds` of a step of each phase on one rank, whose cost is
-    `alone`; `crowding`: by how much longer computing takes as ranks share cores."""
+    """Returns the predicted seconds of a generation.
+
+    Args:
+        seconds: the seconds of a step of each phase on one rank, without others.
+        alone: the cost of that rank.
+        cost: the cost of a rank among several.
+        link: the link between ranks.
+        crowding: the factor by which computing is slower because ranks share cores.
+    """
     total = 0.0
     for i, steps in enumerate(cost.steps):
         compute = seconds[i] * cost.flops[i] / alone.flops[i] * crowding
@@ -70,7 +80,7 @@ def predict(
 
 
 def fit_link(times: Mapping[int, float], agreement: float) -> Link:
-    """The line through seconds by bytes sent, by least squares of relative errors."""
+    """Fits a line to the seconds of collectives by bytes sent, with least relative squares."""
     sizes, seconds = np.array(list(times)), np.array(list(times.values()))
     columns = np.stack([np.ones(len(sizes)), sizes], axis=1) / seconds[:, None]
     (latency, per_byte), *_ = np.linalg.lstsq(columns, np.ones(len(sizes)), rcond=None)
