@@ -13,15 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Node
-
-from pabc.base.flops import count_attention_flops
-
-from .ir import GETITEM, is_tensor, value
 
 _SEQUENCE, _PACKED, _FEATURES, _OTHER = "smnl", "t", "dkc", "bhg"
 _LAYOUT_PATTERN = re.compile(rf"(\.\.\.)?[{_SEQUENCE}{_PACKED}{_FEATURES}{_OTHER}]+")
-_FUNCTIONALIZED = ("auto_functionalized", "auto_functionalized_v2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +46,11 @@ class AttentionLayout:
         """The dimension of the features, counted from the end."""
         return self.dim(_FEATURES)
 
+    @property
+    def is_packed(self) -> bool:
+        """True if several sequences are concatenated in the dimension of the tokens."""
+        return _PACKED in self.letters
+
     def __str__(self) -> str:
         return "..." * self.open_ended + self.letters
 
@@ -67,33 +66,6 @@ class AttentionOp:
     layouts: tuple[AttentionLayout, ...]
     output: str | int
     offsets: str = ""  # name of the argument that, if not None, means packed sequences
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionCall:
-    """A call of an attention op: its operand nodes and their layout.
-
-    `output` is the position of the attention's result if the op has several. `packed`: several
-    sequences are concatenated in one dimension, and only tensor data tells them apart.
-    """
-
-    query: Node
-    key: Node
-    value: Node
-    layout: AttentionLayout
-    output: int
-    packed: bool
-
-    @property
-    def flops(self) -> int:
-        """The FLOPs of both products; an upper bound for packed sequences."""
-        query, values = value(self.query), value(self.value)
-        return count_attention_flops(
-            query,
-            keys=value(self.key).shape[self.layout.sequence],
-            features=query.shape[self.layout.features],
-            width=values.shape[self.layout.features],
-        )
 
 
 _REGISTRY: dict[str, AttentionOp] = {}
@@ -174,8 +146,8 @@ def _identify(op: Any) -> tuple[str, torch.FunctionSchema | None]:
         return _name(op), None
     raise TypeError(
         "op: expected an operator (of torch.library.custom_op or torch.ops) or its name "
-        f"'namespace::name', found {type(op).__name__}; a Python function is not seen in a graph, "
-        "what it calls is"
+        f"'namespace::name', found {type(op).__name__}; a graph has no node for a Python "
+        "function, but for the ops that it calls"
     )
 
 
@@ -232,104 +204,14 @@ def _name(target: Any) -> str:
     return ""
 
 
-def _functionalized(node: Node) -> Any:
-    """Returns the op that a node calls, without the wrapper of functionalization.
-
-    Functionalization wraps ops that write to an argument.
-    """
-    target = node.target
-    if isinstance(target, torch._ops.HigherOrderOperator) and target.name() in _FUNCTIONALIZED:
-        return node.args[0]
-    return target
-
-
-def is_attention_op(node: Any) -> bool:
-    """Returns True if `node` calls an op that is registered as an attention."""
-    if not isinstance(node, Node) or node.op != "call_function":
-        return False
-    return is_attention(_functionalized(node))
-
-
 def is_attention(op: Any) -> bool:
     """Returns True if an op is registered as an attention."""
     return _name(op) in _REGISTRY
 
 
-def attention_call(node: Node) -> AttentionCall:
-    """Returns the operands and the layout of a call of an attention op.
-
-    Raises: ValueError if the call does not match the registration.
-    """
-    op = _functionalized(node)
-    facts = _REGISTRY[_name(op)]
-    schema = getattr(op, "_schema", None)
-    names = [a.name for a in schema.arguments] if schema is not None else []
-    args = node.args[1:] if op is not node.target else node.args
-    given = {**dict(enumerate(args)), **dict(zip(names, args, strict=False)), **node.kwargs}
-    operands: list[Node] = []
-    for role in ("query", "key", "value"):
-        stated = getattr(facts, role)
-        operand = given.get(stated)
-        if operand is None and isinstance(stated, int) and stated < len(names):
-            operand = given.get(names[stated])
-        if not is_tensor(operand):
-            raise ValueError(
-                f"attention op {facts.name}, called by {node.name}: expected its {role} as "
-                f"argument {stated!r}, found {operand!r}"
-            )
-        assert isinstance(operand, Node)
-        operands.append(operand)
-    ranks = {value(operand).ndim for operand in operands}
-    layout = next((f for f in facts.layouts if all(map(f.fits, ranks))), None)
-    if layout is None:
-        stated_layouts = " or ".join(map(str, facts.layouts))
-        raise ValueError(
-            f"attention op {facts.name}, called by {node.name}: expected operands of layout "
-            f"{stated_layouts}, found shapes {[tuple(value(n).shape) for n in operands]}"
-        )
-    packed = _PACKED in layout.letters or given.get(facts.offsets) is not None
-    query, key, values = operands
-    return AttentionCall(query, key, values, layout, _output_position(facts, op, node), packed)
-
-
-def _output_position(facts: AttentionOp, op: Any, node: Node) -> int:
-    """Returns the position of the attention's result among the results of a node.
-
-    A functionalized op returns its own results, followed by each argument that it writes to.
-    """
-    if isinstance(facts.output, int):
-        return facts.output
-    written = [a.name for a in op._schema.arguments if a.alias_info and a.alias_info.is_write]
-    first = len(node.meta["val"]) - len(written)
-    return first + written.index(facts.output)
-
-
-def attention_result(node: Node) -> Node | None:
-    """Returns the node that yields the attention's result; None if nothing reads it."""
-    if is_tensor(node) or not is_attention_op(node):
-        return node
-    position = attention_call(node).output
-    return next((u for u in node.users if u.target is GETITEM and u.args[1] == position), None)
-
-
-def check_result(node: Node, shape: Sequence[int]) -> None:
-    """Checks that an attention's result of this shape is laid out as the query.
-
-    Raises: ValueError where it is not.
-    """
-    call = attention_call(node)
-    query = value(call.query).shape
-    named = f"attention op {_name(_functionalized(node))}, called by {node.name}"
-    if len(shape) != len(query):
-        raise ValueError(
-            f"{named}: expected a result laid out as the query, {call.layout}, found shape "
-            f"{tuple(shape)}"
-        )
-    if shape[call.layout.sequence] != query[call.layout.sequence]:
-        raise ValueError(
-            f"{named}: expected as many tokens in the result as in the query ({call.layout}), "
-            f"found shape {tuple(shape)}"
-        )
+def registered_op(op: Any) -> AttentionOp:
+    """Returns the registration of an op that is an attention."""
+    return _REGISTRY[_name(op)]
 
 
 def _ship(layouts: str | Sequence[str], *names: str, offsets: str = "") -> None:

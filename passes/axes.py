@@ -1,8 +1,9 @@
 """axes: follows every tensor dimension back to the axes of the model's inputs.
 
-A dimension is a product of factors, each along an axis of an input (the latents' frames, say) or
-along none. Rules exist per kind of op; an op without a rule loses the provenance of the dimensions
-it changes and says so in the factor's `reason`, which later messages show.
+A dimension is a product of factors, each along an axis of an input (such as the latents' frames) or
+along none. Each op's relation (:mod:`pabc.passes.relations`) tells how it maps dimensions. An op
+without a relation loses the provenance of the dimensions that it changes; the factor's `reason`,
+which error messages show, names it.
 """
 
 from __future__ import annotations
@@ -39,15 +40,15 @@ from .relations.terms import Relation
 def name_axes_pass(
     gm: GraphModule, captured: Captured, *, latents: str | None = None
 ) -> tuple[GraphModule, Denoised]:
-    """Gives every tensor node `meta["axes"]` and finds which inputs are denoised.
+    """Gives every tensor node `meta["axes"]`, and finds the inputs that are denoised.
 
     Requires: a canonical ATen graph whose nodes carry fake tensors.
-    Ensures: each tensor node has one tuple of factors per dimension whose sizes multiply to the
-    dimension's. The latents are the input named `latents`, or else the first input whose axes (but
-    for channels) come out again in the first output: of those of three dimensions or more, else of
-    packed tokens (N, C), else of token ids. The other inputs in the same list, samples of one
-    batch, are denoised as well, and so are those of other streams (audio beside video), which come
-    out again in some output.
+    Ensures: each tensor node has one tuple of factors per dimension, whose sizes multiply to the
+    size of the dimension. The latents are the input named `latents`, or else the first input whose
+    axes (except channels) reappear in the first output; inputs of three dimensions or more come
+    first, then packed tokens (N, C), then token ids. Other inputs in the same list, which are
+    samples of one batch, are denoised as well, and so are other streams (audio with video), whose
+    axes reappear in some output.
     Raises: ValueError if `latents` names no input, or no input qualifies.
 
         # before                                # after
@@ -86,7 +87,10 @@ def verify_axes(gm: GraphModule) -> None:
 
 
 def _find_candidates(gm: GraphModule) -> list[str]:
-    """Inputs of two dimensions or more: floating-point ones, of three or more dimensions, first."""
+    """Returns the inputs of two dimensions or more, most likely latents first.
+
+    Floating-point inputs of three dimensions or more come first.
+    """
     nodes = [n for n in user_inputs(gm.graph) if is_tensor(n) and value(n).ndim >= 2]
     nodes = [n for n in nodes if value(n).dtype != torch.bool]
     nodes.sort(key=lambda n: (not value(n).is_floating_point(), value(n).ndim < 3))
@@ -94,7 +98,7 @@ def _find_candidates(gm: GraphModule) -> list[str]:
 
 
 def _samples(gm: GraphModule, signature: Signature, name: str) -> tuple[str, ...]:
-    """Returns an input, or all inputs of its list if these have as many dimensions."""
+    """Returns an input and, if all have the same rank, the other inputs in the same list."""
     args, kwargs = signature.in_spec.unflatten(range(len(signature.inputs)))
     index = signature.inputs.index(name)
     ranks = {n.name: value(n).ndim for n in user_inputs(gm.graph) if is_tensor(n)}
@@ -113,17 +117,16 @@ def _why_lost(gm: GraphModule, captured: Captured) -> str:
     if node is None:
         return ""
     call = called.get(node.target)
-    name = node.name if call is None else f"{call.path}, since {call.reason},"
-    return f" ({name} runs outside of the graph)"
+    name, reason = (node.name, "") if call is None else (call.path, f": {call.reason}")
+    return f" ({name} is opaque{reason})"
 
 
 def _comes_out_again(gm: GraphModule, name: str, output: Node, *, alone: bool = False) -> bool:
-    """Whether an output has all of the input's dimensions but the batch and the channels.
+    """Returns True if an output has all axes of an input except the batch and the channels.
 
-    `alone`: none of them joined or mixed with others, as a condition's tokens may be.
-
-    Integers are token ids and have no channels. An input without a token dimension beside the batch
-    must come out in its own shape: pooled conditions have a batch too.
+    Integer inputs are token ids and have no channels. An input of two dimensions must reappear in
+    its own shape, since pooled conditions have a batch dimension, too. `alone`: axes that are
+    concatenated with others, as a condition's tokens may be, do not count.
     """
     factors = [f for product in output.meta["axes"] for f in product if not (alone and f.parts)]
     axes = (axis for factor in factors for axis in factor.axes())
@@ -142,9 +145,9 @@ def _find_other_streams(
     streams: Mapping[str, str],
     outputs: Sequence[Node],
 ) -> dict[str, str]:
-    """The inputs that come out again beside the latents, each mapped to its stream's name.
+    """Returns the other inputs that reappear in outputs, each mapped to its stream's name.
 
-    In outputs that change over the steps: a condition may be returned as well.
+    Only outputs that change from step to step count, since a model may also return a condition.
     """
     reach = Reach(gm.graph)
     inputs = [n for n in user_inputs(gm.graph) if is_tensor(n)]
@@ -166,10 +169,11 @@ def _propagate(
     *,
     conditions: Sequence[str] = (),
 ) -> None:
-    """Computes every node's dimensions; no input but these has axes of its own.
+    """Computes the dimensions of every node, from the axes of the streams and conditions.
 
-    `streams` maps what is denoised to the input whose axes it has. Those of the first of them have
-    the lowest rank, conditions the highest. What follows from none has no latent axes to lose.
+    `streams` maps each denoised input to the input whose axes it has. The axes of the first stream
+    have the lowest rank, those of conditions the highest. Nodes that depend on no denoised input
+    keep no reasons for a lost provenance, since they have no latent axes to lose.
     """
     following: set[Node] = set()
     constants: set[Node] = set()
@@ -202,7 +206,7 @@ def _propagate(
 
 
 def _is_constant(node: Node, constants: Collection[Node]) -> bool:
-    """Whether a node is a weight, a constant, or computed from those alone."""
+    """Returns True if a node is a weight, a constant, or computed from these alone."""
     if node.op == "get_attr":
         return True
     called = node.op == "call_function" and not is_opaque(node)
@@ -210,7 +214,7 @@ def _is_constant(node: Node, constants: Collection[Node]) -> bool:
 
 
 def _learned(val: Any) -> Any:
-    """The dimensions of a constant; of each, where there are several."""
+    """Returns the dimensions of a constant, or of each of several."""
     if isinstance(val, (tuple, list)):
         return tuple(map(_learned, val))
     return learned(val.shape) if isinstance(val, torch.Tensor) else ()
@@ -231,12 +235,12 @@ def infer(
     known: Callable[[Node], Any] = _known,
     relate: Relate = relate_results,
 ) -> Any:
-    """Returns the dimensions of a call's result, given those of its operands; of each of several.
+    """Returns the dimensions of a call's result, or of each of several, from those of its operands.
 
     Args:
         node: the call.
-        known: the dimensions of its operands.
-        relate: what a call does to dimensions; the table, or results of it that are kept.
+        known: returns the dimensions of an operand.
+        relate: returns the relation of a call; may cache the results of the table.
     """
     return _infer_one(node, known, relate) if is_tensor(node) else _several(node, known, relate)
 
@@ -254,8 +258,11 @@ def _infer_one(node: Node, known: Callable[[Node], Any], relate: Relate) -> Dims
 
 
 def _guess(node: Node, known: Callable[[Node], Any], shape: tuple[int, ...]) -> Dims:
-    """The dimensions of what an op yields that is not in the table, if its shape is that of its
-    operands broadcast: names decide which branches may be reused, and never what is computed."""
+    """Returns the dimensions of the result of an op that has no relation.
+
+    If the shape is that of the broadcast operands, the op is taken to be pointwise. A wrong guess
+    names a kind wrong, and so decides what is reused, but changes no computation.
+    """
     inputs = [n for n in nodes_in(node.args) if is_tensor(n)]
     try:
         broadcast = torch.broadcast_shapes(*(tuple(value(n).shape) for n in inputs))
@@ -269,15 +276,18 @@ def _guess(node: Node, known: Callable[[Node], Any], shape: tuple[int, ...]) -> 
 
 
 def _lost(node: Node) -> str:
-    """Why positions are no longer known after `node`."""
+    """Returns the reason why the positions are unknown after `node`."""
     return f"{node.name} ({node.target}) mixes positions"
 
 
 def _several(node: Node, known: Callable[[Node], Any], relate: Relate) -> tuple[Dims, ...]:
-    """Ops with several results: by their relations, others (topk, statistics) by the first."""
+    """Returns the dimensions of the results of an op with several.
+
+    Results of an op without relations (topk, statistics) are compared with its first operand.
+    """
     vals = node.meta["val"]
     if is_opaque(node):
-        return tuple(unknown(val.shape, f"{node.name} runs outside of the graph") for val in vals)
+        return tuple(unknown(val.shape, f"{node.name} is opaque") for val in vals)
     relations = relate(node)
     if isinstance(relations, tuple):
         return tuple(follow(each, known, _lost(node)) for each in relations)
@@ -290,7 +300,10 @@ def _several(node: Node, known: Callable[[Node], Any], relate: Relate) -> tuple[
 
 
 def _like(dims: Dims, node: Node, shape: tuple[int, ...]) -> Dims:
-    """One of several results, by the first operand: a dimension of another size is reduced."""
+    """Returns the dimensions of one of several results, from those of the first operand.
+
+    A dimension whose size differs is a reduced one.
+    """
     chosen = argument(node, 1, node.kwargs.get("dim"))
     chosen = (chosen,) if isinstance(chosen, int) else chosen
     if len(shape) < len(dims) and isinstance(chosen, (tuple, list)):

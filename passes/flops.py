@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from pabc.base.flops import count_op_flops
 
-from .attention_ops import attention_call, is_attention_op
+from .attention_calls import attention_call, is_attention_op
 from .tracing.sizes import Sizes, hinted
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch.fx import GraphModule, Node
 
-from .attention_ops import attention_result
+from .attention_calls import attention_result
 from .dead_code import dead_without
 from .facts import Denoised, Marked, Tagged
 from .ir import (

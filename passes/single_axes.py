@@ -19,9 +19,7 @@ from pabc.base.kinds import KINDS
 from .facts import Denoised
 from .ir import Axis, Factor, user_inputs, value
 from .kinds import FoundAttention, TokenAxes, find_token_axes, name_kind, undecided
-from .provenance.factors import is_join, is_named, length
-
-Dimension = tuple[Factor, ...]
+from .provenance.factors import Dimension, is_join, is_named, length
 
 
 def find_single_axes(gm: GraphModule, denoised: Denoised, found: list[FoundAttention]) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Any
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from .attention_ops import is_attention_op
+from .attention_calls import is_attention_op
 from .dead_code import remove_dead_code
 from .facts import PhaseSlots, Regions
 from .guard_ops import GUARD_OPS, Decisions
@@ -37,7 +37,7 @@ def specialize_phase_pass(gm: GraphModule, regions: Regions, slots: PhaseSlots) 
     """
     both = sorted(set(slots.reused) & set(slots.stored))
     if both:
-        raise ValueError(f"specialize: slots {both} are both reused and stored")
+        raise ValueError(f"slots: expected none that is both reused and stored, found {both}")
     graph = Graph()
     mapping: dict[Node, Any] = {}
     copy_into(graph, [n for n in gm.graph.nodes if n.op == "placeholder"][1:], mapping)

@@ -9,8 +9,8 @@ from torch.fx import GraphModule, Node
 
 from pabc.base.kinds import KINDS
 
+from .attention_calls import attention_call, is_attention_op
 from .attention_chains import AttentionChain, find_chains, find_unclaimed_softmaxes
-from .attention_ops import attention_call, is_attention_op
 from .facts import Denoised, Enlarged, Tagged
 from .ir import (
     Attention,
@@ -53,7 +53,7 @@ def tag_attention_pass(
             raise ValueError(f"kinds[{key!r}]: expected one of {KINDS}, found {wanted!r}")
     found, chains = _find(gm, denoised)
     unclaimed = tuple(
-        f"{node.name} ({module_path(node)}): a softmax over tokens, in no attention that was found"
+        f"{node.name} ({module_path(node)}): a softmax over tokens that is part of no attention"
         for node in find_unclaimed_softmaxes(gm, chains)
     )
     graph, inputs, telling = _find_in_larger(gm, denoised, found, enlarged)
@@ -72,7 +72,9 @@ def tag_attention_pass(
         )
     if unused := set(stated) - used:
         paths = sorted(names)
-        raise ValueError(f"kinds: no attention matches {sorted(unused)}; found {paths}")
+        raise ValueError(
+            f"kinds: expected patterns that match attentions {paths}, found {sorted(unused)}"
+        )
     return gm, Tagged(unclaimed)
 
 
@@ -126,8 +128,8 @@ def find_inner_attentions(gm: GraphModule) -> list[str]:
         count = sum(is_attention_op(n) or is_call(n, SOFTMAXES) for n in inner)
         if count:
             lines.append(
-                f"{node.name} ({module_path(node)}): runs graphs of its own ({node.target}) with "
-                f"{count} attentions in them; they run as they are"
+                f"{node.name} ({module_path(node)}): runs inner graphs ({node.target}) with "
+                f"{count} attentions, which are not reused"
             )
     return lines
 

@@ -122,7 +122,7 @@ def test_unknown_input_name_lists_inputs(model, inputs):
 def test_stated_kind_wins_and_unmatched_pattern_is_an_error(model, inputs):
     found = pabc.explain(model, *inputs, kinds={"blocks.1": "temporal"})
     assert found.attention == {"blocks.0": "full", "blocks.1": "temporal"}
-    with pytest.raises(ValueError, match=r"no attention matches \['nope'\]"):
+    with pytest.raises(ValueError, match=r"kinds: expected patterns .* found \['nope'\]"):
         pabc.explain(model, *inputs, kinds={"nope": "full"})
 
 

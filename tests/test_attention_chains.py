@@ -335,4 +335,4 @@ def test_a_softmax_over_tokens_that_is_in_no_attention_is_reported():
         found = pabc.explain(model.eval(), **call)
         assert "blocks.1.attn" in found.attention
         (line,) = found.outside
-        assert f"({path}): a softmax over tokens, in no attention that was found" in line
+        assert f"({path}): a softmax over tokens that is part of no attention" in line

@@ -22,7 +22,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import pabc
 from pabc.passes import attention_ops, tagged
-from pabc.passes.attention_ops import attention_call
+from pabc.passes.attention_calls import attention_call
 
 IMAGE = Case("image", nn.Identity, "BCHW", ())
 VIDEO = Case("video", nn.Identity, "BCTHW", ())

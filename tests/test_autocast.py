@@ -82,7 +82,7 @@ def test_attention_inside_of_a_conditional_is_reported():
     found = pabc.explain(model, **IMAGE.call())
     assert found.attention == {"blocks.1.attn": "full"}
     (line,) = found.outside
-    assert line.startswith("cond (blocks.0): runs graphs of its own (cond) with 1 attentions")
+    assert line.startswith("cond (blocks.0): runs inner graphs (cond) with 1 attentions")
     compare_with_hand(model, IMAGE)
 
 

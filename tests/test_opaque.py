@@ -74,10 +74,10 @@ class Failing(Branch):
 
 def test_a_block_that_cannot_be_traced_hides_the_axes_of_what_follows():
     model, (call, *_) = make(Plain, Failing(), Branch()), make_calls()
-    message = r"name the denoised input with latents= \(.*runs outside of the graph\)"
+    message = r"name the denoised input with latents= \(.* is opaque: .*\)"
     with pytest.raises(ValueError, match=message):
         pabc.explain(model, **call)
-    message = r"runs outside of the graph; state it with kinds=\{'blocks.1.attn': "
+    message = r" is opaque; state it with kinds=\{'blocks.1.attn': "
     with pytest.raises(ValueError, match=message):
         pabc.explain(model, **call, latents="x_bchw")
     found = pabc.explain(model, **call, latents="x_bchw", kinds={"blocks.1.attn": "full"})

@@ -265,7 +265,7 @@ def test_an_unknown_kind_is_refused():
 def test_a_pattern_that_matches_nothing_is_refused():
     gm = run_to(capture_call(Image(Branch()), IMAGE.call()), "enlarge")
     with pytest.raises(
-        ValueError, match=r"no attention matches \['b'\]; found \['blocks.0.attn'\]"
+        ValueError, match=r"that match attentions \['blocks.0.attn'\], found \['b'\]"
     ):
         apply(tag_attention_pass, gm, Denoised, Enlarged, kinds={"b": "full"})
 

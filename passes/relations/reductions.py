@@ -7,7 +7,7 @@ from functools import partial
 
 from torch.fx import Node
 
-from ..attention_ops import attention_call, check_result
+from ..attention_calls import attention_call, check_result
 from ..ir import aten, is_random, value
 from .arguments import argument, dim_of, dims_of, nodes_in
 from .einsums import as_einsum

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from ..attention_ops import attention_call, is_attention_op
+from ..attention_calls import attention_call, is_attention_op
 from ..ir import GETITEM, aten, is_pointwise, is_tensor, value
 from . import indexing, layouts, reductions, windows
 from .einsums import PRODUCTS

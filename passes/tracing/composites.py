@@ -14,7 +14,7 @@ from torch.fx.node import map_arg
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from ..attention_ops import is_attention_op
+from ..attention_calls import is_attention_op
 from ..ir import GETITEM, aten, is_tensor, layout_key
 from ..relations.groups import SOFTMAXES
 from .bodies import COMPOSITE, call_key, splice_body, trace_body
