@@ -1,4 +1,4 @@
-"""How fast a GPU runs whole loops, and what they take of its memory: parts of bench/gpu.py."""
+"""Measures the seconds and the memory of whole loops on a GPU: parts of bench/gpu.py."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ KERNELS = (
 )
 """Benchmarks of kernels."""
 ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-"""The error, relative to the eager model's first step, up to which a variant is timed."""
+"""A variant is timed only if its first step has at most this error relative to eager's."""
 
 
 def _type_of(target: Target) -> torch.dtype:
@@ -47,7 +47,7 @@ def _type_of(target: Target) -> torch.dtype:
 
 
 def time_loops(name: str, target: Target) -> Iterator[tuple[str, Row]]:
-    """Whole loops of one model: each variant that is ready takes turns with those before it.
+    """Times whole loops of one model: each variant that is ready takes turns with earlier ones.
 
     torch.compile comes last: it takes longest to be ready, and may be stopped.
     """
@@ -76,7 +76,7 @@ def _make_case(workload: Workload, target: Target) -> Case:
 
 
 def _prepare(variant: str, case: Case, reference: Tensor) -> tuple[Ready | None, Row]:
-    """A variant, where it runs and its first step agrees with the model's."""
+    """Returns a prepared variant if it runs and its first step agrees with the model's."""
     begin = time.perf_counter()
     try:
         ready = VARIANTS[variant].prepare(case)
@@ -95,7 +95,7 @@ def _prepare(variant: str, case: Case, reference: Tensor) -> tuple[Ready | None,
 
 
 def _time_variants(case: Case, ready: Mapping[str, Ready], target: Target) -> Row:
-    """Generations in turn, after one of each that warms up; speedups over the first variant."""
+    """Times generations in turn, after one warm-up each; adds speedups over the first variant."""
     measured: dict[str, list[Row]] = {name: [] for name in ready}
     order = list(ready)
     for i in range(-1, target.rounds):
@@ -117,7 +117,7 @@ def _time_variants(case: Case, ready: Mapping[str, Ready], target: Target) -> Ro
 
 
 def _generate(case: Case, ready: Ready, target: Target) -> Row:
-    """Seconds of one generation and of its steps; the peak of the bytes allocated."""
+    """Returns seconds of one generation and of its steps, and the peak of allocated bytes."""
     gc.collect()
     if target.is_cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -147,7 +147,7 @@ def _wait(target: Target) -> None:
 
 
 def _mark(target: Target) -> Any:
-    """A moment: on a GPU, of its stream."""
+    """Records the current time; on a GPU, as an event on its stream."""
     if not target.is_cuda:
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -162,7 +162,7 @@ def _span(begin: Any, end: Any) -> float:
 
 
 def _summarize(rows: Sequence[Row], ready: Ready) -> Row:
-    """Medians with spread; for pabc, of the steps of each phase."""
+    """Returns medians with spread; for pabc, also of the steps of each phase."""
     steps = [statistics.median(each) for each in zip(*(r["steps"] for r in rows), strict=True)]
     row: Row = {
         "seconds": report.summarize([r["seconds"] for r in rows], 5),
@@ -183,7 +183,7 @@ def _summarize(rows: Sequence[Row], ready: Ready) -> Row:
 
 
 def measure_memory(target: Target) -> Iterator[tuple[str, Row]]:
-    """The peak of allocated bytes, the model's own first, by how slots are kept."""
+    """Measures the peak of allocated bytes: of the model, then for each way to keep slots."""
     workload, dtype = (TINY if target.is_smoke else FULL)["latte"], _type_of(target)
     schedule = make_schedule(workload)
     model = build(workload, target.device, dtype)
@@ -212,7 +212,7 @@ def _find_peak(model: Any, calls: Sequence[dict[str, Any]], target: Target) -> R
 
 
 def time_graphs(target: Target) -> Iterator[tuple[str, Row]]:
-    """Phases as CUDA graphs, against phases that are launched op by op: values, then seconds."""
+    """Compares CUDA graphs with phases that are launched kernel by kernel: values, then times."""
     if not target.is_cuda:
         yield "option", {"missing": "a CUDA graph needs a GPU"}
         return
@@ -233,13 +233,13 @@ def time_graphs(target: Target) -> Iterator[tuple[str, Row]]:
 
 
 def run_one_by_one(model: Any, calls: Sequence[dict[str, Any]]) -> Iterator[Tensor]:
-    """The result of each call, before the next one is made, which may write over it."""
+    """Returns copies of all results, each made before the next call, which may overwrite it."""
     for call in calls:
         yield from run(model, [call])
 
 
 def run_kernels(target: Target) -> Iterator[tuple[str, Row]]:
-    """The kernels' tests and times; on a CPU, a tiny shape of each that is checked alone."""
+    """Runs the kernels' tests, then times them; on a CPU, only checks a tiny shape of each."""
     if target.is_cuda:
         command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "kernels", "tests"]
         done = subprocess.run(command, cwd=report.ROOT, capture_output=True, text=True)

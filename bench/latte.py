@@ -1,4 +1,4 @@
-"""diffusers' Latte in any size, as a workload; its schedule."""
+"""Makes diffusers' Latte of any size as a workload, and its schedule."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NUM_HEADS = 4
 def make_latte(
     *, depth: int, width: int, frames: int = 4, side: int = 16, num_clips: int = 1
 ) -> Workload:
-    """`depth` spatial and `depth` temporal blocks; patches of 2 x 2 of `side` x `side` latents.
+    """Returns a Latte with `depth` blocks of each kind, 2 x 2 patches of `side` x `side` latents.
 
     Guidance doubles the clips: the model is given 2 `num_clips`.
     """
@@ -36,6 +36,6 @@ def make_latte(
 
 
 def make_schedule(workload: Workload, num_steps: int) -> pabc.Schedule:
-    """Ranges of 2/4/6 over the middle 70 % of the steps."""
+    """Returns the schedule 2/4/6 over the middle 70 % of the steps."""
     steps = workloads.timesteps(workload, num_steps)
     return pabc.Schedule.pyramid(steps, fraction=FRACTION, **workload.ranges)

@@ -1,4 +1,4 @@
-"""A model of scaling: seconds of a generation on 1 to 64 ranks, without and with reuse.
+"""Predicts seconds of a generation on 1 to 64 ranks, without and with reuse.
 
     python bench/parallel.py --check --out bench/results/parallel.json
     python bench/parallel.py --size full --tflops 400 --out bench/results/parallel_full.json
@@ -8,19 +8,19 @@ A generation takes, summed over its steps,
     compute seconds of the step's phase on one rank x the rank's FLOPs / all FLOPs x crowding
     + collectives x latency + bytes sent / bandwidth + agreement of the ranks
 
-FLOPs (padding and what every rank computes anyway included), collectives and bytes are those of
+FLOPs (including padding and work that every rank repeats), collectives and bytes are those of
 `pabc.explain(ranks=...)`. Compute seconds of a step of each phase are measured on one rank, read
 from a file (`--seconds`: JSON, schedule -> seconds of each), or FLOPs over `--tflops`. Latency and
-bandwidth (bytes a second that a rank sends) are measured between the ranks at hand, by
-all-to-alls of growing size and a line through their medians, or given. The defaults are for GPUs:
-80 % of the 450 GB/s that NVLink 4 has in each direction, 20 us a collective, 200 us for the
-agreement: assumed, not measured.
+bandwidth (bytes per second that a rank sends) are given, or measured between local ranks: the line
+through the medians of all-to-alls of growing size. The defaults are assumptions for GPUs, not
+measurements: 80 % of the 450 GB/s of NVLink 4 in each direction, 20 us per collective, 200 us for
+the agreement.
 
 `--check` measures one rank's phases, links, and generations in 1, 2 and 4 processes on this machine
-(gloo, a thread each), and sets predictions beside them. There, ranks share cores, caches and
-memory: by how much longer computing takes for that (crowding) is measured by as many processes that
-each compute a generation of their own at once. All other seconds are predictions, and are called
-so: as if each rank had a machine of its own and the link that two ranks have here.
+(gloo, a thread each), and shows predictions beside them. These ranks share cores, caches and
+memory. By how much that slows computing (crowding) is measured with as many processes that each
+compute a generation of their own at once. All other seconds are marked as predictions: they assume
+that each rank has a machine of its own, with the link measured between two ranks here.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ LATENCY, BANDWIDTH, AGREEMENT = 20e-6, 0.8 * 450e9, 200e-6
 NUM_EXCHANGES = 20
 NO_LINK = Link(0.0, math.inf)
 APART = "each its own"
-"""Generations without reuse, of the whole model on every rank."""
+"""The measurement of unsharded generations without reuse, one on every rank at once."""
 
 
 def main() -> None:
-    """Measures what is to be measured, predicts; prints tables, writes the JSON."""
+    """Measures and predicts as the options say; prints tables, writes the JSON."""
     options = parse_options()
     if options.worker is not None:
         work(options.worker, run_ranks)
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -113,12 +113,12 @@ def parse_options() -> argparse.Namespace:
 
 
 def run_ranks(mesh: DeviceMesh, task: Any) -> Row:
-    """One process: seconds of generations, of each phase's steps, and of collectives."""
+    """Measures, in each process, seconds of generations, of phases' steps, and of collectives."""
     workload = SIZES[task["size"]][task["model"]]
     model, steps = build(workload), task["steps"]
     schedules = make_schedules(workload, steps)
     compiled = {name: compile_for(model, s, mesh, task["backend"]) for name, s in schedules.items()}
-    compiled["no reuse"].schedule = schedules["2/4/6"]  # by which the dimension is chosen
+    compiled["no reuse"].schedule = schedules["2/4/6"]  # so that the same dimension is chosen
     for name, fast in compiled.items():
         fast(**example_call(workload))
         fast.reset()
@@ -147,13 +147,13 @@ def run_ranks(mesh: DeviceMesh, task: Any) -> Row:
 
 
 class Clock:
-    """The seconds of each step."""
+    """A clock of the seconds of each step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
     def __call__(self, index: int, timestep: Tensor) -> Clock:
-        """What is entered around a step."""
+        """Returns a context that times the step within it."""
         return self
 
     def __enter__(self) -> None:
@@ -164,7 +164,7 @@ class Clock:
 
 
 def time_exchanges(mesh: DeviceMesh) -> dict[str, float]:
-    """Bytes that a rank sends in an all-to-all -> median seconds of one."""
+    """Returns bytes that a rank sends in an all-to-all -> median seconds of one."""
     size, group = mesh.size(), mesh.get_group()
     found = {}
     for rows in (1, 2**10, 2**14, 2**16, 2**18):
@@ -182,7 +182,7 @@ def time_exchanges(mesh: DeviceMesh) -> dict[str, float]:
 
 
 def time_agreement(mesh: DeviceMesh) -> float:
-    """Median seconds in which ranks compare what they do at a step."""
+    """Returns the median seconds of the ranks' agreement check."""
     peers, seconds = Peers(mesh), []
     for step in range(NUM_EXCHANGES):
         with together(mesh):
@@ -195,7 +195,7 @@ def time_agreement(mesh: DeviceMesh) -> float:
 def predict_all(
     options: argparse.Namespace, rows: Rows, given: Mapping[str, Sequence[float]] | None
 ) -> dict[str, Any]:
-    """Seconds by schedule and ranks: `predictions`, and of what is measured here, `expected`."""
+    """Returns seconds by schedule and ranks: `predictions`, and `expected` ones, for here."""
     workload = SIZES[options.size][options.model]
     counts = [*options.ranks, *(CHECKED if options.check else ())]
     costs = find_costs(workload, options.steps, [1, *counts])
@@ -222,7 +222,7 @@ def predict_all(
 
 
 def find_crowding(rows: Rows, ranks: int) -> float:
-    """By how much longer a generation takes here while as many others run."""
+    """Returns the factor by which a generation is slower while others run on this machine."""
     crowded, free = (
         statistics.median(rows.rows[f"measured, {n}"]["seconds"][APART]) for n in (ranks, 1)
     )
@@ -230,7 +230,7 @@ def find_crowding(rows: Rows, ranks: int) -> float:
 
 
 def find_link(rows: Rows, ranks: int) -> Link:
-    """As measured between so many ranks here."""
+    """Returns the link as measured between this number of ranks on this machine."""
     row = rows.rows[f"measured, {ranks}"]
     if ranks == 1:
         return NO_LINK
@@ -239,7 +239,7 @@ def find_link(rows: Rows, ranks: int) -> Link:
 
 
 def find_costs(workload: Workload, steps: int, ranks: Sequence[int]) -> dict[int, dict[str, Cost]]:
-    """What a rank does under each schedule, among so many; divided as the preset wants it."""
+    """Returns the cost of a rank under each schedule, among `ranks`, sharded as for the preset."""
     is_full = workload is FULL.get(workload.name)
     dtype = torch.bfloat16 if is_full else torch.float32
     model, call = build(workload, "meta", dtype), example_call(workload, "meta", dtype)
@@ -253,7 +253,7 @@ def find_costs(workload: Workload, steps: int, ranks: Sequence[int]) -> dict[int
 
 
 def print_tables(options: argparse.Namespace, rows: Rows) -> None:
-    """Predictions; and what was measured beside them."""
+    """Prints predictions and measurements."""
     predictions = rows.content["predictions"]
     base = next(iter(predictions["no reuse"].values()))
     lines = [

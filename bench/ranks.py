@@ -1,6 +1,6 @@
-"""Processes that share a model: how a benchmark starts them, and what each of them sends.
+"""Starts the processes of a sharded model for a benchmark, and counts what each of them sends.
 
-A benchmark that needs some runs itself again, by torchrun, with `--worker FILE` (:func:`launch`).
+A benchmark that needs processes runs itself by torchrun with `--worker FILE` (:func:`launch`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OPS = torch.ops._c10d_functional
 
 
 def launch(script: str, ranks: int, task: Mapping[str, Any]) -> Any:
-    """Runs `script --worker FILE` in so many processes of one thread each; what the first wrote."""
+    """Runs `script --worker FILE` in processes of one thread; returns what the first one wrote."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "task.json"
         file.write_text(json.dumps(task))
@@ -40,7 +40,7 @@ def launch(script: str, ranks: int, task: Mapping[str, Any]) -> Any:
 
 
 def work(file: Path, run: Callable[[DeviceMesh, Any], Any]) -> None:
-    """A process that :func:`launch` has started: the first writes what `run` returns."""
+    """Runs `run` in a process that :func:`launch` started; the first writes what it returns."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -52,14 +52,14 @@ def work(file: Path, run: Callable[[DeviceMesh, Any], Any]) -> None:
 
 
 def make_schedules(workload: Workload, num_steps: int) -> dict[str, Schedule]:
-    """Without reuse, and 2/4/6 in the middle 70 % of the steps."""
+    """Returns the schedules without reuse, and of 2/4/6 in the middle 70 % of the steps."""
     steps = timesteps(workload, num_steps)
     preset = Schedule.pyramid(steps, **workload.ranges, fraction=FRACTION)
     return {"no reuse": Schedule.none(steps), "2/4/6": preset}
 
 
 class CountSent(TorchDispatchMode):
-    """What this process sends within: `calls` of collectives, `nbytes` to other processes."""
+    """A mode that counts what this process sends: collectives, and bytes to other processes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def generate(
     num_steps: int,
     on_step: Callable[[int, torch.Tensor], Any] = no_context,
 ) -> list[torch.Tensor]:
-    """What the model gives at each step of a generation."""
+    """Returns the model's result at each step of a generation."""
     outputs: list[torch.Tensor] = []
 
     def record(**call: Any) -> Any:
@@ -103,14 +103,14 @@ def compile_for(
     backend: Any,
     shard: int | None = None,
 ) -> pabc.CompiledModel:
-    """On the mesh; on one process, as it is without."""
+    """Compiles the model for the mesh; for a mesh of one process, without it."""
     options: dict[str, Any] = {"mesh": mesh, "shard": shard} if mesh.size() > 1 else {}
     return pabc.compile(model, schedule, backend=backend, **options)
 
 
 @contextmanager
 def together(mesh: DeviceMesh) -> Iterator[None]:
-    """Begins and ends at one time on all ranks."""
+    """Synchronizes all ranks at the start and at the end of the context."""
     dist.barrier(mesh.get_group())
     yield
     dist.barrier(mesh.get_group())

@@ -1,4 +1,4 @@
-"""What a benchmark says of its figures: where they were measured, with what; tables, JSON.
+"""Describes the machine and the versions of a benchmark run; formats tables and writes JSON.
 
 A benchmark is a script of this folder: `import report` finds this file beside it.
 """
@@ -21,7 +21,7 @@ PACKAGES = ("torch", "triton", "diffusers", "numpy")
 
 
 def describe_run(device: str = "cpu", packages: Iterable[str] = ()) -> dict[str, Any]:
-    """What figures were measured on and with: device, versions, commit, date, load at the start.
+    """Returns the device, versions, commit, date, and system load at the start of a run.
 
     `packages` are further distributions whose versions matter; None where one is not installed.
     """
@@ -46,7 +46,7 @@ def describe_run(device: str = "cpu", packages: Iterable[str] = ()) -> dict[str,
 
 
 def read_commit() -> str | None:
-    """The commit of this checkout, `+` where files differ from it; None outside of a checkout."""
+    """Returns the checkout's commit, with `+` if files were changed; None without a checkout."""
     try:
         commit = _git("rev-parse", "--short=12", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no")
@@ -61,7 +61,7 @@ def _git(*arguments: str) -> str:
 
 
 def find_version(package: str) -> str | None:
-    """The version of an installed distribution, None where it is not."""
+    """Returns the version of a distribution; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -69,7 +69,7 @@ def find_version(package: str) -> str | None:
 
 
 def name_device(device: str) -> str:
-    """The device as people know it: `cuda` alone says little."""
+    """Returns the device with the name of its model."""
     import torch
 
     if torch.device(device).type == "cuda":
@@ -78,7 +78,7 @@ def name_device(device: str) -> str:
 
 
 def name_cpu() -> str:
-    """The processor's name and the vector instructions that PyTorch uses on it."""
+    """Returns the processor's name and the vector instructions that PyTorch uses on it."""
     import torch
 
     info = Path("/proc/cpuinfo")
@@ -89,19 +89,19 @@ def name_cpu() -> str:
 
 
 def summarize(values: Sequence[float], digits: int = 4) -> dict[str, float]:
-    """Median, minimum and maximum of what was measured again and again."""
+    """Returns median, minimum and maximum of repeated measurements."""
     found = {"median": statistics.median(values), "min": min(values), "max": max(values)}
     return {name: round(value, digits) for name, value in found.items()}
 
 
 def format_spread(found: Mapping[str, float], digits: int = 3) -> str:
-    """What `summarize` gives, as `0.431 (0.402 to 0.445)`."""
+    """Formats a result of `summarize`, as in `0.431 (0.402 to 0.445)`."""
     median, low, high = (f"{found[name]:.{digits}f}" for name in ("median", "min", "max"))
     return f"{median} ({low} to {high})"
 
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Aligned columns, the first to the left; None is shown as `-`."""
+    """Returns a table with aligned columns, the first to the left; None is shown as `-`."""
     lines = [list(header)] + [["-" if cell is None else str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
@@ -114,14 +114,14 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str
 
 
 def format_markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """The same table for a README."""
+    """Returns the same table in Markdown."""
     lines = [list(header), ["---"] * len(header)]
     lines += [["" if cell is None else str(cell) for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a result, whole or not at all: a run that is stopped leaves what it wrote last."""
+    """Writes a result atomically: an interrupted write leaves the previous file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")

@@ -1,4 +1,4 @@
-"""The rows of a benchmark that may be stopped and go on: written one by one, found again."""
+"""Writes the rows of a benchmark one by one, so that an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Rows:
 
     @property
     def rows(self) -> dict[str, Row]:
-        """Those that there are, in the order in which they were measured."""
+        """The rows so far, in the order in which they were measured."""
         rows: dict[str, Row] = self.content["rows"]
         return rows
 
     def add(self, name: str, row: Row) -> None:
-        """Adds a row, and writes them all."""
+        """Adds a row, and writes all rows."""
         self.rows[name] = row
         self.write()
 
@@ -48,7 +48,7 @@ class Rows:
             self.add(name, measure())
 
     def write(self, **more: Any) -> None:
-        """Writes the rows, and what is to stand beside them."""
+        """Writes the rows and the facts about the run."""
         self.content.update(more)
         if self._out is not None:
             report.write_json(self._out, self.content)
@@ -63,7 +63,7 @@ def _read(out: Path | None, settings: Mapping[str, Any]) -> dict[str, Row]:
 
 
 def add_options(parser: argparse.ArgumentParser, out: str = "JSON") -> None:
-    """The options that every such benchmark has."""
+    """Adds the options that all such benchmarks have."""
     parser.add_argument("--out", type=Path, help=f"{out} to write, row by row")
     parser.add_argument(
         "--resume", action="store_true", help="keep the rows that --out has of these settings"

@@ -1,8 +1,8 @@
-"""Many generations at once: trajectories that change threads, exceptions in some, memory watched.
+"""Runs many generations at once, in trajectories that change threads; some raise exceptions.
 
-Trajectories wait in a queue; each thread takes one, runs one step in it and puts it back. Every
-output is compared with that of the same generation alone. Some generations end in an exception,
-raised by the model's call or beside it.
+Trajectories wait in a queue; each thread takes one, runs one step in it and puts it back. Each
+output is compared with that of the same generation run alone. Some generations end in an exception,
+raised by the model's call or between calls. Memory is measured during the run.
 
     python bench/stress.py --out bench/results/stress.json
 """
@@ -31,7 +31,7 @@ SEEDS = 6
 
 
 def make_model() -> torch.nn.Module:
-    """A Latte of two spatial and two temporal blocks, with random weights."""
+    """Returns a Latte of two spatial and two temporal blocks, with random weights."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
         "num_attention_heads": 2,
@@ -50,7 +50,7 @@ def make_model() -> torch.nn.Module:
 
 
 def make_inputs(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents (2, 4, 3, 8, 8), and text of a length that depends on the seed."""
+    """Returns latents (2, 4, 3, 8, 8), and text of a length that depends on the seed."""
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(2, 4, 3, 8, 8, generator=generator)
     return latents, torch.randn(2, 5 + seed % 2, 10, generator=generator)
@@ -58,7 +58,7 @@ def make_inputs(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass
 class Generation:
-    """One trajectory, and how far it is with the inputs of one seed."""
+    """A trajectory, the inputs of one seed, and its next step."""
 
     run: pabc.Trajectory
     seed: int
@@ -71,7 +71,7 @@ class Generation:
         self.latents, self.text = make_inputs(self.seed)
 
     def advance(self, fast: pabc.CompiledModel) -> torch.Tensor:
-        """Runs the next step; its result."""
+        """Runs the next step; returns its result."""
         when = torch.full((2,), TIMESTEPS[self.step])
         with self.run:
             if self.step == self.fails_at:
@@ -85,7 +85,7 @@ class Generation:
 
 
 class Stress:
-    """The queue, what each generation gives alone, and what was seen."""
+    """The queue, the expected outputs of each generation, and the observations."""
 
     def __init__(self, fast: pabc.CompiledModel, options: argparse.Namespace) -> None:
         self.fast, self.options = fast, options
@@ -98,12 +98,12 @@ class Stress:
         self.memory: list[dict[str, int]] = []
 
     def run_alone(self, seed: int) -> list[torch.Tensor]:
-        """The outputs of a whole generation, with nothing beside it."""
+        """Returns the outputs of a whole generation that runs alone."""
         generation = Generation(self.fast.trajectory(), seed, None)
         return [generation.advance(self.fast) for _ in TIMESTEPS]
 
     def start(self, run: pabc.Trajectory) -> None:
-        """Lets a trajectory begin another generation, or, after the last one, a thread end."""
+        """Starts another generation in a trajectory; after the last one, ends a thread."""
         if self.started < self.options.generations:
             self.started += 1
             fails = self.random.random() < self.options.failing
@@ -111,8 +111,8 @@ class Stress:
             self.waiting.put(Generation(run, self.random.randrange(SEEDS), fails_at))
 
     def work(self) -> None:
-        """Takes a trajectory, runs a step in it, puts it back, until there is none left."""
-        torch.set_num_threads(1)  # a thread's first product would be split by OpenMP's default
+        """Runs steps of trajectories from the queue until there are no more generations."""
+        torch.set_num_threads(1)  # else the first matrix product of a thread is split by OpenMP
         while (generation := self.waiting.get()) is not None:
             try:
                 found = generation.advance(self.fast)
@@ -141,7 +141,7 @@ class Stress:
                         self.waiting.put(None)
 
     def run(self) -> dict[str, Any]:
-        """All generations; what was seen."""
+        """Runs all generations; returns the observations."""
         gc.collect()
         tensors = count_tensors()
         start = time.perf_counter()
@@ -171,18 +171,18 @@ class Stress:
 
 
 def count_tensors() -> int:
-    """Tensors that are alive."""
+    """Returns the number of live tensors."""
     return sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects())
 
 
 def read_rss() -> int:
-    """Bytes of memory that this process holds (Linux)."""
+    """Returns the resident bytes of this process (Linux)."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096
 
 
 def main() -> int:
-    """Runs the test; 0: no mismatch, nothing unexpected, nothing left."""
+    """Runs the test; returns 0 if there was no mismatch, unexpected error or leak."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--generations", type=int, default=200)
     parser.add_argument("--trajectories", type=int, default=8)

@@ -1,11 +1,10 @@
-"""How long `pabc explain` takes on full-size models, without their weights.
+"""Measures the seconds of `pabc explain` on full-size models, without their weights.
 
     python bench/time_explain.py --out bench/results/explain.json [NAME ...]
 
-Each model has the depth, the width and the input of a published configuration, in bfloat16 on the
-meta device: random weights would say nothing more. A row's seconds are those of a process of its
-own, `python -m pabc explain bench.time_explain:NAME`, from start to end; `cpu_seconds` those that
-it ran; `export_seconds` is torch.export's share of these.
+Each model has the depth, width and inputs of a published configuration, in bfloat16 on the meta
+device. A row's `seconds` are those of a process, `python -m pabc explain bench.time_explain:NAME`,
+from start to end; `cpu_seconds` is its CPU time, and `export_seconds` the share of torch.export.
 
 Shapes: B batch, C channels, T frames, H x W latent pixels, L text tokens.
 """
@@ -35,18 +34,18 @@ Example = tuple[nn.Module, tuple[()], dict[str, Any]]
 
 
 def make(build: Callable[..., nn.Module], config: Mapping[str, Any], **inputs: Any) -> Example:
-    """The model of a configuration in eval mode, and the keyword arguments of a call."""
+    """Returns the model of a configuration in eval mode, and the keyword arguments of a call."""
     with torch.device("meta"):
         return build(**config).to(torch.bfloat16).eval(), (), inputs
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """An input without data."""
+    """Returns an input without data."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def steps() -> Tensor:
-    """A timestep per sample."""
+    """Returns a timestep per sample, without data."""
     return meta(B, dtype=torch.long)
 
 
@@ -271,7 +270,7 @@ MODELS: tuple[Callable[[], Example], ...] = (
 
 
 def time_explain(name: str) -> dict[str, Any]:
-    """One row: the seconds of `pabc explain` on a model, and what it found."""
+    """Returns a row: the seconds of `pabc explain` on a model, and what it found."""
     here = Path(__file__).parent
     before, start = os.times(), time.perf_counter()
     printed = subprocess.run(
@@ -296,7 +295,7 @@ def time_explain(name: str) -> dict[str, Any]:
 
 
 def time_export(name: str) -> float:
-    """The CPU seconds that torch.export takes of this, in a process of its own, traced the same."""
+    """Returns the CPU seconds of torch.export for the same capture, in a process of its own."""
     code = (
         "import time, torch; from bench.time_explain import *\n"
         "from pabc.passes.tracing.lean import *\n"

@@ -1,12 +1,12 @@
-"""What hoisting keeps, what keeping one of many copies costs, and what the timestep alone decides.
+"""Measures hoisted values: their bytes, and the cost of ops that depend on the timestep only.
 
     python bench/time_hoisting.py --out bench/results/hoisting.json
 
-- `kept`: bytes of the hoisted values, whole and with one of the copies over frames, seconds of the
-  prologue, and seconds of a step that computes everything, in turn. Of the full size: bytes alone.
-- `timely`: the share of a step that ops take which depend on the timestep, and not on the latents;
-  that of one more layer is what is left of the share in a deep model.
-- `batched`: whether a projection of 30 timesteps at once has the bits of one at a time.
+- `kept`: bytes of hoisted values, with all copies over frames and with only one of them; seconds of
+  the prologue and of a step that reuses nothing, in turn. At full size: bytes only.
+- `timely`: the share of a step in ops that depend on the timestep and not on the latents; the
+  share in one more layer is the limit for deep models.
+- `batched`: whether projecting 30 timesteps at once has the same bits as one at a time.
 
 Shapes: B batch, C channels, T frames, H x W latent pixels, N tokens, L text tokens, D width.
 """
@@ -39,7 +39,7 @@ NUM_STEPS = 30
 
 
 def make_demo() -> tuple[nn.Module, Call]:
-    """The demo model with guidance."""
+    """Returns the demo's model, and inputs with guidance."""
     return load_transformer(), {
         "hidden_states": torch.randn(2, 1, FRAMES, CANVAS, CANVAS),
         "timestep": torch.tensor([7, 7]),
@@ -55,7 +55,7 @@ def make_latte(
     size: int = 32,
     B: int = 1,
 ) -> tuple[nn.Module, Call]:
-    """Latte with `layers` spatial and as many temporal blocks."""
+    """Returns Latte with `layers` spatial and `layers` temporal blocks."""
     model = diffusers.LatteTransformer3DModel(
         in_channels=4,
         sample_size=size,
@@ -79,7 +79,7 @@ def make_latte(
 
 
 def make_dit(layers: int, size: int) -> tuple[nn.Module, Call]:
-    """DiT-XL/2 of fewer layers, with guidance."""
+    """Returns DiT-XL/2 with fewer layers, and inputs with guidance."""
     model = diffusers.DiTTransformer2DModel(
         num_attention_heads=16,
         attention_head_dim=72,
@@ -96,7 +96,7 @@ def make_dit(layers: int, size: int) -> tuple[nn.Module, Call]:
 
 
 def make_sd3(layers: int, size: int) -> tuple[nn.Module, Call]:
-    """Stable Diffusion 3 of fewer layers, with guidance."""
+    """Returns Stable Diffusion 3 with fewer layers, and inputs with guidance."""
     model = diffusers.SD3Transformer2DModel(
         sample_size=size,
         num_layers=layers,
@@ -113,7 +113,7 @@ def make_sd3(layers: int, size: int) -> tuple[nn.Module, Call]:
 
 
 def make_flux(layers: int, size: int) -> tuple[nn.Module, Call]:
-    """Flux of a third of its width and fewer layers, twice as many of one stream as of two."""
+    """Returns Flux of a third of its width, with fewer layers, two single per double one."""
     model = diffusers.FluxTransformer2DModel(
         num_layers=layers,
         num_single_layers=2 * layers,
@@ -134,7 +134,7 @@ def make_flux(layers: int, size: int) -> tuple[nn.Module, Call]:
 
 
 def make_cogvideox(layers: int, size: int) -> tuple[nn.Module, Call]:
-    """CogVideoX-2b of fewer layers and four latent frames."""
+    """Returns CogVideoX-2b with fewer layers, and inputs of four latent frames."""
     model = diffusers.CogVideoXTransformer3DModel(
         num_layers=layers, sample_width=size, sample_height=size, sample_frames=13
     )
@@ -146,7 +146,7 @@ def make_cogvideox(layers: int, size: int) -> tuple[nn.Module, Call]:
 
 
 def measure_kept(make: Callable[[], tuple[nn.Module, Call]], rounds: int) -> dict[str, Any]:
-    """With and without the pass `repeats`, in turn; phases run as they are, not compiled."""
+    """Measures with and without the stage `repeats`, in turn; phases are not compiled."""
     torch.manual_seed(0)
     model, call = make()
     compiled = {}
@@ -177,7 +177,7 @@ def measure_kept(make: Callable[[], tuple[nn.Module, Call]], rounds: int) -> dic
 
 
 def measure_full_size() -> dict[str, Any]:
-    """Bytes of Latte-1: 28 and 28 blocks, 16 frames of 512 x 512, guidance, bfloat16."""
+    """Measures bytes of Latte-1: 56 blocks, 16 frames of 512 x 512, guidance, bfloat16."""
     with torch.device("meta"):
         model, call = make_latte(28, 16, 72, 16, 64, B=2)
         model, call = (
@@ -200,13 +200,13 @@ def run_to(model: nn.Module, call: Call, last: str) -> Compilation:
 
 
 def count_bytes(prologue: GraphModule) -> int:
-    """Of what a prologue gives, as long as no two of its values share memory."""
+    """Returns the bytes of a prologue's results, if none share memory."""
     outputs = map(value, output_node(prologue.graph).args[0])
     return sum(output.numel() * output.itemsize for output in outputs)
 
 
 def measure_timely(make: Callable[..., tuple[nn.Module, Call]], rounds: int, **how: int) -> Any:
-    """Seconds of what no latents reach, once hoisted values are given, and of a whole step."""
+    """Measures seconds of a step, and of its ops that depend on the timestep only."""
     torch.manual_seed(0)
     model, call = make(**how)
     made = run_to(model, call, "hoist")
@@ -230,7 +230,7 @@ def build_timely(gm: GraphModule, denoised: Collection[str]) -> GraphModule:
 
 
 def time_in_turn(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, the order turned around from round to round, after one that warms up."""
+    """Returns seconds of each, after a warm-up; the order is reversed from round to round."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(-1, rounds):
         for name, run in list(runs.items())[:: 1 if i % 2 else -1]:
@@ -242,7 +242,7 @@ def time_in_turn(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str
 
 
 def compare_batched(width: int, dtype: torch.dtype, B: int) -> dict[str, Any]:
-    """A projection of B equal rows, as guidance makes them, a step at a time or all at once."""
+    """Compares a projection of B equal rows per step, step by step and all steps at once."""
     torch.manual_seed(0)
     linear = nn.Linear(width, 6 * width, dtype=dtype)
     x_ND = torch.randn(NUM_STEPS, width, dtype=dtype).repeat_interleave(B, 0)
@@ -270,7 +270,7 @@ TIMELY = (
 
 
 def describe_timely(rounds: int) -> list[dict[str, Any]]:
-    """A row per model of :data:`TIMELY`."""
+    """Returns a row per model of :data:`TIMELY`."""
     rows = []
     for make, how, few, more in TIMELY:
         first, second = (measure_timely(make, rounds, layers=n, **how) for n in (few, more))

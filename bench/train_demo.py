@@ -1,9 +1,9 @@
-"""Train the demo's video model on one CPU or GPU, in two stages, and export its weights.
+"""Trains the demo's video model on one CPU or GPU, in two stages, and exports its weights.
 
 Stage 1 trains the spatial blocks on single frames; stage 2 trains all blocks on clips of 8 frames.
-Every draw of a step follows from (seed, stage, step), so a resumed run goes on as it would have.
-With `--stage-steps` the learning rate follows the steps and the run is repeatable; with
-`--stage-minutes` it follows the time spent.
+The random numbers of a step depend on (seed, stage, step) only, so that a resumed run continues as
+the original would have. With `--stage-steps` the learning rate depends on the step and the run is
+reproducible; with `--stage-minutes` it depends on the time spent.
 
     python bench/train_demo.py --out runs/demo --stage-minutes 30 60
     python bench/train_demo.py --out runs/demo --export pabc/demo/weights
@@ -35,7 +35,7 @@ TEMPORAL_OUTPUTS = ("attn1.to_out.0", "ff.net.2")
 
 @dataclass(slots=True)
 class Progress:
-    """How far the run is: the stage (0 or 1), and the steps, seconds and samples of each."""
+    """The progress of a run: its stage (0 or 1), and the steps, seconds and samples of each."""
 
     stage: int = 0
     steps: list[int] = field(default_factory=lambda: [0, 0])
@@ -54,10 +54,10 @@ class Trainee(nn.Module):
     def forward(
         self, noisy: torch.Tensor, timestep: torch.Tensor, tokens: torch.Tensor, frame: torch.Tensor
     ) -> torch.Tensor:
-        """Velocity (N, 1, F, 16, 16) of `noisy`.
+        """Returns the velocity (N, 1, F, 16, 16) of `noisy`.
 
-        With F = 1 the temporal blocks are left out, and `frame` (N,) says where in its clip each
-        frame lies: the spatial blocks then see the same positions as they will in whole clips.
+        With F = 1, temporal blocks are skipped, and `frame` (N,) is the index of each frame in its
+        clip, so that spatial blocks see the same positions as in whole clips.
         """
         text = self.text.embedding(tokens)
         if noisy.shape[2] > 1:
@@ -71,7 +71,7 @@ class Trainee(nn.Module):
 
 
 def zero_temporal_outputs(trainee: Trainee) -> None:
-    """Make every temporal block the identity, so that stage 2 starts from what stage 1 learned."""
+    """Makes each temporal block the identity, so that stage 2 starts from stage 1's function."""
     for block in trainee.transformer.temporal_transformer_blocks:
         for name in TEMPORAL_OUTPUTS:
             for parameter in block.get_submodule(name).parameters():
@@ -79,7 +79,7 @@ def zero_temporal_outputs(trainee: Trainee) -> None:
 
 
 def build_optimizers(trainee: Trainee, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, AdamW for everything else."""
+    """Returns Muon for the blocks' matrices, and AdamW for all other parameters."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in trainee.named_parameters():
@@ -91,19 +91,19 @@ def build_optimizers(trainee: Trainee, args: argparse.Namespace) -> list[torch.o
 
 
 class Batch(NamedTuple):
-    """What one step trains on: N clips, F frames (1 in stage 1), L tokens."""
+    """The batch of one step: N clips, F frames (1 in stage 1), L tokens."""
 
     clips: torch.Tensor  # (N, 1, F, 16, 16) in [-1, 1]
     noise: torch.Tensor  # (N, 1, F, 16, 16)
     timesteps: torch.Tensor  # (N,)
     tokens: torch.Tensor  # (N, L)
-    frame: torch.Tensor  # (N,) which frame of its clip each one is, in stage 1
+    frame: torch.Tensor  # (N,) the index of each frame in its clip, in stage 1
 
 
 def draw_batch(
     data: tuple[torch.Tensor, torch.Tensor], text: latte.Text, size: int, stage: int, seed: int
 ) -> Batch:
-    """Random digits, motions, captions and noise; timesteps spread evenly over the schedule."""
+    """Draws digits, motions, captions and noise; timesteps are stratified over the schedule."""
     images, labels = data
     generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
     picks = torch.randint(len(images), (size,), generator=generator)
@@ -120,9 +120,9 @@ def draw_batch(
 
 
 def compute_loss(step_fn: Callable, batch: Batch, alphas: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of the velocity sqrt(a) noise - sqrt(1 - a) clip.
+    """Returns the mean squared error of the velocity sqrt(a) noise - sqrt(1 - a) clip.
 
-    Salimans and Ho, "Progressive distillation for fast sampling of diffusion models", 2022.
+    Source: Salimans and Ho, "Progressive distillation for fast sampling of diffusion models", 2022.
     """
     alpha = alphas[batch.timesteps].view(-1, 1, 1, 1, 1)
     noisy = alpha.sqrt() * batch.clips + (1 - alpha).sqrt() * batch.noise
@@ -131,20 +131,20 @@ def compute_loss(step_fn: Callable, batch: Batch, alphas: torch.Tensor) -> torch
 
 
 def learning_rate_factor(done: float, step: int) -> float:
-    """Linear warm-up, constant, then linear to zero; `done` is the stage's progress in [0, 1]."""
+    """Returns the factor at progress `done` in [0, 1]: warm-up, constant, then linear to 0."""
     return min(1.0, (step + 1) / WARMUP_STEPS) * max(0.01, min(1.0, (1 - done) / DECAY_FRACTION))
 
 
 @torch.no_grad()
 def update_ema(ema: Trainee, trainee: Trainee, step: int) -> None:
-    """Move the averaged weights toward the present ones."""
+    """Updates the moving average of the weights."""
     decay = min(EMA_DECAY, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(trainee.parameters()), 1 - decay)
 
 
 @dataclass(slots=True)
 class Run:
-    """One training run: what a checkpoint holds, and the arguments."""
+    """One training run: the state that a checkpoint contains, and the arguments."""
 
     args: argparse.Namespace
     trainee: Trainee
@@ -158,7 +158,7 @@ class Run:
         return self.args.out / "checkpoint.pt"
 
     def stage_done(self) -> float:
-        """Progress of the present stage in [0, 1] by the steps or the minutes given for it."""
+        """The progress of the current stage in [0, 1], by its steps or minutes."""
         stage = self.progress.stage
         if self.args.stage_steps:
             return min(1.0, self.progress.steps[stage] / max(1, self.args.stage_steps[stage]))
@@ -166,7 +166,7 @@ class Run:
         return min(1.0, self.progress.seconds[stage] / max(1e-9, limit))
 
     def save(self) -> None:
-        """Write the checkpoint; the old file stays until the new one is whole."""
+        """Writes the checkpoint atomically."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         state = {
             "trainee": self.trainee.state_dict(),
@@ -178,7 +178,7 @@ class Run:
         self.path.with_suffix(".partial").replace(self.path)
 
     def resume(self) -> None:
-        """Take everything from the checkpoint."""
+        """Restores the state from the checkpoint."""
         state = torch.load(self.path, map_location=self.args.device, weights_only=True)
         self.trainee.load_state_dict(state["trainee"])
         self.ema.load_state_dict(state["ema"])
@@ -188,7 +188,7 @@ class Run:
         print(f"resumed {self.path}: {self.progress}", flush=True)
 
     def start_clips(self) -> None:
-        """Begin stage 2 from stage 1's averaged weights, with temporal blocks that do nothing."""
+        """Begins stage 2 from stage 1's averaged weights, with identity temporal blocks."""
         self.trainee.load_state_dict(self.ema.state_dict())
         zero_temporal_outputs(self.trainee)
         self.ema.load_state_dict(self.trainee.state_dict())
@@ -196,7 +196,7 @@ class Run:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Run both stages, from the checkpoint in `args.out` if there is one."""
+    """Runs both stages, from the checkpoint in `args.out` if there is one."""
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     trainee = Trainee().to(args.device)
@@ -213,7 +213,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def train_stage(run: Run) -> None:
-    """Run the present stage to its end, saving a checkpoint every few minutes."""
+    """Runs the current stage to its end, saving a checkpoint every few minutes."""
     args, progress, stage = run.args, run.progress, run.progress.stage
     data = digits.load_digits("train")
     alphas = latte.build_scheduler().alphas_cumprod.to(args.device)
@@ -243,7 +243,7 @@ def train_stage(run: Run) -> None:
 
 
 def take_step(run: Run, loss: torch.Tensor, factor: float) -> None:
-    """Step both optimizers at `factor` times their learning rates."""
+    """Steps both optimizers at `factor` times their learning rates."""
     loss.backward()
     nn.utils.clip_grad_norm_(run.trainee.parameters(), 1.0)
     for optimizer in run.optimizers:
@@ -254,7 +254,7 @@ def take_step(run: Run, loss: torch.Tensor, factor: float) -> None:
 
 
 def report(progress: Progress, loss: float) -> None:
-    """Print the stage, its steps, minutes, recent loss and mean speed."""
+    """Prints the stage, its steps, minutes, recent loss and mean speed."""
     stage = progress.stage
     step, seconds = progress.steps[stage], progress.seconds[stage]
     start = f"stage {stage + 1} step {step} {seconds / 60:.1f} min"
@@ -262,7 +262,7 @@ def report(progress: Progress, loss: float) -> None:
 
 
 def export(checkpoint: Path, weights: Path) -> None:
-    """Write the averaged weights of a checkpoint as the demo's package data."""
+    """Writes the averaged weights of a checkpoint as the demo's package data."""
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     trainee = Trainee()
     trainee.load_state_dict(state["ema"])
@@ -271,7 +271,7 @@ def export(checkpoint: Path, weights: Path) -> None:
 
 
 def main() -> None:
-    """Train, or export with --export."""
+    """Trains, or exports with --export."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
