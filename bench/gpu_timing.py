@@ -233,7 +233,7 @@ def time_graphs(target: Target) -> Iterator[tuple[str, Row]]:
 
 
 def run_one_by_one(model: Any, calls: Sequence[dict[str, Any]]) -> Iterator[Tensor]:
-    """Returns copies of all results, each made before the next call, which may overwrite it."""
+    """Yields the result of each call before the next call, which may overwrite it."""
     for call in calls:
         yield from run(model, [call])
 

@@ -56,7 +56,7 @@ LATENCY, BANDWIDTH, AGREEMENT = 20e-6, 0.8 * 450e9, 200e-6
 NUM_EXCHANGES = 20
 NO_LINK = Link(0.0, math.inf)
 APART = "each its own"
-"""The measurement of unsharded generations without reuse, one on every rank at once."""
+"""The name of a measurement: every rank at once runs a generation unsharded, without reuse."""
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""Ways to run a model in a sampling loop: as it is, compiled, with each cache there is, with pabc.
+"""Sets up ways to run a model in a sampling loop: eager, compiled, with other caches, with pabc.
 
-A peer's row is the peer's own code, set up as its documentation says: where that leaves a choice,
-the comment beside it says which was made. Whatever a peer raises is its row.
+A peer's row runs the peer's own code, set up as its documentation says; a comment names the choice
+where the documentation leaves one. If a peer raises an error, the error is its row.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import pabc
 
 @dataclass(frozen=True)
 class Case:
-    """What a variant is made for: a model of its own, and the loop that it will run in."""
+    """The model of a variant, and the loop that it runs in."""
 
     workload: Workload
     model: nn.Module
@@ -34,7 +34,7 @@ class Case:
 
     @property
     def num_steps(self) -> int:
-        """Of the loop."""
+        """The number of steps of the loop."""
         return self.schedule.num_steps
 
     @property
@@ -48,7 +48,7 @@ class Case:
 
     @property
     def window(self) -> tuple[float, float]:
-        """The schedule's window in timesteps, both bounds strict: halfway to the steps outside."""
+        """The schedule's window in timesteps, with strict bounds: the steps just outside of it."""
         steps = self.schedule.timesteps
         reused = [i for kind in self.workload.ranges for i, r in enumerate(self._mask(kind)) if r]
         inside = range(min(reused, default=0), max(reused, default=-1) + 1)
@@ -62,13 +62,13 @@ class Case:
 
 @dataclass
 class Ready:
-    """A model that can be sampled.
+    """A model that is ready for sampling.
 
     Attributes:
-        call: is called in the model's place.
-        on_step: is entered around each step.
+        call: the function to call in place of the model.
+        on_step: returns a context that is entered around each step.
         on_end: is called after each generation.
-        note: what a reader of the row should know.
+        note: a remark on the row for its readers.
     """
 
     call: Callable[..., Any]
@@ -79,7 +79,14 @@ class Ready:
 
 @dataclass(frozen=True)
 class Variant:
-    """One row. `follows_schedule`: it computes what pabc's plan computes, and nothing else."""
+    """A variant, which is a row of the table.
+
+    Attributes:
+        name: its name.
+        about: a description for readers.
+        prepare: makes it ready for sampling.
+        follows_schedule: True if it computes exactly what pabc's plan computes.
+    """
 
     name: str
     about: str
@@ -88,12 +95,12 @@ class Variant:
 
 
 def run_eager(case: Case) -> Ready:
-    """The model as it is."""
+    """Prepares the model as it is."""
     return Ready(case.model)
 
 
 def run_torch_compile(case: Case) -> Ready:
-    """The whole model in one graph; with graph breaks where that is refused."""
+    """Compiles the whole model as one graph, or with graph breaks if that fails."""
     whole = torch.compile(case.model, fullgraph=True)
     try:
         with torch.no_grad():
@@ -106,7 +113,7 @@ def run_torch_compile(case: Case) -> Ready:
 
 
 def run_pabc(backend: str) -> Callable[[Case], Ready]:
-    """pabc; every phase is prepared."""
+    """Compiles the model with pabc, including all phases."""
 
     def prepare(case: Case) -> Ready:
         fast = pabc.compile(case.model, case.schedule, backend=backend)  # type: ignore[arg-type]
@@ -118,14 +125,14 @@ def run_pabc(backend: str) -> Callable[[Case], Ready]:
 
 @dataclass
 class Clock:
-    """What a pipeline's `current_timestep` is: set by its loop, read by hooks."""
+    """The current timestep, which the loop sets and hooks read, as a pipeline's attribute."""
 
     timestep: Tensor | None = None
     model: Any = None
 
     @contextlib.contextmanager
     def on_step(self, index: int, timestep: Tensor) -> Iterator[None]:
-        """As pipelines do: both branches of guidance are one call."""
+        """Sets the timestep, as pipelines do, and enters a cache context for the one call."""
         self.timestep = timestep
         where = {"step_index": index, "timestep": timestep}
         model = self.model
@@ -134,7 +141,7 @@ class Clock:
 
 
 def with_cache(case: Case, config: Any, note: str = "") -> Ready:
-    """A cache of diffusers'. A model that is not diffusers' is given its mixin, as theirs have."""
+    """Enables a cache of diffusers; adds diffusers' mixin to a model that does not have it."""
     model: Any = case.model
     if not isinstance(model, diffusers.CacheMixin):
         model.__class__ = type(type(model).__name__, (type(model), diffusers.CacheMixin), {})
@@ -146,17 +153,17 @@ def with_cache(case: Case, config: Any, note: str = "") -> Ready:
 
 
 def hooked(model: nn.Module, clock: Clock, note: str = "") -> Ready:
-    """A model whose modules have hooks; they are reset where a pipeline resets them."""
+    """Returns a model with hooks, which are reset when a pipeline would reset them."""
     registry = hooks.HookRegistry.check_if_exists_or_initialize(model)
     return Ready(model, clock.on_step, registry.reset_stateful_hooks, note)
 
 
 def run_diffusers_pab(case: Case) -> Ready:
-    """diffusers' Pyramid Attention Broadcast: the same ranges and window, kinds told by name."""
+    """Enables diffusers' Pyramid Attention Broadcast, with the same ranges and window."""
     if not isinstance(case.model, diffusers.CacheMixin):
         return _hook_pab_by_name(case)
     ranges = {**case.workload.ranges}
-    if "joint" in ranges:  # which diffusers counts among the spatial ones
+    if "joint" in ranges:  # diffusers treats joint attention as spatial
         ranges["spatial"] = ranges.pop("joint")
     options: dict[str, Any] = {}
     for kind in ("spatial", "temporal", "cross"):
@@ -169,7 +176,7 @@ def run_diffusers_pab(case: Case) -> Ready:
 
 
 def _hook_pab_by_name(case: Case) -> Ready:
-    """The same hook, on the attentions of a model that diffusers does not know."""
+    """Adds diffusers' hook to the attentions of a model that diffusers does not support."""
     from diffusers.hooks import pyramid_attention_broadcast as pab
 
     clock = Clock()
@@ -186,26 +193,26 @@ def _hook_pab_by_name(case: Case) -> Ready:
 
 
 def run_first_block_cache(case: Case) -> Ready:
-    """The threshold of its documentation."""
+    """Enables FirstBlockCache with the threshold of its documentation."""
     config = hooks.FirstBlockCacheConfig(threshold=0.2)
     return with_cache(case, config)
 
 
 def run_taylorseer(case: Case) -> Ready:
-    """The settings of its documentation."""
+    """Enables TaylorSeer with the settings of its documentation."""
     config = hooks.TaylorSeerCacheConfig(
         cache_interval=5,
         max_order=1,
         disable_cache_before_step=min(10, case.num_steps // 3),
         taylor_factors_dtype=torch.bfloat16,
-        # Its own patterns match the whole name, and so none of these models' attentions.
+        # The default patterns match whole names, and thus none of these models' attentions.
         cache_identifiers=[pattern.strip("^$") for pattern in case.workload.names.values()],
     )
     return with_cache(case, config, "identifiers stated")
 
 
 def run_mag_cache(case: Case) -> Ready:
-    """Calibrated on this loop, as its documentation says, then its own settings."""
+    """Enables MagCache with its own settings, after the calibration that it documents."""
     options = {"num_inference_steps": case.num_steps}
     calibrated = with_cache(case, hooks.MagCacheConfig(calibrate=True, **options))
     printed = io.StringIO()
@@ -213,7 +220,7 @@ def run_mag_cache(case: Case) -> Ready:
         denoise(case.workload, calibrated.call, case.start, case.num_steps, calibrated.on_step)
     found = re.search(r"^\[[\d., e+-]+\]$", printed.getvalue(), re.MULTILINE)
     if found is None:
-        raise RuntimeError("calibration printed nothing: no list of blocks has a name it knows")
+        raise RuntimeError("calibration: expected ratios, found none: MagCache knows no block list")
     calibrated.on_end()
     calibrated.call.disable_cache()  # type: ignore[attr-defined]
     config = hooks.MagCacheConfig(mag_ratios=ast.literal_eval(found[0]), **options)
@@ -221,7 +228,7 @@ def run_mag_cache(case: Case) -> Ready:
 
 
 def run_faster_cache(case: Case) -> Ready:
-    """The settings of its documentation for CogVideoX; temporal attentions as spatial ones."""
+    """Enables FasterCache as documented for CogVideoX, also for temporal attention."""
     has_temporal = "temporal" in case.workload.names
     doubled = 2 * case.workload.num_clips
     tensors = {name: x for name, x in case.example.items() if isinstance(x, Tensor)}
@@ -244,11 +251,13 @@ def run_faster_cache(case: Case) -> Ready:
 
 
 def run_cache_dit(case: Case) -> Ready:
-    """Its own adapter for the model; 8 blocks always computed, or 1 where there are few."""
+    """Enables cache-dit with its adapter for the model; always computes 8 blocks, or 1 of few."""
     try:
         import cache_dit
     except ImportError as error:
-        raise ImportError("not installed: pip install cache-dit") from error
+        raise ImportError(
+            "cache-dit: expected it to be installed; pip install cache-dit"
+        ) from error
     num_blocks = len(getattr(case.model, "transformer_blocks", ()))
     few = num_blocks < 16
     config = cache_dit.DBCacheConfig(
@@ -262,7 +271,7 @@ def run_cache_dit(case: Case) -> Ready:
 
 
 def compiled(prepare: Callable[[Case], Ready]) -> Callable[[Case], Ready]:
-    """The same, its model given to torch.compile after that, as diffusers' documentation says."""
+    """Returns the variant with its model compiled afterwards, as diffusers' documentation says."""
 
     def prepare_compiled(case: Case) -> Ready:
         ready = prepare(case)
@@ -273,7 +282,7 @@ def compiled(prepare: Callable[[Case], Ready]) -> Callable[[Case], Ready]:
 
 
 def first_line(error: BaseException) -> str:
-    """An error in one line."""
+    """Returns an error as one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = f"{type(error).__name__}: {lines[0] if lines else ''}"
     return text if len(text) <= 160 else text[:157] + "..."

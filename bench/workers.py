@@ -1,7 +1,7 @@
-"""One process per variant: none lives on what another compiled, patched or left in memory.
+"""Runs each variant in a process of its own, unaffected by code, patches or memory of others.
 
 The processes of one model are alive together and take turns: only one computes at a time. They are
-forked from a server that has imported everything, and has computed nothing.
+forked from a server that has imported all modules, and has computed nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SIZES = {"small": SMALL, "full": FULL, "tiny": TINY}
 
 @dataclass(frozen=True)
 class Task:
-    """What one worker runs."""
+    """The work of one worker: a variant, and its settings."""
 
     size: str
     model: str
@@ -60,7 +60,7 @@ class Worker:
         theirs.close()
 
     def ask(self, command: str, seconds: float) -> dict[str, Any]:
-        """The worker's answer; `{"error": why}` where there is none."""
+        """Returns the worker's answer to a command; `{"error": ...}` if it fails."""
         try:
             self._pipe.send(command)
             if not self._pipe.poll(seconds):
@@ -84,7 +84,7 @@ class Worker:
 
 @functools.cache
 def _get_context() -> ForkServerContext:
-    """Starts processes from a server that has imported this file, and all that it imports."""
+    """Returns a context that forks processes from a server that has imported this module."""
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # which the server starts with
     context = multiprocessing.get_context("forkserver")
@@ -93,7 +93,7 @@ def _get_context() -> ForkServerContext:
 
 
 def serve(pipe: Connection, task: Task) -> None:
-    """The worker's side: answers `prepare`, `generate`, `finish`, until it is told to stop."""
+    """Answers the commands `prepare`, `generate` and `finish` in the worker, until `stop`."""
     with task.log.open("a") as log:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(log.fileno(), stream.fileno())
@@ -110,7 +110,7 @@ def serve(pipe: Connection, task: Task) -> None:
 
 
 class Run:
-    """One variant of one model."""
+    """A variant of a model in its worker; its methods are the commands."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -121,7 +121,7 @@ class Run:
         self.compiles = Compiles()
 
     def prepare(self) -> dict[str, Any]:
-        """Builds, sets up, generates once to compile and warm up, and once to count attentions."""
+        """Prepares the variant, generates once to warm up, and once to count attentions."""
         task = self.task
         model = build(self.workload, task.device, self.dtype)
         weights = digest(model)
@@ -149,7 +149,7 @@ class Run:
         }
 
     def generate(self) -> dict[str, Any]:
-        """The seconds of one generation, by the clock and of all threads; and of its steps."""
+        """Returns wall-clock and CPU seconds of one generation, and the seconds of its steps."""
         gc.collect()
         if self.is_cuda:
             torch.cuda.empty_cache()
@@ -166,7 +166,7 @@ class Run:
         return {"seconds": seconds, "cpu_seconds": cpu, "steps": steps, "peak_bytes": peak}
 
     def finish(self) -> dict[str, Any]:
-        """What was compiled: in all, and since the warm-up."""
+        """Returns the counts of compilations: in all, and since the warm-up."""
         counts = self.compiles.counts()
         later = {
             f"{name}_later": counts[name] - self.warm[name] for name in ("graphs", "recompiles")
@@ -174,7 +174,7 @@ class Run:
         return {**counts, **later, **describe_plan(self.ready.call)}
 
     def _denoise(self, mark: Callable[[], None]) -> Tensor:
-        """One generation; `mark` is called before and after each step."""
+        """Runs one generation; `mark` is called before and after each step."""
 
         @contextlib.contextmanager
         def on_step(index: int, timestep: Tensor) -> Iterator[None]:
@@ -204,7 +204,7 @@ class Run:
 
 
 class Compiles:
-    """Counts what Dynamo does: graphs, breaks, recompiles, and frames that it gives up."""
+    """Counts of Dynamo's graphs, graph breaks, recompiles, and frames that it gave up."""
 
     def __init__(self) -> None:
         dynamo.set_compilation_metrics_limit(100_000)
@@ -217,7 +217,7 @@ class Compiles:
         self._given_up += "hit config." in record.getMessage()
 
     def counts(self) -> dict[str, int]:
-        """So far."""
+        """Returns the counts so far."""
         ids = [str(m.compile_id) for m in dynamo.get_compilation_metrics()]
         return {
             "graphs": dynamo.counters["stats"]["unique_graphs"],
@@ -228,18 +228,18 @@ class Compiles:
 
 
 def is_recompile(compile_id: str) -> bool:
-    """Whether an id of Dynamo, frame/compilation, is of a frame that had been compiled before."""
+    """Returns True if Dynamo's id, frame/compilation, is of a frame compiled before."""
     _, _, compilation = compile_id.partition("/")
     return compilation.split("_")[0] not in ("", "0")
 
 
 def digest(model: nn.Module) -> float:
-    """A number that tells other weights."""
+    """Returns a number that differs for models with other weights."""
     return sum(float(p.double().abs().sum()) for p in model.parameters())
 
 
 def count_attentions(profile: torch.profiler.profile) -> int:
-    """Softmax attentions that ran, by PyTorch's names for the ops that compute them."""
+    """Counts the softmax attentions that ran, by the names of PyTorch's ops for them."""
     names = ("_flash_attention", "_efficient_attention", "_cudnn_attention", "_attention_math")
     return sum(
         event.count
@@ -249,7 +249,7 @@ def count_attentions(profile: torch.profiler.profile) -> int:
 
 
 def describe_plan(call: Any) -> dict[str, Any]:
-    """What pabc's plan says: attentions that it computes, phases, bytes, shares of the work."""
+    """Returns the attentions, phases, bytes and shares of the work in pabc's plan."""
     if not isinstance(call, pabc.CompiledModel):
         return {}
     plan, found, stats = call.plan, call.explain(), call.stats
@@ -274,5 +274,5 @@ def describe_plan(call: Any) -> dict[str, Any]:
 
 
 def median_steps(generations: list[list[float]]) -> list[float]:
-    """Per step, the median over generations."""
+    """Returns the median over generations for each step."""
     return [statistics.median(step) for step in zip(*generations, strict=True)]

@@ -1,10 +1,9 @@
-"""Models, inputs and schedulers that whole sampling loops are measured on: small, real-sized, tiny.
+"""Defines the models, inputs and schedulers of sampling loops: small, of published size, tiny.
 
-A workload says how its model is built and called; :func:`draw` makes what one generation starts
-from, :func:`denoise` runs it. Guidance is a doubled batch, the unconditional half first, as in
-diffusers' pipelines. But for the demo's, weights are random: PyTorch's own initialization, with
-which outputs stay finite. They say how fast a model runs, and whether two runs are equal; nothing
-about quality.
+A workload defines how its model is built and called; :func:`draw` makes the inputs of a generation,
+:func:`denoise` runs it. Guidance is batched, the unconditional half first, as in diffusers'
+pipelines. All weights but the demo's are random, from PyTorch's initialization, with which outputs
+stay finite. They show how fast a model runs, and whether two runs are equal, but not quality.
 
 Shapes: B clips, C channels, T frames, H x W latent pixels, L text tokens, D text features.
 """
@@ -33,7 +32,7 @@ RANGES = {"spatial": 2, "temporal": 4, "cross": 6}
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """One model, and how it is sampled.
+    """A model, and how it is sampled.
 
     Attributes:
         build: makes the model, on PyTorch's default device.
@@ -41,11 +40,10 @@ class Workload:
         text: (L, D) of one caption.
         call: (latents, timesteps, text, all 2 B) -> the model's keyword arguments.
         scheduler: makes the scheduler.
-        ranges: kind -> every how many steps it is computed, within the window.
-        names: kind -> pattern of the modules that are attentions of that kind, for caches that
-            go by names.
+        ranges: kind -> its range in the schedule: it is computed at every n-th step of the window.
+        names: kind -> pattern of the names of its attentions' modules, for caches that need names.
         num_clips: B.
-        is_trained: whether similarity to the full run says something about quality.
+        is_trained: True if the weights are trained, so that similarity to the full run matters.
     """
 
     name: str
@@ -64,7 +62,7 @@ class Workload:
 
     @property
     def shapes(self) -> dict[str, Any]:
-        """What the model is given at each step, for the table."""
+        """The shapes of the model's inputs at each step, as text."""
         return {
             "latents": [2 * self.num_clips, *self.latents],
             "text": [2 * self.num_clips, *self.text],
@@ -73,14 +71,14 @@ class Workload:
 
 @dataclass(frozen=True)
 class Start:
-    """What one generation starts from: noise, and text whose first half is unconditional."""
+    """The inputs of a generation: noise, and text whose first half is unconditional."""
 
     latents: Tensor
     text: Tensor
 
 
 def build(workload: Workload, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The workload's model: the same weights whenever it is called; in eval mode."""
+    """Returns the workload's model in eval mode, with the same weights at each call."""
     torch.manual_seed(0)
     with torch.device(device):
         model = workload.build()
@@ -92,7 +90,7 @@ def build(workload: Workload, device: str = "cpu", dtype: torch.dtype = torch.fl
 def draw(
     workload: Workload, seed: int, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Start:
-    """Noise and text that depend on the seed alone."""
+    """Returns noise and text that depend on the seed only."""
     generator = torch.Generator().manual_seed(seed)
     num = workload.num_clips
     latents = torch.randn(num, *workload.latents, generator=generator)
@@ -105,14 +103,14 @@ def draw(
 
 
 def timesteps(workload: Workload, num_steps: int) -> list[float]:
-    """The timesteps that run, in order."""
+    """Returns the timesteps that run, in order."""
     scheduler = workload.scheduler()
     scheduler.set_timesteps(num_steps)
     return [float(t) for t in scheduler.timesteps]
 
 
 def first_timestep(workload: Workload, device: str = "cpu") -> Tensor:
-    """That of a generation of any length, a scalar, as its scheduler gives it."""
+    """Returns the first timestep of a generation, a scalar tensor from its scheduler."""
     scheduler = workload.scheduler()
     scheduler.set_timesteps(2, device=device)
     return scheduler.timesteps[0]
@@ -126,7 +124,7 @@ OnStep = Callable[[int, Tensor], contextlib.AbstractContextManager[Any]]
 def denoise(
     workload: Workload, model: Callable[..., Any], start: Start, num_steps: int, on_step: OnStep
 ) -> Tensor:
-    """Runs the sampling loop with `model` called at each step; the last latents."""
+    """Runs the sampling loop, calling `model` at each step; returns the last latents."""
     scheduler = workload.scheduler()
     scheduler.set_timesteps(num_steps, device=start.latents.device)
     latents = start.latents
@@ -147,9 +145,9 @@ def denoise(
 
 
 def as_pictures(workload: Workload, latents: Tensor, reference: Tensor) -> Tensor:
-    """Latents as frames (B, frames, H, W) in [0, 1], by the range of the reference's values.
+    """Returns latents as frames (B, frames, H, W) in [0, 1], scaled by the reference's range.
 
-    The demo's latents are pixels, whose range is known.
+    The demo's latents are pixels, whose range is fixed.
     """
     if workload.is_trained:
         low, high = torch.tensor(-1.0), torch.tensor(1.0)
@@ -159,14 +157,14 @@ def as_pictures(workload: Workload, latents: Tensor, reference: Tensor) -> Tenso
 
 
 def _make_ddim() -> Any:
-    """DDIM whose model predicts a velocity, so that random weights cannot make latents explode."""
+    """Returns DDIM with v-prediction, with which latents stay finite for random weights."""
     return diffusers.DDIMScheduler(
         prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False
     )
 
 
 def _make_flow() -> Any:
-    """Rectified flow."""
+    """Returns a scheduler of rectified flow."""
     return diffusers.FlowMatchEulerDiscreteScheduler()
 
 
@@ -190,7 +188,7 @@ def _call_latte(latents: Tensor, when: Tensor, text: Tensor) -> dict[str, Any]:
 def _latte(
     name: str, *, depth: int, heads: int, head_dim: int, frames: int, side: int, text: int = 48
 ) -> Workload:
-    """diffusers' Latte: `depth` spatial and `depth` temporal blocks, patches of 2 x 2."""
+    """Returns diffusers' Latte: `depth` spatial and `depth` temporal blocks, 2 x 2 patches."""
     features = 4096 if heads * head_dim > 512 else 256
     config: dict[str, Any] = {
         "num_attention_heads": heads,
@@ -238,7 +236,7 @@ def _cogvideox(
     width: int,
     text: int = 48,
 ) -> Workload:
-    """diffusers' CogVideoX, one softmax over text and video; positions as in the 2b model."""
+    """Returns diffusers' CogVideoX, with joint attention, and positions as in the 2b model."""
     features = 4096 if heads * head_dim > 512 else 256
     config: dict[str, Any] = {
         "num_attention_heads": heads,
@@ -293,7 +291,7 @@ def _opensora(
     text: int = 48,
     features: int = 256,
 ) -> Workload:
-    """pabc's Open-Sora 1.2: `depth` spatial and `depth` temporal blocks, patches of 2 x 2."""
+    """Returns pabc's Open-Sora 1.2: `depth` blocks of each kind, 2 x 2 patches."""
     config: dict[str, Any] = {
         "depth": depth,
         "num_heads": heads,
@@ -318,7 +316,7 @@ def _opensora(
 
 
 def _demo() -> Workload:
-    """The demo's trained model: pictures of 16 x 16 pixels, four clips at a time."""
+    """Returns the demo's trained model: frames of 16 x 16 pixels, four clips at a time."""
     return Workload(
         name="demo",
         build=demo_model.load_transformer,
@@ -389,5 +387,5 @@ TINY = _named(
 
 @contextlib.contextmanager
 def no_context(index: int, timestep: Tensor) -> Iterator[None]:
-    """For steps that need nothing around them."""
+    """Returns a context that does nothing, for steps that need none."""
     yield
