@@ -23,7 +23,7 @@ class Rows:
     def __init__(
         self, out: Path | None, facts: Mapping[str, Any], settings: Mapping[str, Any], resume: bool
     ) -> None:
-        """`resume`: rows that `out` holds from the same settings and commit are kept."""
+        """Begins a run; with `resume`, keeps rows of `out` with the same settings and commit."""
         found = _read(out, settings) if resume else {}
         self._out = out
         self.content: dict[str, Any] = {**facts, "settings": dict(settings), "rows": found}

@@ -68,7 +68,7 @@ LATTE = {**PIXART, "sample_size": 64, "video_length": 16}
 
 
 def latte() -> Example:
-    """Latte-1, 16 frames of 512 x 512."""
+    """Returns Latte-1, 16 frames of 512 x 512."""
     extra = {"num_embeds_ada_norm": 1000, "norm_type": "ada_norm_single"}
     return make(
         diffusers.LatteTransformer3DModel,
@@ -80,7 +80,7 @@ def latte() -> Example:
 
 
 def cogvideox() -> Example:
-    """CogVideoX-5B, 49 frames of 480 x 720."""
+    """Returns CogVideoX-5B, 49 frames of 480 x 720."""
     grid = (30, 45)
     with torch.device("meta"):
         rotary = embeddings.get_3d_rotary_pos_embed(64, ((0, 0), grid), grid, 13, device="meta")
@@ -95,7 +95,7 @@ def cogvideox() -> Example:
 
 
 def allegro() -> Example:
-    """Allegro, 88 frames of 720 x 1280."""
+    """Returns Allegro, 88 frames of 720 x 1280."""
     num_tokens = 22 * 45 * 80
     tables = tuple((meta(n, 32, dtype=torch.float32),) * 2 for n in (22, 45, 80))
     return make(
@@ -111,7 +111,7 @@ def allegro() -> Example:
 
 
 def wan() -> Example:
-    """Wan 2.1 14B, 81 frames of 720 x 1280."""
+    """Returns Wan 2.1 14B, 81 frames of 720 x 1280."""
     return make(
         diffusers.WanTransformer3DModel,
         {},
@@ -122,7 +122,7 @@ def wan() -> Example:
 
 
 def flux() -> Example:
-    """FLUX.1-dev, 1024 x 1024."""
+    """Returns FLUX.1-dev, 1024 x 1024."""
     return make(
         diffusers.FluxTransformer2DModel,
         {"guidance_embeds": True},
@@ -148,19 +148,19 @@ def _sd3(**config: Any) -> Example:
 
 
 def sd3_medium() -> Example:
-    """Stable Diffusion 3 Medium, 1024 x 1024."""
+    """Returns Stable Diffusion 3 Medium, 1024 x 1024."""
     heads = {"num_attention_heads": 24, "caption_projection_dim": 24 * 64}
     return _sd3(num_layers=24, pos_embed_max_size=192, **heads)
 
 
 def sd35_large() -> Example:
-    """Stable Diffusion 3.5 Large, 1024 x 1024."""
+    """Returns Stable Diffusion 3.5 Large, 1024 x 1024."""
     heads = {"num_attention_heads": 38, "caption_projection_dim": 38 * 64}
     return _sd3(num_layers=38, pos_embed_max_size=192, qk_norm="rms_norm", **heads)
 
 
 def pixart() -> Example:
-    """PixArt-alpha XL/2, 1024 x 1024."""
+    """Returns PixArt-alpha XL/2, 1024 x 1024."""
     return make(
         diffusers.PixArtTransformer2DModel,
         {**PIXART, "sample_size": 128},
@@ -172,7 +172,7 @@ def pixart() -> Example:
 
 
 def hunyuan_video() -> Example:
-    """HunyuanVideo, 129 frames of 720 x 1280."""
+    """Returns HunyuanVideo, 129 frames of 720 x 1280."""
     return make(
         diffusers.HunyuanVideoTransformer3DModel,
         {},
@@ -186,7 +186,7 @@ def hunyuan_video() -> Example:
 
 
 def opensora12() -> Example:
-    """Open-Sora 1.2, 51 frames of 720 x 1280."""
+    """Returns Open-Sora 1.2, 51 frames of 720 x 1280."""
     return make(
         OpenSora12,
         {},
@@ -201,7 +201,7 @@ def opensora12() -> Example:
 
 
 def opensora_plan11() -> Example:
-    """Open-Sora-Plan 1.1, 65 frames of 512 x 512."""
+    """Returns Open-Sora-Plan 1.1, 65 frames of 512 x 512."""
     return make(
         OpenSoraPlan11,
         {**PIXART, "sample_size": (64, 64), "video_length": 17},
@@ -214,7 +214,7 @@ def opensora_plan11() -> Example:
 
 
 def opensora_plan12() -> Example:
-    """Open-Sora-Plan 1.2, 93 frames of 720 x 1280."""
+    """Returns Open-Sora-Plan 1.2, 93 frames of 720 x 1280."""
     changes = {"num_attention_heads": 24, "attention_head_dim": 96, "cross_attention_dim": 2304}
     size = {"num_layers": 32, "sample_size": (90, 160), "sample_size_t": 24, "use_rope": True}
     return make(
@@ -229,7 +229,7 @@ def opensora_plan12() -> Example:
 
 
 def latte_t2v() -> Example:
-    """pabc's own Latte-1, 16 frames of 512 x 512."""
+    """Returns pabc's own Latte-1, 16 frames of 512 x 512."""
     return make(
         LatteT2V,
         LATTE,
@@ -241,7 +241,7 @@ def latte_t2v() -> Example:
 
 
 def latte_class() -> Example:
-    """Latte XL/2, conditional on a class, 16 frames of 256 x 256."""
+    """Returns Latte XL/2, conditional on a class, 16 frames of 256 x 256."""
     return make(
         LatteClass,
         {"extras": 2, "num_classes": 101},

@@ -1,8 +1,9 @@
-"""Chooses the slots that a memory budget has room for: those that save the most work together.
+"""Chooses the slots that fit a memory budget and save the most work together.
 
-Slots are taken in the order of the work that they save per byte, while they fit; then others are
-tried in their place. The fullest step counts against the budget: slots whose lifetimes do not
-overlap share the room. All arithmetic is on integers, so that all ranks choose the same slots.
+Slots are first taken in the order of the work that they save per byte, while they fit; a branch and
+bound search then tries others in their place. The budget limits the fullest step, so that slots
+whose lifetimes do not overlap share memory. All arithmetic is on integers, so that all ranks choose
+the same slots.
 """
 
 from __future__ import annotations
@@ -187,7 +188,7 @@ def _group(plan: Plan, saved: Sequence[int], alive: npt.NDArray[np.bool_]) -> tu
     """Returns groups of the reused slots, those that save the most per byte first."""
     members: dict[tuple[int, int, bytes], list[int]] = {}
     for j in _reused(plan):
-        # Of choices that save as many operations, the one with more slots: each saves a little.
+        # Among choices that save equally many operations, prefers the one with more slots.
         worth = saved[j] * (len(saved) + 1) + 1
         key = (plan.slots[j].nbytes, worth, alive[:, j].tobytes())
         members.setdefault(key, []).append(j)

@@ -1,4 +1,4 @@
-"""A model that follows a schedule: what :func:`pabc.compile` returns."""
+"""The compiled model, which :func:`pabc.compile` returns: it follows a schedule."""
 
 from __future__ import annotations
 

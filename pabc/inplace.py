@@ -1,7 +1,7 @@
-"""In place: a model that keeps its class, names and place, and whose call is pabc's.
+"""Compiles a model in place: the module stays the same object, and its calls are pabc's.
 
-:meth:`torch.nn.Module.__call__` calls `_compiled_call_impl` where a module has one, and leaves it
-out of copies and pickles: the protocol of :meth:`torch.nn.Module.compile`.
+If a module has a `_compiled_call_impl`, :meth:`torch.nn.Module.__call__` calls it. Copies and
+pickles leave it out. :meth:`torch.nn.Module.compile` uses the same protocol.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pabc.wrapper import Wrapper
 class InPlace:
     """The callable through which a module that was compiled in place is called.
 
-    Several compiled models may be in one place, those of two pipelines that share a transformer,
-    say: a call goes to the one that a trajectory was entered of, else to the last.
+    Several compiled models may be installed in one module, such as those of two pipelines that
+    share a transformer. A call goes to the model whose trajectory is entered, else to the last one.
     """
 
-    # Without a dictionary: nothing that walks over what a module holds walks into the compiler.
+    # Has no `__dict__`, so that code that walks over a module's attributes ends here.
     __slots__ = ("_models", "_module")
 
     def __init__(self, module: nn.Module) -> None:

@@ -75,7 +75,7 @@ class Options:
     `"off"`: nowhere, or `"force"`: wherever one computes the same."""
 
     sharding: passes.Sharding | None = None
-    """How the model's work is divided among processes; None: it is not."""
+    """The sharding of the model over processes; None: it is not sharded."""
 
     disable: tuple[DisabledStage, ...] = ()
     """Names of stages to leave out, so that a fault can be bisected; results do not depend on them,

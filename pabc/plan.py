@@ -135,10 +135,10 @@ class Plan:
 
     @cached_property
     def until(self) -> npt.NDArray[np.int32]:
-        """The last step that may read a value computed at a step: int32 [num_steps, num_slots].
+        """The last step that may read a value computed at each step: int32 [num_steps, num_slots].
 
-        It is where the reuse that follows the step ends; -1 where the next step computes again.
-        Steps that reuse have one, too, for a value computed there because none was kept.
+        It is the end of the run of reusing steps that follows; -1 if the next step computes. It is
+        defined for reusing steps, too, which compute the value if none was stored.
         """
         until = np.full((self.num_steps + 1, len(self.slots)), -1, dtype=np.int32)
         for step in range(self.num_steps - 2, -1, -1):
@@ -151,9 +151,9 @@ class Plan:
     def bytes_at(self) -> npt.NDArray[np.int64]:
         """Bytes of stored values at the fullest moment of each step, int64 [num_steps].
 
-        Counts what the step reads and what it stores; nothing else is alive, since the reads of a
-        value follow its store without a gap. Values that a phase materializes and drops at once
-        are activations, and not counted.
+        Counts the values that the step reads or stores. No others are alive, since the reads of a
+        value follow its store without a gap. Values that a phase computes but does not store are
+        activations, which are not counted.
         """
         sizes = np.array([slot.nbytes for slot in self.slots], dtype=np.int64)
         return np.where(self.actions == Action.COMPUTE, 0, sizes).sum(axis=1, dtype=np.int64)

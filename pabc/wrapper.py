@@ -1,4 +1,4 @@
-"""A module around a model that is called in its place, as torch.compile's is."""
+"""Wraps a model in a module that is called in its place, like that of torch.compile."""
 
 from __future__ import annotations
 

@@ -19,12 +19,12 @@ from torch import nn
 from pabc.artifact.errors import ArtifactError
 from pabc.artifact.sources import code_of_class, version
 
-Description = dict[str, str]
+PropertyTable = dict[str, str]
 _SETTING_TYPES = (bool, int, float, str, type(None), torch.dtype, torch.device)
 _FLAGS = "CPU flags"
 
 
-def describe_versions() -> Description:
+def describe_versions() -> PropertyTable:
     """Returns the versions of the software that makes graphs and code."""
     return {
         "pabc": importlib.import_module("pabc").__version__,
@@ -35,7 +35,7 @@ def describe_versions() -> Description:
     }
 
 
-def describe_hardware(devices: Iterable[torch.device]) -> Description:
+def describe_hardware(devices: Iterable[torch.device]) -> PropertyTable:
     """Returns the properties of the CPU, and of these devices, that compiled code depends on."""
     table = {
         "CPU capability": torch.backends.cpu.get_cpu_capability(),
@@ -48,13 +48,13 @@ def describe_hardware(devices: Iterable[torch.device]) -> Description:
     return table
 
 
-def describe_model(model: nn.Module) -> Description:
+def describe_model(model: nn.Module) -> PropertyTable:
     """Returns the layouts of parameters and buffers, which of them are tied, the settings of
     modules, and digests of their code.
 
     The values of tensors are not included: an artifact fits any weights.
     """
-    table: Description = {}
+    table: PropertyTable = {}
     seen: dict[int, str] = {}
     for name, tensor in _tensors(model):
         shared = seen.setdefault(id(tensor), name)

@@ -1,4 +1,4 @@
-"""Whole diffusers pipelines; nothing here imports diffusers."""
+"""Compiles whole diffusers pipelines, without importing diffusers."""
 
 from pabc.pipelines.compiled_pipeline import CompiledPipeline, compile_pipeline
 

@@ -1,5 +1,7 @@
-"""Whole diffusers pipelines: their transformers follow a schedule, bound to what their scheduler
-really runs. Nothing here imports diffusers."""
+"""Compiles whole diffusers pipelines, without importing diffusers.
+
+The pipeline's transformers follow a schedule of the timesteps that the scheduler runs.
+"""
 
 from __future__ import annotations
 
