@@ -186,11 +186,11 @@ def test_waits_are_just_before_what_needs_them(captured):
         for i, wait in enumerate(nodes):
             if wait.target is moves.WAIT:
                 after = nodes[i + 1 : nodes.index(find_first_need(wait))]
-                assert {n.target for n in after} <= {moves.WAIT, *moves.LAYOUTS}, wait
+                assert {n.target for n in after} <= {moves.WAIT, *moves.UNPACKS}, wait
 
 
 def find_first_need(node):
-    users = [find_first_need(n) if n.target in moves.LAYOUTS else n for n in node.users]
+    users = [find_first_need(n) if n.target in moves.UNPACKS else n for n in node.users]
     return min(users)
 
 

@@ -17,7 +17,7 @@ from .places import AxisPlace, Ranks
 ALL_TO_ALL = torch.ops._c10d_functional.all_to_all_single.default
 ALL_GATHER = torch.ops._c10d_functional.all_gather_into_tensor.default
 WAIT = torch.ops._c10d_functional.wait_tensor.default
-_UNPACKS = (
+UNPACKS = (
     aten.permute.default,
     aten.reshape.default,
     aten.slice.Tensor,
@@ -25,7 +25,7 @@ _UNPACKS = (
     aten.transpose.int,
 )
 """Ops that may stand between a collective and what reads it."""
-_PACKS = (*_UNPACKS, aten.clone.default, aten.constant_pad_nd.default)
+_PACKS = (*UNPACKS, aten.clone.default, aten.constant_pad_nd.default)
 """Ops that may stand between a tensor and the collective that sends it."""
 
 EmitCall = Callable[..., Node]
@@ -207,7 +207,7 @@ def overlap(graph: Graph) -> None:
     waiting: set[Node] = set()
     for node in graph.nodes:
         if node.target is WAIT or (
-            node.target in _UNPACKS and all(n in waiting for n in node.all_input_nodes)
+            node.target in UNPACKS and all(n in waiting for n in node.all_input_nodes)
         ):
             waiting.add(node)
     for node in reversed(list(graph.nodes)):
