@@ -18,14 +18,13 @@ from .facts import Block, Blocks
 from .ir import (
     GETITEM,
     attribute,
-    freeze,
     is_contraction,
-    layout_key,
     make_module,
     output_node,
     user_inputs,
     value,
 )
+from .keys import arguments_key, layout_key
 
 
 def split_blocks_pass(
@@ -204,7 +203,7 @@ def block_key(gm: GraphModule) -> Hashable:
         elif node.op == "get_attr":
             entries.append(_attribute_key(attribute(gm, str(node.target))))
         else:
-            entries.append((node.target, freeze((node.args, node.kwargs), index)))
+            entries.append((node.target, arguments_key((node.args, node.kwargs), index)))
     return tuple(entries)
 
 

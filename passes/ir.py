@@ -10,7 +10,7 @@ captured call (:mod:`pabc.passes.tracing.sizes`).
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -292,29 +292,6 @@ def make_module(root: nn.Module | dict[str, Any], graph: Graph) -> GraphModule:
     Each pass makes a graph module, and most of them never run.
     """
     return _LazyGraphModule(root, graph)
-
-
-def layout_key(val: Any) -> Hashable:
-    """Returns what code may be specialized on of a tensor; None for anything else."""
-    if not isinstance(val, torch.Tensor):
-        return None
-    return tuple(val.shape), val.stride(), val.dtype, val.device
-
-
-def freeze(item: Any, index: dict[Node, int]) -> Hashable:
-    """Returns the arguments of a node as a hashable value, with nodes replaced by their `index`.
-
-    The values 0, 0.0, -0.0 and False differ.
-    """
-    if isinstance(item, Node):
-        return Node, index[item]
-    if isinstance(item, (tuple, list)):
-        return tuple(freeze(x, index) for x in item)
-    if isinstance(item, dict):
-        return tuple((name, freeze(x, index)) for name, x in item.items())
-    if isinstance(item, slice):
-        return slice, freeze((item.start, item.stop, item.step), index)
-    return type(item), item.hex() if isinstance(item, float) else item
 
 
 GETITEM = operator.getitem

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from ..ir import GETITEM, aten, is_call, layout_key, output_node, value
+from ..ir import GETITEM, aten, is_call, output_node, value
+from ..keys import layout_key
 from .match import BEFORE, restride, steps
 
 FREE = ("aten", "prims", "pabc")

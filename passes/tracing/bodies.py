@@ -12,7 +12,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from ..ir import GETITEM, freeze, layout_key, output_node
+from ..ir import GETITEM, output_node
+from ..keys import arguments_key, layout_key
 
 COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
@@ -22,7 +23,7 @@ def call_key(node: Node) -> Hashable:
     sources = node.all_input_nodes
     index = {source: i for i, source in enumerate(sources)}
     layouts = tuple(layout_key(source.meta["val"]) for source in sources)
-    return node.target, freeze((node.args, node.kwargs), index), layouts
+    return node.target, arguments_key((node.args, node.kwargs), index), layouts
 
 
 def trace_body(node: Node) -> GraphModule:

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from ..attention_calls import is_attention_op
-from ..ir import GETITEM, aten, is_tensor, layout_key
+from ..ir import GETITEM, aten, is_tensor
+from ..keys import layout_key
 from ..relations.groups import SOFTMAXES
 from .bodies import COMPOSITE, call_key, splice_body, trace_body
 from .casts import without_autocast, write_out_casts_within
