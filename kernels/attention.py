@@ -38,7 +38,7 @@ from .attention_parts import (
     store_tile,
     strides_of,
 )
-from .registration import Constraint, Signature, TensorSpec
+from .registration import Constraint, KernelSignature, TensorSpec
 
 
 class AttentionArguments(NamedTuple):
@@ -64,7 +64,7 @@ class AttentionArguments(NamedTuple):
         return constrain_attention(self.q, self.k, self.mask)
 
 
-SIGNATURE = Signature("attention", AttentionArguments)
+SIGNATURE = KernelSignature("attention", AttentionArguments)
 
 
 @SIGNATURE.checked

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dtypes import FLOATS, FP8, FP8_MAX, OVER_FP8_MAX, TINY
-from .registration import Constraint, Signature, TensorSpec
+from .registration import Constraint, KernelSignature, TensorSpec
 from .rows import MAX_CHANNELS, MAX_ROW_DIMS, configure_rows, load_rows, merge_rows, pad_rows
 
 
@@ -38,7 +38,7 @@ class EncodeRowsArguments(NamedTuple):
         yield "x", f"1 to {MAX_CHANNELS} channels", C, 1 <= C <= MAX_CHANNELS
 
 
-SIGNATURE = Signature("encode_rows", EncodeRowsArguments)
+SIGNATURE = KernelSignature("encode_rows", EncodeRowsArguments)
 
 
 @SIGNATURE.checked

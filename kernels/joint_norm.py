@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .registration import Constraint, Signature
+from .registration import Constraint, KernelSignature
 from .residual_norm import SIGNATURE as PART
 from .residual_norm import ResidualNormArguments, residual_norm_reference, write_rows
 
@@ -95,7 +95,7 @@ class JointNormArguments(NamedTuple):
         yield "x", f"equal shapes but for dimension {dim}", shapes, is_right
 
 
-SIGNATURE = Signature("joint_norm", JointNormArguments)
+SIGNATURE = KernelSignature("joint_norm", JointNormArguments)
 
 
 @SIGNATURE.checked

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arithmetic import next_power_of_2
-from .registration import Constraint, Signature, TensorSpec
+from .registration import Constraint, KernelSignature, TensorSpec
 
 MAX_DIMS = 6
 """Dimensions that the kernel steps through, after merging."""
@@ -48,7 +48,7 @@ class PermuteCopyArguments(NamedTuple):
         yield "x", "elements of up to 8 bytes", self.x.dtype, itemsize in BITS
 
 
-SIGNATURE = Signature("permute_copy", PermuteCopyArguments)
+SIGNATURE = KernelSignature("permute_copy", PermuteCopyArguments)
 
 
 @SIGNATURE.checked

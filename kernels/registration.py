@@ -7,7 +7,7 @@ The fields of a NamedTuple are the arguments; annotations say what tensors must 
         weight: Annotated[Tensor | None, TensorSpec("(C,)", dtypes="x")] = None
         eps: float = 1e-6
 
-    SIGNATURE = Signature("scale", ScaleArguments)
+    SIGNATURE = KernelSignature("scale", ScaleArguments)
 
     schema of the op:   pabc::scale(Tensor x, Tensor? weight=None, float eps=1e-6) -> Tensor
     an error of it:     scale.weight: expected shape (8,), found (7,)
@@ -98,7 +98,7 @@ def _parse(shape: str) -> tuple[str, ...]:
     return tuple(shape.strip("()").replace(",", " ").split())
 
 
-class Signature(Generic[P, A]):
+class KernelSignature(Generic[P, A]):
     """The name and the arguments of an op.
 
     Args:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .arithmetic import INTERPRETED
 from .dtypes import FLOATS, FP8
-from .registration import Constraint, Signature, TensorSpec
+from .registration import Constraint, KernelSignature, TensorSpec
 from .residual_norm_kernel import residual_norm_kernel
 from .rows import MAX_CHANNELS, MAX_ROW_DIMS, configure_rows, is_split, merge_rows, pad_rows
 
@@ -131,7 +131,7 @@ class ResidualNormArguments(NamedTuple):
         yield "n_dtype", "a dtype where y_dtype is None", None, is_right
 
 
-SIGNATURE = Signature("residual_norm", ResidualNormArguments)
+SIGNATURE = KernelSignature("residual_norm", ResidualNormArguments)
 
 
 @SIGNATURE.checked

@@ -44,7 +44,7 @@ from .attention_parts import (
     mask_kind,
     strides_of,
 )
-from .registration import Constraint, Signature, TensorSpec
+from .registration import Constraint, KernelSignature, TensorSpec
 from .rotary import load_normed, load_turned
 
 MAX_LENGTH = 64
@@ -103,7 +103,7 @@ class ShortAttentionArguments(NamedTuple):
             yield "q", "an even head dim, for a rotary embedding", D, D % 2 == 0
 
 
-SIGNATURE = Signature("short_attention", ShortAttentionArguments)
+SIGNATURE = KernelSignature("short_attention", ShortAttentionArguments)
 
 
 @SIGNATURE.checked

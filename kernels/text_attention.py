@@ -36,7 +36,7 @@ from .attention_parts import (
     strides_of,
 )
 from .gpus import Target, target_of
-from .registration import Constraint, Signature, TensorSpec
+from .registration import Constraint, KernelSignature, TensorSpec
 
 MAX_KEYS = 512
 MOST_QUERIES = 32
@@ -72,7 +72,7 @@ class TextAttentionArguments(NamedTuple):
         yield "k", expected, f"{S} keys of {D} channels, {self.k.dtype}", is_right
 
 
-SIGNATURE = Signature("text_attention", TextAttentionArguments)
+SIGNATURE = KernelSignature("text_attention", TextAttentionArguments)
 
 
 @SIGNATURE.checked

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pabc.kernels.registration import Signature, TensorSpec
+from pabc.kernels.registration import KernelSignature, TensorSpec
 
 pytestmark = pytest.mark.kernels
 FLOATS = (torch.float32, torch.bfloat16)
@@ -30,7 +30,7 @@ class JoinArguments(NamedTuple):
         yield "name", "'plain' or 'other'", self.name, self.name in ("plain", "other")
 
 
-SIGNATURE = Signature("join_of_a_test", JoinArguments)
+SIGNATURE = KernelSignature("join_of_a_test", JoinArguments)
 
 
 @SIGNATURE.checked

@@ -14,7 +14,7 @@ _TOLERANCE = 1e-4
 """How far two spellings of one timestep may be apart, as a share of the largest."""
 
 
-class Follower(Protocol):
+class GenerationFollower(Protocol):
     """An observer of a scheduler's calls."""
 
     def timesteps_set(self) -> None:
@@ -30,7 +30,7 @@ class Follower(Protocol):
         """Is called after a copy of the scheduler made a step."""
 
 
-def follow(scheduler: Any, current: Callable[[], Follower]) -> Callable[[], None]:
+def follow(scheduler: Any, current: Callable[[], GenerationFollower]) -> Callable[[], None]:
     """Tells the follower that `current` gives of calls of the scheduler; returns what ends that.
 
     The methods are wrapped as attributes of this one object, and stay methods: they keep their
@@ -97,8 +97,8 @@ def _share_memory(timestep: torch.Tensor, timesteps: torch.Tensor) -> bool:
     )
 
 
-_Tell = Callable[[Follower, Any], None]
-_Followers = list[Callable[[], Follower]]
+_Tell = Callable[[GenerationFollower, Any], None]
+_Followers = list[Callable[[], GenerationFollower]]
 _TOLD: dict[str, _Tell] = {
     "set_timesteps": lambda follower, _: follower.timesteps_set(),
     "scale_model_input": lambda follower, timestep: follower.input_scaled(timestep),

@@ -21,7 +21,7 @@ from pabc.runtime.guards import GuardError
 from pabc.runtime.hoisted import Hoisted, Prologue
 from pabc.runtime.phases import Phases
 from pabc.runtime.slots import FreshCuts, HeldSlots, is_finite
-from pabc.runtime.source import Source
+from pabc.runtime.source import ValueSource
 from pabc.runtime.stats import Recorder
 
 
@@ -38,7 +38,7 @@ class ServedCall(NamedTuple):
 
     inputs: list[Any]
     binding: Binding
-    source: Source
+    source: ValueSource
     prologue: Prologue
     phases: Phases
 
@@ -139,7 +139,7 @@ class Branch:
 
     def __init__(self, recorder: Recorder, check_finite: bool = False) -> None:
         self.slots = HeldSlots(recorder)
-        self.source: Source | None = None
+        self.source: ValueSource | None = None
         self._recorder = recorder
         self._check_finite = check_finite
         self._start()

@@ -25,7 +25,7 @@ from pabc.runtime.inputs import ProgramInputs
 from pabc.runtime.phases import Phases, check_fp8, compiling
 from pabc.runtime.reads import ReadCheck
 from pabc.runtime.samples import hash_values
-from pabc.runtime.source import Source
+from pabc.runtime.source import ValueSource
 from pabc.runtime.state import Watch
 from pabc.runtime.stats import Recorder
 from pabc.runtime.strides import without_overlaps
@@ -75,7 +75,7 @@ class Program:
         recorder, code = recorder or Recorder(), BlockCode() if code is None else code
         workspaces = Workspaces(find_device(guarded), recorder) if options.cudagraphs else None
         self.phases = Phases(guarded, self._weights, options, recorder, code, workspaces)
-        self._source = Source(self._weights, self._weights.state, (), self.inputs.tensors)
+        self._source = ValueSource(self._weights, self._weights.state, (), self.inputs.tensors)
         self._read_check = ReadCheck(self.reads, self._weights) if self.reads else None
         self._has_plain_weights = not any(map(has_functions_of_its_own, self._weights.all()))
 
@@ -134,7 +134,7 @@ class Program:
         layout, state = self.phases.layout(inputs), self._weights.state
         source = self._source
         if source.layout != layout or source.state != state:
-            source = self._source = Source(self._weights, state, layout, self.inputs.tensors)
+            source = self._source = ValueSource(self._weights, state, layout, self.inputs.tensors)
         return ServedCall(inputs, binding, source, self.prologue, self.phases)
 
     def finish(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:

@@ -11,7 +11,7 @@ from pabc.runtime.weights import Weights
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ValueSource:
     """A program, shapes and weights that values were computed from; others' values are not valid.
 
     Attributes:
@@ -26,7 +26,7 @@ class Source:
     layout: InputShapes
     tensors: Mapping[str, tuple[Any, ...]] = field(compare=False)
 
-    def difference(self, earlier: Source) -> str:
+    def difference(self, earlier: ValueSource) -> str:
         """Returns what tells calls of this source from those of an earlier one: a key of
         :attr:`pabc.Stats.fallbacks`."""
         if earlier.weights is self.weights:

@@ -19,7 +19,7 @@ from .copies import RowCopy, find_row_copy
 from .match import Match, first_reason, insert, only_user, operands, steps
 from .match import replace as substitute
 from .norms import Norm, exact_source, find_norm
-from .residuals import Sum, Term, find_sum
+from .residuals import Sum, SumTerm, find_sum
 
 KERNEL = "residual_norm"
 
@@ -41,7 +41,7 @@ class ResidualNorm:
     """
 
     x: Node
-    terms: tuple[Term, ...]
+    terms: tuple[SumTerm, ...]
     norm: Norm | None
     y: Node | None
     n: Node | None

@@ -15,7 +15,7 @@ from .norms import cast_source, exact_source, pairs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Term:
+class SumTerm:
     """One term of a sum: `factor * gate * cut`.
 
     Attributes:
@@ -45,7 +45,7 @@ class Sum:
     """
 
     x: Node
-    terms: tuple[Term, ...]
+    terms: tuple[SumTerm, ...]
     path: tuple[Node, ...]
     nodes: tuple[Node, ...]
 
@@ -54,7 +54,7 @@ def find_sum(node: Node, room: int) -> Sum | None:
     """Returns the sum, of up to `room` terms, that a node computes or casts; None for other nodes.
 
     # before                                           # found
-    %c = mul(_to_copy(%values, float32), %scale)       Sum(x=%x, terms=(Term(cut=%values,
+    %c = mul(_to_copy(%values, float32), %scale)       Sum(x=%x, terms=(SumTerm(cut=%values,
     %t = mul(%gate, %c)                                    cut_scale=%scale, gate=%gate)))
     %y = add(%t, %x)
     """
@@ -79,7 +79,7 @@ def _collect(node: Node, room: int) -> Sum | None:
     return replace(own, x=inner.x, terms=(*inner.terms, term), nodes=nodes)
 
 
-def _choose(node: Node) -> tuple[Term, Node] | None:
+def _choose(node: Node) -> tuple[SumTerm, Node] | None:
     """Decides which operand of a sum is the term and which is the stream.
 
     The term is the product. If both operands are products, or none is, the stream is the one that
@@ -112,9 +112,9 @@ def _lone_casts(node: Node, user: Node) -> list[Node]:
     return casts
 
 
-def _find_term(node: Node, user: Node) -> Term:
+def _find_term(node: Node, user: Node) -> SumTerm:
     """Returns the term that a node is: the factors of a product, else a cut alone."""
-    plain = Term(cut=exact_source(node))
+    plain = SumTerm(cut=exact_source(node))
     casts = _lone_casts(node, user)
     given = operands(casts[-1], aten.mul.Tensor) if casts else None
     if given is None or len(given) != 2:
@@ -128,13 +128,13 @@ def _find_term(node: Node, user: Node) -> Term:
         return replace(inner, factor=factor, nodes=(*inner.nodes, *reversed(casts)))
     for gate, cut in pairs(casts[-1], aten.mul.Tensor):
         if value(gate).numel() < value(cut).numel() and value(cut).shape == value(node).shape:
-            inner = _find_decoded(cut, casts[-1]) or Term(cut=exact_source(cut))
+            inner = _find_decoded(cut, casts[-1]) or SumTerm(cut=exact_source(cut))
             nodes = (*inner.nodes, *reversed(casts))
             return replace(inner, gate=exact_source(gate), nodes=nodes)
     return plain
 
 
-def _find_decoded(node: Node, user: Node) -> Term | None:
+def _find_decoded(node: Node, user: Node) -> SumTerm | None:
     """Returns the term of a cut in fp8: values cast to float32, times a scale for each row."""
     casts = _lone_casts(node, user)
     for wide, scale in pairs(casts[-1], aten.mul.Tensor) if casts else []:
@@ -143,5 +143,5 @@ def _find_decoded(node: Node, user: Node) -> Term | None:
             continue
         fits = value(scale).shape[-1:] == (1,) and value(values).shape == value(node).shape
         if fits and only_user(wide) is casts[-1]:
-            return Term(cut=values, cut_scale=scale, nodes=(wide, *reversed(casts)))
+            return SumTerm(cut=values, cut_scale=scale, nodes=(wide, *reversed(casts)))
     return None

@@ -8,7 +8,7 @@ from functools import partial
 from torch.fx import Node
 
 from ..attention_calls import attention_call, check_result
-from ..ir import aten, is_random, value
+from ..ir import aten, is_random, is_tensor, value
 from .arguments import argument, dim_of, dims_of, nodes_in
 from .einsums import as_einsum
 from .terms import (
@@ -119,7 +119,7 @@ def relate_attention(node: Node, shape: Sequence[int]) -> Relation:
     """
     check_result(node, shape)
     call = attention_call(node)
-    masks = nodes_in((node.args[3:], node.kwargs))
+    masks = [n for n in nodes_in((node.args[3:], node.kwargs)) if is_tensor(n)]  # not graphs
     is_known = node.target is aten.scaled_dot_product_attention.default and not is_random(node)
     terms: list[Term] = []
     for dim in range(-len(shape), 0):
