@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pabc.explanation import Explanation
+from pabc.passes import PhaseSlots
 from pabc.runtime.bindings import Binding
 from pabc.runtime.program import Program
 from pabc.stages import StageRecord, format_records
@@ -31,8 +32,8 @@ def write_dump(folder: Path, program: Program, binding: Binding, explanation: Ex
         code = program.guarded.graph.get_submodule(region.name).code
         (folder / f"region_{region.name}.py").write_text(str(code))
     for phase in binding.plan.phases:
-        stored = binding.stored[phase.reused]
-        records = program.phases.trace(phase.reused, stored)
+        slots = PhaseSlots(phase.reused, binding.stored[phase.reused])
+        records = program.phases.trace(slots)
         _write_stages(folder / f"phase_{phase.index}", records)
     (folder / "plan.json").write_text(binding.plan.to_json())
     (folder / "explain.txt").write_text(f"{explanation}\n")

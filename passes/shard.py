@@ -34,7 +34,7 @@ Weigh = Callable[[Sequence[str]], Sequence[float]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sharding:
-    """How a model is sharded over processes; see :func:`pabc.compile`.
+    """The sharding of a model over processes; see :func:`pabc.compile`.
 
     Attributes:
         tokens: the ranks that share the tokens of a sample.

@@ -19,11 +19,11 @@ from pabc.artifact.errors import ArtifactError
 from pabc.artifact.values import Json, decode, encode
 from pabc.base.arguments import leaf_key
 from pabc.options import Options
-from pabc.passes import Lifted, ResultIndex, is_opaque, user_inputs
+from pabc.passes import Lifted, PhaseSlots, ResultIndex, is_opaque, user_inputs
 from pabc.pipeline import STAGES
 from pabc.runtime.bindings import Binding
 from pabc.runtime.chain import BlockCall, BlockChain
-from pabc.runtime.executables import LoweredPhase, PhaseKey
+from pabc.runtime.executables import LoweredPhase
 from pabc.runtime.lifted_scalars import CallKey
 from pabc.runtime.phases import compiling
 from pabc.runtime.program import Program
@@ -57,7 +57,9 @@ class Packages:
     """
 
     blocks: dict[Hashable, Package] = field(default_factory=dict)
-    phases: dict[PhaseKey, tuple[LoweredPhase, tuple[Hashable, ...]]] = field(default_factory=dict)
+    phases: dict[PhaseSlots, tuple[LoweredPhase, tuple[Hashable, ...]]] = field(
+        default_factory=dict
+    )
 
 
 _PACKAGES: WeakKeyDictionary[Program, Packages] = WeakKeyDictionary()
@@ -82,7 +84,7 @@ def write_program(program: Program, binding: Binding, folder: str) -> dict[str, 
         numbers = {key: i for i, key in enumerate(packages.blocks)}
         for phase, (lowered, keys) in packages.phases.items():
             called = [numbers[key] for key in keys]
-            phases.append([encode(tuple(phase)), _write_lowered(lowered), called])
+            phases.append([encode((phase.reused, phase.stored)), _write_lowered(lowered), called])
     content = {
         "analysis": analysis,
         "blocks": blocks,
@@ -120,7 +122,7 @@ def read_program(
         packages.blocks[i] = package = Package(members[f"{folder}/code{i}"], tuple(used))
         code.append(load_code(package.data, package.used, device))
     for written, chain, called in content["phases"]:
-        phase, lowered = PhaseKey(*decode(written)), _read_lowered(chain)
+        phase, lowered = PhaseSlots(*decode(written)), _read_lowered(chain)
         packages.phases[phase] = lowered, tuple(called)
         program.phases.add_code(phase, lowered, [code[i] for i in called])
     return program, content["plan"]
@@ -138,7 +140,7 @@ def _read_record(content: Json) -> StageRecord:
 def _packages(program: Program, binding: Binding) -> Packages:
     """Returns the code of the phases that are planned or ran; compiles missing code."""
     known = _PACKAGES.setdefault(program, Packages())
-    planned = (PhaseKey(*item) for item in binding.stored.items())
+    planned = (PhaseSlots(*item) for item in binding.stored.items())
     for phase in dict.fromkeys((*planned, *program.phases.compiled)):
         if phase not in known.phases:
             start = perf_counter()
@@ -148,13 +150,13 @@ def _packages(program: Program, binding: Binding) -> Packages:
     return known
 
 
-def _compile(program: Program, phase: PhaseKey, known: Packages) -> None:
+def _compile(program: Program, phase: PhaseSlots, known: Packages) -> None:
     """Compiles the blocks of a phase, and adds their code to `known`.
 
     Phases with opaque modules are left out, and compiled by the process that loads the file: a
     library would call the op of an opaque module by a name that is valid in this process only.
     """
-    lowered = program.phases.lower(*phase)
+    lowered = program.phases.lower(phase)
     if any(is_opaque(node) for block in lowered.blocks for node in block.graph.graph.nodes):
         return
     for block in lowered.blocks:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.fx import GraphModule
@@ -28,13 +28,6 @@ Spans = tuple[tuple[int, slice], ...]
 """Slots, each with where its cuts are in a flat sequence of cuts."""
 PhaseFunction = Callable[..., tuple[Sequence[Any], Sequence[torch.Tensor]]]
 """(inputs, hoisted values, the reused cuts) -> (outputs, the stored cuts), as flat sequences."""
-
-
-class PhaseKey(NamedTuple):
-    """The slots that a phase reuses, and those whose cuts it returns."""
-
-    reused: SlotIndices
-    stored: SlotIndices
 
 
 class StepValues(Protocol):

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from pabc import passes
 from pabc.options import Options
+from pabc.passes import PhaseSlots
 from pabc.pipeline import lower_phase, specialize_phase, trace_phase
 from pabc.runtime.bindings import Binding, InputShapes
 from pabc.runtime.chain import BlockChain, BlockCode
@@ -23,7 +24,6 @@ from pabc.runtime.executables import (
     LoweredPhase,
     PhaseChain,
     PhaseGraph,
-    PhaseKey,
     SlotIndices,
 )
 from pabc.runtime.stats import Recorder
@@ -60,7 +60,7 @@ def _dotted(capability: tuple[int, int]) -> str:
 
 
 class Phases:
-    """One specialized module, and what runs it, per set of slots that a step reuses.
+    """Specializes and compiles the phases of a captured model, each when it is first needed.
 
     Not to be used by two threads at once.
 
@@ -89,7 +89,7 @@ class Phases:
         self._options = options
         self.backend = options.backend
         self._sizes = guarded.captured.sizes
-        self._specialized: dict[PhaseKey, Compilation] = {}
+        self._specialized: dict[PhaseSlots, Compilation] = {}
         self._compiled: dict[tuple[SlotIndices, InputShapes], list[CompiledPhase]] = {}
         self._executables: dict[
             tuple[SlotIndices, SlotIndices, SlotIndices, InputShapes], Executable
@@ -98,11 +98,14 @@ class Phases:
 
     @property
     def modules(self) -> tuple[GraphModule, ...]:
-        """Those that were specialized so far."""
+        """The phases that were specialized so far."""
         return tuple(specialized.graph for specialized in self._specialized.values())
 
     def layout(self, inputs: Sequence[Any]) -> InputShapes:
-        """What the graphs leave open of the inputs' sizes: a value kept under one fits no other."""
+        """Returns the inputs' shapes if the graphs have dynamic shapes, else an empty tuple.
+
+        What was computed for one layout is not valid for another.
+        """
         if self._sizes is None:
             return ()
         return tuple(tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor))
@@ -110,14 +113,14 @@ class Phases:
     def executable(
         self, binding: Binding, reused: SlotIndices, step: int, inputs: Sequence[Any]
     ) -> Executable:
-        """What runs a step in the phase that reuses these slots, for inputs like these."""
+        """Returns what runs a step in the phase that reuses these slots, for inputs like these."""
         if self.backend == "oracle":
             return self._reference
         stored, readable = binding.stored[reused], binding.steps[step].readable
         key = reused, stored, readable, self.layout(inputs)
         known = self._executables.get(key)
         if known is None:
-            phase = PhaseKey(reused, stored)
+            phase = PhaseSlots(reused, stored)
             compiled = self._find(phase, inputs) or self._compile([phase], inputs)[0]
             kept = tuple(slot for slot in stored if slot in readable)
             known = self._executables[key] = compiled.link(kept)
@@ -128,35 +131,33 @@ class Phases:
         if self.backend == "oracle":
             return
         phases = [
-            PhaseKey(phase.reused, binding.stored[phase.reused]) for phase in binding.plan.phases
+            PhaseSlots(phase.reused, binding.stored[phase.reused]) for phase in binding.plan.phases
         ]
         missing = [phase for phase in phases if self._find(phase, inputs) is None]
         if missing:
             self._compile(list(dict.fromkeys(missing)), inputs)
 
-    def _find(self, phase: PhaseKey, inputs: Sequence[Any]) -> CompiledPhase | None:
-        reused, stored = phase
-        for known in self._compiled.get((reused, self.layout(inputs)), ()):
-            if known.stored == stored or set(known.stored) >= set(stored):
+    def _find(self, phase: PhaseSlots, inputs: Sequence[Any]) -> CompiledPhase | None:
+        for known in self._compiled.get((phase.reused, self.layout(inputs)), ()):
+            if known.stored == phase.stored or set(known.stored) >= set(phase.stored):
                 return known
         return None
 
-    def specialize(self, reused: SlotIndices, stored: SlotIndices) -> GraphModule:
-        """The graph of steps that reuse some slots and give out the cuts of others."""
-        return self._specialize(PhaseKey(reused, stored)).graph
+    def specialize(self, phase: PhaseSlots) -> GraphModule:
+        """Returns the graph of a phase, with regions as called submodules."""
+        return self._specialize(phase).graph
 
-    def _specialize(self, phase: PhaseKey) -> Compilation:
+    def _specialize(self, phase: PhaseSlots) -> Compilation:
         if phase not in self._specialized:
-            slots = passes.PhaseSlots(*phase)
-            self._specialized[phase] = specialize_phase(self._guarded, slots, self._options)
+            self._specialized[phase] = specialize_phase(self._guarded, phase, self._options)
         return self._specialized[phase]
 
-    def _compile(self, phases: Sequence[PhaseKey], inputs: Sequence[Any]) -> list[CompiledPhase]:
+    def _compile(self, phases: Sequence[PhaseSlots], inputs: Sequence[Any]) -> list[CompiledPhase]:
         start = perf_counter()
         with compiling():
-            if self._runs_as_it_is:
+            if self._runs_op_by_op:
                 made: list[CompiledPhase] = [
-                    PhaseGraph(phase.stored, self._widths, self.specialize(*phase))
+                    PhaseGraph(phase.stored, self._widths, self.specialize(phase))
                     for phase in phases
                 ]
             else:
@@ -166,36 +167,34 @@ class Phases:
                 self._code.compile(blocks, op_by_op=self.backend == "eager")
                 self._recorder.add(blocks=len(self._code) - known)
                 made = [
-                    self._linkable(stored, low, [self._code.get(block) for block in low.blocks])
-                    for (_, stored), low in zip(phases, lowered, strict=True)
+                    self._linkable(phase, low, [self._code.get(block) for block in low.blocks])
+                    for phase, low in zip(phases, lowered, strict=True)
                 ]
-        for compiled, (reused, _) in zip(made, phases, strict=True):
-            self._compiled.setdefault((reused, self.layout(inputs)), []).append(compiled)
+        for compiled, phase in zip(made, phases, strict=True):
+            self._compiled.setdefault((phase.reused, self.layout(inputs)), []).append(compiled)
         self.compile_seconds += perf_counter() - start
         self._recorder.add(compiles=len(made))
         return made
 
     @property
-    def _runs_as_it_is(self) -> bool:
-        """Whether phases are run op by op, as their graphs are."""
+    def _runs_op_by_op(self) -> bool:
+        """True if the specialized graphs are run op by op, without being lowered."""
         asked = self._options.cudagraphs or self._options.kernels == "force"
         return self.backend == "eager" and not asked
 
     def _lower_all(
-        self, phases: Sequence[PhaseKey], inputs: Sequence[Any], lowered: list[LoweredPhase]
+        self, phases: Sequence[PhaseSlots], inputs: Sequence[Any], lowered: list[LoweredPhase]
     ) -> Iterator[passes.Block]:
-        """The blocks of one phase after the other, each lowered when its blocks are asked for."""
+        """Yields the blocks of one phase after the other, lowering each in its turn."""
         for phase in phases:
-            lowered.append(self.lower(*phase, inputs))
+            lowered.append(self.lower(phase, inputs))
             yield from lowered[-1].blocks
 
-    def lower(
-        self, reused: SlotIndices, stored: SlotIndices, inputs: Sequence[Any] | None = None
-    ) -> LoweredPhase:
-        """A phase for the sizes of these inputs; by default, of the call that was captured."""
-        specialized = self._specialize(PhaseKey(reused, stored))
-        made = lower_phase(specialized, self._input_sizes(inputs), self._options)
-        self.lowered[reused] = made.facts[passes.KernelMatches].all
+    def lower(self, phase: PhaseSlots, inputs: Sequence[Any] | None = None) -> LoweredPhase:
+        """Returns a phase for the sizes of these inputs; by default, of the captured call."""
+        sizes = self._input_sizes(inputs)
+        made = lower_phase(self._specialize(phase), sizes, self._options)
+        self.lowered[phase.reused] = made.facts[passes.KernelMatches].all
         chain, blocks = BlockChain.of(made.graph, made.facts[passes.Blocks])
         return LoweredPhase(chain, blocks, made.facts[passes.Lifted])
 
@@ -206,30 +205,28 @@ class Phases:
         assert found is not None
         return passes.InputSizes(found)
 
-    def trace(self, reused: SlotIndices, stored: SlotIndices) -> tuple[StageRecord, ...]:
+    def trace(self, phase: PhaseSlots) -> tuple[StageRecord, ...]:
         """Returns what each stage makes of a phase, with the graph's code after it."""
-        slots = passes.PhaseSlots(reused, stored)
-        return trace_phase(self._guarded, self._options, slots)
+        return trace_phase(self._guarded, self._options, phase)
 
     def add_code(
-        self, phase: PhaseKey, lowered: LoweredPhase, code: Sequence[passes.CompiledBlock]
+        self, phase: PhaseSlots, lowered: LoweredPhase, code: Sequence[passes.CompiledBlock]
     ) -> None:
-        """Takes code for the blocks of a phase that were compiled elsewhere."""
-        reused, stored = phase
-        compiled = self._linkable(stored, lowered, code)
-        self._compiled.setdefault((reused, ()), []).append(compiled)
+        """Adds the code of a phase's blocks, compiled elsewhere."""
+        compiled = self._linkable(phase, lowered, code)
+        self._compiled.setdefault((phase.reused, ()), []).append(compiled)
 
     @property
-    def compiled(self) -> list[PhaseKey]:
+    def compiled(self) -> list[PhaseSlots]:
         """The phases that were compiled so far."""
         return [
-            PhaseKey(reused, compiled.stored)
+            PhaseSlots(reused, compiled.stored)
             for (reused, _), known in self._compiled.items()
             for compiled in known
         ]
 
     def _linkable(
-        self, stored: SlotIndices, lowered: LoweredPhase, code: Sequence[passes.CompiledBlock]
+        self, phase: PhaseSlots, lowered: LoweredPhase, code: Sequence[passes.CompiledBlock]
     ) -> PhaseChain:
         """Returns a phase of compiled code, given the weights as they are now."""
         unrecordable = frozenset(
@@ -239,5 +236,5 @@ class Phases:
         )
         weights = self._weights.live(lowered.lifted.weights)
         return PhaseChain(
-            stored, self._widths, lowered, code, weights, self._workspaces, unrecordable
+            phase.stored, self._widths, lowered, code, weights, self._workspaces, unrecordable
         )

@@ -127,7 +127,8 @@ class Program:
     def specialize(self, binding: Binding) -> tuple[GraphModule, ...]:
         """Returns one specialized module per phase, in the plan's order."""
         reused = [phase.reused for phase in binding.plan.phases]
-        return tuple(self.phases.specialize(slots, binding.stored[slots]) for slots in reused)
+        phases = (passes.PhaseSlots(slots, binding.stored[slots]) for slots in reused)
+        return tuple(map(self.phases.specialize, phases))
 
     def serve(self, inputs: list[Any], binding: Binding) -> ServedCall:
         """Returns a call with these inputs as a branch begins it."""

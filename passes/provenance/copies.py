@@ -65,7 +65,7 @@ def _single(size: int) -> CopyFactors:
 
 
 def _merged(factors: CopyFactors) -> CopyFactors:
-    """The same with neighbors of one sort as one factor, and without factors of one."""
+    """Merges neighboring factors of one sort, and drops factors of size 1."""
     merged: list[CopyFactor] = []
     for size, is_copy in factors:
         if size == 1:

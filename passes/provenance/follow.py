@@ -127,8 +127,7 @@ class _Follower:
         return self._blur(size, sources)
 
     def _pad(self, term: Pad) -> Dimension:
-        """What pads tokens of several axes is a part of its own; of one axis, it goes along with
-        it."""
+        """Makes the padding a part of its own, or of the tokens' axis if they have only one."""
         product = self._at(term.source)
         if len(product) == 1 and not is_join(product[0]):
             return self._across(term.size, (term.source,))

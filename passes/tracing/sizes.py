@@ -168,7 +168,7 @@ _FAKE = FakeTensorMode()
 
 @contextmanager
 def hinted(gm: GraphModule, sizes: Sizes | None) -> Iterator[None]:
-    """Has shapes and arguments of `gm` be those of the captured call, within the context.
+    """Makes `gm` show the shapes and arguments of the captured call while active.
 
     A pass that looks at them may mark nodes, but not change the graph. `sizes`: those that the
     graph serves; None: it has fixed shapes.
