@@ -8,6 +8,9 @@ from stages import capture_call, run_to
 from torch import nn
 
 from pabc.passes import Axis, Ranks, find_collectives
+from pabc.passes.ir import aten
+from pabc.passes.relations.table import RELATIONS
+from pabc.passes.sharding.rules import BY_POSITION, RULES
 from pabc.passes.sharding.sharder import Sharder
 
 B, T, S, D = 2, 5, 3, 4
@@ -223,3 +226,9 @@ def test_ranks_give_what_one_gives(name, x_and_y):
         assert "all_to_all" in sent
     else:
         assert sent == ({"all_gather"} if name in WHOLE else set())
+
+
+def test_ops_by_position_have_a_relation_and_no_rule():
+    attention = {aten.scaled_dot_product_attention.default}  # its relation has no entry
+    assert BY_POSITION - RELATIONS.keys() == attention
+    assert not BY_POSITION & RULES.keys()

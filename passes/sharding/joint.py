@@ -14,7 +14,8 @@ from typing import Any
 from torch.fx import Node
 
 from ..ir import aten, value
-from .operands import Operands, ShardArguments, align, along
+from .by_position import compute_first_by_position
+from .operands import Operands, ShardArguments, align
 from .places import AxisPlace, Ranks
 
 
@@ -55,7 +56,7 @@ def some(node: Node, place: AxisPlace | None, have: Operands) -> ShardArguments 
     source, dim, start, stop, step = _slice_of(node, 1)
     own = have.place(source)
     if own is None or dim % len(own.sizes) != own.dim:
-        return None if place is None else along(1, 0)(node, place, have)
+        return None if place is None else compute_first_by_position(node, place, have)
     size = own.sizes[own.dim]
     start, stop = (min(n + size if n < 0 else n, size) for n in (start, stop))
     cuts = _local_bounds(own, (start, stop), have.ranks)
@@ -86,7 +87,7 @@ def split(node: Node, place: AxisPlace | None, have: Operands) -> ShardArguments
     source, sizes, dim = (*node.args, 0)[:3]
     own = have.place(source)
     if own is None or dim % len(own.sizes) != own.dim:
-        return along(2, 0)(node, place, have)
+        return compute_first_by_position(node, place, have)
     if isinstance(sizes, int):
         return None
     bounds = [0, *accumulate(sizes)]

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from torch.fx import Node
-from torch.fx.node import map_arg
 
 from ..ir import value
 from .places import AxisPlace, Ranks
@@ -56,32 +55,3 @@ def align(operand: Node, place: AxisPlace, num_dims: int, have: Operands) -> Nod
     if sizes[dim] != place.sizes[place.dim]:
         return None
     return have.cut(operand, replace(place, sizes=sizes, dim=dim))
-
-
-def first_sharded(node: Node, have: Operands) -> ShardArguments | None:
-    """Returns the arguments with the first operand in shards and all others whole."""
-    first, *rest = node.args
-    if not isinstance(first, Node) or have.place(first) is None:
-        return None
-    if any(have.place(n) is not None for n in node.all_input_nodes if n is not first):
-        return None
-    others = map_arg((tuple(rest), dict(node.kwargs)), have.whole)
-    return (have.shard(first), *others[0]), others[1]
-
-
-def along(index: int, default: Any = None) -> ShardRule:
-    """Returns the rule of an op along dimensions that an argument names: not that of the axis."""
-
-    def rule(node: Node, place: AxisPlace, have: Operands) -> ShardArguments | None:
-        source = node.args[0]
-        own = have.place(source) if isinstance(source, Node) else None
-        named = node.args[index] if len(node.args) > index else default
-        if own is None or named is None:
-            return None
-        dims = named if isinstance(named, (list, tuple)) else [named]
-        num_dims = len(own.sizes)
-        if not dims or own.dim in [int(d) % num_dims for d in dims]:
-            return None
-        return first_sharded(node, have)
-
-    return rule

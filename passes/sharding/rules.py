@@ -2,33 +2,24 @@
 
 A rule takes an op and the place of the axis in its result. It returns the arguments with which a
 rank computes its positions of the result, or None if it cannot.
+
+For most ops this follows from the relation (:mod:`pabc.passes.relations`): the dimension of the
+axis has to be kept, and all other arguments stay as they are. Only ops whose arguments name sizes
+or positions, which differ for a shard, have rules of their own.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from torch.fx import Node
-from torch.fx.node import map_arg
 
-from ..ir import GETITEM, aten, is_pointwise, is_tensor, value
+from ..ir import GETITEM, aten, is_pointwise, value
 from ..relations.groups import ALIASES, CASTS, CONVOLUTIONS, COPIES, SQUEEZES, VIEWS
+from .by_position import compute_by_position, compute_first_by_position
 from .joint import item, join, scatter, some, split
-from .operands import Operands, ShardArguments, ShardRule, align, along, first_sharded
+from .operands import Operands, ShardArguments, ShardRule, align
 from .places import AxisPlace
-
-
-def pointwise(node: Node, place: AxisPlace, have: Operands) -> ShardArguments | None:
-    """Takes each operand by positions, if it has more than one."""
-    num_dims = value(node).ndim
-    made: dict[Node, Node] = {}
-    for operand in node.all_input_nodes:
-        found = align(operand, place, num_dims, have)
-        if found is None:
-            return None
-        made[operand] = found
-    return map_arg(node.args, made.__getitem__), map_arg(dict(node.kwargs), made.__getitem__)
 
 
 def view(node: Node, place: AxisPlace, have: Operands) -> ShardArguments | None:
@@ -50,149 +41,83 @@ def expand(node: Node, place: AxisPlace, have: Operands) -> ShardArguments | Non
     return (have.shard(source), place.together(have.ranks.share(place.size))), dict(node.kwargs)
 
 
-def rearrange(node: Node, place: AxisPlace, have: Operands) -> ShardArguments | None:
-    """Permutes dimensions, or adds or removes ones of size 1: the arguments stay as they are."""
-    return first_sharded(node, have)
-
-
-def linear(node: Node, place: AxisPlace, have: Operands) -> ShardArguments | None:
-    """Projects each row by itself."""
-    source = node.args[0]
-    own = have.place(source)
-    if own is None or own.dim == len(own.sizes) - 1:
-        return None
-    return first_sharded(node, have)
-
-
-def norm(node: Node, place: AxisPlace, have: Operands) -> ShardArguments | None:
-    """Normalizes the last dimensions of each row by itself."""
-    source, sizes = node.args[:2]
-    own = have.place(source)
-    if own is None or own.dim >= len(own.sizes) - len(sizes):
-        return None
-    return first_sharded(node, have)
-
-
-def by_sample(node: Node, place: AxisPlace, have: Operands) -> ShardArguments | None:
-    """Computes each sample of a batch by itself."""
-    source = node.args[0]
-    own = have.place(source) if isinstance(source, Node) else None
-    return first_sharded(node, have) if own is not None and own.dim == 0 else None
-
-
-def product(node: Node, place: AxisPlace, have: Operands) -> ShardArguments | None:
-    """Multiplies rows of the first operand by the whole second one, or a product per position."""
-    first, second = node.args[:2]
-    assert isinstance(first, Node) and isinstance(second, Node)
-    own = have.place(first)
-    if own is None or own.dim == len(own.sizes) - 1:
-        return None
-    if own.dim == len(own.sizes) - 2:
-        return first_sharded(node, have)
-    both = [align(x, place, value(node).ndim, have) for x in (first, second)]
-    return None if None in both else (tuple(both), dict(node.kwargs))
-
-
-def einsum(node: Node, place: AxisPlace, have: Operands) -> ShardArguments | None:
-    """Computes positions of an index that the result has."""
-    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
-    if "->" not in equation or "..." in equation:
-        return None
-    terms, result = equation.split("->")
-    index = result[place.dim]
-    made: list[Node] = []
-    for term, operand in zip(terms.split(","), operands, strict=True):
-        own, dim = have.place(operand), term.find(index)
-        if own is not None and (own.dim != dim or not own.is_like(place)):
-            return None
-        if own is not None:
-            made.append(have.shard(operand))
-        elif dim < 0:
-            made.append(have.whole(operand))
-        else:
-            sizes = tuple(value(operand).shape)
-            made.append(have.cut(operand, replace(place, sizes=sizes, dim=dim)))
-    return (node.args[0], made), dict(node.kwargs)
-
-
-def attention(node: Node, place: AxisPlace, have: Operands) -> ShardArguments | None:
-    """Attends within each sequence; or from each query to keys that are whole."""
-    query, key, values, *rest = node.args
-    assert isinstance(query, Node) and isinstance(key, Node) and isinstance(values, Node)
-    own = have.place(query)
-    if own is None or own.dim == len(own.sizes) - 1:
-        return None
-    num_dims = len(own.sizes)
-    if own.dim == num_dims - 2:
-        if True in (*rest[2:3], node.kwargs.get("is_causal")):  # masks by position
-            return None
-        others = [key, values]
-        if any(have.place(x) is not None for x in others):
-            return None
-        found: list[Node | None] = [have.whole(x) for x in others]
-    else:
-        found = [align(x, own, num_dims, have) for x in (key, values)]
-    mask, *rest = rest or [node.kwargs.get("attn_mask")]
-    kwargs = {name: by for name, by in node.kwargs.items() if name != "attn_mask"}
-    made = align(mask, own, num_dims, have) if isinstance(mask, Node) else None
-    if None in found or (isinstance(mask, Node) and made is None):
-        return None
-    if is_tensor(mask):
-        return (have.shard(query), *found, made, *rest), kwargs
-    return (have.shard(query), *found, *((None, *rest) if rest else ())), kwargs
+def copy(node: Node, place: AxisPlace, have: Operands) -> ShardArguments | None:
+    """Copies a shard into a shard: the first operand gives no values, but the sizes."""
+    both = [align(x, place, value(node).ndim, have) for x in node.args[:2]]
+    return None if None in both else ((*both, *node.args[2:]), dict(node.kwargs))
 
 
 RULES: dict[Any, ShardRule] = {
     **dict.fromkeys(VIEWS, view),
     aten.expand.default: expand,
-    aten.permute.default: rearrange,
-    aten.transpose.int: rearrange,
-    aten.unsqueeze.default: rearrange,
-    **dict.fromkeys((*SQUEEZES, *ALIASES, *COPIES, *CASTS), rearrange),
-    aten.view_as_complex.default: rearrange,
-    aten.view_as_real.default: rearrange,
-    aten.empty_like.default: rearrange,
-    aten.zeros_like.default: rearrange,
-    aten.ones_like.default: rearrange,
-    aten.full_like.default: rearrange,
-    aten.copy.default: pointwise,
-    aten.linear.default: linear,
-    aten.layer_norm.default: norm,
-    aten.rms_norm.default: norm,
-    **dict.fromkeys(CONVOLUTIONS, by_sample),
-    aten.native_group_norm.default: by_sample,
-    aten.group_norm.default: by_sample,
-    aten.softmax.int: along(1),
-    aten._softmax.default: along(1),
-    aten.mean.dim: along(1),
-    aten.sum.dim_IntList: along(1),
-    aten.amax.default: along(1),
-    aten.linalg_vector_norm.default: along(2),
+    aten.copy.default: copy,
     aten.slice.Tensor: some,
     aten.slice_scatter.default: scatter,
-    aten.repeat_interleave.self_int: along(2),
-    aten.select.int: along(1),
-    aten.split.Tensor: along(2, 0),
     aten.split_with_sizes.default: split,
-    aten.chunk.default: along(2, 0),
-    aten.unbind.int: along(1, 0),
     aten.cat.default: join,
     aten.stack.default: join,
-    aten.einsum.default: einsum,
-    aten.matmul.default: product,
-    aten.bmm.default: product,
     GETITEM: item,
-    aten.scaled_dot_product_attention.default: attention,
 }
-
+"""Ops whose arguments differ for a shard."""
 
 MAY_BE_WHOLE = (some, item)
 """Rules whose results may hold only tokens that every rank has."""
+
+BY_POSITION = frozenset(
+    {
+        *ALIASES,
+        *CASTS,
+        *CONVOLUTIONS,
+        *COPIES,
+        *SQUEEZES,
+        aten._softmax.default,
+        aten.amax.default,
+        aten.bmm.default,
+        aten.chunk.default,
+        aten.empty_like.default,
+        aten.full_like.default,
+        aten.group_norm.default,
+        aten.layer_norm.default,
+        aten.linalg_vector_norm.default,
+        aten.linear.default,
+        aten.matmul.default,
+        aten.mean.dim,
+        aten.ones_like.default,
+        aten.permute.default,
+        aten.repeat_interleave.self_int,
+        aten.rms_norm.default,
+        aten.scaled_dot_product_attention.default,
+        aten.select.int,
+        aten.softmax.int,
+        aten.split.Tensor,
+        aten.sum.dim_IntList,
+        aten.transpose.int,
+        aten.unbind.int,
+        aten.unsqueeze.default,
+        aten.view_as_complex.default,
+        aten.view_as_real.default,
+        aten.zeros_like.default,
+    }
+)
+"""Ops, beside pointwise ones, that are computed on shards where their relation keeps the axis.
+
+This says only which ops; along which dimensions follows from the relation. An op that is in neither
+table is computed whole by every rank.
+"""
 
 
 def find_rule(node: Node) -> ShardRule | None:
     """Returns the rule of an op, if there is one."""
     if node.op != "call_function":
         return None
-    known = RULES.get(node.target)
-    return pointwise if known is None and is_pointwise(node) else known
+    if node.target in RULES:
+        return RULES[node.target]
+    if node.target in BY_POSITION:
+        return compute_first_by_position
+    return compute_by_position if is_pointwise(node) or _is_plain_einsum(node) else None
+
+
+def _is_plain_einsum(node: Node) -> bool:
+    """Returns whether a node is an einsum that names all indices, those of its result too."""
+    equation = str(node.args[0]) if node.target is aten.einsum.default else ""
+    return "->" in equation and "..." not in equation
