@@ -36,11 +36,11 @@ class Options:
     """
 
     backend: Backend = "inductor"
-    """What runs a phase: code of Inductor; `"eager"`, its graph, op by op; `"oracle"`, the guarded
-    graph, unspecialized, which every other backend is compared with."""
+    """The backend that runs a phase: code of Inductor; `"eager"`, its graph, op by op; `"oracle"`,
+    the guarded graph, unspecialized, which every other backend is compared with."""
 
     cut: passes.Cut = "attention"
-    """Which value of a region is kept: the last one before the timestep's gate, or, for
+    """The value of a region that is kept: the last one before the timestep's gate, or, for
     `"branch"`, the one that is added to the residual stream."""
 
     kinds: Mapping[str, str] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class Options:
     float32 scale per token."""
 
     offload: Offload | None = None
-    """Where slots lie between steps: `"cpu"`, in pinned host memory; None, on the model's
+    """The place of slots between steps: `"cpu"`, in pinned host memory; None, on the model's
     device."""
 
     memory_budget: int | None = None
@@ -71,8 +71,8 @@ class Options:
     oracle backend."""
 
     kernels: passes.Kernels = "auto"
-    """Where Triton kernels replace ops: where a measured table says that they are faster,
-    `"off"`: nowhere, or `"force"`: wherever one computes the same."""
+    """The ops that Triton kernels replace: those for which a measured table says that kernels are
+    faster; `"off"`, none; `"force"`, all that a kernel computes."""
 
     sharding: passes.Sharding | None = None
     """The sharding of the model over processes; None: it is not sharded."""

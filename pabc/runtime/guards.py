@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 MAKE_SCHEDULE = "make the schedule from the timesteps that run"
-"""What helps where a call's timestep is not one of the schedule's."""
+"""The advice for a call whose timestep is not one of the schedule's."""
 
 
 class GuardError(RuntimeError):
