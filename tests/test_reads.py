@@ -259,7 +259,7 @@ def test_lengths_are_read_where_sizes_were_to_stay_open():
     compiled = pabc.compile(model, pabc.Schedule.none([1]), backend="eager", dynamic=True)
     for lengths in ((3, 5), (2, 4)):
         (call,) = make_calls(1, **text_and_mask(*lengths))
-        with pytest.warns(UserWarning, match="sizes of this call alone"), torch.no_grad():
+        with pytest.warns(UserWarning, match="shapes of this call alone"), torch.no_grad():
             assert torch.equal(compiled(**call), model(**call))
         marked = [name for x in call.values() for name in vars(x) if name.startswith("_dynamo")]
         assert not marked
