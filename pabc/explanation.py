@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pabc.base.format import format_bytes, format_table
@@ -79,7 +79,7 @@ class Explanation:
     compile_seconds: float = 0.0
     lowered: tuple[str, ...] = ()
     communication: Communication | None = None
-    stages: tuple[StageRecord, ...] = ()
+    stages: tuple[StageRecord, ...] = field(default=(), compare=False)
 
     @property
     def nbytes(self) -> int:

@@ -202,9 +202,10 @@ def test_unknown_words_and_missing_weights_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     latte = pytest.importorskip("pabc.demo.latte")
-    assert "lacks transformer/config.json" in run_failing(
+    message = run_failing(
         capsys, "demo", "--weights", str(tmp_path), "--out", str(tmp_path / "out")
     )
+    assert "weights: expected transformer/config.json" in message and "found none" in message
     torch.manual_seed(0)
     latte.save(latte.build(), tmp_path)
     assert "unknown words ['purple']" in run_failing(

@@ -136,7 +136,7 @@ def test_where_sizes_cannot_be_left_open_each_is_captured(monkeypatch):
     for sizes in (HINT, OTHER):
         call = IMAGE.call(0, sizes)
         compiled.reset()
-        with pytest.warns(UserWarning, match=r"sizes of this call alone, since.*must be known"):
+        with pytest.warns(UserWarning, match=r"shapes of this call alone, since.*must be known"):
             assert torch.equal(compiled(**call), model(**call))
     assert num_captures(compiled) == 2
 
