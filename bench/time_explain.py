@@ -63,7 +63,7 @@ PIXART = {
     "norm_eps": 1e-6,
     "caption_channels": 4096,
 }
-"""What Latte and Open-Sora-Plan 1.1 have from PixArt-alpha."""
+"""The settings that Latte and Open-Sora-Plan 1.1 take from PixArt-alpha."""
 LATTE = {**PIXART, "sample_size": 64, "video_length": 16}
 
 

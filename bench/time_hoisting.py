@@ -266,7 +266,7 @@ TIMELY = (
     (make_cogvideox, {"size": 16}, 1, 2),
     (make_latte, {"size": 16, "heads": 16, "head_dim": 72, "frames": 4}, 1, 2),
 )
-"""How a model is made, its sizes, and two numbers of layers."""
+"""A function that makes a model, its sizes, and two numbers of layers."""
 
 
 def describe_timely(rounds: int) -> list[dict[str, Any]]:

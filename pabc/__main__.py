@@ -26,7 +26,7 @@ from pabc.passes import Cut
 from pabc.stages import format_records
 
 EXTRA = ("diffusers", "safetensors", "sklearn", "PIL", "tqdm")
-"""What `pip install 'pabc[demo]'` adds, by import name."""
+"""The packages that `pip install 'pabc[demo]'` adds, by import name."""
 EXAMPLE = "pabc.demo.run:example"
 
 _TARGET_HELP = f"""\

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 _TOLERANCE = 1e-4
-"""How far two spellings of one timestep may be apart, as a share of the largest."""
+"""The largest distance of two spellings of one timestep, as a share of the largest timestep."""
 
 
 class GenerationFollower(Protocol):

@@ -29,7 +29,7 @@ BEAT = 0.5
 PATIENCE = 5.0
 """Seconds without a heartbeat after which a rank counts as lost."""
 _AGREES, _FAILED, _MISSED = range(3)
-"""What a rank says in a comparison: its facts, a failure, or that it takes no part."""
+"""A rank's message in a comparison: its facts, a failure, or that it takes no part."""
 _COMMUNICATION_WORDS = ("gloo", "nccl", "connection", "timed out", "socket")
 
 

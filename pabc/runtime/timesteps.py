@@ -15,7 +15,7 @@ from pabc.base.numbers import is_number
 from pabc.base.structure import Structure
 
 ArgPath = str
-"""Where an argument is in a call; the same in calls of different structures."""
+"""The path of an argument in a call; the same in calls of different structures."""
 
 _FEW = 4096
 """The most elements of a tensor that are copied one by one."""

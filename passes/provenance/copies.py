@@ -1,4 +1,4 @@
-"""Which positions of a dimension hold copies of one value, whatever the inputs hold.
+"""Finds positions of a dimension that hold copies of one value, whatever the inputs hold.
 
 A dimension is a product of factors, as in :mod:`pabc.passes.axes`. Some were put there by an
 expansion or a repetition, and stay copies through every op that treats positions alike. Unlike

@@ -27,7 +27,7 @@ from .groups import (
 from .terms import New, Relation
 
 Relations = Relation | tuple[Relation, ...]
-"""Of an op with several results, one relation for each."""
+"""One relation for each result of an op with several."""
 
 Relate = Callable[[Node], Relations | None]
 

@@ -253,7 +253,7 @@ class Select(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """What an op does to dimensions.
+    """The effect of an op on dimensions.
 
     Attributes:
         terms: one per dimension of the result. What no term draws on was summed or reduced over.

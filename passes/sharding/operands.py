@@ -1,4 +1,4 @@
-"""What a rule has to work with: an op's operands, in shards or whole."""
+"""Operands of an op as a rule takes them: in shards or whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where an axis lies in a tensor, and which share of it a rank has."""
+"""Places of an axis in a tensor, and the share of it that a rank has."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Ranks:
 
 @dataclass(frozen=True, slots=True)
 class AxisPlace:
-    """Where an axis lies: dimension `dim` is low + (before x size x after) + high.
+    """The place of an axis: dimension `dim` is low + (before x size x after) + high.
 
     Attributes:
         sizes: of the whole tensor.

@@ -1,4 +1,4 @@
-"""Which ops a rank computes on its shard alone, and with which arguments.
+"""Rules of the ops that a rank computes on its shard alone: with which arguments.
 
 A rule takes an op and the place of the axis in its result. It returns the arguments with which a
 rank computes its positions of the result, or None if it cannot.

@@ -1,1 +1,1 @@
-"""How a model's forward becomes one graph: what :mod:`pabc.passes.capture` is made of."""
+"""Turns a model's forward into one graph: the parts that :mod:`pabc.passes.capture` is made of."""
