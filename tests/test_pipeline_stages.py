@@ -30,6 +30,13 @@ def test_options_name_the_stages_that_may_be_left_out():
 
 
 @pytest.mark.parametrize("name", OPTIONAL)
+def test_an_optional_stage_can_be_left_out(name):
+    wanted = {"encode": {"cache_dtype": "bf16"}, "offload": {"offload": "cpu"}}.get(name, {})
+    assert STAGES[name].is_on(Options(**wanted))
+    assert not STAGES[name].is_on(Options(**wanted, disable=(name,)))
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
 def test_results_do_not_depend_on_an_optional_stage(name):
     case = FACTORIZED
     model = case.model()
