@@ -27,7 +27,15 @@ FLOORS = (
     # From a model to graphs; knows neither schedules nor what runs.
     ("pabc.passes.*",),
     # Schedules, and the plans that they are bound to: data alone.
-    ("pabc.validate", "pabc.plan", "pabc.schedule", "pabc.presets", "pabc.budget"),
+    (
+        "pabc.validate",
+        "pabc.forecasts",
+        "pabc.lifetimes",
+        "pabc.plan",
+        "pabc.schedule",
+        "pabc.presets",
+        "pabc.budget",
+    ),
     # Which passes run, with which options, and what is told about their results.
     (
         "pabc.sharding",

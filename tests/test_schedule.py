@@ -383,8 +383,8 @@ def changed(**changes) -> str:
         (changed(version=True), "schedule JSON, version: expected 1, found True"),
         (
             changed(extra=1),
-            "schedule JSON: expected fields pabc, version, label, timesteps, masks, overrides, "
-            "found 'extra'",
+            "schedule JSON: expected fields pabc, version, label, timesteps, masks, overrides "
+            "and perhaps forecasts, units, found 'extra'",
         ),
         (changed(timesteps=3), "schedule JSON, timesteps: expected list, found int"),
         (changed(timesteps=[]), "timesteps: expected one per step, at least 1, found none"),

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-KINDS = ("spatial", "temporal", "full", "joint", "cross", "mlp", "other")
-"""Region kinds: attention on the latent stream, `mlp`, and `other` (attention elsewhere)."""
+COARSE = ("block", "stack", "model")
+"""Kinds of regions that contain others, from the inside out: the unit that a model repeats, all its
+residual branches, and the whole call."""
+
+KINDS = ("spatial", "temporal", "full", "joint", "cross", "mlp", "other", *COARSE)
+"""Region kinds: attention on the latent stream, `mlp`, `other` (attention elsewhere), and the
+coarse ones."""
 
 
 def check_kind(kind: object, name: str) -> None:
