@@ -39,7 +39,7 @@ from variants import VARIANTS
 from workers import SIZES, Task, Worker, median_steps
 from workloads import Workload, as_pictures
 
-from pabc.demo import judge, metrics
+from pabc.demo import judge, machine
 
 Row = dict[str, Any]
 
@@ -52,7 +52,7 @@ def main() -> None:
         for name in ("size", "models", "variants", "steps", "rounds", "seed", "device", "threads")
     }
     torch.set_num_threads(options.threads)
-    for warning in metrics.find_busy_machine():
+    for warning in machine.find_busy_machine():
         print(f"warning: {warning}", file=sys.stderr)
     content = {
         **report.describe_run(options.device, ["cache-dit"]),

@@ -66,7 +66,7 @@ from .ir import (
 )
 from .lower import Kernels, lower_pass, summarize
 from .offload import offload_cuts_pass
-from .onednn import lowering_onednn, use_onednn_pass
+from .onednn import lowering_onednn, onednn_is_faster, use_onednn_pass
 from .outline import outline_regions_pass, verify_outline
 from .regions import Cut, mark_regions_pass, verify_marks
 from .repeats import keep_one, keep_unrepeated_pass, verify_repeats
@@ -198,6 +198,7 @@ __all__ = [  # noqa: RUF022
     "example_inputs",
     "prepare_inductor",
     "lowering_onednn",
+    "onednn_is_faster",
     # Ops of guarded graphs.
     "GUARD_OPS",
     "Cuts",

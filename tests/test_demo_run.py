@@ -21,12 +21,14 @@ pytest.importorskip("tqdm")
 from PIL import Image
 
 from pabc.__main__ import main
-from pabc.demo import charts, digits, latte, metrics
+from pabc.demo import charts, digits, latte, machine, metrics, sampling, variants
 from pabc.demo.run import FILES, DemoOptions, plan_rounds
 from pabc.demo.timing import Run
 from pabc.plan import Plan, SlotSpec
 
-VARIANTS = ("full", "torch.compile", "pabc 2/3/6", "pabc 2/4/6")
+BASELINES = ("full", "torch.compile", "3 steps", "2 steps")
+REUSE = ("pabc 2/3/6", "pabc 2/4/6")
+VARIANTS = (*BASELINES, "pabc, no reuse", *REUSE)
 PROMPTS = ("a bold seven moving left, fast", "a <three> & moving up, slow")
 
 
@@ -63,7 +65,7 @@ def test_metrics_hold_every_figure(content: dict[str, Any]) -> None:
         for key in ("speedup_vs_eager", "speedup_vs_torch_compile"):
             assert 0 < row[key] < math.inf
         assert row["ssim"] <= 1 + 1e-9
-        assert (row["compile_seconds"] > 0) == (name != "full")
+        assert (row["compile_seconds"] > 0) == (name not in ("full", "3 steps", "2 steps"))
     assert content["variants"]["full"]["speedup_vs_eager"] == 1
     assert content["variants"]["torch.compile"]["speedup_vs_torch_compile"] == 1
     assert {"device", "torch", "pabc", "python", "cpus", "date", "warnings"} <= content.keys()
@@ -74,12 +76,59 @@ def test_full_equals_itself_and_reuse_does_not(content: dict[str, Any]) -> None:
     assert rows["full"]["psnr"] is None
     assert rows["full"]["ssim"] == pytest.approx(1)
     assert rows["full"]["cache_bytes"] == rows["full"]["phases"] == 0
-    for name in VARIANTS[2:]:
+    assert rows["pabc, no reuse"]["psnr"] is None or rows["pabc, no reuse"]["psnr"] > 100
+    for name in REUSE:
         assert math.isfinite(rows[name]["psnr"])
         assert rows[name]["flop_share"] < 1
         assert rows[name]["cache_bytes"] > 0
         assert rows[name]["phases"] >= 2
         assert rows[name]["schedule"].startswith("pyramid spatial=2")
+
+
+def test_fewer_steps_are_judged_against_all_steps(content: dict[str, Any]) -> None:
+    rows = content["variants"]
+    for name, calls in {"3 steps": 3, "2 steps": 2}.items():
+        row = rows[name]
+        assert (row["steps"], row["calls"], row["call_share"]) == (calls, calls, calls / 4)
+        assert row["flop_share"] == calls / 4
+        assert math.isfinite(row["psnr"])
+        assert len(row["timesteps"]) == calls
+        assert row["timesteps"] != rows["full"]["timesteps"][:calls]
+
+
+def test_less_work_and_other_code_make_the_speedup(content: dict[str, Any]) -> None:
+    """What a machine's libraries contribute is apart from what the variant leaves out."""
+    rows = content["variants"]
+    for name, row in rows.items():
+        whole = rows[row["whole"]]
+        assert whole["flop_share"] == 1 and whole["whole"] == row["whole"]
+        assert whole["speedup_by_less_work"] == 1
+        product = row["speedup_by_less_work"] * row["speedup_by_code"]
+        assert product == pytest.approx(row["speedup_vs_torch_compile"])
+        assert (row["whole"] == "torch.compile") == (name in BASELINES[1:])
+    assert {rows[name]["whole"] for name in REUSE} == {"pabc, no reuse"}
+    assert content["matmul"]["torch"] == content["matmul"]["pabc"] != "oneDNN"  # eager
+
+
+def test_the_library_of_products_is_that_of_the_onednn_stage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpu = torch.device("cpu")
+    for is_faster in (False, True):
+        monkeypatch.setattr(machine, "onednn_is_faster", lambda found=is_faster: found)
+        found = machine.find_libraries(cpu, "inductor")
+        assert (found["pabc"] == "oneDNN") == is_faster
+        assert found["torch"] == machine.find_libraries(cpu, "eager")["pabc"]
+
+
+def test_fewer_steps_are_shares_of_all_steps() -> None:
+    demo = latte.build()
+    names = {50: ["40 steps", "25 steps"], 10: ["8 steps", "5 steps"], 2: ["1 step"], 1: []}
+    for steps, expected in names.items():
+        timesteps = sampling.timesteps(demo, steps)
+        made = variants.make_baselines(demo, timesteps, "eager")
+        assert [each.name for each in made[2:]] == expected
+        assert [f"{each.steps} step" in each.name for each in made[2:]] == [True] * len(expected)
 
 
 def test_poor_accuracy_is_warned_of(content: dict[str, Any]) -> None:
@@ -101,9 +150,9 @@ def test_report_needs_nothing_beside_itself(out: Path) -> None:
     page = re.sub(r'"data:[^"]*"', '""', page)  # encoded pictures may spell anything
     assert "http" not in page
     assert not re.findall(r"\$\w+", page)
-    assert page.count("<svg") == 2 + 1 + 4  # plans, means, kinds
+    assert page.count("<svg") == 3 + 1 + 1 + 4  # plans, calls, means, kinds
     for name in VARIANTS:
-        assert f"<td>{name}</td>" in page
+        assert page.count(f"<td>{name}</td>") == 2  # work, time
 
 
 @pytest.mark.parametrize(("prompts", "clips", "rounds"), [(4, 40, 10), (3, 40, 14), (4, 4, 5)])
@@ -163,6 +212,12 @@ def test_wide_spread_is_warned_of() -> None:
     assert len(concerns) == 2
     assert "spread widely, in shares of the median: torch.compile 40%;" in concerns[0]
     assert concerns[1] == "torch.compile of the full model is off: PSNR 20.0 dB"
+
+
+def test_calls_are_marked_at_their_timesteps() -> None:
+    svg = charts.draw_calls({"all": [900, 600, 300, 0], "half": [900, 0]})
+    assert svg.count("<rect") == 4 + 2
+    assert "half: t = 900" in svg and "half: t = 600" not in svg
 
 
 def test_timeline_has_a_cell_per_step_and_group() -> None:

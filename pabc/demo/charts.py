@@ -58,6 +58,29 @@ def draw_timeline(plan: Plan) -> str:
     return _svg(left + plan.num_steps * width + 12, y + 44, parts, "plan")
 
 
+def draw_calls(calls: Mapping[str, Sequence[float]]) -> str:
+    """Returns the timesteps at which each variant calls the model: a row of marks per variant."""
+    left, top, height, width = 122, 4, 18, 720
+    first = max(map(max, calls.values()))
+    parts = []
+    for row, (name, timesteps) in enumerate(calls.items()):
+        y = top + row * (height + 3)
+        parts.append(_text(left - 8, y + 13, name, "end"))
+        for t in timesteps:
+            x = left + (1 - t / max(1, first)) * width
+            parts.append(
+                f'<rect x="{x:.1f}" y="{y}" width="4" height="{height}" class="compute">'
+                f"<title>{escape(name)}: t = {t:g}</title></rect>"
+            )
+        parts.append(_text(left + width + 14, y + 13, f"{len(timesteps)}", "start", "faint"))
+    y = top + len(calls) * (height + 3) + 12
+    for part in range(6):
+        t = first * (5 - part) / 5
+        parts.append(_text(left + part / 5 * width + 2, y, f"{t:.0f}", "middle", "faint"))
+    parts.append(_text(left - 14, y, "timestep", "end", "faint"))
+    return _svg(left + width + 44, y + 8, parts, "calls")
+
+
 def draw_means(curves: Curves, window: tuple[float, float]) -> str:
     """Returns a chart of each kind's mean curve; `window`, a range of steps, is shaded."""
     means = {kind: curve.mean(axis=0, keepdims=True) for kind, curve in curves.items()}

@@ -1,26 +1,26 @@
-"""Computes the figures of the variants: speed, fidelity, accuracy, memory; and warns of doubt."""
+"""Computes the figures of the variants: work, speed, fidelity, accuracy, memory; warns of doubt.
+
+What a variant's speedup over torch.compile consists of is kept apart: what comes from less work,
+which is much the same on all machines, and what comes from other code for the same work, which
+depends on the machine's libraries.
+"""
 
 from __future__ import annotations
 
-import datetime
 import math
-import os
-import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-import pabc
 from pabc.api import CompiledModel
 from pabc.demo import judge
 from pabc.demo.timing import Round, Run, Variant
+from pabc.demo.variants import FULL, TORCH_COMPILE
 from pabc.explanation import Explanation
 from pabc.plan import Plan
 
-FULL = "full"
-TORCH_COMPILE = "torch.compile"
 MAX_SPREAD = 0.25
 MIN_ACCURACY = 0.9
 MIN_COMPILED_PSNR = 40.0
@@ -32,28 +32,33 @@ def measure(
     """Returns the figures of each variant; a figure without a finite value is None."""
     captions = [caption for batch in rounds for caption in batch.captions]
     referee, full = judge.Judge(), runs[FULL].clips
+    num_steps = next(variant.steps for variant in variants if variant.name == FULL)
     table = {}
     for variant in variants:
-        run = runs[variant.name]
-        per_clip = [seconds / len(rounds[0].captions) for seconds in run.seconds]
+        run, whole = runs[variant.name], runs[variant.whole]
         similarity = judge.psnr(run.clips, full)
         table[variant.name] = {
             "about": variant.about,
-            "seconds_per_clip": {
-                "median": statistics.median(per_clip),
-                "min": min(per_clip),
-                "max": max(per_clip),
-            },
-            "speedup_vs_eager": _speedup(runs[FULL], run),
+            **_describe_work(variant, num_steps),
+            "whole": variant.whole,
+            "speedup_by_less_work": _speedup(whole, run),
+            "speedup_by_code": _speedup(runs[TORCH_COMPILE], whole),
             "speedup_vs_torch_compile": _speedup(runs[TORCH_COMPILE], run),
+            "speedup_vs_eager": _speedup(runs[FULL], run),
+            "seconds_per_clip": _summarize(run, len(rounds[0].captions)),
             "psnr": _finite(similarity.mean()),
             "psnr_min": _finite(similarity.min()),
             "ssim": _finite(judge.ssim(run.clips, full).mean()),
             **referee.accuracy(run.clips, captions),
             "compile_seconds": run.compile_seconds if variant.is_compiled else 0.0,
-            **_describe_plan(variant.transformer),
         }
     return table
+
+
+def _summarize(run: Run, num_clips: int) -> dict[str, float]:
+    """Returns the seconds of one clip: median, least and most of the rounds."""
+    per_clip = [seconds / num_clips for seconds in run.seconds]
+    return {"median": statistics.median(per_clip), "min": min(per_clip), "max": max(per_clip)}
 
 
 def _speedup(reference: Run, run: Run) -> float:
@@ -64,15 +69,30 @@ def _finite(value: torch.Tensor) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _describe_plan(transformer: Any) -> dict[str, Any]:
-    if not isinstance(transformer, CompiledModel):
-        return {"cache_bytes": 0, "phases": 0, "schedule": None, "flop_share": 1.0}
+def _describe_work(variant: Variant, num_steps: int) -> dict[str, Any]:
+    """Returns the calls that run something, and shares of the full model's calls and operations.
+
+    The full model makes `num_steps` calls.
+    """
+    transformer = variant.transformer
+    facts: dict[str, Any] = {"cache_bytes": 0, "phases": 0, "schedule": None}
+    shares = [1.0] * variant.steps
+    if isinstance(transformer, CompiledModel):
+        plan = transformer.plan
+        facts = {
+            "cache_bytes": plan.peak_bytes,
+            "phases": len(plan.phases),
+            "schedule": transformer.schedule.label,
+        }
+        shares = flop_shares(plan, transformer.explain())
+    ran = [t for t, share in zip(variant.timesteps, shares, strict=True) if share > 0]
     return {
-        "cache_bytes": transformer.plan.peak_bytes,
-        "phases": len(transformer.plan.phases),
-        "schedule": transformer.schedule.label,
-        "flop_share": sum(flop_shares(transformer.plan, transformer.explain()))
-        / transformer.plan.num_steps,
+        "steps": variant.steps,
+        "calls": len(ran),
+        "call_share": len(ran) / num_steps,
+        "flop_share": sum(shares) / num_steps,
+        "timesteps": ran,
+        **facts,
     }
 
 
@@ -81,37 +101,6 @@ def flop_shares(plan: Plan, explanation: Explanation) -> list[float]:
     flops = torch.tensor([region.flops for region in explanation.regions], dtype=torch.float64)
     skipped = torch.from_numpy(plan.reuse.astype("float64")) @ flops
     return (1 - skipped / max(1, sum(explanation.flops.values()))).tolist()
-
-
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Returns the device, the versions and the date of the measurement."""
-    import diffusers
-
-    return {
-        "device": _name_device(device),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "pabc": pabc.__version__,
-        "torch": str(torch.__version__),
-        "diffusers": diffusers.__version__,
-        "python": platform.python_version(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _name_device(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({platform.machine()})" if device.type == "cpu" else str(device)
-
-
-def find_busy_machine() -> list[str]:
-    """Returns a warning if other processes keep the CPUs busy."""
-    cpus = os.cpu_count() or 1
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if load <= cpus / 2:
-        return []
-    return [f"the machine is busy (load {load:.1f} on {cpus} CPUs): timings will be off"]
 
 
 def find_concerns(table: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -140,14 +129,40 @@ def _spread(seconds: Mapping[str, float]) -> float:
     return (seconds["max"] - seconds["min"]) / seconds["median"]
 
 
-def format_table(table: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Returns the header and the rows of the table in the terminal and in the report."""
-    header = ["variant", "s/clip", "min-max", "vs eager", "vs torch.compile", "PSNR dB", "SSIM"]
-    header += ["digit", "direction", "cache", "compile s", "phases", "FLOPs"]
-    return header, [_format_row(name, row) for name, row in table.items()]
+def format_work(table: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Returns header and rows of the table of work and quality: much the same on all machines."""
+    header = ["variant", "calls", "FLOPs", "speedup by less work", "PSNR dB (worst)", "SSIM"]
+    header += ["digit", "direction"]
+    return header, [
+        [
+            name,
+            f"{row['calls']}",
+            f"{row['flop_share']:.0%}",
+            f"{row['speedup_by_less_work']:.2f}x",
+            _format_psnr(row),
+            f"{row['ssim']:.4f}",
+            f"{row['digit_accuracy']:.1%}",
+            f"{row['direction_accuracy']:.1%}",
+        ]
+        for name, row in table.items()
+    ]
 
 
-def _format_row(name: str, row: Mapping[str, Any]) -> list[str]:
+def format_time(table: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Returns header and rows of the table of times, which depend on the machine."""
+    header = ["variant", "s/clip", "min-max", "vs eager", "vs torch.compile", "= by less work"]
+    header += ["x by other code", "cache", "compile s", "phases"]
+    return header, [_format_times(name, row) for name, row in table.items()]
+
+
+def _format_psnr(row: Mapping[str, Any]) -> str:
+    if row["psnr"] is None:
+        return "equal"
+    worst = "" if row["psnr_min"] is None else f" ({row['psnr_min']:.1f})"
+    return f"{row['psnr']:.1f}{worst}"
+
+
+def _format_times(name: str, row: Mapping[str, Any]) -> list[str]:
     seconds = row["seconds_per_clip"]
     return [
         name,
@@ -155,12 +170,9 @@ def _format_row(name: str, row: Mapping[str, Any]) -> list[str]:
         f"{seconds['min']:.3f}-{seconds['max']:.3f}",
         f"{row['speedup_vs_eager']:.2f}x",
         f"{row['speedup_vs_torch_compile']:.2f}x",
-        "equal" if row["psnr"] is None else f"{row['psnr']:.1f}",
-        f"{row['ssim']:.4f}",
-        f"{row['digit_accuracy']:.1%}",
-        f"{row['direction_accuracy']:.1%}",
+        f"{row['speedup_by_less_work']:.2f}",
+        f"{row['speedup_by_code']:.2f}",
         f"{row['cache_bytes'] / 2**20:.1f} MiB" if row["cache_bytes"] else "-",
         f"{row['compile_seconds']:.1f}" if row["compile_seconds"] else "-",
         f"{row['phases'] or '-'}",
-        f"{row['flop_share']:.0%}",
     ]

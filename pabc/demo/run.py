@@ -17,20 +17,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
-import pabc
-from pabc import presets
 from pabc.api import CompiledModel
-from pabc.demo import digits, latte, metrics, pictures, report, sampling
+from pabc.demo import digits, latte, machine, metrics, pictures, report, sampling
 from pabc.demo.launch import Launch, launch
 from pabc.demo.timing import Round, Run, Variant, race
+from pabc.demo.variants import FRACTION, FULL, make_variants
 from pabc.differences import Differences
-from pabc.schedule import Schedule
-
-FRACTION = (0.15, 0.85)
-"""The share of the steps, the middle 70 %, in which the 2/4/6 variant reuses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +72,17 @@ def run(options: DemoOptions) -> dict[str, Any]:
     """
     with launch(options.mesh, options.device) as processes:
         demo = latte.load(options.weights, processes.device)
-        variants = make_variants(demo, options, processes.mesh)
+        variants = make_variants(
+            demo,
+            steps=options.steps,
+            backend=options.backend,
+            mlp=options.mlp,
+            mesh=processes.mesh,
+        )
         rounds = plan_rounds(options)
         if processes.is_first:
             return _run_first(options, processes, demo, variants, rounds)
-        race(demo, variants, rounds, steps=options.steps, processes=processes)
+        race(demo, variants, rounds, processes=processes)
         processes.wait()
         return {}
 
@@ -95,11 +95,11 @@ def _run_first(
     rounds: list[Round],
 ) -> dict[str, Any]:
     options.out.mkdir(parents=True, exist_ok=True)
-    warnings = metrics.find_busy_machine()
+    warnings = machine.find_busy_machine()
     if options.backend == "eager":
         warnings.append("backend eager: nothing is compiled to kernels, so speeds are only a hint")
     _warn(warnings)
-    runs = race(demo, variants, rounds, steps=options.steps, progress=make_bar, processes=processes)
+    runs = race(demo, variants, rounds, progress=make_bar, processes=processes)
     processes.wait()
     differences = Differences(demo.transformer)
     with make_bar(options.steps, "measure differences") as done:
@@ -125,7 +125,8 @@ def _run_first(
         "guidance": sampling.GUIDANCE,
         "prompts": list(rounds[0].captions),
         "mesh": options.mesh,
-        **metrics.describe_machine(torch.device(processes.device)),
+        "matmul": machine.find_libraries(torch.device(processes.device), options.backend),
+        **machine.describe_machine(torch.device(processes.device)),
         "warnings": [*warnings, *concerns],
     }
     _write(options.out, content, variants, runs, differences)
@@ -169,75 +170,54 @@ def _pick_prompts(count: int) -> tuple[str, ...]:
     return tuple([*digits.PROMPTS, *more][:count])
 
 
-def make_variants(
-    demo: latte.Demo, options: DemoOptions, mesh: DeviceMesh | None = None
-) -> list[Variant]:
-    """Returns the variants: the full model, torch.compile of it, and pabc with some schedules.
-
-    With a mesh, there are two more, which run on all its processes: pabc without reuse, and 2/4/6.
-    """
-    model = demo.transformer
-    steps = sampling.timesteps(demo, options.steps)
-    schedules = {
-        "pabc 2/3/6": presets.latte(steps, mlp=False),
-        "pabc 2/4/6": Schedule.pyramid(steps, spatial=2, temporal=4, cross=6, fraction=FRACTION),
-    }
-    about = {
-        "pabc 2/3/6": "the published Latte preset, without its MLP broadcast",
-        "pabc 2/4/6": "spatial, temporal, cross attention, in the middle 70 % of the steps",
-    }
-    if options.mlp:
-        schedules["pabc 2/3/6 + mlp"] = presets.latte(steps)
-        about["pabc 2/3/6 + mlp"] = "the published Latte preset with its MLP broadcast"
-    whole = torch.compile(model, fullgraph=True, backend=options.backend)
-    variants = [
-        Variant(metrics.FULL, model, "the full model, eager", is_compiled=False),
-        Variant(
-            metrics.TORCH_COMPILE,
-            whole,
-            f"torch.compile of the full model, fullgraph=True, backend={options.backend}",
-        ),
-        *(
-            Variant(name, pabc.compile(model, schedule, backend=options.backend), about[name])
-            for name, schedule in schedules.items()
-        ),
-    ]
-    if mesh is None:
-        return variants
-    shared = {"pabc, no reuse": Schedule.none(steps), "pabc 2/4/6": schedules["pabc 2/4/6"]}
-    return variants + [
-        Variant(
-            f"{name}, {mesh.size()} ranks",
-            pabc.compile(model, schedule, backend=options.backend, mesh=mesh),
-            f"sharded over {mesh.size()} processes",
-            ranks=mesh.size(),
-        )
-        for name, schedule in shared.items()
-    ]
-
-
 def format_text(content: dict[str, Any]) -> str:
-    """Returns the table as it is printed, with explanations."""
-    header, rows = metrics.format_table(content["variants"])
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = []
-    for row in [header, *rows]:
-        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells]))
-    about = [f"{name}: {row['about']}" for name, row in content["variants"].items()]
-    return "\n".join(["", *lines, "", *about, "", *textwrap.wrap(describe_method(content), 100)])
+    """Returns the tables as they are printed, with explanations."""
+    variants = content["variants"]
+    about = [f"{name}: {row['about']}" for name, row in variants.items()]
+    return "\n".join(
+        [
+            "",
+            "Work and quality, much the same on all machines:",
+            *_format_table(*metrics.format_work(variants)),
+            "",
+            "Time on this machine:",
+            *_format_table(*metrics.format_time(variants)),
+            "",
+            *about,
+            "",
+            *textwrap.wrap(describe_method(content), 100),
+        ]
+    )
+
+
+def _format_table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Returns a table as aligned lines, the first column to the left."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return [
+        "  ".join(
+            [row[0].ljust(widths[0])]
+            + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        )
+        for row in (header, *rows)
+    ]
 
 
 def describe_method(content: dict[str, Any]) -> str:
     """Returns a description, in a few sentences, of how the figures were measured."""
+    matmul = content["matmul"]
     return (
         f"{content['steps']} steps, batches of {content['batch']} clips with guidance, on"
         f" {content['device']}, threads: {content['threads']}. Medians over {content['rounds']}"
-        " interleaved rounds; every variant starts from the same noise. PSNR and SSIM: against the"
-        f" full model's clips, means over {content['clips']} clips; digit and direction: share of"
-        " these clips in which a classifier reads what the caption says. Compile seconds: wall time"
-        " of the first generation, capture included, less that of a steady one, from an empty"
-        " cache. FLOPs: share of the full model's that still runs."
+        " interleaved rounds; every variant starts from the same noise. Calls, FLOPs: calls of the"
+        " model that run, and the share of the full model's operations. By less work: seconds of"
+        " the same code with nothing left out (pabc without reuse, or torch.compile with all"
+        " steps) over the variant's. By other code: torch.compile's seconds over those of that"
+        " code, which comes from cheaper formulas and the library of matrix products (here"
+        f" {matmul['pabc']} in pabc, {matmul['torch']} in PyTorch) and differs from machine to"
+        " machine. PSNR and SSIM: against the full model's clips, means over"
+        f" {content['clips']} clips; digit and direction: share of these clips in which a"
+        " classifier reads what the caption says. Compile seconds: wall time of the first"
+        " generation, capture included, less that of a steady one, from an empty cache."
     )
 
 
@@ -252,6 +232,7 @@ def _write(
     columns = [
         pictures.Column(v.name, _note(content["variants"][v.name]), runs[v.name].batches[0])
         for v in variants
+        if v.name == FULL or v.whole != v.name  # the others look like the first
     ]
     pictures.save_gif(out / "clips.gif", content["prompts"], columns)
     pictures.save_still(out / "clips.png", content["prompts"], columns)
@@ -272,8 +253,9 @@ def _write(
 
 
 def _note(row: dict[str, Any]) -> str:
-    speed = f"{row['speedup_vs_torch_compile']:.2f}x"
-    return speed if row["psnr"] is None else f"{speed}, {row['psnr']:.0f} dB"
+    if row["psnr"] is None:
+        return f"{row['calls']} calls"
+    return f"{row['speedup_by_less_work']:.2f}x, {row['psnr']:.0f} dB"
 
 
 def make_bar(length: int, label: str) -> Any:

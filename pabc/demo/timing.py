@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from time import perf_counter
 from typing import Any
 
@@ -38,6 +38,8 @@ class Variant:
         name: its name in tables.
         transformer: is called in place of the model at every step.
         about: a description for the reader.
+        timesteps: those of its sampler, one per step.
+        whole: the name of the variant that runs the same code and leaves nothing out.
         is_compiled: True if its first generation compiles.
         ranks: the number of processes that run it; one of 1 runs in the first, and the others wait.
     """
@@ -45,8 +47,16 @@ class Variant:
     name: str
     transformer: Any
     about: str
+    _: KW_ONLY
+    timesteps: tuple[int, ...]
+    whole: str
     is_compiled: bool = True
     ranks: int = 1
+
+    @property
+    def steps(self) -> int:
+        """The number of steps of its sampler."""
+        return len(self.timesteps)
 
 
 @dataclass
@@ -79,7 +89,6 @@ def race(
     variants: Sequence[Variant],
     rounds: Sequence[Round],
     *,
-    steps: int,
     processes: Launch,
     progress: Progress | None = None,
 ) -> dict[str, Run]:
@@ -92,15 +101,16 @@ def race(
     runs = {variant.name: Run() for variant in variants}
     for variant in variants:
         verb = "compile" if variant.is_compiled else "warm up"
-        with progress(steps, f"{verb} {variant.name}") as bar, _empty_cache(variant.is_compiled):
-            generated = _generate(demo, variant, rounds[0], steps, processes, bar)
+        label = f"{verb} {variant.name}"
+        with progress(variant.steps, label) as bar, _empty_cache(variant.is_compiled):
+            generated = _generate(demo, variant, rounds[0], processes, bar)
         if generated is not None:
             runs[variant.name].first_seconds = generated[0]
     with progress(len(rounds) * len(variants), "generate in turn") as bar:
         for index, batch in enumerate(rounds):
             shift = index % len(variants)
             for variant in (*variants[shift:], *variants[:shift]):
-                generated = _generate(demo, variant, batch, steps, processes)
+                generated = _generate(demo, variant, batch, processes)
                 if generated is not None:
                     runs[variant.name].seconds.append(generated[0])
                     runs[variant.name].batches.append(generated[1])
@@ -112,7 +122,6 @@ def _generate(
     demo: Demo,
     variant: Variant,
     batch: Round,
-    steps: int,
     processes: Launch,
     bar: Any = None,
 ) -> tuple[float, torch.Tensor] | None:
@@ -128,7 +137,7 @@ def _generate(
         demo,
         list(batch.captions),
         transformer=variant.transformer,
-        steps=steps,
+        steps=variant.steps,
         seed=batch.seed,
         progress=None if bar is None else lambda *_: bar.update(1),
     )
