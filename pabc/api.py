@@ -20,6 +20,7 @@ from pabc.options import Backend, DisabledStage, Offload, Options
 from pabc.passes import refuse_hooks
 from pabc.pipeline import analyze, trace_phase
 from pabc.runtime.bindings import Bindings
+from pabc.runtime.original import advise
 from pabc.runtime.peers import Peers
 from pabc.runtime.phases import compiling
 from pabc.schedule import Schedule
@@ -54,7 +55,9 @@ def compile(
         schedule: which kinds of region are reused at which steps.
         backend: `"inductor"`; `"eager"`: runs the specialized graphs op by op, which gives the
             model's own bits where nothing is reused; `"oracle"`: runs the guarded graph,
-            unspecialized.
+            unspecialized; `"original"`: captures nothing, and calls the model itself, hooks and
+            all, at the steps that the schedule computes: it can reuse kind `"model"` alone. Of
+            the options below, those that say how a graph is captured or compiled do not go with it.
         cut: the value kept of a region. `"attention"`: the last one before the timestep's gate;
             `"branch"`: the value added to the residual stream.
         kinds: patterns of qualified module names (fnmatch) -> kind, where you know better.
@@ -137,7 +140,8 @@ def compile(
     peers = None if mesh is None else Peers(mesh)
     if inplace:
         check_place(model)
-    refuse_hooks(model)
+    if backend != "original":
+        refuse_foreign_hooks(model, schedule)
     compiled = CompiledModel(model, schedule, options, peers=peers)
     if example_inputs is not None:
         args, kwargs = example_inputs
@@ -145,6 +149,17 @@ def compile(
     if inplace:
         compiled.install(model)
     return compiled
+
+
+def refuse_foreign_hooks(model: nn.Module, schedule: Schedule) -> None:
+    """Raises ValueError for a hook of another library that a graph cannot stand for."""
+    try:
+        refuse_hooks(model)
+    except ValueError as error:
+        advised = advise(error, schedule)
+        if advised is None:
+            raise
+        raise advised from error
 
 
 def explain(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import warnings
@@ -15,28 +16,33 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from pabc import inplace, passes
+from pabc import inplace
+from pabc.artifact.errors import ArtifactError
 from pabc.artifact.files import write_artifact
 from pabc.base.forward import inner_forward
 from pabc.base.structure import Structure
 from pabc.dumps import write_dump
-from pabc.explanation import Explanation, describe
+from pabc.explanation import Explanation
 from pabc.options import Options
 from pabc.plan import Plan
 from pabc.runtime.arguments import Arguments
 from pabc.runtime.around import call_around
-from pabc.runtime.autocast import without_autocast, without_grad
 from pabc.runtime.bindings import Binding
 from pabc.runtime.branch import ActiveStep
+from pabc.runtime.original import advise, names_only_calls
+from pabc.runtime.originals import OriginalPrograms
 from pabc.runtime.peers import Peers, RankStep
 from pabc.runtime.phases import compiling
 from pabc.runtime.program import Program
 from pabc.runtime.programs import Programs
+from pabc.runtime.serving import ServingProgram, ServingPrograms
 from pabc.runtime.stats import Recorder, Stats
 from pabc.runtime.trajectory import Trajectory, current_trajectory, named_branch
 from pabc.runtime.where import Where
 from pabc.schedule import Schedule
 from pabc.wrapper import Wrapper
+
+logger = logging.getLogger(__name__)
 
 
 class CompiledModel(Wrapper):
@@ -56,7 +62,10 @@ class CompiledModel(Wrapper):
         *,
         programs: Programs | None = None,
         peers: Peers | None = None,
+        falls_back: bool = False,
     ) -> None:
+        """`falls_back`: whether a model that cannot be captured is called as it is, where the
+        schedule reuses nothing but whole calls."""
         super().__init__(model)
         self._schedule = schedule
         self._options = options
@@ -65,9 +74,11 @@ class CompiledModel(Wrapper):
         self._arguments = self._known_arguments()
         self._observers: list[Callable[[CompiledModel], None]] = []
         self._take_back: Callable[[], None] | None = None
-        self._programs = Programs(model, options, Recorder()) if programs is None else programs
+        self._falls_back = falls_back
+        self._programs = self._find_programs(Recorder()) if programs is None else programs
+        self._programs.check(schedule)
         self._recorder = self._programs.recorder
-        self._last: tuple[Program, Binding] | None = None
+        self._last: tuple[ServingProgram, Binding] | None = None
         self._warned: set[tuple[Schedule | None, str]] = set()
         self._has_seen_grad = False
         self._lock = threading.RLock()
@@ -83,14 +94,18 @@ class CompiledModel(Wrapper):
         another step, a trajectory that is in use; :class:`RankError` where ranks that share the
         model do not agree, or another one failed. Whatever is raised, the trajectory is reset.
         """
+        if self._programs.runs_hooks:
+            return self._run(None, False, *args, **kwargs)
         model: Any = self._modules["_orig_mod"]
         if self._peers is None:
-            return call_around(model, partial(self._run, None), args, kwargs, self.reset)
+            return call_around(model, partial(self._run, None, True), args, kwargs, self.reset)
         with self._peers.step() as step:
-            return call_around(model, partial(self._run, step), args, kwargs, self.reset)
+            return call_around(model, partial(self._run, step, True), args, kwargs, self.reset)
 
-    def _run(self, step_of_ranks: RankStep | None, /, *args: Any, **kwargs: Any) -> Any:
-        """Runs one step, in the place of the model's forward.
+    def _run(
+        self, step_of_ranks: RankStep | None, within_hooks: bool, /, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Runs one step, in the place of the model's forward, or, unless `within_hooks`, of a call.
 
         The call is placed in its trajectory, served by a program, and bound to a plan; its branch
         begins a step, which computes and is then committed. See `pabc/runtime/README.md`.
@@ -105,10 +120,11 @@ class CompiledModel(Wrapper):
             with self._lock:
                 at_start = branch.last < 0
                 program = self._select(args, kwargs, leaves, structure, schedule, at_start=at_start)
-            inputs = program.inputs.pack(leaves)
+            inputs = program.pack(leaves, args, kwargs, within_hooks=within_hooks)
             if not self._has_seen_grad and torch.is_grad_enabled():
                 self._check_grad()
-            with without_grad(), without_autocast(inputs), program.with_plain_weights():
+            grad, autocast, weights = program.contexts(inputs)
+            with grad, autocast, weights:
                 with self._lock:
                     call = program.serve(inputs, self._bind(program, schedule, inputs))
                     step = branch.begin(call, is_sure=is_sure)
@@ -118,9 +134,9 @@ class CompiledModel(Wrapper):
                     outputs = step.run()
                 step.commit()
                 result = program.finish(inputs, outputs)
-            if program.inputs.writes_to_arguments:
+            if program.writes_to_arguments:
                 bound = self._arguments.bind(args, kwargs)
-                program.inputs.write_to_arguments(bound, leaves, inputs)
+                program.write_to_arguments(bound, leaves, inputs)
             return result
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
@@ -128,8 +144,9 @@ class CompiledModel(Wrapper):
         with self._lock:
             leaves, structure = self._flatten(args, kwargs)
             program = self._select(args, kwargs, leaves, structure, self._schedule, at_start=True)
-            inputs = program.inputs.pack(leaves)
-            with torch.no_grad(), without_autocast(inputs), program.with_plain_weights():
+            inputs = program.pack(leaves, args, kwargs, within_hooks=True)
+            grad, autocast, weights = program.contexts(inputs)
+            with grad, autocast, weights:
                 program.prepare(self._bind(program, self._schedule, inputs), inputs)
 
     def trajectory(self, schedule: Schedule | None = None) -> Trajectory:
@@ -145,6 +162,8 @@ class CompiledModel(Wrapper):
                 with b:
                     noise_b = fast(latents_b, t, text_b)
         """
+        if schedule is not None:
+            self._programs.check(schedule)
         return Trajectory(
             self._recorder,
             self._recorder,
@@ -220,6 +239,7 @@ class CompiledModel(Wrapper):
     def schedule(self, schedule: Schedule) -> None:
         if not isinstance(schedule, Schedule):
             raise TypeError(f"schedule: expected a pabc.Schedule, found {type(schedule).__name__}")
+        self._programs.check(schedule)
         with self._lock:
             self._schedule = schedule
             if self._last is not None:
@@ -249,15 +269,7 @@ class CompiledModel(Wrapper):
     def explain(self) -> Explanation:
         """Returns what was found in the model, and the plan."""
         program, binding = self._captured("explain()")
-        return describe(
-            program.guarded,
-            plan=binding.plan,
-            fit=binding.fit,
-            unmatched=self._schedule.unmatched(program.slots),
-            compile_seconds=program.phases.compile_seconds,
-            lowered=passes.summarize(program.phases.lowered),
-            stages=program.records,
-        )
+        return program.explain(binding, self._schedule.unmatched(program.slots))
 
     def dump(self, folder: str | Path) -> Path:
         """Writes to `folder` the graph after each stage, of each phase too, a table of stages with
@@ -277,14 +289,15 @@ class CompiledModel(Wrapper):
 
         Raises: ArtifactError for what cannot be saved; it names the node, argument or option.
         """
-        with self._lock:
-            write_artifact(
-                path,
-                self._orig_mod,
-                self._schedule,
-                self._programs,
-                last=self._captured("save()")[0],
+        if not isinstance(self._programs, Programs):
+            raise ArtifactError(
+                "expected a captured model, found backend='original', which captures and compiles "
+                "nothing that a file could hold; save the schedule: Schedule.to_json"
             )
+        with self._lock:
+            last, _ = self._captured("save()")
+            assert isinstance(last, Program)
+            write_artifact(path, self._orig_mod, self._schedule, self._programs, last=last)
 
     def warn_once(self, schedule: Schedule | None, text: str) -> None:
         """Warns once for this schedule; for None, once for this model."""
@@ -296,13 +309,14 @@ class CompiledModel(Wrapper):
         """Warns where the caller may expect gradients of the weights."""
         self._has_seen_grad = True
         if any(parameter.requires_grad for parameter in self._orig_mod.parameters()):
+            results = "results of skipped calls" if self._programs.runs_hooks else "results"
             self.warn_once(
                 None,
-                "pabc runs inference: results have no grad_fn, though gradients are enabled and "
+                f"pabc runs inference: {results} have no grad_fn, though gradients are enabled and "
                 "weights require them; call within torch.no_grad(), or model.requires_grad_(False)",
             )
 
-    def _captured(self, what: str) -> tuple[Program, Binding]:
+    def _captured(self, what: str) -> tuple[ServingProgram, Binding]:
         if self._last is None:
             raise RuntimeError(
                 f"{what}: nothing is captured yet; call the model once, or give example_inputs"
@@ -335,7 +349,7 @@ class CompiledModel(Wrapper):
         schedule: Schedule,
         *,
         at_start: bool,
-    ) -> Program:
+    ) -> ServingProgram:
         """Returns the program that serves these arguments; captures the model if there is none."""
         program = self._programs.find(structure, leaves, at_start=at_start)
         if program is None:
@@ -343,10 +357,42 @@ class CompiledModel(Wrapper):
             bound = arguments.bind(args, kwargs)
             try:
                 program = self._programs.capture(*bound, leaves, structure, schedule)
-            except ValueError:
+            except ValueError as error:
                 arguments.check(args, kwargs)
-                raise
+                if not self._fall_back(schedule, error):
+                    advised = advise(error, schedule)
+                    if advised is None:
+                        raise
+                    raise advised from error
+                program = self._programs.find(structure, leaves, at_start=at_start)
+                assert program is not None
         return program
+
+    def _fall_back(self, schedule: Schedule, error: ValueError) -> bool:
+        """Makes the model, which cannot be captured, be called as it is from now on; returns False
+        if that is not asked for, or the schedule needs what is within the model."""
+        if not (self._falls_back and names_only_calls(schedule)):
+            return False
+        options = self._options.without_capture()
+        if options is None:
+            return False
+        logger.warning(
+            "%s is called as it is (backend='original'), since it cannot be captured: %s",
+            type(self._orig_mod).__name__,
+            error,
+        )
+        self._options = options
+        self._programs = self._find_programs(self._recorder, str(error))
+        return True
+
+    def _find_programs(self, recorder: Recorder, reason: str = "") -> ServingPrograms:
+        """Returns what serves calls as the options say; `reason`: why nothing can be captured."""
+        model, options = self._orig_mod, self._options
+        if options.backend != "original":
+            return Programs(model, options, recorder)
+        return OriginalPrograms(
+            model, options, recorder, partial(inplace.find_own_call, model), reason=reason
+        )
 
     def _known_arguments(self) -> Arguments:
         """Returns how the model's forward, as it is now, takes its arguments."""
@@ -365,7 +411,7 @@ class CompiledModel(Wrapper):
         return type(model).forward, state.get("forward"), state.get("_old_forward")
 
     def _bind(
-        self, program: Program, schedule: Schedule, inputs: list[Any] | None = None
+        self, program: ServingProgram, schedule: Schedule, inputs: list[Any] | None = None
     ) -> Binding:
         """Returns the schedule bound to the program, which `plan` and `explain` then describe."""
         binding = program.bind(schedule, inputs)
@@ -386,19 +432,17 @@ class CompiledModel(Wrapper):
                 )
         return binding
 
-    def _facts(self, program: Program, step: ActiveStep) -> dict[str, str]:
+    def _facts(self, program: ServingProgram, step: ActiveStep) -> dict[str, str]:
         """Returns what must be the same on all ranks that share the model; values, where a
         generation starts."""
         tensors = [x for x in step.inputs if isinstance(x, torch.Tensor)]
         is_first = step.index == 0 and step.branch.is_scheduled
-        values = program.sample_values(step.inputs) if is_first else {}
         return {
             "step": str(step.index) if step.branch.is_scheduled else "none of the schedule",
             "inputs": ", ".join(f"{list(x.shape)} {x.dtype}" for x in tensors),
-            "model": program.guarded.shards.digest[:12],
             "plan": step.binding.plan.digest()[:12],
             "reused slots": str(step.reused),
-            **values,
+            **program.facts(step.inputs, with_values=is_first),
         }
 
 

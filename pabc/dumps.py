@@ -10,11 +10,15 @@ from pabc.explanation import Explanation
 from pabc.passes import PhaseSlots
 from pabc.runtime.bindings import Binding
 from pabc.runtime.program import Program
+from pabc.runtime.serving import ServingProgram
 from pabc.stages import StageRecord, format_records
 
 
-def write_dump(folder: Path, program: Program, binding: Binding, explanation: Explanation) -> None:
-    """Writes the graph after each stage, also of each phase; the plan; and the explanation.
+def write_dump(
+    folder: Path, program: ServingProgram, binding: Binding, explanation: Explanation
+) -> None:
+    """Writes the graph after each stage, also of each phase; the plan; and the explanation. There
+    are no graphs of a model that is not captured.
 
     Files in `folder`:
         stages.txt: a table of stages, nodes and seconds.
@@ -25,6 +29,14 @@ def write_dump(folder: Path, program: Program, binding: Binding, explanation: Ex
         plan.json: the plan.
         explain.txt: the explanation.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(program, Program):
+        _write_graphs(folder, program, binding)
+    (folder / "plan.json").write_text(binding.plan.to_json())
+    (folder / "explain.txt").write_text(f"{explanation}\n")
+
+
+def _write_graphs(folder: Path, program: Program, binding: Binding) -> None:
     _write_stages(folder, program.records)
     seconds = {record.name: record.seconds for record in program.records}
     (folder / "seconds.json").write_text(json.dumps(seconds, indent=1))
@@ -35,8 +47,6 @@ def write_dump(folder: Path, program: Program, binding: Binding, explanation: Ex
         slots = PhaseSlots(phase.reused, binding.stored[phase.reused])
         records = program.phases.trace(slots)
         _write_stages(folder / f"phase_{phase.index}", records)
-    (folder / "plan.json").write_text(binding.plan.to_json())
-    (folder / "explain.txt").write_text(f"{explanation}\n")
 
 
 def _write_stages(folder: Path, records: Sequence[StageRecord]) -> None:

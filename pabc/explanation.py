@@ -41,6 +41,7 @@ class Explanation:
     """The description of a model; `str()` of it is a table.
 
     Attributes:
+        uncaptured: why nothing within the model was looked at; None: it was captured.
         attention: qualified module name of each attention -> its kind.
         linear: the names of the attentions that are linear, Q (K^T V).
         regions: the regions, in execution order.
@@ -80,6 +81,7 @@ class Explanation:
     lowered: tuple[str, ...] = ()
     communication: Communication | None = None
     stages: tuple[StageRecord, ...] = field(default=(), compare=False)
+    uncaptured: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -87,6 +89,14 @@ class Explanation:
         return sum(region.nbytes for region in self.regions)
 
     def __str__(self) -> str:
+        if self.uncaptured is not None:
+            return "\n".join(
+                [
+                    "the model is called as it is (backend='original'), and nothing within it is "
+                    f"captured: {self.uncaptured}",
+                    *self._plan_lines(),
+                ]
+            )
         return "\n".join(
             [
                 *self._region_lines(),

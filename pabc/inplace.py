@@ -109,6 +109,12 @@ def install(model: Wrapper, module: nn.Module) -> Callable[[], None]:
     return take_back
 
 
+def find_own_call(module: nn.Module) -> Callable[..., Any]:
+    """Returns what a call of a module runs, hooks included, were it not compiled in place here."""
+    is_in_place = isinstance(vars(module).get("_compiled_call_impl"), InPlace)
+    return module._call_impl if is_in_place else module
+
+
 def prefer(model: Wrapper, module: nn.Module) -> None:
     """Makes calls of `module` those of `model`, where several are in its place."""
     place = vars(module).get("_compiled_call_impl")

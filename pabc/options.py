@@ -7,7 +7,7 @@ form of error: `name: expected ..., found ...`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -18,7 +18,7 @@ from pabc.schedule import Schedule
 from pabc.sharding import shard_for, shard_over, shares_computed
 from pabc.validate import as_bytes, check_choice
 
-Backend = Literal["inductor", "eager", "oracle"]
+Backend = Literal["inductor", "eager", "oracle", "original"]
 Offload = Literal["cpu"]
 DisabledStage = Literal[
     "hoist", "repeats", "encode", "offload", "formulas", "onednn", "lower", "blocks"
@@ -37,7 +37,8 @@ class Options:
 
     backend: Backend = "inductor"
     """The backend that runs a phase: code of Inductor; `"eager"`, its graph, op by op; `"oracle"`,
-    the guarded graph, unspecialized, which every other backend is compared with."""
+    the guarded graph, unspecialized, which every other backend is compared with; `"original"`, no
+    graph: the model itself is called, and only whole calls can be reused."""
 
     cut: passes.Cut = "attention"
     """The value of a region that is kept: the last one before the timestep's gate, or, for
@@ -94,6 +95,40 @@ class Options:
         for name, reason, is_in_conflict in self._conflicts():
             if is_in_conflict:
                 raise ValueError(f"{name}: expected False with {reason}, found True")
+        if self.backend == "original":
+            self._check_needs_no_graph()
+
+    def _check_needs_no_graph(self) -> None:
+        """Raises ValueError for an option of graphs, where there are none."""
+        if self.sharding is not None:
+            raise ValueError(
+                "mesh: expected None with backend='original', which captures no graph that could "
+                "be sharded, found a mesh"
+            )
+        for name, default in self._of_graphs().items():
+            found = getattr(self, name)
+            if found != default:
+                raise ValueError(
+                    f"{name}: expected {default!r} with backend='original', which captures no "
+                    f"graph, found {found!r}"
+                )
+
+    def _of_graphs(self) -> dict[str, object]:
+        """Returns the defaults of the options that say how a graph is captured or compiled."""
+        names = ("cut", "kinds", "latents", "dynamic", "cudagraphs", "kernels", "disable")
+        found = {f.name: f for f in fields(self)}
+        return {
+            name: {} if name == "kinds" else found[name].default  # the only one with a factory
+            for name in names
+        }
+
+    def without_capture(self) -> Options | None:
+        """Returns the options with which the model is called as it is, those of graphs left out;
+        None for a model that is to be sharded."""
+        if self.sharding is not None:
+            return None
+        changes: dict[str, Any] = {**self._of_graphs(), "backend": "original"}
+        return replace(self, **changes)
 
     def _conflicts(self) -> Iterable[tuple[str, str, bool]]:
         """Returns flags with an option that rules them out, and whether both are given."""

@@ -10,7 +10,7 @@ from .cache import insert_cache_pass, verify_cache
 from .canonicalize import canonicalize_pass
 from .capture import CONSTANTS, capture, find_tensor
 from .emit import CompiledBlock, compile_blocks, example_inputs, prepare_inductor, run_blocks
-from .encode import CacheDtype, encode_cuts_pass
+from .encode import CacheDtype, decode, encode, encode_cuts_pass, form_of
 from .enlarge import enlarge_call
 from .facts import (
     Block,
@@ -80,9 +80,9 @@ from .tag import tag_attention_pass, tagged, verify_tags
 from .tracing.calls import ResultForm
 from .tracing.fakes import share_fake_mode
 from .tracing.foreign import refuse_hooks
-from .tracing.frozen import FrozenObject, Same, is_library
+from .tracing.frozen import FrozenObject, Same, freeze, is_library
 from .tracing.guards import Reads
-from .tracing.holders import Holder, HolderKind
+from .tracing.holders import MISSING, Change, Holder, HolderKind
 from .tracing.hooks import HookCall
 from .tracing.modules import (
     Description,
@@ -95,6 +95,7 @@ from .tracing.modules import (
 from .tracing.numbers import Comparison
 from .tracing.opaque import OpaqueCall
 from .tracing.parameters import has_functions_of_its_own
+from .tracing.python_state import Snapshot
 from .tracing.records import (
     CallAgain,
     Checked,
@@ -207,6 +208,10 @@ __all__ = [  # noqa: RUF022
     "compute_unless",
     "fetch_cached",
     "keep_one",
+    # The forms in which cuts are kept, outside of graphs.
+    "encode",
+    "decode",
+    "form_of",
     # Graphs: their tensors, nodes and parts.
     "CONSTANTS",
     "find_tensor",
@@ -241,6 +246,10 @@ __all__ = [  # noqa: RUF022
     "HolderKind",
     "Same",
     "FrozenObject",
+    "Snapshot",
+    "Change",
+    "MISSING",
+    "freeze",
     "describe",
     "describe_object",
     "find_holders",

@@ -9,20 +9,28 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from pabc.passes import Cuts
 from pabc.runtime.bindings import Binding, InputShapes, PlannedStep
 from pabc.runtime.clock import Clock
-from pabc.runtime.executables import SlotIndices, Spans
+from pabc.runtime.executables import Executable, SlotIndices, Spans
 from pabc.runtime.guards import GuardError
 from pabc.runtime.hoisted import Hoisted, Prologue
-from pabc.runtime.phases import Phases
 from pabc.runtime.slots import FreshCuts, HeldSlots, is_finite
-from pabc.runtime.source import ValueSource
+from pabc.runtime.source import Source
 from pabc.runtime.stats import Recorder
+
+
+class StepRunners(Protocol):
+    """Finds what runs a step: :class:`Phases`, or the program of a model that is not captured."""
+
+    def executable(
+        self, binding: Binding, reused: SlotIndices, step: int, inputs: Sequence[Any]
+    ) -> Executable:
+        """Returns what runs a step that reuses these slots."""
 
 
 class ServedCall(NamedTuple):
@@ -32,15 +40,15 @@ class ServedCall(NamedTuple):
         inputs: the inputs of the program's graphs.
         binding: the schedule bound to the program's slots.
         source: what the values of the call are computed from.
-        prologue: what computes the hoisted values.
+        prologue: what computes the hoisted values; None: there are none.
         phases: what runs the steps of the plan.
     """
 
     inputs: list[Any]
     binding: Binding
-    source: ValueSource
-    prologue: Prologue
-    phases: Phases
+    source: Source
+    prologue: Prologue | None
+    phases: StepRunners
 
 
 class ActiveStep:
@@ -90,6 +98,7 @@ class ActiveStep:
 
     def hoisted(self) -> tuple[torch.Tensor, ...]:
         """Returns the prologue's values, recomputed where what they follow from has changed."""
+        assert self._prologue is not None
         hoisted = self.branch.hoisted = self._prologue.update(self.branch.hoisted, self.inputs)
         return hoisted.values
 
@@ -139,7 +148,7 @@ class Branch:
 
     def __init__(self, recorder: Recorder, check_finite: bool = False) -> None:
         self.slots = HeldSlots(recorder)
-        self.source: ValueSource | None = None
+        self.source: Source | None = None
         self._recorder = recorder
         self._check_finite = check_finite
         self._start()

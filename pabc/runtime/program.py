@@ -12,10 +12,12 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from pabc import passes
+from pabc.explanation import Explanation, describe
 from pabc.options import Options
 from pabc.passes import Cuts, has_functions_of_its_own
 from pabc.pipeline import analyze
 from pabc.plan import SlotSpec
+from pabc.runtime.autocast import without_autocast, without_grad
 from pabc.runtime.bindings import Binding, Bindings
 from pabc.runtime.branch import ServedCall
 from pabc.runtime.chain import BlockCode
@@ -25,6 +27,7 @@ from pabc.runtime.inputs import ProgramInputs
 from pabc.runtime.phases import Phases, check_fp8, compiling
 from pabc.runtime.reads import ReadCheck
 from pabc.runtime.samples import hash_values
+from pabc.runtime.serving import Contexts
 from pabc.runtime.source import ValueSource
 from pabc.runtime.state import Watch
 from pabc.runtime.stats import Recorder
@@ -130,6 +133,25 @@ class Program:
         phases = (passes.PhaseSlots(slots, binding.stored[slots]) for slots in reused)
         return tuple(map(self.phases.specialize, phases))
 
+    def pack(
+        self, leaves: list[Any], args: Any, kwargs: Any, *, within_hooks: bool
+    ) -> list[Any]:
+        """Returns the inputs of the graphs from the flattened arguments."""
+        return self.inputs.pack(leaves)
+
+    @property
+    def writes_to_arguments(self) -> bool:
+        """True if the graphs return values that are written to the caller's arguments."""
+        return self.inputs.writes_to_arguments
+
+    def write_to_arguments(self, bound: Any, leaves: list[Any], inputs: list[Any]) -> None:
+        """Writes to the caller's arguments what the model writes to them."""
+        self.inputs.write_to_arguments(bound, leaves, inputs)
+
+    def contexts(self, inputs: list[Any]) -> Contexts:
+        """Returns what the graphs run within: no gradients, no autocast, plain weights."""
+        return without_grad(), without_autocast(inputs), self.with_plain_weights()
+
     def serve(self, inputs: list[Any], binding: Binding) -> ServedCall:
         """Returns a call with these inputs as a branch begins it."""
         layout, state = self.phases.layout(inputs), self._weights.state
@@ -143,6 +165,23 @@ class Program:
         if self.inputs.writes_to_arguments:
             self.inputs.write(inputs, outputs[self.signature.out_spec.num_outputs :])
         return self.signature.out_spec.unflatten(outputs)
+
+    def facts(self, inputs: Sequence[Any], *, with_values: bool) -> dict[str, str]:
+        """Returns what must be the same on all ranks that share the model."""
+        digest = self.guarded.shards.digest[:12]
+        return {"model": digest, **(self.sample_values(inputs) if with_values else {})}
+
+    def explain(self, binding: Binding, unmatched: tuple[str, ...]) -> Explanation:
+        """Returns what was found in the model, and the plan."""
+        return describe(
+            self.guarded,
+            plan=binding.plan,
+            fit=binding.fit,
+            unmatched=unmatched,
+            compile_seconds=self.phases.compile_seconds,
+            lowered=passes.summarize(self.phases.lowered),
+            stages=self.records,
+        )
 
     def sample_values(self, inputs: Sequence[Any]) -> dict[str, str]:
         """Returns hashes of some values of the weights, and of each tensor among the inputs."""

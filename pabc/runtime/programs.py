@@ -38,6 +38,8 @@ MAX_STATES = 8
 class Programs:
     """The programs of one model, by the key of the calls that each one serves."""
 
+    runs_hooks = False
+
     def __init__(self, model: nn.Module, options: Options, recorder: Recorder) -> None:
         self._model = model
         self.options = options
@@ -62,6 +64,9 @@ class Programs:
         """Adds a program that was captured elsewhere."""
         self._last = None
         self._keep(key, program)
+
+    def check(self, schedule: Schedule) -> None:
+        """Accepts every schedule: what a model does not have is computed."""
 
     def find(self, structure: Structure, leaves: list[Any], *, at_start: bool) -> Program | None:
         """Returns the program that serves a call, or None.

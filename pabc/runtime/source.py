@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from pabc.runtime.bindings import InputShapes
 from pabc.runtime.weights import Weights
+
+
+class Source(Protocol):
+    """What values were computed from; values of a source that differs are not valid."""
+
+    @property
+    def layout(self) -> InputShapes:
+        """The sizes of the inputs, where one program serves several; else empty."""
+
+    def difference(self, earlier: Source) -> str:
+        """Returns what tells calls of this source from those of an earlier one: a key of
+        :attr:`pabc.Stats.fallbacks`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +38,9 @@ class ValueSource:
     layout: InputShapes
     tensors: Mapping[str, tuple[Any, ...]] = field(compare=False)
 
-    def difference(self, earlier: ValueSource) -> str:
-        """Returns what tells calls of this source from those of an earlier one: a key of
-        :attr:`pabc.Stats.fallbacks`."""
+    def difference(self, earlier: Source) -> str:
+        """Returns what tells calls of this source from those of an earlier one."""
+        assert isinstance(earlier, ValueSource)
         if earlier.weights is self.weights:
             return "shape" if self.layout != earlier.layout else "weights"
         if not earlier.weights.are_of_this_state:
