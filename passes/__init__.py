@@ -10,7 +10,9 @@ from .cache import insert_cache_pass, verify_cache
 from .canonicalize import canonicalize_pass
 from .capture import CONSTANTS, capture, find_tensor
 from .emit import CompiledBlock, compile_blocks, example_inputs, prepare_inductor, run_blocks
-from .encode import CacheDtype, decode, encode, encode_cuts_pass, form_of
+from .encode import CacheDtype, encode_cuts_pass, form_of
+from .encode import decode as decode_cut
+from .encode import encode as encode_cut
 from .enlarge import enlarge_call
 from .facts import (
     Block,
@@ -209,8 +211,8 @@ __all__ = [  # noqa: RUF022
     "fetch_cached",
     "keep_one",
     # The forms in which cuts are kept, outside of graphs.
-    "encode",
-    "decode",
+    "encode_cut",
+    "decode_cut",
     "form_of",
     # Graphs: their tensors, nodes and parts.
     "CONSTANTS",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -58,7 +59,7 @@ def _name_arguments(
 
 
 def _is_alike(change: Change) -> bool:
-    """Returns whether a value was set to what it was, such as a weight that was moved and is back."""
+    """Returns whether a value is set to what it was, like a weight that was moved and is back."""
     if change.old is change.new:  # a tensor that was written to
         return False
     return _are_alike(change.old, change.new)
@@ -73,7 +74,9 @@ def _are_alike(old: Any, new: Any) -> bool:
         return False
     if isinstance(old, dict):
         return list(old) == list(new) and all(_are_alike(old[key], new[key]) for key in old)
-    if isinstance(old, (list, tuple)):
+    if isinstance(old, (set, frozenset)):
+        return bool(old == new)
+    if isinstance(old, (list, tuple, deque)):
         return len(old) == len(new) and all(map(_are_alike, old, new))
     return freeze(old) == freeze(new)
 

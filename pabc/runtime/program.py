@@ -133,9 +133,7 @@ class Program:
         phases = (passes.PhaseSlots(slots, binding.stored[slots]) for slots in reused)
         return tuple(map(self.phases.specialize, phases))
 
-    def pack(
-        self, leaves: list[Any], args: Any, kwargs: Any, *, within_hooks: bool
-    ) -> list[Any]:
+    def pack(self, leaves: list[Any], args: Any, kwargs: Any, *, within_hooks: bool) -> list[Any]:
         """Returns the inputs of the graphs from the flattened arguments."""
         return self.inputs.pack(leaves)
 

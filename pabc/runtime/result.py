@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pabc.base.structure import Structure, flatten, holds_tensors
-from pabc.passes import CacheDtype, Cuts, decode, encode, form_of
+from pabc.passes import CacheDtype, Cuts, decode_cut, encode_cut, form_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class Result:
         with torch.no_grad():
             for i, form in self.tensors.items():
                 own = leaves[i].detach()
-                encoded = encode(own, form.cache_dtype)
+                encoded = encode_cut(own, form.cache_dtype)
                 kept.extend(x.clone() if x is own else x for x in encoded)
         return tuple(map(_to_host, kept)) if in_host_memory else tuple(kept)
 
@@ -94,7 +94,7 @@ class Result:
         kept ones themselves."""
         rest = iter(kept)
         return [
-            decode(
+            decode_cut(
                 [next(rest).to(form.layout[2]) for _ in range(form.width)],
                 form.cache_dtype,
                 form.layout[1],

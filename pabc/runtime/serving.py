@@ -38,9 +38,7 @@ class ServingProgram(Protocol):
     def writes_to_arguments(self) -> bool:
         """True if what a step computes is written to the caller's arguments."""
 
-    def pack(
-        self, leaves: list[Any], args: Any, kwargs: Any, *, within_hooks: bool
-    ) -> list[Any]:
+    def pack(self, leaves: list[Any], args: Any, kwargs: Any, *, within_hooks: bool) -> list[Any]:
         """Returns the inputs of a step from the arguments, flattened and as they were passed.
 
         `within_hooks`: whether the model's own hooks run around the step already.

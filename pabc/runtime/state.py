@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import operator
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,9 @@ _REACHED: tuple[HolderKind, ...] = (
     "globals",
 )
 """Kinds of holders that are new only where something that leads to them is, which tells more."""
+_SLOW: tuple[HolderKind, ...] = ("slots", "array")
+"""Kinds of holders that are described at each call."""
+_contents = operator.attrgetter("cell_contents")
 _ORDER: tuple[HolderKind, ...] = (*_OF_MODULES, *_REACHED[1:])
 """Kinds of holders, those first that tell a user most."""
 
@@ -105,7 +109,11 @@ class _Look:
         self._spaces, self._names = [space for space, _ in pairs], [name for _, name in pairs]
         self._others = [value for value in contained if not isinstance(value, dict)]
         self._children = tuple(h.value for h in rest["children"] if h.value)
-        self._slow = [h for kind in ("variable", "slots", "array") for h in rest[kind]]
+        variables = rest["variable"]
+        self._cells = [h.value for h in variables if h.read()]
+        self._contents = list(map(_contents, self._cells))  # so that no other gets its address
+        empty = [h for h in variables if not h.read()]
+        self._slow = [*empty, *(h for kind in _SLOW for h in rest[kind])]
         self._found = self._read()
 
     def hold(self) -> bool:
@@ -123,6 +131,7 @@ class _Look:
             RemovableHandle.next_id,
             list(map(id, map(dict.get, self._spaces, self._names))),
             list(map(list, self._others)) if self._others else None,
+            list(map(id, map(_contents, self._cells))),
             [describe_object(h, {}) for h in self._slow] if self._slow else None,
         )
 
