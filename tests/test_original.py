@@ -8,18 +8,12 @@ import pytest
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from skips import (
-    HOLD,
-    MASK,
-    TIMESTEPS,
     SkipByHand,
     assert_alike,
     generate,
     skip_calls,
-    step_inputs,
 )
 from torch import nn
-
-import pabc
 
 pytestmark = pytest.mark.runtime
 
