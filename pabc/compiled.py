@@ -21,7 +21,7 @@ from pabc.artifact.errors import ArtifactError
 from pabc.artifact.files import write_artifact
 from pabc.base.forward import inner_forward
 from pabc.base.structure import Structure
-from pabc.dumps import write_dump
+from pabc.dumps import write_dump, write_plan
 from pabc.explanation import Explanation
 from pabc.options import Options
 from pabc.plan import Plan
@@ -277,7 +277,10 @@ class CompiledModel(Wrapper):
         program, binding = self._captured("dump()")
         target = Path(folder)
         with self._lock:
-            write_dump(target, program, binding, self.explain())
+            if isinstance(program, Program):
+                write_dump(target, program, binding, self.explain())
+            else:
+                write_plan(target, binding, self.explain())
         return target
 
     def save(self, path: str | os.PathLike[str]) -> None:

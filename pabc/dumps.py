@@ -10,15 +10,11 @@ from pabc.explanation import Explanation
 from pabc.passes import PhaseSlots
 from pabc.runtime.bindings import Binding
 from pabc.runtime.program import Program
-from pabc.runtime.serving import ServingProgram
 from pabc.stages import StageRecord, format_records
 
 
-def write_dump(
-    folder: Path, program: ServingProgram, binding: Binding, explanation: Explanation
-) -> None:
-    """Writes the graph after each stage, also of each phase; the plan; and the explanation. There
-    are no graphs of a model that is not captured.
+def write_dump(folder: Path, program: Program, binding: Binding, explanation: Explanation) -> None:
+    """Writes the graph after each stage, also of each phase; the plan; and the explanation.
 
     Files in `folder`:
         stages.txt: a table of stages, nodes and seconds.
@@ -29,14 +25,6 @@ def write_dump(
         plan.json: the plan.
         explain.txt: the explanation.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(program, Program):
-        _write_graphs(folder, program, binding)
-    (folder / "plan.json").write_text(binding.plan.to_json())
-    (folder / "explain.txt").write_text(f"{explanation}\n")
-
-
-def _write_graphs(folder: Path, program: Program, binding: Binding) -> None:
     _write_stages(folder, program.records)
     seconds = {record.name: record.seconds for record in program.records}
     (folder / "seconds.json").write_text(json.dumps(seconds, indent=1))
@@ -47,6 +35,8 @@ def _write_graphs(folder: Path, program: Program, binding: Binding) -> None:
         slots = PhaseSlots(phase.reused, binding.stored[phase.reused])
         records = program.phases.trace(slots)
         _write_stages(folder / f"phase_{phase.index}", records)
+    (folder / "plan.json").write_text(binding.plan.to_json())
+    (folder / "explain.txt").write_text(f"{explanation}\n")
 
 
 def _write_stages(folder: Path, records: Sequence[StageRecord]) -> None:
@@ -54,3 +44,10 @@ def _write_stages(folder: Path, records: Sequence[StageRecord]) -> None:
     (folder / "stages.txt").write_text("\n".join(format_records(records)) + "\n")
     for i, record in enumerate(records):
         (folder / f"{i}_{record.name}.py").write_text(record.code)
+
+
+def write_plan(folder: Path, binding: Binding, explanation: Explanation) -> None:
+    """Writes `plan.json` and `explain.txt` of a model of which there are no graphs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "plan.json").write_text(binding.plan.to_json())
+    (folder / "explain.txt").write_text(f"{explanation}\n")
