@@ -228,3 +228,13 @@ def test_timeline_has_a_cell_per_step_and_group() -> None:
     assert svg.count('class="reuse"') == 2
     assert svg.count('class="store"') == 2
     assert "spatial, step 1, t = 2: reuse" in svg
+
+
+def test_timeline_tells_forecasts_and_what_they_cover() -> None:
+    slots = [SlotSpec("a", "spatial", 0, outer=("m",)), SlotSpec("m", "model", 0)]
+    reuse = [[False] * 2, [False] * 2, [False, True]]
+    plan = Plan.from_reuse((9, 6, 3), slots, reuse, ["hold", "linear"])
+    svg = charts.draw_timeline(plan)
+    assert svg.count('class="reuse"') == svg.count('class="covered"') == 1
+    assert "model, step 2, t = 3: forecast, +2 of step 1, -1 of step 0" in svg
+    assert "spatial, step 2, t = 3: part of what is reused" in svg

@@ -20,9 +20,24 @@ COLORS = {
     "full": "#0072b2",
     "joint": "#e69f00",
     "other": "#7f7f7f",
+    "block": "#56b4e9",
+    "stack": "#8c6d31",
+    "model": "#4b4b4b",
 }
 """A color per kind, from a palette that is safe for color-blind readers."""
-_WORDS = {Action.COMPUTE: "compute", Action.STORE: "compute and store", Action.REUSE: "reuse"}
+_CLASSES = {
+    Action.COMPUTE: "compute",
+    Action.STORE: "store",
+    Action.REUSE: "reuse",
+    Action.COVERED: "covered",
+}
+"""The style of a cell, from the page's style sheet."""
+_WORDS = {
+    Action.COMPUTE: "compute",
+    Action.STORE: "compute and store",
+    Action.REUSE: "reuse",
+    Action.COVERED: "part of what is reused",
+}
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 Curves = Mapping[str, npt.NDArray[np.float64]]
@@ -39,11 +54,11 @@ def draw_timeline(plan: Plan) -> str:
         y = top + row * (height + 3)
         parts.append(_text(left - 8, y + 16, label, "end"))
         for step, action in enumerate(plan.actions[:, slot]):
-            word = _WORDS[Action(action)]
             parts.append(
                 f'<rect x="{left + step * width:.1f}" y="{y}" width="{width - 1:.1f}"'
-                f' height="{height}" class="{word.split()[-1]}"><title>{label}, step {step},'
-                f" t = {plan.timesteps[step]:g}: {word}</title></rect>"
+                f' height="{height}" class="{_CLASSES[Action(action)]}"><title>{label}, step'
+                f" {step}, t = {plan.timesteps[step]:g}: {_describe_action(plan, step, slot)}"
+                "</title></rect>"
             )
     y = top + len(rows) * (height + 3) + 14
     parts.append(_text(left - 8, y, "phase", "end"))
@@ -56,6 +71,17 @@ def draw_timeline(plan: Plan) -> str:
         parts.append(_text(x, y + 20, f"{step}", "middle", "faint"))
         parts.append(_text(x, y + 36, f"{plan.timesteps[step]:g}", "middle", "faint"))
     return _svg(left + plan.num_steps * width + 12, y + 44, parts, "plan")
+
+
+def _describe_action(plan: Plan, step: int, slot: int) -> str:
+    weights = plan.weights(step, slot)
+    if weights in ((), (1.0,)):
+        return _WORDS[Action(plan.actions[step, slot])]
+    terms = [
+        f"{weight:+.3g} of step {source}"
+        for weight, source in zip(weights, plan.history(step, slot), strict=True)
+    ]
+    return f"forecast, {', '.join(terms)}"
 
 
 def draw_calls(calls: Mapping[str, Sequence[float]]) -> str:

@@ -98,8 +98,11 @@ def _describe_work(variant: Variant, num_steps: int) -> dict[str, Any]:
 
 def flop_shares(plan: Plan, explanation: Explanation) -> list[float]:
     """Returns, for each step, the share of the full model's floating-point operations that runs."""
-    flops = torch.tensor([region.flops for region in explanation.regions], dtype=torch.float64)
-    skipped = torch.from_numpy(plan.reuse.astype("float64")) @ flops
+    flops: dict[str, list[int]] = {}
+    for region in explanation.regions:
+        flops.setdefault(region.kind, []).append(region.flops)
+    reused = [flops[slot.kind][slot.layer] for slot in plan.slots]
+    skipped = torch.from_numpy(plan.reuse.astype("float64")) @ torch.tensor(reused).double()
     return (1 - skipped / max(1, sum(explanation.flops.values()))).tolist()
 
 
