@@ -41,9 +41,9 @@ import gpu_checks
 import gpu_timing
 import report
 import torch
+from case import first_line
 from gpu_checks import Target
 from rows import Row, Rows, add_options
-from variants import first_line
 
 Part = Callable[[Target], Iterator[tuple[str, Row]]]
 LEAST = 5.0

@@ -20,10 +20,11 @@ import kernel_short_attention
 import kernel_text_attention
 import report
 import torch
+from case import Case, Ready, first_line
 from gpu_checks import OPTIONS, Target, find_error, first_of, make_calls, make_schedule, run
 from rows import Row
 from torch import Tensor
-from variants import VARIANTS, Case, Ready, first_line
+from variants import VARIANTS
 from workloads import FULL, SMALL, TINY, Workload, build, denoise, draw
 
 import pabc

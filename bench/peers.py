@@ -14,6 +14,10 @@ spatial, temporal and cross attention in the middle 70 % of the steps, so that t
 must be equal. The other caches are other approximations, with the settings of their documentation.
 On random weights, the number of steps skipped by caches that depend on the data means nothing.
 
+The variants that skip whole calls (bench/skips.py) all compute the same number, `--computed`: fewer
+steps of the sampler, pabc's `Schedule.skip`, and TaylorSeer, MagCache and FirstBlockCache with the
+settings that are best for this noise.
+
 Compare wall-clock times. `cpu_seconds` in the JSON is the CPU time of all threads, busy waiting
 included: with one thread, it is more reliable on a busy machine.
 
@@ -49,8 +53,9 @@ def main() -> None:
     options = parse_options()
     settings = {
         name: getattr(options, name)
-        for name in ("size", "models", "variants", "steps", "rounds", "seed", "device", "threads")
+        for name in ("size", "models", "variants", "steps", "computed", "rounds", "seed")
     }
+    settings |= {"device": options.device, "threads": options.threads}
     torch.set_num_threads(options.threads)
     for warning in machine.find_busy_machine():
         print(f"warning: {warning}", file=sys.stderr)
@@ -77,6 +82,7 @@ def parse_options() -> argparse.Namespace:
     add("--models", type=split, help=f"some of {', '.join(SIZES['small'])}; default: all")
     add("--variants", type=lambda text: split(text, ";"), help=f"some of {'; '.join(VARIANTS)}")
     add("--steps", type=int, help="default 30")
+    add("--computed", type=int, help="calls that variants compute which skip others; default: half")
     add("--rounds", type=int, help="timed generations of each variant; default 3")
     add("--seed", type=int, default=0)
     add("--device", default="cpu")
@@ -89,6 +95,7 @@ def parse_options() -> argparse.Namespace:
     options.size = "full" if options.full_size else "tiny" if options.smoke else "small"
     options.steps = options.steps or (7 if options.smoke else 30)
     options.rounds = options.rounds or (1 if options.smoke else 3)
+    options.computed = options.computed or options.steps // 2
     known = {"models": list(SIZES[options.size]), "variants": list(VARIANTS)}
     for name, allowed in known.items():
         wanted = getattr(options, name) or allowed
@@ -157,6 +164,7 @@ def prepare_all(
             device=options.device,
             threads=options.threads,
             seed=options.seed,
+            computed=options.computed,
             log=log.absolute(),
         )
         worker = Worker(task)
@@ -182,12 +190,14 @@ def prepare_all(
 def compare(workload: Workload, latents: Tensor, reference: Tensor) -> dict[str, Any]:
     """Returns PSNR and SSIM, means over clips; PSNR is None for clips equal bit for bit."""
     pictures, others = (as_pictures(workload, x, reference) for x in (latents, reference))
-    psnr = float(judge.psnr(pictures, others).mean())
+    found = judge.psnr(pictures, others)
+    psnr, worst = float(found.mean()), float(found.min())
     fits = min(pictures.shape[-2:]) >= 11  # SSIM's window
     return {
         "is_equal": torch.equal(latents, reference),
         "is_finite": bool(latents.isfinite().all()),
         "psnr": round(psnr, 2) if math.isfinite(psnr) else None,
+        "psnr_min": round(worst, 2) if math.isfinite(worst) else None,
         "ssim": round(float(judge.ssim(pictures, others).mean()), 5) if fits else None,
     }
 

@@ -23,13 +23,15 @@ HEADER = (
 )
 SAME_WORK = [name for name, variant in VARIANTS.items() if variant.follows_schedule]
 """Those that compute what pabc's plan computes."""
+SKIPS = [name for name, variant in VARIANTS.items() if variant.skips_calls]
+"""Those that compute equally many calls, and skip the others."""
 Row = dict[str, Any]
 
 
 def format_model(name: str, model: dict[str, Any]) -> str:
     """Returns the table of one model, and the times by phase of variants with pabc's schedule."""
     rows: dict[str, Row] = model["rows"]
-    plan = next((row for row in rows.values() if "phases" in row), None)
+    plan = next((rows[name] for name in SAME_WORK if "phases" in rows.get(name, {})), None)
     facts = [f"latents {model['latents']}, text {model['text']}"]
     facts += [] if model["is_trained"] else ["random weights: PSNR and SSIM only tell equality"]
     if plan:
@@ -44,6 +46,8 @@ def format_model(name: str, model: dict[str, Any]) -> str:
     parts += format_notes(rows)
     if plan:
         parts += [format_phases(rows, plan["phases"]), *format_verdict(rows)]
+    if any(name in rows for name in SKIPS):
+        parts.append(format_skips(rows))
     return "\n".join(parts)
 
 
@@ -101,6 +105,19 @@ def format_phases(rows: dict[str, Row], phases: list[int]) -> str:
     return report.format_table(header, lines)
 
 
+def format_skips(rows: dict[str, Row]) -> str:
+    """Returns the table of variants with equally many computed calls, the most similar first."""
+    full = rows["eager"]["attentions"]
+    found = [name for name in SKIPS if "summary" in rows.get(name, {})]
+    header = ("equally many computed calls", "of all attentions", "over eager")
+    lines = [
+        [name, f"{rows[name]['attentions'] / full:.0%}", format_ratio(rows, "eager", name)]
+        + [rows[name]["psnr"], rows[name]["psnr_min"]]
+        for name in sorted(found, key=lambda name: -(rows[name]["psnr"] or float("inf")))
+    ]
+    return report.format_table((*header, "PSNR", "of the worst clip"), lines)
+
+
 def format_verdict(rows: dict[str, Row]) -> list[str]:
     """Returns pabc's speedup over the best peer with the same schedule; names those that differ."""
     peers = [name for name in SAME_WORK if "pabc" not in name and rows.get(name, {}).get("summary")]
@@ -109,7 +126,11 @@ def format_verdict(rows: dict[str, Row]) -> list[str]:
         best = min(peers, key=lambda name: rows[name]["summary"]["median"])
         ratio = format_ratio(rows, best, "pabc")
         lines.append(f"pabc over the best peer at the same schedule, {best}: {ratio}")
-    planned = {row["planned_attentions"] for row in rows.values() if "planned_attentions" in row}
+    planned = {
+        rows[name]["planned_attentions"]
+        for name in SAME_WORK
+        if "planned_attentions" in rows.get(name, {})
+    }
     for name in SAME_WORK:
         found = rows.get(name, {}).get("attentions")
         if found is not None and {found} != planned:

@@ -6,75 +6,20 @@ where the documentation leaves one. If a peer raises an error, the error is its 
 
 from __future__ import annotations
 
-import ast
-import contextlib
-import io
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
+import skips
 import torch
+from caches import Clock, calibrate_mag_cache, hooked, with_cache
+from case import Case, Ready, first_line
 from diffusers import hooks
-from torch import Tensor, nn
-from workloads import OnStep, Start, Workload, denoise, no_context
+from torch import Tensor
 
 import pabc
-
-
-@dataclass(frozen=True)
-class Case:
-    """The model of a variant, and the loop that it runs in."""
-
-    workload: Workload
-    model: nn.Module
-    start: Start
-    schedule: pabc.Schedule
-
-    @property
-    def num_steps(self) -> int:
-        """The number of steps of the loop."""
-        return self.schedule.num_steps
-
-    @property
-    def example(self) -> dict[str, Any]:
-        """The arguments of the first call."""
-        latents = torch.cat([self.start.latents] * 2)
-        scheduler = self.workload.scheduler()
-        scheduler.set_timesteps(self.num_steps, device=latents.device)
-        when = scheduler.timesteps[0].expand(len(latents))
-        return self.workload.call(latents, when, self.start.text)
-
-    @property
-    def window(self) -> tuple[float, float]:
-        """The schedule's window in timesteps, with strict bounds: the steps just outside of it."""
-        steps = self.schedule.timesteps
-        reused = [i for kind in self.workload.ranges for i, r in enumerate(self._mask(kind)) if r]
-        inside = range(min(reused, default=0), max(reused, default=-1) + 1)
-        high = steps[inside.start - 1] if inside.start else float("inf")
-        low = steps[inside.stop] if inside.stop < len(steps) else float("-inf")
-        return low, high
-
-    def _mask(self, kind: str) -> tuple[bool, ...]:
-        return self.schedule.mask(kind)
-
-
-@dataclass
-class Ready:
-    """A model that is ready for sampling.
-
-    Attributes:
-        call: the function to call in place of the model.
-        on_step: returns a context that is entered around each step.
-        on_end: is called after each generation.
-        note: a remark on the row for its readers.
-    """
-
-    call: Callable[..., Any]
-    on_step: OnStep = no_context
-    on_end: Callable[[], None] = lambda: None
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,12 +31,14 @@ class Variant:
         about: a description for readers.
         prepare: makes it ready for sampling.
         follows_schedule: True if it computes exactly what pabc's plan computes.
+        skips_calls: True if it computes as many calls as the case says, and skips the others.
     """
 
     name: str
     about: str
     prepare: Callable[[Case], Ready]
     follows_schedule: bool = False
+    skips_calls: bool = False
 
 
 def run_eager(case: Case) -> Ready:
@@ -121,41 +68,6 @@ def run_pabc(backend: str) -> Callable[[Case], Ready]:
         return Ready(fast, on_end=fast.reset)
 
     return prepare
-
-
-@dataclass
-class Clock:
-    """The current timestep, which the loop sets and hooks read, as a pipeline's attribute."""
-
-    timestep: Tensor | None = None
-    model: Any = None
-
-    @contextlib.contextmanager
-    def on_step(self, index: int, timestep: Tensor) -> Iterator[None]:
-        """Sets the timestep, as pipelines do, and enters a cache context for the one call."""
-        self.timestep = timestep
-        where = {"step_index": index, "timestep": timestep}
-        model = self.model
-        with model.cache_context("cond_uncond", **where) if model else contextlib.nullcontext():
-            yield
-
-
-def with_cache(case: Case, config: Any, note: str = "") -> Ready:
-    """Enables a cache of diffusers; adds diffusers' mixin to a model that does not have it."""
-    model: Any = case.model
-    if not isinstance(model, diffusers.CacheMixin):
-        model.__class__ = type(type(model).__name__, (type(model), diffusers.CacheMixin), {})
-    clock = Clock(model=model)
-    if "current_timestep_callback" in {f.name for f in fields(config)}:
-        config.current_timestep_callback = lambda: clock.timestep
-    model.enable_cache(config)
-    return hooked(model, clock, note)
-
-
-def hooked(model: nn.Module, clock: Clock, note: str = "") -> Ready:
-    """Returns a model with hooks, which are reset when a pipeline would reset them."""
-    registry = hooks.HookRegistry.check_if_exists_or_initialize(model)
-    return Ready(model, clock.on_step, registry.reset_stateful_hooks, note)
 
 
 def run_diffusers_pab(case: Case) -> Ready:
@@ -213,17 +125,8 @@ def run_taylorseer(case: Case) -> Ready:
 
 def run_mag_cache(case: Case) -> Ready:
     """Enables MagCache with its own settings, after the calibration that it documents."""
-    options = {"num_inference_steps": case.num_steps}
-    calibrated = with_cache(case, hooks.MagCacheConfig(calibrate=True, **options))
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        denoise(case.workload, calibrated.call, case.start, case.num_steps, calibrated.on_step)
-    found = re.search(r"^\[[\d., e+-]+\]$", printed.getvalue(), re.MULTILINE)
-    if found is None:
-        raise RuntimeError("calibration: expected ratios, found none: MagCache knows no block list")
-    calibrated.on_end()
-    calibrated.call.disable_cache()  # type: ignore[attr-defined]
-    config = hooks.MagCacheConfig(mag_ratios=ast.literal_eval(found[0]), **options)
+    ratios = calibrate_mag_cache(case)
+    config = hooks.MagCacheConfig(mag_ratios=ratios, num_inference_steps=case.num_steps)
     return with_cache(case, config)
 
 
@@ -281,13 +184,6 @@ def compiled(prepare: Callable[[Case], Ready]) -> Callable[[Case], Ready]:
     return prepare_compiled
 
 
-def first_line(error: BaseException) -> str:
-    """Returns an error as one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = f"{type(error).__name__}: {lines[0] if lines else ''}"
-    return text if len(text) <= 160 else text[:157] + "..."
-
-
 VARIANTS = {
     variant.name: variant
     for variant in (
@@ -308,5 +204,6 @@ VARIANTS = {
         Variant("FasterCache", "guidance and attentions, weight 0.3", run_faster_cache),
         Variant("cache-dit", "DBCache", run_cache_dit),
         Variant("cache-dit, compiled", "the same under torch.compile", compiled(run_cache_dit)),
+        *(Variant(name, about, prepare, skips_calls=True) for name, about, prepare in skips.ROWS),
     )
 }

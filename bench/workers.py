@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from case import Case, Ready, first_line
 from torch import Tensor, nn
 from torch._dynamo import utils as dynamo
 from torch._inductor.utils import fresh_cache
-from variants import VARIANTS, Case, Ready, first_line
+from variants import VARIANTS
 from workloads import FRACTION, FULL, SMALL, TINY, build, denoise, draw, timesteps
 
 import pabc
@@ -46,6 +47,7 @@ class Task:
     device: str
     threads: int
     seed: int
+    computed: int
     log: Path
 
 
@@ -129,7 +131,7 @@ class Run:
         schedule = pabc.Schedule.pyramid(
             timesteps(self.workload, task.steps), **self.workload.ranges, fraction=FRACTION
         )
-        case = Case(self.workload, model, self.start, schedule)
+        case = Case(self.workload, model, self.start, schedule, task.computed)
         begin = time.perf_counter()
         self.ready = VARIANTS[task.variant].prepare(case)
         self._sync()
@@ -183,8 +185,8 @@ class Run:
                 yield
             mark()
 
-        task = self.task
-        latents = denoise(self.workload, self.ready.call, self.start, task.steps, on_step)
+        steps = self.ready.num_steps or self.task.steps
+        latents = denoise(self.workload, self.ready.call, self.start, steps, on_step)
         self.ready.on_end()
         return latents
 

@@ -28,14 +28,15 @@ def run(*options, check=True):
 @pytest.mark.slow
 def test_caches_of_one_schedule_run_the_same_attentions(tmp_path):
     out = tmp_path / "peers.json"
-    variants = "diffusers PAB; pabc eager; FirstBlockCache"
+    variants = "diffusers PAB; pabc eager; FirstBlockCache; fewer steps; TaylorSeer, equal calls"
     printed = run("--out", str(out), "--models", "latte", "--variants", variants).stdout
     content = json.loads(out.read_text())
     assert content["versions"]["torch"] == torch.__version__ and content["settings"]["steps"] == 7
     model = content["models"]["latte"]
     rows = model["rows"]
     assert model["is_done"] and model["latents"] == [2, 4, 3, 12, 12]
-    assert list(rows) == ["eager", "diffusers PAB", "pabc eager", "FirstBlockCache"]
+    names = ["eager", "diffusers PAB", "pabc eager", "FirstBlockCache", "fewer steps"]
+    assert list(rows) == [*names, "TaylorSeer, equal calls"]
 
     assert rows["eager"]["attentions"] == 7 * 6 and rows["eager"]["is_equal"]
     pab, fast = rows["diffusers PAB"], rows["pabc eager"]
@@ -47,6 +48,10 @@ def test_caches_of_one_schedule_run_the_same_attentions(tmp_path):
     assert "must match the size" in rows["FirstBlockCache"]["error"]  # its hooks expect one list
     assert "FirstBlockCache: does not run: RuntimeError" in printed
     assert "by phase of the plan" in printed and "attentions ran, planned" not in printed
+
+    equal = [rows[name] for name in ("fewer steps", "TaylorSeer, equal calls")]
+    assert [row["attentions"] for row in equal] == [3 * 6, 3 * 6]
+    assert len(equal[0]["step_seconds"]) == 3 and "equally many computed calls" in printed
 
     again = run("--out", str(out), "--models", "latte", "--variants", "torchcompile", check=False)
     assert again.returncode == 2 and "found torchcompile" in again.stderr
@@ -96,6 +101,57 @@ def test_sizes_and_settings_are_those_of_the_schedule(workloads):
         start = workloads.draw(workload, 0)
         assert list(torch.cat([start.latents] * 2).shape) == workload.shapes["latents"]
         assert list(start.text.shape) == workload.shapes["text"]
+
+
+@pytest.fixture(scope="module")
+def skips():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCH))
+        import skips
+    return skips
+
+
+def make_case(skips, workloads, name, num_steps=7):
+    workload = workloads.TINY[name]
+    schedule = skips.pabc.Schedule.none(workloads.timesteps(workload, num_steps))
+    start = workloads.draw(workload, 0)
+    return skips.Case(workload, workloads.build(workload), start, schedule, computed=4)
+
+
+@pytest.mark.parametrize("name", ["demo", "latte"])
+def test_blocks_in_pairs_give_the_models_bits(skips, workloads, name):
+    case = make_case(skips, workloads, name)
+    full = skips.run_full(case)
+    paired = skips.prepare_paired(case)
+    assert len(paired.model.transformer_blocks) and not isinstance(
+        paired.model.temporal_transformer_blocks, torch.nn.ModuleList
+    )
+    assert torch.equal(skips.run_full(paired), full)
+    with skips.counting(paired.model) as calls:
+        skips.run_full(paired)
+    assert len(calls) == 7
+
+
+def test_patterns_of_steps_are_those_that_taylorseer_computes(skips, workloads):
+    case = make_case(skips, workloads, "latte")
+    patterns = skips.find_patterns(case)
+    assert patterns and {type(each) for each in patterns} == {skips.Pattern}
+    ready = skips.run_taylorseer(case)
+    assert ready.note.startswith("4 of 7 calls computed")
+    for pattern in patterns:
+        assert sum(map(pattern.computes, range(7))) == 4 and pattern.computes(0)
+    assert not skips.Pattern(3, 2, 7, 7).computes(3) and skips.Pattern(3, 2, 7, 7).computes(4)
+
+
+@pytest.mark.parametrize("forecast", ["hold", "linear", "quadratic"])
+def test_forecasts_by_hand_are_those_of_pabc(skips, workloads, forecast):
+    case = make_case(skips, workloads, "latte")
+    schedule = skips.pabc.Schedule.skip(case.schedule.timesteps, 4, forecast=forecast)
+    fast = skips.pabc.compile(case.model, schedule, backend="original")
+    found = skips.run_full(skips.replace(case, model=fast))
+    assert fast.stats.generations == 1
+    assert skips.skip_in_loop(case, schedule, found) < 1e-12
+    assert skips.skip_in_loop(case, schedule, skips.run_full(case)) > 1e-9
 
 
 def test_recompiles_and_frames_that_are_given_up_are_counted(monkeypatch):
