@@ -20,7 +20,7 @@ from torch import nn
 
 import pabc
 from pabc.api import explain_call
-from pabc.base.kinds import KINDS
+from pabc.base.kinds import FINE
 from pabc.options import Options
 from pabc.passes import Cut
 from pabc.stages import format_records
@@ -131,7 +131,7 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
         type=_parse_kind,
         default=[],
         metavar="PATTERN=KIND",
-        help=f"modules whose kind you know better; KIND is one of {', '.join(KINDS)}",
+        help=f"modules whose kind you know better; KIND is one of {', '.join(FINE)}",
     )
     add("--latents", metavar="NAME", help="the denoised input, if not found by itself")
     add("--cut", choices=get_args(Cut), default="attention", help="what is kept (attention)")
@@ -291,8 +291,8 @@ def _parse_pair(text: str) -> tuple[str, str]:
 
 def _parse_kind(text: str) -> tuple[str, str]:
     pattern, _, kind = text.rpartition("=")
-    if not pattern or kind not in KINDS:
-        allowed = f"PATTERN=KIND with KIND one of {', '.join(KINDS)}"
+    if not pattern or kind not in FINE:
+        allowed = f"PATTERN=KIND with KIND one of {', '.join(FINE)}"
         raise argparse.ArgumentTypeError(f"expected {allowed}, found {text!r}")
     return pattern, kind
 

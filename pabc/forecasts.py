@@ -78,6 +78,27 @@ def as_forecasts(value: Any, name: str, *, num_steps: int | None = None) -> dict
     }
 
 
+def choose_forecasts(value: Any, kinds: Iterable[str], num_steps: int) -> dict[str, Forecast]:
+    """Returns kind -> forecast for these kinds; raises `ValueError` if a mapping names others."""
+    kinds, forecasts = list(kinds), as_forecasts(value, "forecast", num_steps=num_steps)
+    if isinstance(value, Mapping):
+        for kind in forecasts:
+            if kind not in kinds:
+                raise ValueError(
+                    f"forecast: expected forecasts of kinds that are reused here,"
+                    f" {', '.join(kinds) or 'none'}, found one of {kind!r}"
+                )
+    return {kind: forecast for kind, forecast in forecasts.items() if kind in kinds}
+
+
+def format_forecast(value: Any) -> str:
+    """Returns a forecast, or a mapping from kind to forecast, in a few words."""
+    if isinstance(value, Mapping):
+        words = (f"{kind}:{format_forecast(forecast)}" for kind, forecast in value.items())
+        return ",".join(words)
+    return value if isinstance(value, str) else "weights"
+
+
 def keep_rows(forecast: Forecast, mask: Iterable[bool]) -> Forecast:
     """Returns a forecast without the rows of steps that do not reuse.
 

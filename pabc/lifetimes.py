@@ -5,7 +5,7 @@ Tables are [num_steps, num_slots].
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,23 +28,39 @@ Readings = Mapping[int, Reading]
 """Step -> what it reads of a slot."""
 
 HELD = (1.0,)
+"""Weights of a reuse that takes the last value as it is."""
 
 
 def find_readings(
-    reuse: Sequence[bool],
-    computed: Sequence[bool],
-    forecast: Forecast,
+    kinds: Sequence[str],
+    reuse: Table,
+    computed: Table,
+    forecasts: Sequence[Forecast],
     positions: Sequence[float],
-    name: str,
-) -> dict[int, Reading]:
-    """Returns what each step reads of a slot that is reused and computed at these steps.
+) -> tuple[Readings, ...]:
+    """Returns what each step reads of each slot; slots that act alike share it.
 
-    `positions`, one per step, are what polynomials go over. Raises `ValueError`, which says `name`,
-    if a step needs more values than are computed before, or polynomials go over equal positions.
+    `positions`, one per step, are what polynomials go over; `kinds` are for messages. Raises
+    `ValueError` if a step needs more values than are computed before it, or a polynomial goes over
+    equal positions.
     """
+    shared: dict[object, Readings] = {}
+    readings = []
+    for j, (kind, forecast) in enumerate(zip(kinds, forecasts, strict=True)):
+        key = reuse[:, j].tobytes(), computed[:, j].tobytes(), forecast
+        if key not in shared:
+            steps = zip(reuse[:, j].tolist(), computed[:, j].tolist(), strict=True)
+            shared[key] = _read_all(steps, forecast, positions, kind)
+        readings.append(shared[key])
+    return tuple(readings)
+
+
+def _read_all(
+    steps: Iterable[tuple[bool, bool]], forecast: Forecast, positions: Sequence[float], name: str
+) -> Readings:
     readings: dict[int, Reading] = {}
     stored: list[int] = []
-    for step, (reads, computes) in enumerate(zip(reuse, computed, strict=True)):
+    for step, (reads, computes) in enumerate(steps):
         if computes:
             stored.insert(0, step)
         if reads:
@@ -77,6 +93,13 @@ def _read(
     return Reading(tuple(stored[: len(row)]), row)
 
 
+def find_depth(readings: Readings) -> int:
+    """Returns the largest number of values that a step reads; 0 if all hold the last one."""
+    if all(reading.weights == HELD for reading in readings.values()):
+        return 0
+    return max(len(reading.sources) for reading in readings.values())
+
+
 def weigh_rule(
     rule: str, step: int, sources: Sequence[int], positions: Sequence[float]
 ) -> tuple[float, ...] | None:
@@ -88,16 +111,42 @@ def weigh_rule(
     return None if weights is None else weights + (0.0,) * (len(sources) - num_read)
 
 
+def find_sources(readings: Sequence[Readings], num_steps: int) -> npt.NDArray[np.int32]:
+    """Returns the newest source of what each step reads, -1 if it reads nothing: int32."""
+
+    def fill(column: Readings, sources: npt.NDArray[np.int32]) -> None:
+        for step, reading in column.items():
+            sources[step] = reading.sources[0]
+
+    return _tabulate(readings, num_steps, fill)
+
+
 def find_until(readings: Sequence[Readings], num_steps: int) -> npt.NDArray[np.int32]:
     """Returns the last step that may read a value computed at each step, -1 if none: int32.
 
     A value that any step from the oldest source on computes is among the newest when it is read.
     """
-    until = np.full((num_steps, len(readings)), -1, dtype=np.int32)
-    for slot, column in enumerate(readings):
+
+    def fill(column: Readings, until: npt.NDArray[np.int32]) -> None:
         for step, reading in column.items():
-            until[reading.sources[-1] : step, slot] = step
-    return until
+            until[reading.sources[-1] : step] = step
+
+    return _tabulate(readings, num_steps, fill)
+
+
+def _tabulate(
+    readings: Sequence[Readings],
+    num_steps: int,
+    fill: Callable[[Readings, npt.NDArray[np.int32]], None],
+) -> npt.NDArray[np.int32]:
+    """Returns a table whose columns, -1 at first, are filled once for slots that act alike."""
+    table = np.full((num_steps, len(readings)), -1, dtype=np.int32)
+    first: dict[int, int] = {}
+    for slot, column in enumerate(readings):
+        if first.setdefault(id(column), slot) == slot:
+            fill(column, table[:, slot])
+        table[:, slot] = table[:, first[id(column)]]
+    return table
 
 
 def count_live(computed: Table, until: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:

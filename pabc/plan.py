@@ -7,7 +7,6 @@ timesteps, slots, table and forecasts are equal.
 
 from __future__ import annotations
 
-import enum
 import hashlib
 import json
 from collections.abc import Sequence
@@ -18,70 +17,40 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pabc.base.format import format_bytes, format_numbers
-from pabc.base.kinds import COARSE, KINDS, check_kind
-from pabc.forecasts import HOLD, NUM_POINTS, UNITS, Forecast, as_forecast, keep_rows
+from pabc.base.format import format_bytes
+from pabc.base.kinds import KINDS, check_kind
+from pabc.columns import (
+    FIELDS,
+    READS,
+    check_column,
+    check_readings,
+    format_column,
+    format_legend,
+    format_phases,
+    group_columns,
+    parse_column,
+    parse_readings,
+    write_readings,
+)
+from pabc.forecasts import HOLD, UNITS, Forecast, as_forecast, keep_rows
 from pabc.lifetimes import (
-    HELD,
     Reading,
     Readings,
     count_live,
+    find_depth,
     find_frees,
     find_readings,
+    find_sources,
     find_until,
     weigh_rule,
 )
+from pabc.slots import Action, SlotSpec, find_covered
 from pabc.validate import JSON_VERSION, as_timesteps, check_choice, check_fields, parse_document
 
+__all__ = ["Action", "Phase", "Plan", "SlotSpec"]
 
-class Action(enum.IntEnum):
-    """The action of one step on one slot; the numbers are those of `Plan.actions`."""
-
-    COMPUTE = 0
-    """Compute the region; no later step reads the value."""
-    STORE = 1
-    """Compute the region and keep the value for a later step."""
-    REUSE = 2
-    """Read kept values; the region does not run."""
-    COVERED = 3
-    """A coarser region that contains the region is reused: it neither runs nor is it read."""
-
-
-_SYMBOLS = {Action.COMPUTE: "#", Action.STORE: "+", Action.REUSE: ".", Action.COVERED: "-"}
-_FORECAST = "~"
-_LEGEND = {_FORECAST: "~ forecast", _SYMBOLS[Action.COVERED]: "- covered by a coarser reuse"}
+_FIELDS = ("name", "kind", "layer", "nbytes", "actions")
 _NOTHING = Reading((), ())
-
-
-@dataclass(frozen=True, slots=True)
-class SlotSpec:
-    """One place where a cut is kept between steps.
-
-    `layer` is the ordinal, in execution order, of the slot's region among the regions of its kind;
-    the slots of one region share it. `nbytes` is the size of one stored value. `outer` names the
-    slots of all coarser regions that contain this one. Raises `ValueError` on an unknown kind, or a
-    number that is no integer of 0 or more.
-    """
-
-    name: str
-    kind: str
-    layer: int
-    nbytes: int = 0
-    outer: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if isinstance(self.outer, str) or not all(isinstance(name, str) for name in self.outer):
-            raise ValueError(
-                f"slot {self.name!r}: expected outer to be names of slots, found {self.outer!r}"
-            )
-        object.__setattr__(self, "outer", tuple(self.outer))
-        check_kind(self.kind, f"slot {self.name!r}")
-        for field, value in (("layer", self.layer), ("nbytes", self.nbytes)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(
-                    f"slot {self.name!r}: expected {field} to be an integer of 0 or more, "
-                    f"found {value!r}"
-                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +89,9 @@ class Plan:
             values that one reads: the slot keeps that many.
         forecasts: per slot, `"hold"`, the rule of its polynomials, or rows of weights.
         units: what the polynomials go over, `"step"` or `"timestep"`.
+        until: int32 [num_steps, num_slots], the last step that may read a value computed at each
+            step, else -1; read-only. It is defined for steps that do not compute, too: they compute
+            the value if none was stored.
     """
 
     timesteps: tuple[float, ...]
@@ -133,9 +105,6 @@ class Plan:
     forecasts: tuple[Forecast, ...]
     units: str
     until: npt.NDArray[np.int32]
-    """The last step that may read a value computed at each step, int32 [num_steps, num_slots];
-    -1: none. It is defined for steps that do not compute, too, which compute the value if none was
-    stored. Read-only."""
     _readings: tuple[Readings, ...]
 
     @classmethod
@@ -162,23 +131,26 @@ class Plan:
         """
         timesteps, slots, table = as_timesteps(timesteps), tuple(slots), np.asarray(reuse)
         _check_table(timesteps, slots, table)
-        covered = _find_covered(slots, table)
+        covered = find_covered({slot.name: slot.outer for slot in slots}, table)
         reads, computed = table & ~covered, ~table & ~covered
         wanted = _check_forecasts(forecasts, slots, len(timesteps))
         check_choice("units", units, UNITS)
         positions = range(len(timesteps)) if units == "step" else timesteps
-        readings = _read_all(slots, reads, computed, wanted, positions)
+        kinds = [slot.kind for slot in slots]
+        readings = find_readings(kinds, reads, computed, wanted, positions)
         until = find_until(readings, len(timesteps))
         actions = np.where(reads, Action.REUSE, Action.COMPUTE).astype(np.int8)
         actions[computed & (until >= 0)] = Action.STORE
         actions[covered] = Action.COVERED
-        sources = np.full(table.shape, -1, dtype=np.int32)
-        for step, slot in np.argwhere(reads):
-            sources[step, slot] = readings[slot][step].sources[0]
+        sources = find_sources(readings, len(timesteps))
         phases, phase_of_step = _find_phases(actions)
         for array in (actions, sources, phase_of_step, until):
             array.setflags(write=False)
-        kept = tuple(map(_canonical, wanted, readings, reads.T))
+        depths = tuple(map(find_depth, readings))
+        kept = tuple(
+            keep_rows(forecast, column) if depth else HOLD
+            for forecast, column, depth in zip(wanted, reads.T.tolist(), depths, strict=True)
+        )
         return cls(
             timesteps,
             slots,
@@ -187,9 +159,9 @@ class Plan:
             find_frees(computed, until),
             phases,
             phase_of_step,
-            depths=tuple(map(_find_depth, readings)),
+            depths=depths,
             forecasts=kept,
-            units=units if any(f in NUM_POINTS for f in kept) else "step",
+            units=units if any(isinstance(f, str) and f != HOLD for f in kept) else "step",
             until=until,
             _readings=readings,
         )
@@ -211,7 +183,7 @@ class Plan:
 
     @property
     def num_model_calls(self) -> int:
-        """Number of steps at which the model runs, in part at least: its output is not reused."""
+        """Number of steps at which the model runs: those that do not reuse its output."""
         models = [j for j, slot in enumerate(self.slots) if slot.kind == "model"]
         return self.num_steps - int(self.reuse[:, models].any(axis=1).sum())
 
@@ -239,6 +211,12 @@ class Plan:
         return None
 
     @property
+    def num_kept(self) -> npt.NDArray[np.int64]:
+        """Values of each slot that are kept at the fullest moment of each step, int64 [num_steps,
+        num_slots]."""
+        return count_live(self.computed, self.until)
+
+    @property
     def bytes_at(self) -> npt.NDArray[np.int64]:
         """Bytes of stored values at the fullest moment of each step, int64 [num_steps].
 
@@ -246,7 +224,7 @@ class Plan:
         that a phase computes but does not store are activations, which are not counted.
         """
         sizes = np.array([slot.nbytes for slot in self.slots], dtype=np.int64)
-        return (count_live(self.computed, self.until) * sizes).sum(axis=1, dtype=np.int64)
+        return (self.num_kept * sizes).sum(axis=1, dtype=np.int64)
 
     @property
     def peak_bytes(self) -> int:
@@ -261,7 +239,7 @@ class Plan:
         return float(self.reuse[:, columns].mean()) if columns else 0.0
 
     def digest(self) -> str:
-        """Returns the SHA-256, as hex, of timesteps, slots and actions.
+        """Returns the SHA-256, as hex, of timesteps, slots, actions and forecasts.
 
         Ranks compare it to make sure that they follow one plan. Bytes per slot are left out: shards
         may have unequal sizes.
@@ -284,30 +262,26 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         """Returns the plan that `to_json` wrote. Raises `ValueError` on anything else."""
         content = parse_document(text, "plan", {"timesteps": list, "slots": list}, {"units": str})
-        timesteps, slots, columns = as_timesteps(content["timesteps"]), [], []
-        forecasts: list[Forecast] = []
+        timesteps = as_timesteps(content["timesteps"])
+        slots, columns, stated = [], [], []
         for index, entry in enumerate(content["slots"]):
-            check_fields(entry, f"slots[{index}]", _FIELDS, ("outer", *_READ_FIELDS))
-            columns.append(_check_column(entry.pop("actions"), index, len(timesteps)))
-            forecasts.append(_parse_forecast(entry, columns[-1], f"slots[{index}]"))
-            slots.append(SlotSpec(**{f: v for f, v in entry.items() if f not in _READ_FIELDS}))
-        reuse = np.array([[symbol in ".~" for symbol in column] for column in columns], dtype=bool)
+            where = f"slots[{index}]"
+            check_fields(entry, where, _FIELDS, ("outer", *FIELDS))
+            columns.append(parse_column(entry.pop("actions"), where, len(timesteps)))
+            fields = {name: entry.pop(name) for name in FIELDS if name in entry}
+            stated.append(parse_readings(fields, columns[-1], entry["name"]))
+            slots.append(SlotSpec(**entry))
+        reuse = np.array([[symbol in READS for symbol in column] for column in columns], dtype=bool)
         table = reuse.reshape(len(slots), len(timesteps)).T
+        forecasts = [forecast for forecast, _ in stated]
         plan = cls.from_reuse(timesteps, slots, table, forecasts, content.get("units", "step"))
-        for index, column in enumerate(columns):
-            if plan._column(index) != column:
-                raise ValueError(
-                    f"slots[{index}].actions: expected '+' exactly where a later step reads the"
-                    f" value, {plan._column(index)!r}, found {column!r}"
-                )
+        for index, (_, readings) in enumerate(stated):
+            check_readings(readings, plan._readings[index], slots[index].name)
+            check_column(columns[index], plan._column(index), f"slots[{index}]")
         return plan
 
     def _column(self, slot: int) -> str:
-        weights = [self.weights(step, slot) for step in range(self.num_steps)]
-        return "".join(
-            _FORECAST if weights[step] not in ((), HELD) else _SYMBOLS[Action(action)]
-            for step, action in enumerate(self.actions[:, slot])
-        )
+        return format_column(self.actions[:, slot].tolist(), self._readings[slot])
 
     def _content(self) -> dict[str, Any]:
         head: dict[str, Any] = {"pabc": "plan", "version": JSON_VERSION}
@@ -317,17 +291,12 @@ class Plan:
         return {**head, "slots": [self._slot_content(j) for j in range(len(self.slots))]}
 
     def _slot_content(self, index: int) -> dict[str, Any]:
-        slot, forecast = self.slots[index], self.forecasts[index]
+        slot = self.slots[index]
         content: dict[str, Any] = {"name": slot.name, "kind": slot.kind, "layer": slot.layer}
         content |= {"nbytes": slot.nbytes, "actions": self._column(index)}
         if slot.outer:
             content["outer"] = list(slot.outer)
-        if forecast != HOLD:
-            readings = self._readings[index].values()
-            content["forecast"] = forecast if isinstance(forecast, str) else "weights"
-            content["sources"] = [list(reading.sources) for reading in readings]
-            content["weights"] = [list(reading.weights) for reading in readings]
-        return content
+        return content | write_readings(self.forecasts[index], self._readings[index])
 
     def _key(self) -> tuple[object, ...]:
         return self.timesteps, self.slots, self.actions.tobytes(), self.forecasts, self.units
@@ -351,20 +320,18 @@ class Plan:
         """Returns a table: a row per kind (or group of slots that act alike), a column per step.
 
         `#` compute, `+` compute and store, `.` reuse, `~` reuse by a forecast, `-` covered; the
-        last row gives each step's phase. Coarse slots that are never reused are left out.
+        last row gives each step's phase.
         """
-        rows = [*_table_rows(self), ("phase", "".join(map(_digit, self.phase_of_step)))]
+        columns = [self._column(slot) for slot in range(len(self.slots))]
+        rows = group_columns([(slot.kind, slot.layer) for slot in self.slots], columns)
+        rows.append(("phase", format_phases(self.phase_of_step)))
         width = max(len(label) for label, _ in rows)
-        shown = [self.slots[j] for j in _find_shown(self)]
-        kinds = sorted({slot.kind for slot in shown}, key=KINDS.index)
+        kinds = sorted({slot.kind for slot in self.slots}, key=KINDS.index)
         reused = ", ".join(f"{kind} {self.reuse_fraction(kind):.0%}" for kind in kinds)
-        symbols = {symbol for _, column in rows[:-1] for symbol in column}
-        new = [text for symbol, text in _LEGEND.items() if symbol in symbols]
         return "\n".join(
             [
                 f"plan: {self.num_steps} steps, t = {self.timesteps[0]:g} to"
-                f" {self.timesteps[-1]:g}, {len(shown)} slots;"
-                f" {', '.join(['# compute, + compute and store, . reuse', *new])}",
+                f" {self.timesteps[-1]:g}, {len(self.slots)} slots; {format_legend(columns)}",
                 *(f"  {label:<{width}}  {column}" for label, column in rows),
                 f"  {len(self.phases)} phases; reused: {reused or 'nothing'};"
                 f" peak {format_bytes(self.peak_bytes)}",
@@ -391,91 +358,18 @@ def _check_table(
         )
 
 
-def _check_column(column: object, index: int, num_steps: int) -> str:
-    symbols = "'#', '+', '.', '~' and '-'"
-    if not isinstance(column, str) or set(column) - {*_SYMBOLS.values(), _FORECAST}:
-        raise ValueError(
-            f"slots[{index}].actions: expected a string of {symbols}, found {column!r}"
-        )
-    if len(column) != num_steps:
-        raise ValueError(
-            f"slots[{index}].actions: expected one per step ({num_steps}), found {len(column)}"
-        )
-    return column
-
-
-def _find_covered(slots: Sequence[SlotSpec], reuse: npt.NDArray[np.bool_]) -> Any:
-    index = {slot.name: j for j, slot in enumerate(slots)}
-    covered = np.zeros_like(reuse)
-    for j, slot in enumerate(slots):
-        for name in slot.outer:
-            if name not in index or name == slot.name:
-                raise ValueError(
-                    f"slot {slot.name!r}: expected outer to name other slots, found {name!r}"
-                )
-            missing = set(slots[index[name]].outer) - set(slot.outer)
-            if missing:
-                raise ValueError(
-                    f"slot {slot.name!r}: expected outer to name what contains {name!r}, too,"
-                    f" found no {min(missing)!r}"
-                )
-            covered[:, j] |= reuse[:, index[name]]
-    return covered
-
-
 def _check_forecasts(
     forecasts: Sequence[Forecast] | None, slots: Sequence[SlotSpec], num_steps: int
 ) -> tuple[Forecast, ...]:
     given = (HOLD,) * len(slots) if forecasts is None else tuple(forecasts)
     if len(given) != len(slots):
         raise ValueError(f"forecasts: expected one per slot ({len(slots)}), found {len(given)}")
-    return tuple(
-        as_forecast(forecast, f"forecast of {slot.name!r}", num_steps=num_steps)
-        for forecast, slot in zip(given, slots, strict=True)
-    )
-
-
-def _read_all(
-    slots: Sequence[SlotSpec],
-    reads: npt.NDArray[np.bool_],
-    computed: npt.NDArray[np.bool_],
-    forecasts: Sequence[Forecast],
-    positions: Sequence[float],
-) -> tuple[Readings, ...]:
-    """Returns what each step reads of each slot; slots that act alike share it."""
-    shared: dict[object, Readings] = {}
-    readings = []
-    for j, (slot, forecast) in enumerate(zip(slots, forecasts, strict=True)):
-        key = reads[:, j].tobytes(), computed[:, j].tobytes(), forecast
-        if key not in shared:
-            columns = reads[:, j].tolist(), computed[:, j].tolist()
-            shared[key] = find_readings(*columns, forecast, positions, slot.kind)
-        readings.append(shared[key])
-    return tuple(readings)
-
-
-def _find_depth(readings: Readings) -> int:
-    if all(reading.weights == HELD for reading in readings.values()):
-        return 0
-    return max(len(reading.sources) for reading in readings.values())
-
-
-def _canonical(forecast: Forecast, readings: Readings, reuse: npt.NDArray[np.bool_]) -> Forecast:
-    return keep_rows(forecast, reuse) if _find_depth(readings) else HOLD
-
-
-_FIELDS = ("name", "kind", "layer", "nbytes", "actions")
-_READ_FIELDS = ("forecast", "sources", "weights")
-
-
-def _parse_forecast(entry: dict[str, Any], column: str, where: str) -> Forecast:
-    if "forecast" not in entry:
-        return HOLD
-    forecast: Forecast = entry["forecast"]
-    if forecast != "weights":
-        return forecast
-    rows = iter(entry["weights"])
-    return as_forecast([next(rows) if s in ".~" else () for s in column], where)
+    checked: dict[int, Forecast] = {}  # slots of a kind share theirs
+    for forecast, slot in zip(given, slots, strict=True):
+        if id(forecast) not in checked:
+            name = f"forecast of {slot.name!r}"
+            checked[id(forecast)] = as_forecast(forecast, name, num_steps=num_steps)
+    return tuple(checked[id(forecast)] for forecast in given)
 
 
 def _find_phases(
@@ -492,26 +386,3 @@ def _find_phases(
         stored = np.nonzero((actions[steps] == Action.STORE).any(axis=0))[0].tolist()
         phases.append(Phase(index, tuple(reused), tuple(stored), tuple(steps)))
     return tuple(phases), phase_of_step
-
-
-def _find_shown(plan: Plan) -> list[int]:
-    """Returns the slots that are told about: all but coarse ones that are never reused."""
-    reused = plan.reuse.any(axis=0)
-    return [j for j, slot in enumerate(plan.slots) if reused[j] or slot.kind not in COARSE]
-
-
-def _table_rows(plan: Plan) -> list[tuple[str, str]]:
-    groups: dict[tuple[str, str], set[int]] = {}
-    for index in _find_shown(plan):
-        slot = plan.slots[index]
-        groups.setdefault((slot.kind, plan._column(index)), set()).add(slot.layer)
-    kinds = [kind for kind, _ in groups]
-    return [
-        (kind if kinds.count(kind) == 1 else f"{kind} {format_numbers(layers)}", column)
-        for (kind, column), layers in groups.items()
-    ]
-
-
-def _digit(phase: int) -> str:
-    digits = "0123456789abcdefghijklmnopqrstuvwxyz"
-    return digits[phase] if phase < len(digits) else "*"

@@ -15,6 +15,7 @@ midway) counts not at all.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 from pabc.schedule import Schedule
@@ -85,7 +86,7 @@ def _broadcast_mlp(schedule: Schedule, keys: Sequence[float], *, num_blocks: int
     mask = _find_mlp_mask(schedule.timesteps, keys)
     broadcast = schedule.override(kind="mlp", layers=range(2 * num_blocks), mask=mask)
     label = f"{schedule.label} mlp keys={','.join(f'{key:g}' for key in keys)}"
-    return Schedule(broadcast.timesteps, broadcast.masks, broadcast.overrides, label)
+    return replace(broadcast, label=label)
 
 
 def _find_mlp_mask(timesteps: tuple[float, ...], keys: Sequence[float]) -> list[bool]:

@@ -7,12 +7,10 @@ overrides for single layers, and a forecast per kind: how a reuse follows from s
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from types import MappingProxyType
 from typing import Any
 
@@ -21,78 +19,33 @@ import numpy as np
 from pabc.base.kinds import COARSE, KINDS, check_kind
 from pabc.forecasts import (
     HOLD,
-    NUM_POINTS,
     UNITS,
     Forecast,
-    as_forecast,
     as_forecasts,
+    choose_forecasts,
+    format_forecast,
     keep_rows,
 )
+from pabc.overrides import Override, format_mask, parse_mask
 from pabc.plan import Plan, SlotSpec
+from pabc.steps import (
+    Mask,
+    Window,
+    as_computed,
+    find_inside,
+    find_inside_per_kind,
+    pyramid_mask,
+)
 from pabc.validate import (
     JSON_VERSION,
-    as_computed,
-    as_layers,
     as_mask,
-    as_pair,
     as_range,
     as_timesteps,
     check_choice,
-    check_fields,
     parse_document,
 )
 
 __all__ = ["KINDS", "Override", "Schedule"]
-
-Mask = tuple[bool, ...]
-Window = tuple[float, float]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Override:
-    """A mask for some slots, in place of their kind's.
-
-    It applies to slots of `kind` whose `layer` (the ordinal among regions of their kind, in
-    execution order) is in `layers` and whose name matches the shell-style pattern `name`. None
-    matches any; `kind` or `name` must be given. `mask` is True where the step reuses. `forecast` is
-    how a reuse follows from stored values, as in `Schedule.forecasts`, or `"hold"`; None: as the
-    schedule says for the slot's kind.
-    """
-
-    mask: Mask
-    kind: str | None = None
-    layers: tuple[int, ...] | None = None
-    name: str | None = None
-    forecast: Forecast | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind is None and self.name is None:
-            raise ValueError("override: expected a kind, a name or both, found neither")
-        if self.kind is not None:
-            check_kind(self.kind, "override")
-        if self.name is not None and not isinstance(self.name, str):
-            raise ValueError(f"override name: expected a pattern or None, found {self.name!r}")
-        if self.layers is not None:
-            object.__setattr__(self, "layers", as_layers(self.layers, "override layers"))
-        object.__setattr__(self, "mask", as_mask(self.mask, "override mask"))
-        if self.forecast is not None:
-            num_steps = len(self.mask)
-            forecast = as_forecast(self.forecast, "override forecast", num_steps=num_steps)
-            kept = keep_rows(forecast, self.mask) if any(self.mask) else None
-            object.__setattr__(self, "forecast", kept)
-
-    def matches(self, slot: SlotSpec) -> bool:
-        """Returns whether this override applies to `slot`."""
-        return (
-            self.kind in (None, slot.kind)
-            and (self.layers is None or slot.layer in self.layers)
-            and (self.name is None or fnmatch.fnmatchcase(slot.name, self.name))
-        )
-
-    def __str__(self) -> str:
-        parts = {"kind": self.kind, "layers": self.layers, "name": self.name}
-        given = [f"{key} {value!r}" for key, value in parts.items() if value is not None]
-        return f"override of {', '.join(given)}"
 
 
 @dataclass(frozen=True)
@@ -144,26 +97,36 @@ class Schedule:
         self._keep_forecasts()
 
     def _keep_forecasts(self) -> None:
-        """Drops forecasts without an effect, so that schedules that do the same are equal."""
+        """Drops what has no effect of the forecasts, so that schedules that do the same are equal.
+
+        That is: rows of steps that do not reuse, what holds the last value, and forecasts of kinds
+        that are never reused.
+        """
         if not isinstance(self.forecasts, Mapping):
             raise ValueError(
                 f"forecasts: expected a mapping from kind to forecast, found {self.forecasts!r}"
             )
         check_choice("units", self.units, UNITS)
+        kept: dict[str, Forecast] = {}
         given = as_forecasts(self.forecasts, "forecast", num_steps=self.num_steps)
-        kept = {kind: keep_rows(given[kind], self._mask_of_forecast(kind)) for kind in given}
-        used = {
-            kind: forecast
-            for kind, forecast in kept.items()
-            if forecast != HOLD and any(self._mask_of_forecast(kind))
-        }
-        named = [*used.values(), *(override.forecast for override in self.overrides)]
-        object.__setattr__(self, "forecasts", MappingProxyType(used))
-        if not any(isinstance(f, str) and f in NUM_POINTS for f in named):
+        for kind, forecast in given.items():
+            mask = self._find_forecast(kind)
+            if any(mask) and keep_rows(forecast, mask) != HOLD:
+                kept[kind] = keep_rows(forecast, mask)
+        overrides = tuple(
+            replace(o, forecast=None)
+            if o.forecast == HOLD and not any(o.kind in (None, kind) for kind in kept)
+            else o
+            for o in self.overrides
+        )
+        named = [*kept.values(), *(override.forecast for override in overrides)]
+        object.__setattr__(self, "forecasts", MappingProxyType(kept))
+        object.__setattr__(self, "overrides", overrides)
+        if not any(isinstance(forecast, str) and forecast != HOLD for forecast in named):
             object.__setattr__(self, "units", "step")
 
-    def _mask_of_forecast(self, kind: str) -> Mask:
-        """Returns where slots of a kind may be reused with the kind's forecast."""
+    def _find_forecast(self, kind: str) -> Mask:
+        """Returns the steps that may reuse a slot by the forecast of this kind."""
         masks = [self.mask(kind)]
         masks += [o.mask for o in self.overrides if o.kind in (None, kind) and o.forecast is None]
         return tuple(map(any, zip(*masks, strict=True)))
@@ -225,8 +188,8 @@ class Schedule:
             "model": model,
         }
         ranges = {kind: as_range(n, kind) for kind, n in given.items() if n is not None}
-        inside = _find_inside_per_kind(steps, ranges, window, fraction)
-        masks = {kind: _pyramid_mask(every, inside[kind]) for kind, every in ranges.items()}
+        inside = find_inside_per_kind(steps, ranges, window, fraction)
+        masks = {kind: pyramid_mask(every, inside[kind]) for kind, every in ranges.items()}
         wanted = [kind for kind, every in ranges.items() if every > 1 and any(inside[kind])]
         if wanted and not any(map(any, masks.values())):
             warnings.warn(
@@ -235,9 +198,9 @@ class Schedule:
                 stacklevel=2,
             )
         parts: dict[str, Any] = {**ranges, "window": window, "fraction": fraction}
-        forecasts = _forecasts_of(forecast, ranges, len(steps))
-        if any(word != HOLD for word in forecasts.values()):
-            parts |= {"forecast": _format_forecast(forecast), "units": units}
+        forecasts = choose_forecasts(forecast, ranges, len(steps))
+        if any(found != HOLD for found in forecasts.values()):
+            parts["forecast"] = format_forecast(forecast)
         words = [f"{name}={value}" for name, value in parts.items() if value is not None]
         label = " ".join(["pyramid", *words])
         return cls(steps, masks, label=label, forecasts=forecasts, units=units)
@@ -268,21 +231,19 @@ class Schedule:
         Raises `ValueError` on bad values.
         """
         steps = as_timesteps(timesteps)
-        runs = as_computed(computed, "computed", len(steps))
+        runs = as_computed(computed, len(steps))
         kinds = [kind] if isinstance(kind, str) else list(kind)
+        if not kinds:
+            raise ValueError(f"kind: expected a kind or several, found {kind!r}")
         for name in kinds:
             check_kind(name, "kind")
         mask = tuple(step not in runs for step in range(len(steps)))
-        forecasts = _forecasts_of(forecast, kinds, len(steps))
-        words = [*kinds, _format_forecast(forecast), *(["timestep"] if units != "step" else [])]
-        named = f"skip {sum(mask)} of {len(steps)} {' '.join(map(str, words))}"
-        return cls(
-            steps,
-            dict.fromkeys(kinds, mask),
-            label=named if label is None else label,
-            forecasts=forecasts,
-            units=units,
-        )
+        forecasts = choose_forecasts(forecast, kinds, len(steps))
+        if label is None:
+            words = [*kinds, format_forecast(forecast)]
+            label = f"skip {sum(mask)} of {len(steps)} {' '.join(words)}"
+        masks = dict.fromkeys(kinds, mask)
+        return cls(steps, masks, label=label, forecasts=forecasts, units=units)
 
     @classmethod
     def from_masks(
@@ -350,8 +311,8 @@ class Schedule:
                 "override: expected window or fraction with every, found one with mask"
             )
         if every is not None:
-            inside = _find_inside(self.timesteps, window, fraction)
-            mask = _pyramid_mask(as_range(every, "every"), inside)
+            inside = find_inside(self.timesteps, window, fraction)
+            mask = pyramid_mask(as_range(every, "every"), inside)
         checked = as_mask(mask, "override mask", num_steps=self.num_steps)
         override = Override(
             mask=checked,
@@ -387,11 +348,15 @@ class Schedule:
     def plan(self, slots: Sequence[SlotSpec]) -> Plan:
         """Binds this schedule to a model's slots: actions, sources, lifetimes, phases.
 
-        Coarse slots at the end that are never reused are left out, so that the others keep their
-        index. Raises `ValueError` if a forecast reads more values than are stored by then, or
-        polynomials go over equal timesteps.
+        Slots of coarse kinds that are never reused are left out. Raises `ValueError` if a forecast
+        reads more values than are stored by then, or goes over equal timesteps.
         """
-        kept = _drop_unused(slots, [any(self.mask_of(slot)) for slot in slots])
+        used = [s for s in slots if s.kind not in COARSE or any(self.mask_of(s))]
+        names = {slot.name for slot in used}
+        kept = [
+            replace(slot, outer=tuple(name for name in slot.outer if name in names))
+            for slot in used
+        ]
         columns = [self.mask_of(slot) for slot in kept]
         reuse = np.array(columns, dtype=bool).reshape(len(columns), self.num_steps).T
         forecasts = [self.forecast_of(slot) for slot in kept]
@@ -404,8 +369,8 @@ class Schedule:
             "version": JSON_VERSION,
             "label": self.label,
             "timesteps": self.timesteps,
-            "masks": {kind: _format_mask(mask) for kind, mask in self.masks.items()},
-            "overrides": [_format_override(override) for override in self.overrides],
+            "masks": {kind: format_mask(mask) for kind, mask in self.masks.items()},
+            "overrides": [override.to_content() for override in self.overrides],
         }
         if self.forecasts:
             content["forecasts"] = dict(self.forecasts)
@@ -420,13 +385,12 @@ class Schedule:
         optional = {"forecasts": dict, "units": str}
         content = parse_document(text, "schedule", fields, optional)
         masks = {
-            kind: _parse_mask(mask, f"masks, {kind}") for kind, mask in content["masks"].items()
+            kind: parse_mask(mask, f"masks, {kind}") for kind, mask in content["masks"].items()
         }
-        overrides = []
-        for index, entry in enumerate(content["overrides"]):
-            where = f"overrides[{index}]"
-            check_fields(entry, where, ("kind", "layers", "name", "mask"), ("forecast",))
-            overrides.append(Override(**{**entry, "mask": _parse_mask(entry["mask"], where)}))
+        overrides = [
+            Override.from_content(entry, f"overrides[{index}]")
+            for index, entry in enumerate(content["overrides"])
+        ]
         return cls(
             content["timesteps"],
             masks,
@@ -441,112 +405,11 @@ class Schedule:
         return hash((self.timesteps, *per_kind, self.overrides, self.units))
 
     def __reduce__(self) -> tuple[object, ...]:
-        per_kind = dict(self.masks), dict(self.forecasts)
         return Schedule, (
             self.timesteps,
-            per_kind[0],
+            dict(self.masks),
             self.overrides,
             self.label,
-            per_kind[1],
+            dict(self.forecasts),
             self.units,
         )
-
-
-def _drop_unused(slots: Sequence[SlotSpec], reused: Sequence[bool]) -> tuple[SlotSpec, ...]:
-    """Returns the slots without the coarse ones at the end that are not reused."""
-    num_kept = max(
-        (j + 1 for j, slot in enumerate(slots) if reused[j] or slot.kind not in COARSE), default=0
-    )
-    names = {slot.name for slot in slots[:num_kept]}
-    return tuple(
-        replace(slot, outer=tuple(name for name in slot.outer if name in names))
-        for slot in slots[:num_kept]
-    )
-
-
-def _forecasts_of(forecast: Any, kinds: Iterable[str], num_steps: int) -> dict[str, Forecast]:
-    """Returns kind -> forecast for these kinds. Raises if a mapping names others."""
-    forecasts = as_forecasts(forecast, "forecast", num_steps=num_steps)
-    if isinstance(forecast, Mapping):
-        for kind in forecasts:
-            if kind not in kinds:
-                raise ValueError(
-                    f"forecast: expected forecasts of kinds with a range, found one of {kind!r}"
-                )
-    return {kind: found for kind, found in forecasts.items() if kind in kinds}
-
-
-def _format_forecast(forecast: Any) -> Any:
-    if isinstance(forecast, Mapping):
-        return {kind: _format_forecast(value) for kind, value in forecast.items()}
-    return forecast if isinstance(forecast, str) else "weights"
-
-
-def _format_override(override: Override) -> dict[str, Any]:
-    content: dict[str, Any] = {"kind": override.kind, "layers": override.layers}
-    content |= {"name": override.name, "mask": _format_mask(override.mask)}
-    if override.forecast is not None:
-        content["forecast"] = override.forecast
-    return content
-
-
-def _pyramid_mask(every: int, inside: Sequence[bool]) -> Mask:
-    return tuple(is_inside and step % every != 0 for step, is_inside in enumerate(inside))
-
-
-def _find_inside_per_kind(
-    timesteps: tuple[float, ...],
-    ranges: Mapping[str, int],
-    window: Window | Mapping[str, Window] | None,
-    fraction: Window | None,
-) -> dict[str, list[bool]]:
-    if not isinstance(window, Mapping):
-        return dict.fromkeys(ranges, _find_inside(timesteps, window, fraction))
-    for kind in window:
-        check_kind(kind, "window")
-        if kind not in ranges:
-            raise ValueError(
-                f"window: expected pairs for kinds with a range, found one for {kind!r}"
-            )
-    if fraction is not None:
-        raise ValueError("window, fraction: expected one of them, found both")
-    return {kind: _find_inside(timesteps, window.get(kind), None) for kind in ranges}
-
-
-def _find_inside(
-    timesteps: tuple[float, ...], window: Window | None, fraction: Window | None
-) -> list[bool]:
-    """Returns for each step whether it lies in the window or fraction; all do if both are None."""
-    if window is not None and fraction is not None:
-        raise ValueError("window, fraction: expected one of them, found both")
-    if fraction is not None:
-        low, high = as_pair(fraction, "fraction")
-        if low < 0 or high > 1:
-            raise ValueError(f"fraction: expected 0 <= low < high <= 1, found {fraction!r}")
-        # The decimal that was written, not its binary neighbor: 0.7 of 10 steps ends before step 7.
-        first, end = (Fraction(repr(bound)) * len(timesteps) for bound in (low, high))
-        return [first <= step < end for step in range(len(timesteps))]
-    if window is None:
-        return [True] * len(timesteps)
-    low, high = as_pair(window, "window")
-    is_integral = low.is_integer() and high.is_integer()
-    inside = [low < (int(t) if is_integral else t) < high for t in timesteps]
-    if not any(inside):
-        warnings.warn(
-            f"window ({low:g}, {high:g}) holds none of the {len(timesteps)} timesteps, which run"
-            f" from {timesteps[0]:g} to {timesteps[-1]:g}: nothing is reused there",
-            stacklevel=4,
-        )
-    return inside
-
-
-def _format_mask(mask: Mask) -> str:
-    return "".join("." if reuse else "#" for reuse in mask)
-
-
-def _parse_mask(text: object, name: str) -> Mask:
-    if not isinstance(text, str) or set(text) - set("#."):
-        raise ValueError(
-            f"{name}: expected a mask of '#' (compute) and '.' (reuse), found {text!r}"
-        )
-    return tuple(symbol == "." for symbol in text)

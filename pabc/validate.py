@@ -114,59 +114,6 @@ def as_mask(values: Any, name: str, *, num_steps: int | None = None) -> tuple[bo
     return tuple(bool(item) for item in items)
 
 
-EDGE = 0.15
-"""Share of the steps that :func:`as_computed` takes at each end, if a number of steps is given."""
-
-
-def as_computed(value: Any, name: str, num_steps: int) -> frozenset[int]:
-    """Returns the steps that compute, from their indices (0 among them) or from their number.
-
-    Of a number, up to 15 % of all steps lie at each end, and the rest evenly between.
-    """
-    items = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(items, bool) or not isinstance(items, Iterable) or isinstance(items, str):
-        return _spread(_as_count(items, name, num_steps), num_steps)
-    allowed = f"{name}: expected different indices of steps, 0 to {num_steps - 1}"
-    steps: set[int] = set()
-    for item in items:
-        try:
-            step = -1 if isinstance(item, bool | np.bool_) else operator.index(item)
-        except TypeError:
-            step = -1
-        if not 0 <= step < num_steps:
-            raise ValueError(f"{allowed}, found {item!r}")
-        if step in steps:
-            raise ValueError(f"{allowed}, found {step} twice")
-        steps.add(step)
-    if 0 not in steps:
-        raise ValueError(f"{allowed}, 0 among them, found {sorted(steps)}")
-    return frozenset(steps)
-
-
-def _as_count(value: Any, name: str, num_steps: int) -> int:
-    try:
-        count = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        count = 0
-    if not 1 <= count <= num_steps:
-        raise ValueError(
-            f"{name}: expected a number of steps, 1 to {num_steps}, or their indices, found"
-            f" {value!r}"
-        )
-    return count
-
-
-def _spread(count: int, num_steps: int) -> frozenset[int]:
-    edge = max(1, min(round(EDGE * num_steps), count // 3))
-    tail = min(edge, count - 1)
-    between, room = count - edge - tail, num_steps - edge - tail
-    inner = {
-        edge - 1 + (2 * i * (room + 1) + between + 1) // (2 * (between + 1))
-        for i in range(1, between + 1)
-    }
-    return frozenset({*range(edge), *inner, *range(num_steps - tail, num_steps)})
-
-
 def as_layers(values: Any, name: str) -> tuple[int, ...]:
     """Returns one or more integers of 0 or more, sorted, each once."""
     try:

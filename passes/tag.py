@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch.fx import GraphModule, Node
 
-from pabc.base.kinds import KINDS
+from pabc.base.kinds import FINE
 
 from .attention_calls import attention_call, is_attention_op
 from .attention_chains import AttentionChain, find_chains, find_unclaimed_softmaxes
@@ -49,8 +49,8 @@ def tag_attention_pass(
     """
     stated = dict(kinds or {})
     for key, wanted in stated.items():
-        if wanted not in KINDS:
-            raise ValueError(f"kinds[{key!r}]: expected one of {KINDS}, found {wanted!r}")
+        if wanted not in FINE:
+            raise ValueError(f"kinds[{key!r}]: expected one of {FINE}, found {wanted!r}")
     found, chains = _find(gm, denoised)
     unclaimed = tuple(
         f"{node.name} ({module_path(node)}): a softmax over tokens that is part of no attention"

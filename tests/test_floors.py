@@ -29,9 +29,13 @@ FLOORS = (
     # Schedules, and the plans that they are bound to: data alone.
     (
         "pabc.validate",
+        "pabc.steps",
         "pabc.forecasts",
         "pabc.lifetimes",
+        "pabc.slots",
+        "pabc.columns",
         "pabc.plan",
+        "pabc.overrides",
         "pabc.schedule",
         "pabc.presets",
         "pabc.budget",

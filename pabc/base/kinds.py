@@ -6,9 +6,12 @@ COARSE = ("block", "stack", "model")
 """Kinds of regions that contain others, from the inside out: the unit that a model repeats, all its
 residual branches, and the whole call."""
 
-KINDS = ("spatial", "temporal", "full", "joint", "cross", "mlp", "other", *COARSE)
-"""Region kinds: attention on the latent stream, `mlp`, `other` (attention elsewhere), and the
-coarse ones."""
+FINE = ("spatial", "temporal", "full", "joint", "cross", "mlp", "other")
+"""Kinds of single branches: attention on the latent stream, `mlp`, and `other` (attention
+elsewhere)."""
+
+KINDS = (*FINE, *COARSE)
+"""All kinds of regions that a schedule can name."""
 
 
 def check_kind(kind: object, name: str) -> None:
