@@ -121,7 +121,7 @@ class _ChangeMeter:
         self.errors: dict[int, list[torch.Tensor]] = {}
         self._last: dict[int, Cuts] = {}
 
-    def read(self, slot: int) -> Cuts | None:
+    def read(self, slot: int) -> None:
         return None
 
     def write(self, slot: int, cuts: Cuts) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pabc.explanation import Explanation
-from pabc.passes import PhaseSlots
 from pabc.runtime.bindings import Binding
 from pabc.runtime.program import Program
 from pabc.stages import StageRecord, format_records
@@ -31,10 +30,8 @@ def write_dump(folder: Path, program: Program, binding: Binding, explanation: Ex
     for region in program.regions:
         code = program.guarded.graph.get_submodule(region.name).code
         (folder / f"region_{region.name}.py").write_text(str(code))
-    for phase in binding.plan.phases:
-        slots = PhaseSlots(phase.reused, binding.stored[phase.reused])
-        records = program.phases.trace(slots)
-        _write_stages(folder / f"phase_{phase.index}", records)
+    for i, phase in enumerate(binding.phases):
+        _write_stages(folder / f"phase_{i}", program.phases.trace(phase))
     (folder / "plan.json").write_text(binding.plan.to_json())
     (folder / "explain.txt").write_text(f"{explanation}\n")
 

@@ -40,13 +40,14 @@ from .facts import (
 from .flatten import inline_regions_pass, lift_weights_pass, verify_inline, verify_lift
 from .flops import FlopCounter
 from .fold import fold_sizes_pass, verify_sizes
+from .forecast import Cuts, Reused, forecast
 from .guard_ops import (
     GUARD_OPS,
-    Cuts,
     cache_read,
     cache_write,
     compute_unless,
     fetch_cached,
+    forecast_cached,
 )
 from .held import lay_out_held_pass
 from .hoist import hoist_invariants_pass, hoist_nothing, needed_by, verify_hoist
@@ -205,10 +206,13 @@ __all__ = [  # noqa: RUF022
     # Ops of guarded graphs.
     "GUARD_OPS",
     "Cuts",
+    "Reused",
+    "forecast",
     "cache_read",
     "cache_write",
     "compute_unless",
     "fetch_cached",
+    "forecast_cached",
     "keep_one",
     # The forms in which cuts are kept, outside of graphs.
     "encode_cut",

@@ -13,7 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from .facts import Captured, Regions
-from .guard_ops import cache_read, cache_write, compute_unless
+from .guard_ops import cache_read, cache_write, compute_unless, forecast_cached
 from .ir import GETITEM, aten, copy_into, make_module, output_node, user_inputs, value
 
 
@@ -26,7 +26,8 @@ def insert_cache_pass(gm: GraphModule, captured: Captured, regions: Regions) -> 
     hoisted value, since users may write to what a model returns.
 
         # before                                # after
-        %r = call_module[spatial_0](%x)         %c = cache_read(%trajectory, 0)
+        %r = call_module[spatial_0](%x)         %h = cache_read(%trajectory, 0)
+                                                %c = forecast_cached(%h)
                                                 %u = compute_unless(%c, spatial_0, %x)
                                                 %r = cache_write(%trajectory, 0, %c, %u)
     """
@@ -39,8 +40,10 @@ def insert_cache_pass(gm: GraphModule, captured: Captured, regions: Regions) -> 
             copy_into(graph, [node], mapping)
             continue
         slot = slots[str(node.target)]
-        cached = graph.call_function(cache_read, (trajectory, slot))
-        cached.meta["val"] = tuple(map(value, _cuts(gm, node)))
+        held = graph.call_function(cache_read, (trajectory, slot))
+        cached = graph.call_function(forecast_cached, (held,))
+        for each in (held, cached):
+            each.meta["val"] = tuple(map(value, _cuts(gm, node)))
         region = graph.get_attr(str(node.target))
         inputs = tuple(mapping[n] for n in node.args)
         computed = graph.call_function(compute_unless, (cached, region, *inputs))

@@ -22,9 +22,9 @@ from .guard_ops import (
     Cuts,
     cache_read,
     cache_write,
-    compute_unless,
     decode_cached,
     encode_unless,
+    forecast_cached,
     slot_of,
 )
 from .ir import Region, attribute, copy_into, make_module, output_node, value
@@ -80,9 +80,10 @@ def encode_cuts_pass(
     bitwise as before.
 
         # before                                # after
-        %c = cache_read(%trajectory, 0)         %c = cache_read(%trajectory, 0)
-        %u = compute_unless(%c, spatial_0, %x)  %d = decode_cached(%c, decode_0)
-        %r = cache_write(%trajectory, 0,        %u = compute_unless(%d, spatial_0, %x)
+        %h = cache_read(%trajectory, 0)         %h = cache_read(%trajectory, 0)
+        %c = forecast_cached(%h)                %d = decode_cached(%h, decode_0)
+        %u = compute_unless(%c, spatial_0, %x)  %c = forecast_cached(%d)
+        %r = cache_write(%trajectory, 0,        %u = compute_unless(%c, spatial_0, %x)
                          %c, %u)                %e = encode_unless(%c, encode_0, %u)
         %v = getitem(%r, 0)                     %w = cache_write(%trajectory, 0, %c, %e)
                                                 %v = getitem(%u, 0)
@@ -94,11 +95,11 @@ def encode_cuts_pass(
     mapping: dict[Node, Node] = {}
     for node in gm.graph.nodes:
         codec = codecs.get(slot_of(node))
-        if codec is not None and node.target is compute_unless:
-            cached, *call = (mapping[n] for n in node.args)
+        if codec is not None and node.target is forecast_cached:
             decoder = graph.get_attr(f"decode_{codec.index}")
-            decoded = graph.call_function(decode_cached, (cached, decoder))
-            mapping[node] = graph.call_function(compute_unless, (decoded, *call))
+            decoded = graph.call_function(decode_cached, (mapping[node.args[0]], decoder))
+            mapping[node] = graph.call_function(forecast_cached, (decoded,))
+            mapping[node].meta.update(node.meta)
         elif codec is not None and node.target is cache_write:
             trajectory, slot, cached, cuts = (mapping.get(n, n) for n in node.args)
             encoder = graph.get_attr(f"encode_{codec.index}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, TypeVar
 
 from torch import nn
@@ -230,10 +231,25 @@ class PhaseSlots:
     Attributes:
         reused: the slots that the phase reuses, ascending; they are the last inputs of its graph.
         stored: the slots whose new contents the phase returns, ascending.
+        depths: for each reused slot, of how many steps its values are added up; 0: the newest is
+            held. By default, all are held.
     """
 
     reused: tuple[int, ...]
     stored: tuple[int, ...]
+    depths: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        depths = self.depths or (0,) * len(self.reused)
+        if len(depths) != len(self.reused):
+            raise ValueError(f"depths: expected one per slot of {self.reused}, found {depths}")
+        object.__setattr__(self, "depths", depths)
+
+    @property
+    def first_weights(self) -> dict[int, int]:
+        """The position of the first weight of each slot that is forecast."""
+        starts = accumulate(self.depths, initial=0)
+        return {s: at for s, at, k in zip(self.reused, starts, self.depths, strict=False) if k}
 
 
 @dataclass(frozen=True, slots=True)

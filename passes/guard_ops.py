@@ -7,12 +7,14 @@ that decides it for a phase, in which the reused slots are known.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from .facts import PhaseSlots
+from .forecast import Cuts, Reused, forecast, insert_forecast
 from .ir import GETITEM, Region
 from .transfers import fetch, stash
 
@@ -20,22 +22,26 @@ Devices = tuple[torch.device | None, ...]
 """The device of each tensor that a slot keeps in host memory; None: the tensor is not moved."""
 
 
-Cuts = tuple[torch.Tensor, ...]
-
-
 class StepState(Protocol):
     """The state of a step, which a guarded graph queries; slots are region ordinals."""
 
-    def read(self, slot: int) -> Cuts | None:
-        """Returns what the slot holds if this step reuses it; None if it computes the region."""
+    def read(self, slot: int) -> Reused | None:
+        """Returns what this step reuses of the slot; None if it computes the region."""
 
     def write(self, slot: int, cuts: Cuts) -> None:
         """Stores freshly computed cuts if a later step reads them."""
 
 
-def cache_read(state: StepState, slot: int) -> Cuts | None:
+def cache_read(state: StepState, slot: int) -> Reused | None:
     """Returns what the slot holds if the plan reuses it at this step, else None."""
     return state.read(slot)
+
+
+def forecast_cached(held: Reused | None) -> Cuts | None:
+    """Returns the cuts that follow from what a slot holds; None if there is nothing to reuse."""
+    if held is None:
+        return None
+    return tuple(forecast(values, held.weights) for values in zip(*held.history, strict=True))
 
 
 def compute_unless(cached: Cuts | None, region: GraphModule, *inputs: torch.Tensor) -> Cuts:
@@ -50,17 +56,23 @@ def cache_write(state: StepState, slot: int, cached: Cuts | None, cuts: Cuts) ->
     return cuts
 
 
-def fetch_cached(cached: Cuts | None, devices: tuple[torch.device | None, ...]) -> Cuts | None:
+def fetch_cached(held: Reused | None, devices: Devices) -> Reused | None:
     """Copies what a slot holds back to the devices; a tensor with device None was not moved."""
-    if cached is None:
+    if held is None:
         return None
-    pairs = zip(cached, devices, strict=True)
-    return tuple(fetch(kept, device) if device is not None else kept for kept, device in pairs)
+
+    def fetch_all(kept: Cuts) -> Cuts:
+        pairs = zip(kept, devices, strict=True)
+        return tuple(each if device is None else fetch(each, device) for each, device in pairs)
+
+    return held._replace(history=tuple(map(fetch_all, held.history)))
 
 
-def decode_cached(cached: Cuts | None, decoder: GraphModule) -> Cuts | None:
+def decode_cached(held: Reused | None, decoder: GraphModule) -> Reused | None:
     """Decodes the cuts that a slot holds; returns None if there is nothing to reuse."""
-    return None if cached is None else decoder(*cached)
+    if held is None:
+        return None
+    return held._replace(history=tuple(decoder(*kept) for kept in held.history))
 
 
 def encode_unless(cached: Cuts | None, encoder: GraphModule, cuts: Cuts) -> Cuts:
@@ -68,7 +80,7 @@ def encode_unless(cached: Cuts | None, encoder: GraphModule, cuts: Cuts) -> Cuts
     return encoder(*cuts) if cached is None else cached
 
 
-def stash_unless(cached: Cuts | None, devices: tuple[torch.device | None, ...], cuts: Cuts) -> Cuts:
+def stash_unless(cached: Cuts | None, devices: Devices, cuts: Cuts) -> Cuts:
     """Copies what a slot is to hold to host memory, except tensors with device None."""
     if cached is not None:
         return cached
@@ -80,6 +92,10 @@ GuardResult: TypeAlias = "tuple[Node, ...] | Node"
 """The result of a guard op in a phase: nodes, or a call that returns them as a tuple."""
 
 
+NodeHistory: TypeAlias = tuple[tuple[Node, ...], ...]
+"""The nodes of the tensors that a slot holds of each step, the newest first."""
+
+
 class Decisions:
     """Decides the guard ops of a guarded graph for one phase, writing to the phase's graph.
 
@@ -87,36 +103,64 @@ class Decisions:
     nothing is reused), and returns the result of the op.
     """
 
-    def __init__(self, graph: Graph, regions: Sequence[Region], reused: Collection[int]) -> None:
+    def __init__(self, graph: Graph, regions: Sequence[Region], slots: PhaseSlots) -> None:
         self._graph = graph
         self._regions = regions
-        self._held = {
-            slot: tuple(
-                graph.placeholder(f"{regions[slot].name}_cut{i}")
-                for i in range(len(regions[slot].kept))
-            )
-            for slot in sorted(reused)
+        self._weights = graph.placeholder("forecast_weights") if any(slots.depths) else None
+        self._first_weights = slots.first_weights
+        self._held: dict[int, NodeHistory] = {
+            slot: tuple(self._hold(slot, age) for age in range(max(depth, 1)))
+            for slot, depth in zip(slots.reused, slots.depths, strict=True)
         }
         self._written: dict[int, GuardResult] = {}
+
+    def _hold(self, slot: int, age: int) -> tuple[Node, ...]:
+        """Appends the inputs that take what a slot holds of one step."""
+        region = self._regions[slot]
+        suffix = f"_before{age}" if age else ""
+        names = (f"{region.name}_cut{i}{suffix}" for i in range(len(region.kept)))
+        return tuple(map(self._graph.placeholder, names))
 
     def written(self, slot: int) -> tuple[Node, ...]:
         """Returns the nodes that a slot is to hold."""
         return self._items(self._written[slot], len(self._regions[slot].kept))
 
-    def read(self, node: Node, state: None, slot: int) -> GuardResult | None:
-        """Returns the inputs that hold the slot's cuts if it is reused, else None."""
-        held = self._held.get(slot, ())
-        for tensor, val in zip(held, node.meta.get("val", ()), strict=False):
-            tensor.meta["val"] = val
-        return held or None
+    def read(self, node: Node, state: None, slot: int) -> NodeHistory | None:
+        """Returns the inputs that hold the slot's values if it is reused, else None."""
+        history = self._held.get(slot)
+        for held in history or ():
+            for tensor, val in zip(held, node.meta.get("val", ()), strict=False):
+                tensor.meta["val"] = val
+        return history
 
-    def fetch(self, node: Node, held: GuardResult | None, devices: Devices) -> GuardResult | None:
+    def fetch(self, node: Node, held: NodeHistory | None, devices: Devices) -> NodeHistory | None:
         """Appends fetches of what is reused."""
-        return None if held is None else insert_fetches(self._graph, held, devices)
+        if held is None:
+            return None
+        return tuple(insert_fetches(self._graph, kept, devices) for kept in held)
 
-    def decode(self, node: Node, held: GuardResult | None, decoder: None) -> GuardResult | None:
-        """Appends a call of the decoder on what is reused."""
-        return None if held is None else self._call(node, held)
+    def decode(self, node: Node, held: NodeHistory | None, decoder: None) -> NodeHistory | None:
+        """Appends calls of the decoder on what is reused."""
+        if held is None:
+            return None
+        num = len(self._region(node).cuts)
+        return tuple(self._items(self._call(node, kept), num) for kept in held)
+
+    def forecast(self, node: Node, held: NodeHistory | None) -> GuardResult | None:
+        """Appends the weighted sums of what is reused; takes the newest value if it is held."""
+        if held is None:
+            return None
+        slot = slot_of(node)
+        if self._weights is None or slot not in self._first_weights:
+            return held[0]
+        first, cuts = self._first_weights[slot], node.meta["val"]
+        if "val" not in self._weights.meta:
+            num = sum(len(self._held[s]) for s in self._first_weights)
+            self._weights.meta["val"] = cuts[0].new_empty((num,), dtype=torch.float32)
+        return tuple(
+            insert_forecast(self._graph, values, self._weights, first, cut)
+            for *values, cut in zip(*held, cuts, strict=True)
+        )
 
     def compute(
         self, node: Node, held: GuardResult | None, region: None, *inputs: Node
@@ -180,10 +224,11 @@ def insert_stashes(graph: Graph, cuts: Sequence[Node], devices: Devices) -> tupl
     )
 
 
-GUARD_OPS: Mapping[Callable[..., Any], Callable[..., GuardResult | None]] = {
+GUARD_OPS: Mapping[Callable[..., Any], Callable[..., GuardResult | NodeHistory | None]] = {
     cache_read: Decisions.read,
     fetch_cached: Decisions.fetch,
     decode_cached: Decisions.decode,
+    forecast_cached: Decisions.forecast,
     compute_unless: Decisions.compute,
     encode_unless: Decisions.encode,
     stash_unless: Decisions.stash,

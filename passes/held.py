@@ -23,7 +23,10 @@ def lay_out_held_pass(gm: GraphModule, regions: Regions, slots: PhaseSlots) -> G
         # before                                        # after
         %cut0: [2, 8, 16], strides (384, 48, 1)         %cut0: [2, 8, 16], strides (128, 16, 1)
     """
-    num_cuts = sum(len(regions.all[slot].kept) for slot in slots.reused)
+    num_cuts = sum(
+        len(regions.all[slot].kept) * max(depth, 1)
+        for slot, depth in zip(slots.reused, slots.depths, strict=True)
+    )
     if not num_cuts:
         return gm
     graph = Graph()

@@ -17,9 +17,9 @@ from .guard_ops import (
     Devices,
     cache_read,
     cache_write,
-    compute_unless,
     decode_cached,
     fetch_cached,
+    forecast_cached,
     slot_of,
     stash_unless,
 )
@@ -35,9 +35,10 @@ def offload_cuts_pass(gm: GraphModule, *, accelerators: Sequence[str] = ("cuda",
     graph is returned unchanged; outputs bitwise as before.
 
         # before                                # after
-        %c = cache_read(%trajectory, 0)         %c = cache_read(%trajectory, 0)
-        %u = compute_unless(%c, spatial_0, %x)  %f = fetch_cached(%c, (cuda:0,))
-        %r = cache_write(%trajectory, 0,        %u = compute_unless(%f, spatial_0, %x)
+        %h = cache_read(%trajectory, 0)         %h = cache_read(%trajectory, 0)
+        %c = forecast_cached(%h)                %f = fetch_cached(%h, (cuda:0,))
+        %u = compute_unless(%c, spatial_0, %x)  %c = forecast_cached(%f)
+        %r = cache_write(%trajectory, 0,        %u = compute_unless(%c, spatial_0, %x)
                          %c, %u)                %s = stash_unless(%c, (cuda:0,), %u)
         %v = getitem(%r, 0)                     %w = cache_write(%trajectory, 0, %c, %s)
                                                 %v = getitem(%u, 0)
@@ -50,7 +51,7 @@ def offload_cuts_pass(gm: GraphModule, *, accelerators: Sequence[str] = ("cuda",
     moved = {slot: devices for slot, devices in moved.items() if any(devices)}
     if not moved:
         return gm
-    readers = (decode_cached, compute_unless)
+    readers = (decode_cached, forecast_cached)
     graph = Graph()
     mapping: dict[Node, Node] = {}
     for node in gm.graph.nodes:

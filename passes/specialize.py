@@ -24,13 +24,15 @@ def specialize_phase_pass(gm: GraphModule, regions: Regions, slots: PhaseSlots) 
     """Decides every guard: reused slots become inputs, and the contents of stored slots outputs.
 
     Requires: a guarded graph (:func:`insert_cache_pass`); no slot both reused and stored.
-    Ensures: inputs are the model's, followed by the contents of the reused slots in slot order; the
-    output is (the model's outputs, the new contents of the stored slots in slot order); nothing
+    Ensures: inputs are the model's, followed by the weights of forecasts if there are any (float32,
+    in slot order, the newest value's first), and by the contents of the reused slots in slot order,
+    the newest first; the output is (the model's outputs, the new contents of the stored slots in slot order); nothing
     that only a reused region needed is left; equal, bit for bit, to the guarded graph at a step of
     this phase.
 
         # before                                # after (slot 0 reused)
-        %c = cache_read(%trajectory, 0)         %spatial_0_cut0 = placeholder
+        %h = cache_read(%trajectory, 0)         %spatial_0_cut0 = placeholder
+        %c = forecast_cached(%h)
         %u = compute_unless(%c, spatial_0, %x)
         %r = cache_write(%trajectory, 0, %c, %u)
         %v = getitem(%r, 0)
@@ -41,7 +43,7 @@ def specialize_phase_pass(gm: GraphModule, regions: Regions, slots: PhaseSlots) 
     graph = Graph()
     mapping: dict[Node, Any] = {}
     copy_into(graph, [n for n in gm.graph.nodes if n.op == "placeholder"][1:], mapping)
-    decisions = Decisions(graph, regions.all, slots.reused)
+    decisions = Decisions(graph, regions.all, slots)
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "output"):
             continue

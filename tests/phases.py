@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from pabc.passes import (
     PhaseSlots,
     Regions,
+    Reused,
     inline_regions_pass,
     lift_weights_pass,
     specialize_phase_pass,
@@ -20,10 +21,14 @@ from pabc.passes.ir import attribute
 
 
 def specialize(
-    gm: GraphModule, *, reused: Iterable[int] = (), stored: Iterable[int] = ()
+    gm: GraphModule,
+    *,
+    reused: Iterable[int] = (),
+    stored: Iterable[int] = (),
+    depths: tuple[int, ...] = (),
 ) -> GraphModule:
     """Returns the phase of a guarded graph that reuses and stores these slots."""
-    slots = PhaseSlots(tuple(sorted(reused)), tuple(sorted(stored)))
+    slots = PhaseSlots(tuple(sorted(reused)), tuple(sorted(stored)), depths)
     phase = specialize_phase_pass(gm, facts_of(gm)[Regions], slots)
     return with_facts(phase, facts_of(gm).adding(slots))
 
@@ -42,7 +47,8 @@ def lift(gm: GraphModule) -> tuple[GraphModule, list[Tensor]]:
 
 
 class FakeTrajectory:
-    """A trajectory that returns given cuts and records which slots are read and written."""
+    """A trajectory that returns given cuts, or what a step reuses, and records which slots are read
+    and written."""
 
     def __init__(self, values=()):
         self.values = dict(values)
@@ -50,7 +56,8 @@ class FakeTrajectory:
 
     def read(self, slot):
         self.reads.append(slot)
-        return self.values.get(slot)
+        found = self.values.get(slot)
+        return found if found is None or isinstance(found, Reused) else Reused((found,))
 
     def write(self, slot, cuts):
         assert slot not in self.writes

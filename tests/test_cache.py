@@ -6,7 +6,14 @@ from phases import FakeTrajectory
 from stages import capture_call, facts_of, regions_of, run_graph, run_to
 from torch import nn
 
-from pabc.passes import Regions, cache_read, cache_write, compute_unless, verify_cache
+from pabc.passes import (
+    Regions,
+    cache_read,
+    cache_write,
+    compute_unless,
+    forecast_cached,
+    verify_cache,
+)
 
 FACTORIZED = next(case for case in MODELS if case.name == "Factorized")
 JOINT = next(case for case in MODELS if case.name == "JointText")
@@ -26,7 +33,9 @@ def test_a_region_becomes_a_read_a_guarded_call_and_a_write(captured):
         (write,) = (n for n in gm.graph.nodes if n.target is cache_write and n.args[1] == slot)
         trajectory, _, cached, computed = write.args
         assert trajectory is first
-        assert cached.target is cache_read and cached.args == (first, slot)
+        assert cached.target is forecast_cached
+        (held,) = cached.args
+        assert held.target is cache_read and held.args == (first, slot)
         assert computed.target is compute_unless and computed.args[0] is cached
         assert computed.args[1].target == region.name
 
@@ -39,7 +48,8 @@ def test_a_call_is_guarded():
             %time = sin(%t)
             %rows = unsqueeze(%time, 1)
             %gate = unsqueeze(%rows, 2)
-            %c = cache_read(%trajectory, 0)
+            %h = cache_read(%trajectory, 0)
+            %c = forecast_cached(%h)
             %region = get_attr[full_0]
             %u = compute_unless(%c, %region, %x)
             %r = cache_write(%trajectory, 0, %c, %u)

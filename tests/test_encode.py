@@ -28,7 +28,7 @@ from pabc.passes import (
     encode_cuts_pass,
 )
 from pabc.passes.encode import decode, encode, form_of
-from pabc.passes.guard_ops import cache_read, decode_cached, encode_unless
+from pabc.passes.guard_ops import cache_read, decode_cached, encode_unless, forecast_cached
 from pabc.runtime.bindings import slot_specs
 
 CASES = [c for c in MODELS if c.name in ("Factorized", "JointText", "Refined")]
@@ -150,8 +150,10 @@ def test_a_read_is_decoded_and_a_write_encoded(captured):
     gm = guard(FACTORIZED, captured, "fp8")
     for node in (n for n in gm.graph.nodes if n.target is cache_read):
         slot = node.args[1]
-        decoded, encoded, _ = node.users
-        assert decoded.target is decode_cached and encoded.target is encode_unless
+        (decoded,) = node.users
+        (cached,) = decoded.users
+        assert decoded.target is decode_cached and cached.target is forecast_cached
+        assert encode_unless in {user.target for user in cached.users}
         region: Region = regions_of(gm)[slot]
         ((values, dtype), (scale, scale_dtype)) = region.kept
         assert (values, dtype) == (region.shapes[0], FP8)
@@ -214,11 +216,12 @@ GUARDED = """
         %time = sin(%t)
         %rows = unsqueeze(%time, 1)
         %gate = unsqueeze(%rows, 2)
-        %c = cache_read(%trajectory, 0)
+        %h = cache_read(%trajectory, 0)
         %decode = get_attr[decode_0]
-        %d = decode_cached(%c, %decode)
+        %d = decode_cached(%h, %decode)
+        %c = forecast_cached(%d)
         %region = get_attr[full_0]
-        %u = compute_unless(%d, %region, %x)
+        %u = compute_unless(%c, %region, %x)
         %encode = get_attr[encode_0]
         %e = encode_unless(%c, %encode, %u)
         %w = cache_write(%trajectory, 0, %c, %e)

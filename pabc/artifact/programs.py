@@ -84,7 +84,7 @@ def write_program(program: Program, binding: Binding, folder: str) -> dict[str, 
         numbers = {key: i for i, key in enumerate(packages.blocks)}
         for phase, (lowered, keys) in packages.phases.items():
             called = [numbers[key] for key in keys]
-            phases.append([encode((phase.reused, phase.stored)), _write_lowered(lowered), called])
+            phases.append([encode((phase.reused, phase.stored, phase.depths)), _write_lowered(lowered), called])
     content = {
         "analysis": analysis,
         "blocks": blocks,
@@ -140,8 +140,7 @@ def _read_record(content: Json) -> StageRecord:
 def _packages(program: Program, binding: Binding) -> Packages:
     """Returns the code of the phases that are planned or ran; compiles missing code."""
     known = _PACKAGES.setdefault(program, Packages())
-    planned = (PhaseSlots(*item) for item in binding.stored.items())
-    for phase in dict.fromkeys((*planned, *program.phases.compiled)):
+    for phase in dict.fromkeys((*binding.phases, binding.whole, *program.phases.compiled)):
         if phase not in known.phases:
             start = perf_counter()
             with compiling(), torch.no_grad():

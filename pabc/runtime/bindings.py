@@ -2,79 +2,165 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.fx import GraphModule
 
 from pabc import passes
 from pabc.budget import Fit, fit_plan
 from pabc.passes import cache_read
-from pabc.plan import Plan, SlotSpec
+from pabc.plan import Action, Plan, SlotSpec
 from pabc.schedule import Schedule
 
 InputShapes = tuple[tuple[int, ...], ...]
 """The inputs' shapes, where one program serves several; else empty."""
 
 
+class PlannedForecast(NamedTuple):
+    """The reuse of a slot that a step forecasts from several values.
+
+    Attributes:
+        slot: the slot, an index of a region.
+        column: its index among the slots of the plan.
+        sources: the steps whose values are added up, the newest first.
+    """
+
+    slot: int
+    column: int
+    sources: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class PlannedStep:
-    """One step of a plan, as the runtime reads it.
+    """One step of a plan, as the runtime reads it. Slots are indices of regions.
 
     Attributes:
         reused: the slots that it reuses.
+        num_computed: how many slots of the plan it computes.
+        forecasts: those of the reused slots that are not simply held.
         until: per slot, the last step that may read what this one computes; -1: none.
         readable: the slots for which there is such a step.
-        last_reads: the slots whose value no later step reads, whenever it was computed.
+        last_reads: the slots with a value that no later step reads, whenever it was computed.
     """
 
     reused: tuple[int, ...]
+    num_computed: int
+    forecasts: tuple[PlannedForecast, ...]
     until: tuple[int, ...]
     readable: tuple[int, ...]
     last_reads: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Binding:
-    """A schedule bound to a program's slots: what each step does.
+    """A schedule bound to a program's slots: what each step does. Slots are indices of regions.
 
     Attributes:
-        plan: actions, lifetimes, phases.
-        stored: the slots that a phase reuses -> those whose cuts it returns. The phase that reuses
-            nothing stands in where a value is missing, so it returns the cuts of all.
+        plan: actions, lifetimes, phases; its slots are those in `columns`.
+        columns: for each slot of the plan, the region that it belongs to, ascending.
+        phases: the phases of the plan, in its order.
+        whole: the phase that reuses nothing. It stands in where a value is missing, so it returns
+            the cuts of all slots that some phase stores.
+        depths: per slot, how many values a forecast of it takes; 0: it is held.
         steps: the plan, step by step.
+        device: where forecasts are computed.
         fit: how the plan was made to fit a memory budget, where there is one.
     """
 
     plan: Plan
-    stored: Mapping[tuple[int, ...], tuple[int, ...]]
+    columns: tuple[int, ...]
+    phases: tuple[passes.PhaseSlots, ...]
+    whole: passes.PhaseSlots
+    depths: tuple[int, ...]
     steps: tuple[PlannedStep, ...]
+    device: torch.device
     fit: Fit | None = None
+    _weights: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, plan: Plan, fit: Fit | None = None) -> Binding:
-        """Returns the binding that follows from a plan."""
-        stored = {phase.reused: phase.stored for phase in plan.phases}
-        stored[()] = tuple(sorted({slot for p in plan.phases for slot in p.stored}))
-        return cls(plan, stored, _steps_of(plan), fit)
+    def of(
+        cls,
+        plan: Plan,
+        columns: Sequence[int],
+        num_slots: int,
+        device: torch.device,
+        fit: Fit | None = None,
+    ) -> Binding:
+        """Returns the binding that follows from a plan for some of a program's slots."""
+        columns = tuple(columns)
+        depths = [0] * num_slots
+        for slot, depth in zip(columns, plan.depths, strict=True):
+            depths[slot] = depth
+        stored = sorted({columns[index] for phase in plan.phases for index in phase.stored})
+        whole = passes.PhaseSlots((), tuple(stored))
+        phases = tuple(
+            passes.PhaseSlots(
+                _pick(columns, phase.reused),
+                _pick(columns, phase.stored),
+                _pick(plan.depths, phase.reused),
+            )
+            if phase.reused
+            else whole
+            for phase in plan.phases
+        )
+        steps = tuple(_steps_of(plan, columns, num_slots))
+        return cls(plan, columns, phases, whole, tuple(depths), steps, device, fit)
+
+    def phase(self, step: int, reused: tuple[int, ...]) -> passes.PhaseSlots:
+        """Returns the phase of a step that reuses these slots: all that are planned, or none."""
+        return self.phases[self.plan.phase_of_step[step]] if reused else self.whole
+
+    def weights(self, step: int) -> torch.Tensor:
+        """Returns the weights of the forecasts of a step, padded to the depths of their slots."""
+        if step not in self._weights:
+            numbers = [
+                self.plan.weights(step, forecast.column) for forecast in self.steps[step].forecasts
+            ]
+            self._weights[step] = self.pack(step, numbers)
+        return self._weights[step]
+
+    def pack(self, step: int, numbers: Sequence[Sequence[float]]) -> torch.Tensor:
+        """Returns the weights of a step's forecasts as one tensor, padded with zeros."""
+        forecasts = self.steps[step].forecasts
+        rows = zip(forecasts, numbers, strict=True)
+        flat = [w for f, row in rows for w in (*row, *[0.0] * (self.depths[f.slot] - len(row)))]
+        return torch.tensor(flat, dtype=torch.float32, device=self.device)
 
 
-def _steps_of(plan: Plan) -> tuple[PlannedStep, ...]:
+def _pick(columns: Sequence[int], indices: Sequence[int]) -> tuple[int, ...]:
+    return tuple(columns[index] for index in indices)
+
+
+def _steps_of(plan: Plan, columns: tuple[int, ...], num_slots: int) -> Iterator[PlannedStep]:
     ends: list[set[int]] = [set() for _ in range(plan.num_steps)]
-    table: list[list[int]] = plan.until.tolist()
-    for row in table:
+    table = np.full((plan.num_steps, num_slots), -1, dtype=np.int32)
+    table[:, columns] = plan.until
+    for row in table.tolist():
         for slot, last in enumerate(row):
             if last >= 0:
                 ends[last].add(slot)
-    return tuple(
-        PlannedStep(
-            plan.phases[phase].reused,
+    num_computed = np.isin(plan.actions, (Action.COMPUTE, Action.STORE)).sum(axis=1).tolist()
+    for step, (phase, row, slots) in enumerate(
+        zip(plan.phase_of_step, table.tolist(), ends, strict=True)
+    ):
+        reused = plan.phases[phase].reused
+        yield PlannedStep(
+            _pick(columns, reused),
+            num_computed[step],
+            tuple(
+                PlannedForecast(columns[column], column, plan.history(step, column))
+                for column in reused
+                if plan.depths[column]
+            ),
             tuple(row),
             tuple(slot for slot, last in enumerate(row) if last >= 0),
             tuple(sorted(slots)),
         )
-        for phase, row, slots in zip(plan.phase_of_step, table, ends, strict=True)
-    )
 
 
 def slot_specs(regions: Sequence[passes.Region]) -> tuple[SlotSpec, ...]:
@@ -103,6 +189,7 @@ class Bindings:
         self._guarded = guarded
         self._memory_budget = memory_budget
         self._sizes = guarded.captured.sizes
+        self._devices = [_device(guarded, region) for region in guarded.regions]
         self._bindings: dict[tuple[Schedule, InputShapes], Binding] = {}
         self._bound: tuple[Schedule | None, InputShapes, Binding | None] = None, (), None
 
@@ -134,10 +221,14 @@ class Bindings:
         )
 
     def _fit(self, plan: Plan) -> Binding:
+        index = {spec.name: slot for slot, spec in enumerate(self.slots)}
+        columns = [index[spec.name] for spec in plan.slots]
+        forecast = (self._devices[c] for c, k in zip(columns, plan.depths, strict=True) if k)
+        device = next(forecast, torch.device("cpu"))
         if self._memory_budget is None:
-            return Binding.of(plan)
-        fit = fit_plan(plan, self._flops, self._memory_budget)
-        return Binding.of(fit.plan, fit)
+            return Binding.of(plan, columns, len(self.slots), device)
+        fit = fit_plan(plan, _pick(self._flops, columns), self._memory_budget)
+        return Binding.of(fit.plan, columns, len(self.slots), device, fit)
 
     @cached_property
     def _flops(self) -> list[int]:
@@ -145,3 +236,10 @@ class Bindings:
         count = passes.FlopCounter(self._guarded.captured.sizes)
         graph = self._guarded.graph
         return [count(graph.get_submodule(region.name)) for region in self._guarded.regions]
+
+
+def _device(guarded: passes.Guarded, region: passes.Region) -> torch.device:
+    """Returns the device on which a region computes its first cut."""
+    body = guarded.graph.get_submodule(region.name)
+    assert isinstance(body, GraphModule)
+    return passes.value(passes.output_node(body.graph).args[0][0]).device

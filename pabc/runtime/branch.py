@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from pabc.passes import Cuts
+from pabc.passes import Cuts, Reused
 from pabc.runtime.bindings import Binding, InputShapes, PlannedStep
 from pabc.runtime.clock import Clock
 from pabc.runtime.executables import Executable, SlotIndices, Spans
@@ -60,6 +60,7 @@ class ActiveStep:
         binding: the plan that it follows, bound to the program's slots.
         inputs: the inputs of the program's graphs.
         reused: ascending indices of the slots that it reuses.
+        weights: the weights of its forecasts; None: what it reuses is held.
     """
 
     __slots__ = (
@@ -73,10 +74,18 @@ class ActiveStep:
         "index",
         "inputs",
         "reused",
+        "weights",
     )
 
-    def __init__(self, branch: Branch, call: ServedCall, index: int, reused: SlotIndices) -> None:
-        self.branch, self.index, self.reused = branch, index, reused
+    def __init__(
+        self,
+        branch: Branch,
+        call: ServedCall,
+        index: int,
+        reused: SlotIndices,
+        weights: torch.Tensor | None = None,
+    ) -> None:
+        self.branch, self.index, self.reused, self.weights = branch, index, reused, weights
         self.binding, self.inputs = call.binding, call.inputs
         self._planned: PlannedStep = call.binding.steps[index]
         self._prologue, self._source = call.prologue, call.source
@@ -107,13 +116,27 @@ class ActiveStep:
         assert self.branch.hoisted is not None
         self.branch.hoisted = self.branch.hoisted._replace(values=values)
 
-    def reused_cuts(self) -> list[torch.Tensor]:
-        """Returns the cuts of the slots that the step reuses, one after the other."""
-        return self.branch.slots.read_flat(self.reused)
+    def reused_values(self) -> list[torch.Tensor]:
+        """Returns what a phase takes of the slots that the step reuses: the weights of forecasts,
+        if there are any, and the values of one slot after the other, each the newest first."""
+        depths = self.binding.phase(self.index, self.reused).depths
+        held = self.branch.slots.read_flat(self.reused, depths)
+        return held if self.weights is None else [self.weights, *held]
 
-    def read(self, slot: int) -> Cuts | None:
-        """Returns the cuts of a slot that the step reuses; None: compute them."""
-        return self.branch.slots.read(slot) if slot in self.reused else None
+    def read(self, slot: int) -> Reused | None:
+        """Returns what the step reuses of a slot; None: compute it."""
+        if slot not in self.reused:
+            return None
+        depth = self.binding.depths[slot]
+        history = self.branch.slots.read(slot, depth)
+        if self.weights is None or not depth:
+            return Reused(history)
+        first = self.binding.phase(self.index, self.reused).first_weights[slot]
+        return Reused(history, self.weights[first : first + depth])
+
+    def keeps_history(self, slot: int) -> bool:
+        """Returns True if a slot may keep values of several steps."""
+        return self.binding.depths[slot] > 0
 
     def write(self, slot: int, cuts: Cuts) -> None:
         """Notes freshly computed cuts of a slot, if a later step reads them."""
@@ -166,7 +189,9 @@ class Branch:
         `is_sure`: whether it is sure enough for reuse which step the call is.
         """
         change = None if call.source is self.source else self._take_source(call)
-        reused = call.binding.steps[self.step].reused
+        planned = call.binding.steps[self.step]
+        reused = planned.reused
+        weights = None
         is_late = self.last != self.step - 1  # what it has not stored was not to be expected
         self.last = self.step
         self.has_reused = False
@@ -176,9 +201,31 @@ class Branch:
                 self._recorder.fall_back("timestep", self.step)
             elif not self.slots.hold(reused):
                 self._recorder.fall_back(change or "missing", self.step)
-            else:
+            elif not planned.forecasts:
                 self.has_reused = True
-        return ActiveStep(self, call, self.step, reused if self.has_reused else ())
+            else:
+                weights = self._weigh(call.binding, planned)
+                self.has_reused = weights is not None
+                if weights is None:
+                    self._recorder.fall_back("missing", self.step)
+        return ActiveStep(self, call, self.step, reused if self.has_reused else (), weights)
+
+    def _weigh(self, binding: Binding, planned: PlannedStep) -> torch.Tensor | None:
+        """Returns the weights of a step's forecasts; None if they do not fit what is held.
+
+        The planned weights are those of the planned steps. Where other steps were computed, since
+        the branch began late or a call could not reuse, polynomials go through these; fitted
+        weights do not fit them.
+        """
+        slots, step = self.slots, self.step
+        if all(slots.sources(f.slot, len(f.sources)) == f.sources for f in planned.forecasts):
+            return binding.weights(step)
+        found = [
+            binding.plan.weigh(step, f.column, slots.sources(f.slot, binding.depths[f.slot]))
+            for f in planned.forecasts
+        ]
+        numbers = [row for row in found if row is not None]
+        return binding.pack(step, numbers) if len(numbers) == len(found) else None
 
     def _take_source(self, call: ServedCall) -> str | None:
         """Drops what follows from another source than the call; returns what tells them apart."""
@@ -196,10 +243,11 @@ class Branch:
         if self._check_finite:
             for slot, cuts, _ in fresh:
                 _check_finite(step, slot, cuts)
-        num_stored = self.slots.put(fresh, step.index) if fresh else 0
+        num_stored = self.slots.put(fresh, step.index, step.binding.depths) if fresh else 0
         num_reused = len(step.reused)
+        num_computed = planned.num_computed if num_reused else len(plan.slots)
         self.num_reused += num_reused
-        self._recorder.add_call(num_reused, len(plan.slots) - num_reused, num_stored)
+        self._recorder.add_call(num_reused, num_computed, num_stored)
         if step.index + 1 == plan.num_steps:
             self._end()
         elif planned.last_reads and not self.may_repeat:
@@ -264,7 +312,8 @@ class UnscheduledCalls(Branch):
 
 def _check_finite(step: ActiveStep, slot: int, cuts: Cuts) -> None:
     if not all(map(is_finite, cuts)):
-        spec = step.binding.plan.slots[slot]
+        binding = step.binding
+        spec = binding.plan.slots[binding.columns.index(slot)]
         raise GuardError(
             f"expected finite values to keep, found NaN or infinity in the {spec.kind} branch "
             f"{spec.name!r} at step {step.index}"

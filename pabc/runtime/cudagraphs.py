@@ -16,7 +16,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import GraphModule
@@ -32,6 +32,21 @@ DEVICE_TYPE = "cuda"
 """The type of the devices on which graphs are recorded."""
 MAX_IDLE = 4
 """The most workspaces that a program keeps for later branches."""
+
+
+WEIGHTS = -1
+"""The slot of the weights of forecasts, in a :class:`ReusedPlace`."""
+
+
+class ReusedPlace(NamedTuple):
+    """The memory that takes a reused value: of a slot, by age (0: the newest), the index of a cut.
+
+    Or that of the weights of forecasts (slot `WEIGHTS`), with their number for the age.
+    """
+
+    slot: int
+    age: int
+    index: int
 
 
 class Tape:
@@ -84,6 +99,7 @@ class Recordable:
         outputs: the model's outputs: a constant, or a `Place` among `tensors`.
         tensors: the places of the outputs that are tensors.
         cuts: slot -> the places of its cuts, for the slots that are kept.
+        reused: the places of the reused values, in the order of the phase's inputs.
     """
 
     parts: tuple[LinkedPiece, ...]
@@ -91,6 +107,7 @@ class Recordable:
     outputs: tuple[Any, ...]
     tensors: tuple[int, ...]
     cuts: Mapping[int, tuple[int, ...]]
+    reused: tuple[ReusedPlace, ...]
 
 
 @dataclass(slots=True)
@@ -127,6 +144,7 @@ class Workspace:
         self._inputs: list[Any] = []  # allocated at the first step, as all below
         self._hoisted: tuple[torch.Tensor, ...] = ()
         self._slots: dict[int, tuple[torch.Tensor, ...]] = {}
+        self._reused: dict[ReusedPlace, torch.Tensor] = {}
         self._phases: dict[Recordable, _Recorded | None] = {}
 
     def take_inputs(self, inputs: Sequence[Any]) -> None:
@@ -147,13 +165,15 @@ class Workspace:
                 _copy(given, place)
         return self._hoisted
 
-    def run(self, phase: Recordable, reused: Sequence[int]) -> tuple[list[Any], list[torch.Tensor]]:
-        """Runs a phase on the inputs and hoisted values taken, and the cuts of reused slots.
+    def run(
+        self, phase: Recordable, reused: Sequence[torch.Tensor]
+    ) -> tuple[list[Any], list[torch.Tensor]]:
+        """Runs a phase on the inputs and hoisted values taken, and on reused values.
 
         Returns the model's outputs, which the caller owns, and the kept cuts, which stay in this
         workspace and are overwritten when their slots are computed again.
         """
-        cuts = [cut for slot in reused for cut in self._slots[slot]]
+        cuts = [self._take_reused(*pair) for pair in zip(phase.reused, reused, strict=True)]
         values = dict(enumerate([*phase.weights, *self._inputs, *self._hoisted, *cuts]))
         if phase in self._phases:
             self._play(phase, values)
@@ -167,6 +187,16 @@ class Workspace:
             tensors[p.index] if isinstance(p, passes.ResultIndex) else p for p in phase.outputs
         ]
         return outputs, kept
+
+    def _take_reused(self, place: ReusedPlace, given: torch.Tensor) -> torch.Tensor:
+        """Copies a reused value to its address, unless it is in the buffer of its slot."""
+        buffers = self._slots.get(place.slot, ())
+        if place.age == 0 and buffers and given is buffers[place.index]:
+            return given
+        if place not in self._reused:
+            self._reused[place] = _allocate_like(given)
+        _copy(given, self._reused[place])
+        return self._reused[place]
 
     def _play(self, phase: Recordable, values: dict[int, Any]) -> None:
         """Runs a phase piece by piece; records those pieces that are not recorded yet."""

@@ -8,7 +8,7 @@ slots whose cuts are kept.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from typing import Any, Protocol
@@ -17,17 +17,17 @@ import torch
 from torch.fx import GraphModule
 
 from pabc import passes
-from pabc.passes import Cuts
+from pabc.passes import Cuts, Reused
 from pabc.runtime.bindings import InputShapes
 from pabc.runtime.chain import BlockChain
-from pabc.runtime.cudagraphs import LinkedPiece, Recordable, Workspaces
+from pabc.runtime.cudagraphs import WEIGHTS, LinkedPiece, Recordable, ReusedPlace, Workspaces
 
 SlotIndices = tuple[int, ...]
 """Ascending indices of slots."""
 Spans = tuple[tuple[int, slice], ...]
 """Slots, each with where its cuts are in a flat sequence of cuts."""
 PhaseFunction = Callable[..., tuple[Sequence[Any], Sequence[torch.Tensor]]]
-"""(inputs, hoisted values, the reused cuts) -> (outputs, the stored cuts), as flat sequences."""
+"""(inputs, hoisted values, the reused values) -> (outputs, the stored cuts), as flat sequences."""
 
 
 class StepValues(Protocol):
@@ -50,11 +50,14 @@ class StepValues(Protocol):
     def replace_hoisted(self, values: tuple[torch.Tensor, ...]) -> None:
         """Keeps these tensors in place of the hoisted ones, which they equal."""
 
-    def reused_cuts(self) -> list[torch.Tensor]:
-        """Returns the cuts of the slots that the step reuses, one after the other."""
+    def reused_values(self) -> list[torch.Tensor]:
+        """Returns the weights of forecasts, if there are any, and what the reused slots hold."""
 
-    def read(self, slot: int) -> Cuts | None:
-        """Returns the cuts of one slot; None where the step computes them."""
+    def read(self, slot: int) -> Reused | None:
+        """Returns what the step reuses of one slot; None where it computes it."""
+
+    def keeps_history(self, slot: int) -> bool:
+        """Returns True if a slot may keep values of several steps."""
 
     def write(self, slot: int, cuts: Cuts) -> None:
         """Notes the cuts that the step computed for one slot."""
@@ -91,8 +94,8 @@ class PhaseExecutable:
     spans: Spans
 
     def run(self, step: StepValues) -> Sequence[Any]:
-        """Runs the function on the inputs, the hoisted values and the reused cuts."""
-        outputs, cuts = self.function(*step.inputs, *step.hoisted(), *step.reused_cuts())
+        """Runs the function on the inputs, the hoisted values and the reused values."""
+        outputs, cuts = self.function(*step.inputs, *step.hoisted(), *step.reused_values())
         if self.spans:
             step.keep(self.spans, cuts)
         return outputs
@@ -111,9 +114,16 @@ class RecordedExecutable:
         workspace = self.workspaces.of(step.branch, step.layout)
         workspace.take_inputs(step.inputs)
         step.replace_hoisted(workspace.take_hoisted(step.hoisted()))
-        outputs, cuts = workspace.run(self.phase, step.reused)
-        step.keep(self.spans, cuts)
+        outputs, cuts = workspace.run(self.phase, step.reused_values())
+        step.keep(self.spans, self._own(step, cuts))
         return outputs
+
+    def _own(self, step: StepValues, cuts: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Returns the kept cuts, copied out of the workspace for slots that keep a history."""
+        for slot, span in self.spans:
+            if step.keeps_history(slot):
+                cuts[span] = [cut.clone() for cut in cuts[span]]
+        return cuts
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,21 +143,21 @@ class LoweredPhase:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CompiledPhase(ABC):
-    """A phase that can return the cuts of the slots in `stored`, of which a step keeps some.
+    """A phase that can return the cuts of the slots that it stores, of which a step keeps some.
 
     A cut that a step does not keep is released as soon as the step itself no longer needs it.
 
     Attributes:
-        stored: ascending.
+        slots: what the phase reuses and stores.
         widths: how many cuts each slot has.
     """
 
-    stored: SlotIndices
+    slots: passes.PhaseSlots
     widths: Sequence[int]
 
     @abstractmethod
     def link(self, kept: SlotIndices) -> Executable:
-        """Returns what runs steps that keep the slots in `kept`, a subset of `stored`."""
+        """Returns what runs steps that keep the slots in `kept`, a subset of those it stores."""
 
     def _spans(self, kept: SlotIndices) -> Spans:
         stops = list(accumulate(self.widths[slot] for slot in kept))
@@ -158,7 +168,7 @@ class CompiledPhase(ABC):
 
     def _indices(self, kept: SlotIndices) -> list[int]:
         """Returns where the cuts of `kept` are among those of all slots in `stored`."""
-        order = [slot for slot in self.stored for _ in range(self.widths[slot])]
+        order = [slot for slot in self.slots.stored for _ in range(self.widths[slot])]
         return [index for index, slot in enumerate(order) if slot in kept]
 
 
@@ -232,5 +242,15 @@ class PhaseChain(CompiledPhase):
             self.lowered.lifted.outputs,
             tensors,
             {slot: tuple(islice(rest, self.widths[slot])) for slot in kept},
+            tuple(self._reused_places()),
         )
         return RecordedExecutable(phase, self._spans(kept), self.workspaces)
+
+    def _reused_places(self) -> Iterator[ReusedPlace]:
+        """Yields where each reused value is put, in the order of the phase's inputs."""
+        if num := sum(self.slots.depths):
+            yield ReusedPlace(WEIGHTS, num, 0)
+        for slot, depth in zip(self.slots.reused, self.slots.depths, strict=True):
+            for age in range(max(depth, 1)):
+                for i in range(self.widths[slot]):
+                    yield ReusedPlace(slot, age, i)

@@ -59,6 +59,14 @@ def _dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
 
 
+_ReuseKey = tuple[SlotIndices, tuple[int, ...], InputShapes]
+"""The slots that a phase reuses, their depths, and the inputs' shapes."""
+
+
+def _reuse_key(phase: PhaseSlots, layout: InputShapes) -> _ReuseKey:
+    return phase.reused, phase.depths, layout
+
+
 class Phases:
     """Specializes and compiles the phases of a captured model, each when it is first needed.
 
@@ -90,10 +98,8 @@ class Phases:
         self.backend = options.backend
         self._sizes = guarded.captured.sizes
         self._specialized: dict[PhaseSlots, Compilation] = {}
-        self._compiled: dict[tuple[SlotIndices, InputShapes], list[CompiledPhase]] = {}
-        self._executables: dict[
-            tuple[SlotIndices, SlotIndices, SlotIndices, InputShapes], Executable
-        ] = {}
+        self._compiled: dict[_ReuseKey, list[CompiledPhase]] = {}
+        self._executables: dict[tuple[PhaseSlots, SlotIndices, InputShapes], Executable] = {}
         self._widths = [len(region.kept) for region in guarded.regions]
 
     @property
@@ -116,13 +122,12 @@ class Phases:
         """Returns what runs a step in the phase that reuses these slots, for inputs like these."""
         if self.backend == "oracle":
             return self._reference
-        stored, readable = binding.stored[reused], binding.steps[step].readable
-        key = reused, stored, readable, self.layout(inputs)
+        phase, readable = binding.phase(step, reused), binding.steps[step].readable
+        key = phase, readable, self.layout(inputs)
         known = self._executables.get(key)
         if known is None:
-            phase = PhaseSlots(reused, stored)
             compiled = self._find(phase, inputs) or self._compile([phase], inputs)[0]
-            kept = tuple(slot for slot in stored if slot in readable)
+            kept = tuple(slot for slot in phase.stored if slot in readable)
             known = self._executables[key] = compiled.link(kept)
         return known
 
@@ -130,16 +135,13 @@ class Phases:
         """Compiles every phase of the plan now, for inputs like these."""
         if self.backend == "oracle":
             return
-        phases = [
-            PhaseSlots(phase.reused, binding.stored[phase.reused]) for phase in binding.plan.phases
-        ]
-        missing = [phase for phase in phases if self._find(phase, inputs) is None]
+        missing = [phase for phase in binding.phases if self._find(phase, inputs) is None]
         if missing:
             self._compile(list(dict.fromkeys(missing)), inputs)
 
     def _find(self, phase: PhaseSlots, inputs: Sequence[Any]) -> CompiledPhase | None:
-        for known in self._compiled.get((phase.reused, self.layout(inputs)), ()):
-            if known.stored == phase.stored or set(known.stored) >= set(phase.stored):
+        for known in self._compiled.get(_reuse_key(phase, self.layout(inputs)), ()):
+            if set(known.slots.stored) >= set(phase.stored):
                 return known
         return None
 
@@ -157,7 +159,7 @@ class Phases:
         with compiling():
             if self._runs_op_by_op:
                 made: list[CompiledPhase] = [
-                    PhaseGraph(phase.stored, self._widths, self.specialize(phase))
+                    PhaseGraph(phase, self._widths, self.specialize(phase))
                     for phase in phases
                 ]
             else:
@@ -171,7 +173,7 @@ class Phases:
                     for phase, low in zip(phases, lowered, strict=True)
                 ]
         for compiled, phase in zip(made, phases, strict=True):
-            self._compiled.setdefault((phase.reused, self.layout(inputs)), []).append(compiled)
+            self._compiled.setdefault(_reuse_key(phase, self.layout(inputs)), []).append(compiled)
         self.compile_seconds += perf_counter() - start
         self._recorder.add(compiles=len(made))
         return made
@@ -214,15 +216,13 @@ class Phases:
     ) -> None:
         """Adds the code of a phase's blocks, compiled elsewhere."""
         compiled = self._linkable(phase, lowered, code)
-        self._compiled.setdefault((phase.reused, ()), []).append(compiled)
+        self._compiled.setdefault(_reuse_key(phase, ()), []).append(compiled)
 
     @property
     def compiled(self) -> list[PhaseSlots]:
         """The phases that were compiled so far."""
         return [
-            PhaseSlots(reused, compiled.stored)
-            for (reused, _), known in self._compiled.items()
-            for compiled in known
+            compiled.slots for known in self._compiled.values() for compiled in known
         ]
 
     def _linkable(
@@ -236,5 +236,5 @@ class Phases:
         )
         weights = self._weights.live(lowered.lifted.weights)
         return PhaseChain(
-            phase.stored, self._widths, lowered, code, weights, self._workspaces, unrecordable
+            phase, self._widths, lowered, code, weights, self._workspaces, unrecordable
         )

@@ -129,9 +129,7 @@ class Program:
 
     def specialize(self, binding: Binding) -> tuple[GraphModule, ...]:
         """Returns one specialized module per phase, in the plan's order."""
-        reused = [phase.reused for phase in binding.plan.phases]
-        phases = (passes.PhaseSlots(slots, binding.stored[slots]) for slots in reused)
-        return tuple(map(self.phases.specialize, phases))
+        return tuple(map(self.phases.specialize, binding.phases))
 
     def pack(self, leaves: list[Any], args: Any, kwargs: Any, *, within_hooks: bool) -> list[Any]:
         """Returns the inputs of the graphs from the flattened arguments."""

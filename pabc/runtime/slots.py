@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ class FreshCuts(NamedTuple):
 
 
 class HeldCuts(NamedTuple):
-    """The value of a slot: cuts, the step that computed them, the last that may read them."""
+    """A value of a slot: cuts, the step that computed them, the last that may read them."""
 
     cuts: Cuts
     step: int
@@ -30,10 +30,13 @@ class HeldCuts(NamedTuple):
 
 
 class HeldSlots:
-    """The slots of one branch that hold something; the bytes are counted as long as it lives."""
+    """The slots of one branch that hold something: each a history of values, the newest first.
+
+    The bytes are counted as long as the object lives.
+    """
 
     def __init__(self, recorder: Recorder) -> None:
-        self._held: dict[int, HeldCuts] = {}
+        self._held: dict[int, tuple[HeldCuts, ...]] = {}
         self._account = recorder.account(self)
 
     @property
@@ -45,50 +48,76 @@ class HeldSlots:
         """Returns whether all these slots hold something."""
         return all(map(self._held.__contains__, slots))
 
-    def read(self, slot: int) -> Cuts:
-        """Returns what a slot holds."""
-        return self._held[slot].cuts
+    def sources(self, slot: int, depth: int) -> tuple[int, ...]:
+        """Returns the steps that computed what a slot holds, the newest first, `depth` at most."""
+        return tuple(held.step for held in self._held.get(slot, ())[:depth])
 
-    def read_flat(self, slots: Sequence[int]) -> list[torch.Tensor]:
-        """Returns what these slots hold, one after the other."""
-        return [cut for slot in slots for cut in self._held[slot].cuts]
+    def read(self, slot: int, depth: int) -> tuple[Cuts, ...]:
+        """Returns the newest values of a slot, `depth` of them, or one for 0.
 
-    def put(self, fresh: Sequence[FreshCuts], step: int) -> int:
-        """Replaces what slots hold by what `step` computed.
+        Where it holds fewer, the oldest stands in for those that are missing; its weight there is
+        to be 0.
+        """
+        history = self._held[slot]
+        num = max(depth, 1)
+        cuts = [held.cuts for held in history[:num]]
+        return (*cuts, *(cuts[-1:] * (num - len(cuts))))
 
+    def read_flat(self, slots: Sequence[int], depths: Sequence[int]) -> list[torch.Tensor]:
+        """Returns what these slots hold, one after the other, each the newest first."""
+        pairs = zip(slots, depths, strict=True)
+        return [cut for slot, depth in pairs for cuts in self.read(slot, depth) for cut in cuts]
+
+    def put(self, fresh: Sequence[FreshCuts], step: int, depths: Sequence[int]) -> int:
+        """Adds to slots what `step` computed, in the place of what it computed for them before.
+
+        `depths`: for every slot, how many values it keeps, but 1 for 0.
         Returns how many of the slots held nothing of this step before.
         """
-        added = num_stored = 0
+        change = num_stored = 0
         for slot, computed, until in fresh:
             cuts = tuple(map(without_spare_memory, computed))
-            nbytes = _count_bytes(cuts)
-            before = self._held.get(slot)
-            self._held[slot] = HeldCuts(cuts, step, until, nbytes)
-            num_stored += before is None or before.step != step
-            added += nbytes - (0 if before is None else before.nbytes)
-        if added:
-            self._account.set(self._account.nbytes + added)
+            history = self._held.get(slot, ())
+            older = history[1:] if history and history[0].step == step else history
+            kept = (HeldCuts(cuts, step, until, _count_bytes(cuts)), *older)
+            self._held[slot] = kept = kept[: max(depths[slot], 1)]
+            num_stored += older is history
+            change += _sum_bytes(kept) - _sum_bytes(history)
+        if change:
+            self._account.set(self._account.nbytes + change)
         return num_stored
 
     def free_last_reads(self, slots: Iterable[int], step: int) -> None:
-        """Frees those of `slots` whose value no step after `step` reads."""
-        held = self._held
-        self._remove([j for j in slots if j in held and held[j].until == step])
+        """Frees those values of `slots` that no step after `step` reads."""
+        self._keep_those(slots, lambda held: held.until != step)
 
     def free_before(self, step: int) -> None:
         """Frees what no step from `step` on reads, or was computed at one of these."""
-        held = self._held.items()
-        self._remove([j for j, h in held if h.until < step or h.step >= step])
+        self._keep_those(list(self._held), lambda held: held.step < step <= held.until)
 
     def clear(self) -> None:
         """Frees all slots."""
         self._held.clear()
         self._account.set(0)
 
-    def _remove(self, slots: Sequence[int]) -> None:
-        removed = sum([self._held.pop(slot).nbytes for slot in slots])
-        if removed:
-            self._account.set(self._account.nbytes - removed)
+    def _keep_those(self, slots: Iterable[int], is_kept: Callable[[HeldCuts], bool]) -> None:
+        change = 0
+        for slot in slots:
+            history = self._held.get(slot, ())
+            kept = tuple(filter(is_kept, history))
+            if len(kept) == len(history):
+                continue
+            change += _sum_bytes(kept) - _sum_bytes(history)
+            if kept:
+                self._held[slot] = kept
+            else:
+                del self._held[slot]
+        if change:
+            self._account.set(self._account.nbytes + change)
+
+
+def _sum_bytes(history: Iterable[HeldCuts]) -> int:
+    return sum(held.nbytes for held in history)
 
 
 def _count_bytes(cuts: Cuts) -> int:
