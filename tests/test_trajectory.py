@@ -200,7 +200,7 @@ def test_an_abandoned_generation_frees_its_slots(model, how, monkeypatch):
     with run:
         generate(fast, 0, steps=range(1))
     assert run.nbytes == fast.stats.nbytes > 0
-    held = weakref.ref(next(iter(run._branches[None, 0].slots._held.values())).cuts[0])
+    held = weakref.ref(next(iter(run._branches[None, 0].slots._held.values()))[0].cuts[0])
     if how == "reset":
         run.reset()
     elif how == "exception":

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from pabc import passes
 from pabc.budget import Fit, fit_plan
 from pabc.passes import cache_read
-from pabc.plan import Action, Plan, SlotSpec
+from pabc.plan import Plan, SlotSpec
 from pabc.schedule import Schedule
 
 InputShapes = tuple[tuple[int, ...], ...]
@@ -144,7 +144,7 @@ def _steps_of(plan: Plan, columns: tuple[int, ...], num_slots: int) -> Iterator[
         for slot, last in enumerate(row):
             if last >= 0:
                 ends[last].add(slot)
-    num_computed = np.isin(plan.actions, (Action.COMPUTE, Action.STORE)).sum(axis=1).tolist()
+    num_computed = plan.computed.sum(axis=1).tolist()
     for step, (phase, row, slots) in enumerate(
         zip(plan.phase_of_step, table.tolist(), ends, strict=True)
     ):
