@@ -25,10 +25,10 @@ def specialize_phase_pass(gm: GraphModule, regions: Regions, slots: PhaseSlots) 
 
     Requires: a guarded graph (:func:`insert_cache_pass`); no slot both reused and stored.
     Ensures: inputs are the model's, followed by the weights of forecasts if there are any (float32,
-    in slot order, the newest value's first), and by the contents of the reused slots in slot order,
-    the newest first; the output is (the model's outputs, the new contents of the stored slots in slot order); nothing
-    that only a reused region needed is left; equal, bit for bit, to the guarded graph at a step of
-    this phase.
+    in slot order, that of the newest value first), and by the contents of the reused slots in slot
+    order, the newest first; the output is (the model's outputs, the new contents of the stored
+    slots in slot order); nothing that only a reused region needed is left; equal, bit for bit, to
+    the guarded graph at a step of this phase.
 
         # before                                # after (slot 0 reused)
         %h = cache_read(%trajectory, 0)         %spatial_0_cut0 = placeholder

@@ -17,7 +17,6 @@ from torch.fx import Graph, GraphModule
 
 import pabc
 from pabc.passes import (
-    PhaseSlots,
     compile_blocks,
     split_blocks_pass,
 )
@@ -139,7 +138,9 @@ def test_distinct_blocks_do_not_grow_with_depth():
         fast = pabc.compile(model, schedule, backend="eager")
         fast.prepare(latents, torch.full((2,), 990), encoder_hidden_states=text)
         program, binding = fast._captured("")
-        phases = [program.phases.lower(phase) for phase in dict.fromkeys((*binding.phases, binding.whole))]
+        phases = [
+            program.phases.lower(phase) for phase in dict.fromkeys((*binding.phases, binding.whole))
+        ]
         keys = [block.key for lowered in phases for block in lowered.blocks]
         calls = [call for lowered in phases for call in lowered.chain.calls]
         counts.append((len(set(keys)), len(keys), len(calls)))

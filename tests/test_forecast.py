@@ -70,7 +70,9 @@ def test_phases_equal_the_oracle(case: Case, cache_dtype, offloads, captured):
         weights = torch.randn(sum(depths))
         rows = dict(zip(reused, weights.split(depths), strict=True))
         histories = {
-            slot: Reused(tuple(step[slot] for step in kept[: max(depth, 1)]), row if depth else None)
+            slot: Reused(
+                tuple(step[slot] for step in kept[: max(depth, 1)]), row if depth else None
+            )
             for (slot, row), depth in zip(rows.items(), depths, strict=True)
         }
         stored = [slot for slot in slots if slot not in reused]

@@ -84,7 +84,13 @@ def write_program(program: Program, binding: Binding, folder: str) -> dict[str, 
         numbers = {key: i for i, key in enumerate(packages.blocks)}
         for phase, (lowered, keys) in packages.phases.items():
             called = [numbers[key] for key in keys]
-            phases.append([encode((phase.reused, phase.stored, phase.depths)), _write_lowered(lowered), called])
+            phases.append(
+                [
+                    encode((phase.reused, phase.stored, phase.depths)),
+                    _write_lowered(lowered),
+                    called,
+                ]
+            )
     content = {
         "analysis": analysis,
         "blocks": blocks,

@@ -46,7 +46,7 @@ class ReusedPlace(NamedTuple):
 
     slot: int
     age: int
-    index: int
+    cut: int
 
 
 class Tape:
@@ -191,7 +191,7 @@ class Workspace:
     def _take_reused(self, place: ReusedPlace, given: torch.Tensor) -> torch.Tensor:
         """Copies a reused value to its address, unless it is in the buffer of its slot."""
         buffers = self._slots.get(place.slot, ())
-        if place.age == 0 and buffers and given is buffers[place.index]:
+        if place.age == 0 and buffers and given is buffers[place.cut]:
             return given
         if place not in self._reused:
             self._reused[place] = _allocate_like(given)

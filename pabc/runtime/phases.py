@@ -159,8 +159,7 @@ class Phases:
         with compiling():
             if self._runs_op_by_op:
                 made: list[CompiledPhase] = [
-                    PhaseGraph(phase, self._widths, self.specialize(phase))
-                    for phase in phases
+                    PhaseGraph(phase, self._widths, self.specialize(phase)) for phase in phases
                 ]
             else:
                 lowered: list[LoweredPhase] = []
@@ -221,9 +220,7 @@ class Phases:
     @property
     def compiled(self) -> list[PhaseSlots]:
         """The phases that were compiled so far."""
-        return [
-            compiled.slots for known in self._compiled.values() for compiled in known
-        ]
+        return [compiled.slots for known in self._compiled.values() for compiled in known]
 
     def _linkable(
         self, phase: PhaseSlots, lowered: LoweredPhase, code: Sequence[passes.CompiledBlock]
