@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 from pabc.base.format import format_bytes
 from pabc.explanation import Explanation
 from pabc.options import Options
+from pabc.passes import forecast
 from pabc.plan import SlotSpec
 from pabc.runtime.bindings import Binding
 from pabc.runtime.branch import Branch, ServedCall
@@ -128,7 +129,9 @@ class OriginalProgram:
             check_kinds(schedule, self._original.reason)
             plan = schedule.plan(self.slots)
             _check_budget(plan.peak_bytes, self._original.options.memory_budget)
-            binding = self._bindings[schedule] = Binding.of(plan)
+            binding = self._bindings[schedule] = Binding.of(
+                plan, (SLOT,) if plan.slots else (), 1, torch.device("cpu")
+            )
         return binding
 
     def serve(self, inputs: list[Any], binding: Binding) -> ServedCall:
@@ -196,10 +199,11 @@ class OriginalProgram:
         branch = step.branch
         assert isinstance(branch, Branch)
         described = self._results[branch]
-        cuts = step.read(SLOT)
-        assert cuts is not None
+        reused = step.read(SLOT)
+        assert reused is not None
         with torch.no_grad():
-            tensors = [tensor.clone() for tensor in described.decode(cuts)]
+            histories = zip(*map(described.decode, reused.history), strict=True)
+            tensors = [_forecast(values, reused.weights) for values in histories]
         return described.build(tensors, step.inputs[0].leaves)
 
     def warn_of_writes(self, leaves: Sequence[int]) -> None:
@@ -288,6 +292,12 @@ class SkippedCall:
     def run(self, step: StepValues) -> Sequence[Any]:
         """Returns the forecast result as the only output."""
         return [self.program.forecast(step)]
+
+
+def _forecast(values: Sequence[torch.Tensor], weights: torch.Tensor | None) -> torch.Tensor:
+    """Returns what follows from kept values, the newest first, as a tensor of its own."""
+    result = forecast(values, weights)
+    return result.clone() if result is values[0] else result
 
 
 def _version(leaf: Any) -> int:
