@@ -197,6 +197,14 @@ def test_the_plan_that_is_shown_is_the_plan():
     assert str(found.plan) in document.source
 
 
+def test_the_plan_of_skipped_calls_that_is_shown_is_the_plan():
+    (document,) = (d for d in DOCUMENTS if d.name == "pabc/README.md")
+    schedule = pabc.Schedule.skip(make_scheduler().timesteps, 6)
+    mlp = pabc.SlotSpec("mlp", "mlp", 0, 512, outer=("model",))
+    plan = schedule.plan([mlp, pabc.SlotSpec("model", "model", 0, 1024)])
+    assert str(plan) in document.source
+
+
 @every_document
 def test_blocks_have_a_known_label(document):
     for block in document.blocks:
