@@ -106,8 +106,10 @@ def keep_rows(forecast: Forecast, mask: Iterable[bool]) -> Forecast:
     """
     if isinstance(forecast, str):
         return forecast
-    rows = tuple(row if reuses else () for row, reuses in zip(forecast, mask, strict=True))
-    return rows if any(row and row != (1.0,) for row in rows) else HOLD
+    rows = tuple(zip(forecast, mask, strict=True))
+    if all(row == (1.0,) for row, reuses in rows if reuses):
+        return HOLD
+    return tuple(row if reuses else () for row, reuses in rows)
 
 
 def _as_row(row: Any, step: int, name: str) -> tuple[float, ...]:

@@ -90,6 +90,8 @@ def test_rows_of_steps_that_do_not_reuse_are_dropped():
     assert keep_rows(((5.0,), (2.0, -1.0)), (False, True)) == ((), (2.0, -1.0))
     assert keep_rows(((5.0,), (1.0,), (1.0,)), (False, True, True)) == HOLD
     assert keep_rows("linear", (False, False)) == "linear"
+    missing = ((1.0,), (), (1.0,))
+    assert keep_rows(missing, (False, True, True)) == ((), (), (1.0,)), "the plan says so"
 
 
 def test_in_a_few_words():
