@@ -22,9 +22,10 @@ class Communication:
 
     Attributes:
         sharded: the sharded axes, outermost first.
-        kinds: of each region, in the order of a plan's slots.
+        kinds: of each region, in the order of a program's regions.
         regions: the collectives of each, which a step that reuses it does not make.
-        outside: the collectives outside of regions, which every call makes.
+        outside: the collectives outside of regions, which every call makes, unless the whole model
+            is reused: then nothing is sent.
         gathered: names of the regions whose attention every rank computes unsharded.
     """
 
@@ -69,8 +70,18 @@ class Communication:
         return self._at(plan, [len(region) for region in self.regions], len(self.outside))
 
     def _at(self, plan: Plan, each: Sequence[int], always: int) -> npt.NDArray[np.int64]:
-        computed = ~plan.reuse
-        return computed @ np.array(each, dtype=np.int64) + always
+        """Returns the sums of the numbers of what runs at each step.
+
+        A plan may have no slot for a coarse region, whose parts send in its place.
+        """
+        sent = [each[self._find_region(slot.kind, slot.layer)] for slot in plan.slots]
+        models = [j for j, slot in enumerate(plan.slots) if slot.kind == "model"]
+        is_called = ~plan.reuse[:, models].any(axis=1)
+        return plan.computed @ np.array(sent, dtype=np.int64) + is_called * always
+
+    def _find_region(self, kind: str, layer: int) -> int:
+        """Returns the index of a region: the `layer`-th of its kind."""
+        return [i for i, each in enumerate(self.kinds) if each == kind][layer]
 
     def lines(self, plan: Plan | None) -> list[str]:
         """Returns the lines that :class:`pabc.Explanation` prints."""

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 import pabc
 from pabc.base.arguments import bind_arguments
+from pabc.communication import Communication
 from pabc.passes import (
     Captured,
     Denoised,
@@ -34,6 +35,7 @@ from pabc.passes import (
 from pabc.passes.ir import aten
 from pabc.passes.shard import find_token_axes
 from pabc.passes.sharding import moves
+from pabc.plan import SlotSpec
 from pabc.sharding import shard_for, shares_computed
 
 BY_NAME = {case.name: case for case in MODELS}
@@ -442,3 +444,22 @@ def test_a_model_without_attention_is_refused():
     model = Image(Mlp()).eval()
     with pytest.raises(ValueError, match="mesh: expected a model with attention along axes of its"):
         pabc.explain(model, ranks=2, **BY_NAME["JointImage"].call())
+
+
+def test_a_skipped_call_sends_nothing():
+    """A plan without a slot for a coarse region, or with one, tells the same of what runs."""
+    sizes = {"spatial": 5, "mlp": 3, "output": 2}
+    sent = {name: moves.Collective("all_gather", 2, size) for name, size in sizes.items()}
+    communication = Communication(
+        sharded=(),
+        kinds=("spatial", "mlp", "stack", "model"),
+        regions=((sent["spatial"],), (sent["mlp"],), (), ()),
+        outside=(sent["output"],),
+    )
+    outer = ("stack", "model")
+    slots = [SlotSpec(kind, kind, 0, outer=outer) for kind in ("spatial", "mlp")]
+    slots += [SlotSpec("stack", "stack", 0, outer=("model",)), SlotSpec("model", "model", 0)]
+    for kind, expected in {"spatial": 5, "stack": 2, "model": 0}.items():
+        plan = pabc.Schedule.skip((3, 2, 1), (0, 2), kind=kind).plan(slots)
+        assert communication.bytes_at(plan).tolist() == [10, expected, 10]
+    assert communication.calls_at(plan).tolist() == [3, 0, 3]
