@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -209,6 +209,28 @@ class Plan:
         if planned and tuple(sources[: len(planned)]) == planned:
             return self.weights(step, slot) + (0.0,) * (len(sources) - len(planned))
         return None
+
+    def without(self, slots: Collection[int]) -> Plan:
+        """Returns the plan in which these slots are computed where they are reused.
+
+        What they contain is computed there, too. A step with given weights computes if it would
+        find other values than those that the weights are for.
+        """
+        reuse = self.reuse
+        reuse[:, list(slots)] = False
+        while True:
+            plan = Plan.from_reuse(self.timesteps, self.slots, reuse, self.forecasts, self.units)
+            stale = [
+                (step, slot)
+                for slot, forecast in enumerate(self.forecasts)
+                if not isinstance(forecast, str)
+                for step, reading in plan._readings[slot].items()
+                if reading.sources != self.history(step, slot)
+            ]
+            if not stale:
+                return plan
+            for step, slot in stale:
+                reuse[step, slot] = False
 
     @property
     def num_kept(self) -> npt.NDArray[np.int64]:

@@ -230,6 +230,32 @@ def test_weights_for_other_sources(case, data):
                 assert line == pytest.approx(at[step], abs=1e-6)
 
 
+@settings(deadline=None)
+@given(cases(), st.sets(st.integers(0, 7)))
+def test_without_some_slots_given_weights_are_for_the_values_that_they_were_for(case, slots):
+    plan = case.plan()
+    less = plan.without(slots)
+    assert not less.reuse[:, list(slots)].any()
+    assert not (less.reuse & ~plan.reuse).any()
+    assert not (plan.computed & ~less.computed).any()
+    for slot, forecast in enumerate(plan.forecasts):
+        for step in np.nonzero(less.reuse[:, slot])[0]:
+            same = less.history(step, slot) == plan.history(step, slot)
+            assert same or isinstance(forecast, str)
+    assert plan.without(()) == plan
+
+
+def test_without_a_coarse_slot_what_it_contains_is_computed_there():
+    slots = [SlotSpec("a", "mlp", 0, 1, ("m",)), SlotSpec("m", "model", 0, 1)]
+    reuse = [[False] * 2, [False] * 2, [False, True], [True, False]]
+    rows = ((), (), (), (3.0, -2.0))
+    held = Plan.from_reuse((4, 3, 2, 1), slots, reuse, ["linear", "hold"])
+    assert held.without([1]).history(3, 0) == (2, 1)
+    fitted = Plan.from_reuse((4, 3, 2, 1), slots, reuse, [rows, "hold"])
+    assert fitted.history(3, 0) == (1, 0)
+    assert not fitted.without([1]).reuse.any()
+
+
 def chain(column: str, forecast: object = "linear", units: str = "step") -> Plan:
     """A plan of one slot, `.` where it reuses."""
     reuse = np.array([[symbol == "."] for symbol in column])
