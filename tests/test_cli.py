@@ -168,6 +168,7 @@ def test_bad_targets_are_named(
         (["--input", "x=[1]:float7"], "and a torch dtype"),
         (["--input", "x"], "expected NAME=VALUE, found 'x'"),
         (["--kinds", "blocks.*=spatiall"], "with KIND one of spatial, temporal"),
+        (["--kinds", "blocks.*=block"], "cross, mlp, other, found 'blocks.*=block'"),
         (["--cut", "middle"], "choose from"),
         (["--ranks", "2x"], "expected N or BxN, such as 4 or 2x4, found '2x'"),
         (["--ranks", "0"], "expected N or BxN, such as 4 or 2x4, found '0'"),

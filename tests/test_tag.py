@@ -254,12 +254,13 @@ def test_the_kind_that_the_user_states_wins():
     assert kinds_of(gm) == ("spatial", "cross")
 
 
-def test_an_unknown_kind_is_refused():
+@pytest.mark.parametrize("kind", ["self", "block", "model"])
+def test_what_is_no_kind_of_attention_is_refused(kind):
     gm = run_to(capture_call(Image(Branch()), IMAGE.call()), "enlarge")
     with pytest.raises(
-        ValueError, match=r"kinds\['\*'\]: expected one of .*'spatial'.*found 'self'"
+        ValueError, match=rf"kinds\['\*'\]: expected one of .*'spatial'.*found '{kind}'"
     ):
-        apply(tag_attention_pass, gm, Denoised, Enlarged, kinds={"*": "self"})
+        apply(tag_attention_pass, gm, Denoised, Enlarged, kinds={"*": kind})
 
 
 def test_a_pattern_that_matches_nothing_is_refused():
