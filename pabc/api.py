@@ -113,13 +113,6 @@ def compile(
 
     Source: Pyramid Attention Broadcast, arXiv 2408.12588.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
-    if not isinstance(schedule, Schedule):
-        raise TypeError(
-            f"schedule: expected a pabc.Schedule, found {type(schedule).__name__}; "
-            "see pabc.Schedule.pyramid and pabc.presets"
-        )
     options = Options.of(
         backend=backend,
         cut=cut,
@@ -137,12 +130,54 @@ def compile(
         disable=disable,
         check_finite=check_finite,
     )
+    return _build(
+        model, schedule, options, mesh=mesh, example_inputs=example_inputs, inplace=inplace
+    )
+
+
+def compile_or_call(
+    model: nn.Module,
+    schedule: Schedule,
+    *,
+    mesh: DeviceMesh | None = None,
+    example_inputs: tuple[Sequence[Any], Mapping[str, Any]] | None = None,
+    **options: Any,
+) -> CompiledModel:
+    """Compiles a model as :func:`compile` does, but one that cannot be captured is called as it is
+    (`backend="original"`) where the schedule reuses nothing but whole calls; this is logged."""
+    return _build(
+        model,
+        schedule,
+        Options.of(mesh=mesh, **options),
+        mesh=mesh,
+        example_inputs=example_inputs,
+        falls_back=True,
+    )
+
+
+def _build(
+    model: nn.Module,
+    schedule: Schedule,
+    options: Options,
+    *,
+    mesh: DeviceMesh | None,
+    example_inputs: tuple[Sequence[Any], Mapping[str, Any]] | None,
+    inplace: bool = False,
+    falls_back: bool = False,
+) -> CompiledModel:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
+    if not isinstance(schedule, Schedule):
+        raise TypeError(
+            f"schedule: expected a pabc.Schedule, found {type(schedule).__name__}; "
+            "see pabc.Schedule.pyramid and pabc.presets"
+        )
     peers = None if mesh is None else Peers(mesh)
     if inplace:
         check_place(model)
-    if backend != "original":
+    if options.backend != "original" and not falls_back:
         refuse_foreign_hooks(model, schedule)
-    compiled = CompiledModel(model, schedule, options, peers=peers)
+    compiled = CompiledModel(model, schedule, options, peers=peers, falls_back=falls_back)
     if example_inputs is not None:
         args, kwargs = example_inputs
         compiled.prepare(*args, **kwargs)

@@ -222,6 +222,11 @@ class CompiledModel(Wrapper):
         self._observers.remove(observer)
 
     @property
+    def needs_capture(self) -> bool:
+        """True if a model that cannot be captured is refused, whatever the schedule."""
+        return not (self._falls_back or self._programs.runs_hooks)
+
+    @property
     def is_observed(self) -> bool:
         """True if a pipeline states the steps of this model."""
         return bool(self._observers)

@@ -92,8 +92,8 @@ class Explanation:
         if self.uncaptured is not None:
             return "\n".join(
                 [
-                    "the model is called as it is (backend='original'), and nothing within it is "
-                    f"captured: {self.uncaptured}",
+                    "the model is called as it is, and nothing within it is captured: "
+                    f"{self.uncaptured}",
                     *self._plan_lines(),
                 ]
             )

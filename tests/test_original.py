@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pytest
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from skips import (
-    SkipByHand,
-    assert_alike,
-    generate,
-    skip_calls,
-)
+from skips import HOLD, MASK, TIMESTEPS, SkipByHand, assert_alike, generate, skip_calls, step_inputs
 from torch import nn
+
+import pabc
 
 pytestmark = pytest.mark.runtime
 
@@ -67,3 +65,218 @@ def test_a_dataclass_is_rebuilt():
     found, expected = generate(fast), generate(SkipByHand(lambda *a: model(*a).sample))
     assert all(type(each) is Found and each.note == "note" for each in found)
     assert_alike([each.sample for each in found], expected)
+
+
+def test_what_is_kept_shares_no_memory_with_anything():
+    """Neither with what the caller gets, and may write to, nor with what he passed."""
+    model = Small(lambda y: (y, y)).eval()
+    fast, by_hand = skip_calls(model), SkipByHand(model)
+    for step in range(len(MASK)):
+        x, t = step_inputs(step)
+        with torch.no_grad():
+            found, expected = fast(x, t), by_hand(x, t)
+        assert_alike([found], [expected])
+        for tensor in (*found, x, t):
+            tensor.fill_(-1)
+
+
+def test_an_output_that_is_an_input_is_that_of_the_same_call():
+    class Passing(Small):
+        def forward(self, x, t):
+            return super().forward(x, t), x
+
+    fast = skip_calls(Passing().eval())
+    for step in range(len(MASK)):
+        x, t = step_inputs(step)
+        with torch.no_grad():
+            assert fast(x, t)[1] is x
+    assert fast.stats.reused == 3 and fast.stats.peak_nbytes == x.nbytes
+
+
+def test_a_model_that_writes_to_its_inputs_warns_once_and_skipped_steps_do_not_write():
+    class Writing(Small):
+        def forward(self, x, t):
+            return (super().forward(x, t), x.mul_(2))
+
+    fast = skip_calls(Writing().eval())
+    for _ in range(2):
+        with pytest.warns(UserWarning) if not fast.stats.calls else nullcontext() as caught:
+            found = generate(fast)
+    assert caught is None
+    x, _ = step_inputs(2)
+    assert torch.equal(found[2][1], step_inputs(1)[0] * 2), "what the call left there is a result"
+    assert torch.equal(x, step_inputs(2)[0])
+
+
+def test_the_warning_of_writes_names_the_input():
+    class Writing(Small):
+        def forward(self, x, t):
+            t.add_(0)
+            return super().forward(x, t)
+
+    with pytest.warns(UserWarning, match=r"Writing writes to its input .*1.*; steps that skip"):
+        generate(skip_calls(Writing().eval()))
+
+
+def test_tensors_that_hide_in_an_object_are_refused():
+    class Hiding:
+        def __init__(self, y):
+            self.sample = y
+
+    fast = skip_calls(Small(Hiding).eval())
+    with pytest.raises(ValueError, match="found a Hiding that holds tensors"):
+        generate(fast)
+
+
+OTHERS = {
+    "kind": pabc.Schedule.from_masks(TIMESTEPS, {"model": MASK, "cross": MASK}),
+    "layer": HOLD.override(name="blocks.*", mask=MASK),
+    "override": pabc.Schedule.none(TIMESTEPS).override(kind="mlp", layers=0, every=2),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+def test_schedules_of_what_is_within_the_model_are_refused(other):
+    message = r"schedule: expected only kind 'model' with backend='original', found (kind|override)"
+    model = Small().eval()
+    with pytest.raises(ValueError, match=message):
+        skip_calls(model, other)
+    fast = skip_calls(model)
+    with pytest.raises(ValueError, match=message):
+        fast.schedule = other
+    with pytest.raises(ValueError, match=message):
+        fast.trajectory(other)
+    assert fast.schedule == HOLD
+
+
+def test_overrides_of_the_call_are_followed():
+    mask = (False, True, True, True, False, False, True)
+    model = Small().eval()
+    fast = skip_calls(model, HOLD.override(name="model", mask=mask))
+    assert_alike(generate(fast), generate(SkipByHand(model, mask)))
+    fast.schedule = HOLD.override(kind="model", every=1)
+    assert_alike(generate(fast), generate(model))
+    fast.schedule = HOLD
+    assert_alike(generate(fast), generate(SkipByHand(model)))
+
+
+REFUSED = {
+    "cut": "branch",
+    "kinds": {"first": "mlp"},
+    "latents": "x",
+    "dynamic": True,
+    "cudagraphs": True,
+    "kernels": "force",
+    "disable": ("hoist",),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_options_of_graphs_are_refused(name):
+    with pytest.raises(ValueError, match=rf"{name}: expected .* with backend='original'.*found"):
+        skip_calls(Small().eval(), **{name: REFUSED[name]})
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_mesh_is_refused():
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    with pytest.raises(ValueError, match=r"mesh: expected None with backend='original'"):
+        skip_calls(Small().eval(), mesh=mesh)
+
+
+@pytest.mark.parametrize(("dtype", "nbytes"), [("keep", 192), ("bf16", 96), ("fp8", 96)])
+def test_results_are_kept_in_a_smaller_form(dtype, nbytes):
+    model = Small().eval()
+    fast = skip_calls(model, cache_dtype=dtype, offload="cpu")
+    found, expected = generate(fast), generate(SkipByHand(model))
+    for step, skipped in enumerate(MASK):
+        close = {"keep": 0, "bf16": 2**-8, "fp8": 2**-4}[dtype] if skipped else 0
+        torch.testing.assert_close(found[step], expected[step], rtol=close, atol=0.01 * close)
+    assert fast.stats.peak_nbytes == nbytes == fast.plan.peak_bytes
+
+
+def test_a_memory_budget_without_room_is_refused():
+    fast = skip_calls(Small().eval(), memory_budget=191)
+    with pytest.raises(ValueError, match=r"memory_budget: expected 192 bytes .* found 191"):
+        generate(fast)
+    fast = skip_calls(Small().eval(), memory_budget=192)
+    generate(fast)
+    assert fast.stats.reused == 3
+
+
+def test_values_that_are_not_finite_are_not_kept():
+    model = Small().eval()
+    fast = skip_calls(model, check_finite=True)
+    generate(fast)
+    nn.init.constant_(model.second.bias, float("nan"))
+    with pytest.raises(pabc.GuardError, match=r"found NaN or infinity in the model .* at step 1"):
+        generate(fast)
+    assert fast.stats.nbytes == 0
+
+
+def test_what_is_told_of_the_model(tmp_path):
+    fast = skip_calls(Small().eval(), example_inputs=(step_inputs(0), {}))
+    assert fast.plan.reuse.sum() == 3 and fast.plan.slots[0].name == "model"
+    generate(fast)
+    found = fast.explain()
+    assert "called as it is, and nothing within it is captured" in str(found)
+    assert str(fast.plan) in str(found) and fast.plan.peak_bytes == 192
+    assert fast.phases == () and not found.attention
+    fast.dump(tmp_path / "dump")
+    assert pabc.Plan.from_json((tmp_path / "dump" / "plan.json").read_text()) == fast.plan
+    with pytest.raises(pabc.ArtifactError, match="found backend='original'"):
+        fast.save(tmp_path / "file")
+
+
+def test_a_call_is_what_it_is_for_its_caller():
+    """Autocast, gradients and inference mode are as they are around the call."""
+    model = Small().eval()
+    fast = skip_calls(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = generate(fast)
+        assert_alike(found, generate(SkipByHand(model)))
+    assert found[0].dtype is torch.bfloat16
+    with torch.inference_mode():
+        assert generate(fast)[0].is_inference()
+    assert_alike(generate(fast), generate(SkipByHand(model)))
+    with pytest.warns(UserWarning, match="results of skipped calls have no grad_fn"):
+        found = [fast(*step_inputs(step)) for step in range(len(MASK))]
+    assert [each.grad_fn is None for each in found] == list(MASK)
+    with pytest.raises(RuntimeError, match="requires grad"):
+        fast(step_inputs(0)[0].requires_grad_(), step_inputs(0)[1])
+    with pytest.raises(RuntimeError, match="found training mode"):
+        skip_calls(Small())(*step_inputs(0))
+
+
+def test_hooks_run_where_the_model_does(request):
+    model, seen = Small().eval(), []
+    model.register_forward_pre_hook(lambda _, args: (args[0] * 2, args[1]))
+    model.register_forward_hook(lambda *_: seen.append("model"))
+    model.first.register_forward_hook(lambda *_: seen.append("first"))
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(type(m)))
+    request.addfinalizer(handle.remove)
+    fast = skip_calls(model)
+    found = generate(fast)
+    assert seen.count("model") == seen.count("first") == seen.count(Small) == MASK.count(False)
+    assert_alike(found, generate(SkipByHand(model)))
+
+
+def test_in_place_the_model_calls_itself_once():
+    model, plain = Small().eval(), Small().eval()
+    seen = []
+    model.register_forward_hook(lambda *_: seen.append("called"))
+    fast = skip_calls(model, inplace=True)
+    for _ in range(2):
+        assert_alike(generate(model), generate(SkipByHand(plain)))
+    assert len(seen) == 2 * MASK.count(False) and fast.stats.calls == 2 * len(MASK)
+    fast.undo()
+    assert_alike(generate(model), generate(plain))
+
+
+def test_a_module_that_dynamo_compiled_is_called_compiled():
+    counter = torch._dynamo.testing.CompileCounter()
+    plain = Small().eval()
+    fast = skip_calls(torch.compile(plain, backend=counter))
+    for _ in range(2):
+        assert_alike(generate(fast), generate(SkipByHand(plain)))
+    assert counter.frame_count == 1 and not fast.stats.fallbacks

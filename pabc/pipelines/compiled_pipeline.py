@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from types import MappingProxyType, TracebackType
 from typing import Any
 
 from torch import nn
 
 from pabc import presets
-from pabc.api import compile
+from pabc.api import compile, compile_or_call
 from pabc.compiled import CompiledModel
 from pabc.inplace import check_place, prefer
 from pabc.passes import (
@@ -23,6 +24,7 @@ from pabc.passes import (
 from pabc.pipelines.generation import Generation
 from pabc.pipelines.scheduler import are_same, follow
 from pabc.runtime.guards import GuardError
+from pabc.runtime.original import names_only_calls
 from pabc.schedule import Schedule
 
 ScheduleSource = Schedule | str | Callable[[tuple[float, ...]], Schedule]
@@ -50,6 +52,8 @@ def compile_pipeline(
             name, or `lambda ts: pabc.Schedule.pyramid(ts, spatial=2)`. A :class:`pabc.Schedule`
             must have the timesteps that run. Steps are the scheduler's: of a second-order one, such
             as Heun, each call of the model is one.
+            One that only skips whole calls (kind `"model"`) works for every model: one that cannot
+            be captured is called as it is, as with `backend="original"`, and a warning is logged.
         components: the names of the modules that are called with the denoised latents; by default
             all whose name has "transformer" in it, as diffusers registers them.
         options: those of :func:`pabc.compile` but for `inplace`. Without any, a component that is a
@@ -58,10 +62,13 @@ def compile_pipeline(
 
     Raises:
         TypeError, ValueError: no such component, a wrong schedule or option, a hook of another
-            library that pabc cannot run with.
+            library that pabc cannot run with; where this depends on the schedule, when called.
         GuardError: when called, for timesteps that are not those of a fixed schedule.
     """
-    return CompiledPipeline(pipe, _binder(schedule), components, options)
+    needs_capture = isinstance(schedule, str)
+    if isinstance(schedule, Schedule):
+        needs_capture = not names_only_calls(schedule)
+    return CompiledPipeline(pipe, _binder(schedule), needs_capture, components, options)
 
 
 class CompiledPipeline:
@@ -86,12 +93,16 @@ class CompiledPipeline:
         self,
         pipe: Any,
         bind: Callable[[tuple[float, ...]], Schedule],
+        needs_capture: bool,
         components: Iterable[str] | None,
         options: Mapping[str, Any],
     ) -> None:
         parts = find_denoisers(pipe, components)
         _check_scheduler(pipe)
         models = {name: _compiled(part, options) for name, part in parts.items()}
+        for name, model in models.items():
+            if needs_capture or model.needs_capture:
+                _check_hooks(name, model)
         own = vars(self)
         own.update(pipe=pipe, models=MappingProxyType(models), _parts=parts, _bind=bind)
         own.update(_scheduler=None, _leave=None)
@@ -108,7 +119,8 @@ class CompiledPipeline:
             raise RuntimeError("expected a compiled pipeline, found one that was undone")
         self._observe()
         for name, model in self.models.items():
-            _check_hooks(name, model._orig_mod)
+            if model.needs_capture:
+                _check_hooks(name, model)
         generation = Generation(self._bind, self._observed)
         with ExitStack() as stack:
             for model in self.models.values():
@@ -204,8 +216,11 @@ def _compiled(model: nn.Module, options: Mapping[str, Any]) -> CompiledModel:
     if isinstance(model, CompiledModel) and not options and not model.is_observed:
         return model
     check_place(model)
-    original = getattr(model, "_orig_mod", model)
-    return compile(original, Schedule.none((0,)), **options)
+    nothing = Schedule.none((0,))
+    if options.get("backend") == "original":
+        own = model._orig_mod if isinstance(model, CompiledModel) else model
+        return compile(own, nothing, **options)
+    return compile_or_call(getattr(model, "_orig_mod", model), nothing, **options)
 
 
 def _check_scheduler(pipe: Any) -> None:
@@ -244,7 +259,6 @@ def find_denoisers(pipe: Any, names: Iterable[str] | None = None) -> dict[str, n
         if name not in modules:
             known = ", ".join(modules) or "of which there are none"
             raise ValueError(f"components: expected names of modules, {known}, found {name!r}")
-        _check_hooks(name, modules[name])
     if not chosen:
         raise ValueError(
             "components: expected a module named as a transformer, found "
@@ -275,7 +289,7 @@ def _binder(source: ScheduleSource) -> Callable[[tuple[float, ...]], Schedule]:
                 f"scheduler runs {_format(timesteps)}; give what makes a schedule from them, such "
                 "as `lambda ts: pabc.Schedule.pyramid(ts, ...)`"
             )
-        return Schedule(timesteps, schedule.masks, schedule.overrides, schedule.label)
+        return replace(schedule, timesteps=timesteps)
 
     return bind
 
@@ -294,8 +308,8 @@ def _replace(pipe: Any, name: str, module: nn.Module) -> None:
         setattr(pipe, name, module)
 
 
-def _check_hooks(name: str, model: nn.Module) -> None:
+def _check_hooks(name: str, model: CompiledModel) -> None:
     try:
-        refuse_hooks(getattr(model, "_orig_mod", model))
+        refuse_hooks(model._orig_mod)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error

@@ -205,4 +205,4 @@ def computing_until(schedule: Schedule, step: int) -> Schedule:
 
     masks = {kind: cut(mask) for kind, mask in schedule.masks.items()}
     overrides = tuple(replace(o, mask=cut(o.mask)) for o in schedule.overrides)
-    return Schedule(schedule.timesteps, masks, overrides, schedule.label)
+    return replace(schedule, masks=masks, overrides=overrides)

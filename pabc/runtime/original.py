@@ -244,7 +244,7 @@ class OriginalProgram:
             latents="",
             plan=binding.plan,
             unmatched=unmatched,
-            uncaptured=self._original.reason or "asked for",
+            uncaptured=self._original.reason or "backend='original' asks for that",
         )
 
     def _measure(self, nbytes: int) -> None:
