@@ -156,7 +156,7 @@ class OriginalProgram:
         """Returns what runs a step that reuses these slots: none, or the one."""
         if reused:
             return SkippedCall(self)
-        return ComputedCall(self, keeps=binding.steps[step].until[SLOT] >= 0)
+        return ComputedCall(self, keeps=bool(binding.steps[step].readable))
 
     def write_to_arguments(self, bound: Any, leaves: list[Any], inputs: list[Any]) -> None:
         """Does nothing: the model itself writes to its arguments."""
