@@ -20,9 +20,9 @@ from pabc.options import Backend, DisabledStage, Offload, Options
 from pabc.passes import refuse_hooks
 from pabc.pipeline import analyze, trace_phase
 from pabc.runtime.bindings import Bindings
-from pabc.runtime.original import advise
 from pabc.runtime.peers import Peers
 from pabc.runtime.phases import compiling
+from pabc.runtime.whole_calls import advise
 from pabc.schedule import Schedule
 
 

@@ -29,7 +29,6 @@ from pabc.runtime.arguments import Arguments
 from pabc.runtime.around import call_around
 from pabc.runtime.bindings import Binding
 from pabc.runtime.branch import ActiveStep
-from pabc.runtime.original import advise, names_only_calls
 from pabc.runtime.originals import OriginalPrograms
 from pabc.runtime.peers import Peers, RankStep
 from pabc.runtime.phases import compiling
@@ -39,6 +38,7 @@ from pabc.runtime.serving import ServingProgram, ServingPrograms
 from pabc.runtime.stats import Recorder, Stats
 from pabc.runtime.trajectory import Trajectory, current_trajectory, named_branch
 from pabc.runtime.where import Where
+from pabc.runtime.whole_calls import advise, names_only_calls
 from pabc.schedule import Schedule
 from pabc.wrapper import Wrapper
 

@@ -40,7 +40,8 @@ from .facts import (
 from .flatten import inline_regions_pass, lift_weights_pass, verify_inline, verify_lift
 from .flops import FlopCounter
 from .fold import fold_sizes_pass, verify_sizes
-from .forecast import Cuts, Reused, forecast
+from .forecast import Cuts, Reused
+from .forecast import forecast as forecast_cut
 from .guard_ops import (
     GUARD_OPS,
     cache_read,
@@ -207,7 +208,7 @@ __all__ = [  # noqa: RUF022
     "GUARD_OPS",
     "Cuts",
     "Reused",
-    "forecast",
+    "forecast_cut",
     "cache_read",
     "cache_write",
     "compute_unless",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -62,3 +64,33 @@ def assert_alike(found: Sequence[Any], expected: Sequence[Any]) -> None:
         assert form == expected_form
         for a, b in zip(leaves, others, strict=True):
             assert torch.equal(a, b) if isinstance(b, Tensor) else a == b
+
+
+class ForecastByHand:
+    """A model that is called at the steps in `computed`, and else foretold from its last results.
+
+    The polynomial through as many points as there are, `num_points` at most, goes over the indices
+    of the steps. Results are tensors.
+    """
+
+    def __init__(
+        self, model: Callable[..., Tensor], computed: Iterable[int], num_points: int
+    ) -> None:
+        self.model, self.computed, self.num_points = model, set(computed), num_points
+        self.step = 0
+        self.kept: list[tuple[int, Tensor]] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        step, self.step = self.step, self.step + 1
+        if step in self.computed:
+            found = self.model(*args, **kwargs)
+            self.kept = [(step, found.clone()), *self.kept][: self.num_points]
+            return found
+        wide = torch.promote_types(self.kept[0][1].dtype, torch.float32)
+        total = sum(value.to(wide) * self.weight(step, at) for at, value in self.kept)
+        return total.to(self.kept[0][1].dtype)
+
+    def weight(self, step: int, at: int) -> Tensor:
+        others = [other for other, _ in self.kept if other != at]
+        factors = [Fraction(step - other, at - other) for other in others]
+        return torch.tensor(float(math.prod(factors, start=Fraction(1))), dtype=torch.float32)

@@ -9,7 +9,7 @@ from models import MODELS, Case, OneBranch
 from phases import FakeTrajectory, inline, placeholders, specialize, store_all
 from stages import apply, capture_call, facts_of, regions_of, run_to, with_facts, with_hoisted
 
-from pabc.passes import Captured, PhaseSlots, Regions, Reused, encode_cuts_pass, forecast
+from pabc.passes import Captured, PhaseSlots, Regions, Reused, encode_cuts_pass, forecast_cut
 from pabc.passes.offload import offload_cuts_pass
 
 CASES = [c for c in MODELS if c.name in ("Factorized", "JointText", "Refined", "OneStream")]
@@ -24,20 +24,20 @@ def test_the_sum_is_rounded_once(dtype, depth):
     weights = torch.tensor([1.75, -1.25, 0.5][:depth])
     wide = torch.promote_types(dtype, torch.float32)
     expected = sum(weights[i] * each.to(wide) for i, each in enumerate(values)).to(dtype)
-    found = forecast(values, weights)
+    found = forecast_cut(values, weights)
     assert found.dtype == dtype and torch.equal(found, expected)
 
 
 def test_hold_is_the_newest_value_itself():
     values = [torch.randn(3), torch.randn(3)]
-    assert forecast(values, None) is values[0]
-    assert torch.equal(forecast(values, torch.tensor([1.0, 0.0])), values[0])
+    assert forecast_cut(values, None) is values[0]
+    assert torch.equal(forecast_cut(values, torch.tensor([1.0, 0.0])), values[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
 def test_what_has_no_sums_is_held(dtype):
     values = [torch.ones(3, dtype=dtype), torch.zeros(3, dtype=dtype)]
-    assert forecast(values, torch.tensor([2.0, -1.0])) is values[0]
+    assert forecast_cut(values, torch.tensor([2.0, -1.0])) is values[0]
 
 
 def test_phase_slots_know_where_weights_begin():
@@ -119,6 +119,6 @@ def test_a_forecast_becomes_a_sum_of_inputs():
 def test_weights_of_zero_change_nothing(row):
     torch.manual_seed(1)
     values = [torch.randn(6) for _ in row]
-    short = forecast(values, torch.tensor(row))
-    padded = forecast([*values, values[-1], values[-1]], torch.tensor([*row, 0.0, 0.0]))
+    short = forecast_cut(values, torch.tensor(row))
+    padded = forecast_cut([*values, values[-1], values[-1]], torch.tensor([*row, 0.0, 0.0]))
     assert torch.equal(short, padded)

@@ -8,7 +8,17 @@ from dataclasses import dataclass
 import pytest
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from skips import HOLD, MASK, TIMESTEPS, SkipByHand, assert_alike, generate, skip_calls, step_inputs
+from skips import (
+    HOLD,
+    MASK,
+    TIMESTEPS,
+    ForecastByHand,
+    SkipByHand,
+    assert_alike,
+    generate,
+    skip_calls,
+    step_inputs,
+)
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -58,6 +68,39 @@ def test_a_skipped_call_gives_what_the_last_one_gave(pack):
     stats = fast.stats
     assert (stats.computed, stats.reused, stats.stored) == (8, 6, 4) and not stats.fallbacks
     assert stats.nbytes == 0 and stats.generations == 2 and stats.captures == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("forecast", "num_points"), [("hold", 1), ("linear", 2), ("quadratic", 3)])
+def test_a_skipped_call_is_forecast(forecast, num_points, dtype):
+    computed = (0, 1, 3, 6)
+    schedule = pabc.Schedule.skip(TIMESTEPS, computed, forecast=forecast)
+    model = Small(lambda y: y.to(dtype)).eval()
+    fast = skip_calls(model, schedule)
+    for _ in range(2):
+        assert_alike(generate(fast), generate(ForecastByHand(model, computed, num_points)))
+    assert fast.stats.reused == 6 and not fast.stats.fallbacks
+    assert fast.stats.peak_nbytes == fast.plan.peak_bytes
+    if forecast != "hold":
+        assert "~" in str(fast.plan)
+
+
+def test_what_is_no_floating_point_number_is_held():
+    model = Small(lambda y: (y, (100 * y).long(), y > 0)).eval()
+    fast = skip_calls(model, pabc.Schedule.skip(TIMESTEPS, (0, 1, 3, 6)))
+    held = skip_calls(model, pabc.Schedule.skip(TIMESTEPS, (0, 1, 3, 6), forecast="hold"))
+    for mine, theirs in zip(generate(fast), generate(held), strict=True):
+        assert_alike(mine[1:], theirs[1:])
+
+
+def test_weights_are_followed_where_they_fit():
+    rows = [[1.0, 0.0]] * 4 + [[1.5, -0.25]] * 3
+    schedule = pabc.Schedule.skip(TIMESTEPS, (0, 1, 3, 6), forecast=rows)
+    model = Small().eval()
+    fast = skip_calls(model, schedule)
+    found, all_steps = generate(fast), generate(model)
+    assert torch.equal(found[4], 1.5 * all_steps[3] - 0.25 * all_steps[1])
+    assert torch.equal(found[2], all_steps[1] + 0 * all_steps[0])
 
 
 def test_a_dataclass_is_rebuilt():
@@ -266,7 +309,11 @@ def test_hooks_run_where_the_model_does(request):
 def test_in_place_the_model_calls_itself_once():
     model, plain = Small().eval(), Small().eval()
     count = itertools.count()
-    model.register_forward_hook(lambda *_: [next(count)] and None)
+
+    def tell(*_):
+        next(count)
+
+    model.register_forward_hook(tell)
     fast = skip_calls(model, inplace=True)
     for _ in range(2):
         assert_alike(generate(model), generate(SkipByHand(plain)))

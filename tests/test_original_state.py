@@ -1,4 +1,4 @@
-"""`backend="original"`: what makes kept results invalid, and models that keep state of their own."""
+"""`backend="original"`: what makes kept results invalid, and models that keep state."""
 
 from __future__ import annotations
 

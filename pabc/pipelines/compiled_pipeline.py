@@ -24,7 +24,7 @@ from pabc.passes import (
 from pabc.pipelines.generation import Generation
 from pabc.pipelines.scheduler import are_same, follow
 from pabc.runtime.guards import GuardError
-from pabc.runtime.original import names_only_calls
+from pabc.runtime.whole_calls import names_only_calls
 from pabc.schedule import Schedule
 
 ScheduleSource = Schedule | str | Callable[[tuple[float, ...]], Schedule]

@@ -7,11 +7,10 @@ step that reuses it runs nothing of the model.
 from __future__ import annotations
 
 import warnings
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,39 +19,20 @@ from torch.fx import GraphModule
 from pabc.base.format import format_bytes
 from pabc.explanation import Explanation
 from pabc.options import Options
-from pabc.passes import forecast
 from pabc.plan import SlotSpec
 from pabc.runtime.bindings import Binding
-from pabc.runtime.branch import Branch, ServedCall
+from pabc.runtime.branch import ServedCall
 from pabc.runtime.configuration import Configurations
-from pabc.runtime.executables import Executable, SlotIndices, StepValues
+from pabc.runtime.executables import Executable, SlotIndices
 from pabc.runtime.leftovers import Leftovers
+from pabc.runtime.original_calls import SLOT, ComputedCall, KeptResults, OriginalCall, SkippedCall
 from pabc.runtime.original_source import CallForm, Numbers, OriginalSource
-from pabc.runtime.result import Result
 from pabc.runtime.serving import Contexts
 from pabc.runtime.timesteps import TimestepArguments
+from pabc.runtime.whole_calls import WHOLE_CALL, check_kinds
 from pabc.schedule import Schedule
 
-SLOT = 0
-"""The index of the only slot."""
-KIND = "model"
-"""The only kind that can be reused."""
 _AS_IT_IS = nullcontext()
-
-
-class OriginalCall(NamedTuple):
-    """A call of the model.
-
-    Attributes:
-        function: the model, or its forward, where the model's hooks run around it already.
-        args, kwargs: as the caller passed them.
-        leaves: the same, flattened.
-    """
-
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    leaves: list[Any]
 
 
 @dataclass(frozen=True)
@@ -84,7 +64,7 @@ class OriginalProgram:
     """Serves the calls of one form, whatever the schedule. See :class:`Program`.
 
     Attributes:
-        slots: the one slot; its bytes are known once a result was kept.
+        writes_to_arguments: always False: the model itself writes to what it is passed.
     """
 
     writes_to_arguments = False
@@ -96,8 +76,16 @@ class OriginalProgram:
         self._leftovers = Leftovers()
         self._source: OriginalSource | None = None
         self._bindings: dict[Schedule, Binding] = {}
-        self._results: weakref.WeakKeyDictionary[Branch, Result] = weakref.WeakKeyDictionary()
-        self.slots = (SlotSpec(KIND, KIND, 0),)
+        self._results = KeptResults(original.options)
+        self._measured = WHOLE_CALL
+
+    @property
+    def slots(self) -> tuple[SlotSpec, ...]:
+        """The one slot; its bytes are known once a result was kept."""
+        if self._measured.nbytes != self._results.nbytes:
+            self._measured = replace(WHOLE_CALL, nbytes=self._results.nbytes)
+            self._bindings.clear()
+        return (self._measured,)
 
     @property
     def calls_modules(self) -> bool:
@@ -124,10 +112,10 @@ class OriginalProgram:
 
         Raises: ValueError for a schedule of other kinds, and for a memory budget without room.
         """
-        binding = self._bindings.get(schedule)
+        slots, binding = self.slots, self._bindings.get(schedule)
         if binding is None:
             check_kinds(schedule, self._original.reason)
-            plan = schedule.plan(self.slots)
+            plan = schedule.plan(slots)
             _check_budget(plan.peak_bytes, self._original.options.memory_budget)
             binding = self._bindings[schedule] = Binding.of(
                 plan, (SLOT,) if plan.slots else (), 1, torch.device("cpu")
@@ -155,8 +143,11 @@ class OriginalProgram:
     ) -> Executable:
         """Returns what runs a step that reuses these slots: none, or the one."""
         if reused:
-            return SkippedCall(self)
-        return ComputedCall(self, keeps=bool(binding.steps[step].readable))
+            return SkippedCall(self._results)
+        reuses = bool(binding.plan.slots) and not self._leftovers.are_known
+        compute = self._compute_watched if reuses else self._compute
+        keeps = bool(binding.steps[step].readable)
+        return ComputedCall(compute, self._warn_of_writes, self._results if keeps else None)
 
     def write_to_arguments(self, bound: Any, leaves: list[Any], inputs: list[Any]) -> None:
         """Does nothing: the model itself writes to its arguments."""
@@ -165,48 +156,18 @@ class OriginalProgram:
         """Returns the model's result."""
         return outputs[0]
 
-    def compute(self, call: OriginalCall) -> Any:
-        """Calls the model. Raises: ValueError if it keeps leaving something behind."""
-        original, leftovers = self._original, self._leftovers
-        with (
-            nullcontext()
-            if leftovers.are_known
-            else leftovers.watching(original.model, call.args, call.kwargs)
-        ):
-            result = call.function(*call.args, **call.kwargs)
-        original.configurations.end_call()
+    def _compute(self, call: OriginalCall) -> Any:
+        """Calls the model."""
+        result = call.function(*call.args, **call.kwargs)
+        self._original.configurations.end_call()
         return result
 
-    def keep(self, step: StepValues, result: Any, unwritten: Mapping[int, int]) -> None:
-        """Notes copies of a result's tensors for later steps.
+    def _compute_watched(self, call: OriginalCall) -> Any:
+        """Calls the model. Raises: ValueError if it keeps leaving something behind."""
+        with self._leftovers.watching(self._original.model, call.args, call.kwargs):
+            return self._compute(call)
 
-        `unwritten`: the tensors among the arguments that the call did not write to.
-        """
-        options = self._original.options
-        described = Result.of(result, unwritten, options.cache_dtype)
-        branch = step.branch
-        assert isinstance(branch, Branch)
-        earlier = self._results.get(branch)
-        if earlier is not None and not described.has_form_of(earlier):
-            branch.slots.clear()
-        self._results[branch] = described
-        kept = described.keep(result, in_host_memory=options.offload == "cpu")
-        step.write(SLOT, kept)
-        self._measure(sum(tensor.nbytes for tensor in kept))
-
-    def forecast(self, step: StepValues) -> Any:
-        """Returns the result that a step reuses, in tensors of its own."""
-        branch = step.branch
-        assert isinstance(branch, Branch)
-        described = self._results[branch]
-        reused = step.read(SLOT)
-        assert reused is not None
-        with torch.no_grad():
-            histories = zip(*map(described.decode, reused.history), strict=True)
-            tensors = [_forecast(values, reused.weights) for values in histories]
-        return described.build(tensors, step.inputs[0].leaves)
-
-    def warn_of_writes(self, leaves: Sequence[int]) -> None:
+    def _warn_of_writes(self, leaves: Sequence[int]) -> None:
         """Warns, once for each, of arguments that a call writes to."""
         assert self._form is not None
         original = self._original
@@ -246,101 +207,6 @@ class OriginalProgram:
             unmatched=unmatched,
             uncaptured=self._original.reason or "backend='original' asks for that",
         )
-
-    def _measure(self, nbytes: int) -> None:
-        if not self.slots[SLOT].nbytes:
-            self.slots = (SlotSpec(KIND, KIND, 0, nbytes),)
-            self._bindings.clear()
-
-
-@dataclass(frozen=True, slots=True)
-class ComputedCall:
-    """Runs a step by calling the model.
-
-    Attributes:
-        program: the program that serves the call.
-        keeps: whether a later step may read the result.
-    """
-
-    program: OriginalProgram
-    keeps: bool
-
-    def run(self, step: StepValues) -> Sequence[Any]:
-        """Calls the model, and returns its result as the only output."""
-        call = step.inputs[0]
-        before = list(map(_version, call.leaves))
-        result = self.program.compute(call)
-        after = list(map(_version, call.leaves))
-        if before != after:
-            self.program.warn_of_writes([i for i, v in enumerate(before) if v != after[i]])
-        if self.keeps:
-            unwritten = {
-                id(x): i
-                for i, x in enumerate(call.leaves)
-                if after[i] >= 0 and before[i] == after[i]
-            }
-            self.program.keep(step, result, unwritten)
-        return [result]
-
-
-@dataclass(frozen=True, slots=True)
-class SkippedCall:
-    """Runs a step by what was kept of earlier ones: nothing of the model runs."""
-
-    program: OriginalProgram
-
-    def run(self, step: StepValues) -> Sequence[Any]:
-        """Returns the forecast result as the only output."""
-        return [self.program.forecast(step)]
-
-
-def _forecast(values: Sequence[torch.Tensor], weights: torch.Tensor | None) -> torch.Tensor:
-    """Returns what follows from kept values, the newest first, as a tensor of its own."""
-    result = forecast(values, weights)
-    return result.clone() if result is values[0] else result
-
-
-def _version(leaf: Any) -> int:
-    """Returns a number that a write to a tensor changes; -1 if there is none."""
-    is_tracked = isinstance(leaf, torch.Tensor) and not leaf.is_inference()
-    return leaf._version if is_tracked else -1
-
-
-def names_only_calls(schedule: Schedule) -> bool:
-    """Returns whether a schedule reuses nothing but whole calls."""
-    return not _other_kinds(schedule)
-
-
-def check_kinds(schedule: Schedule, reason: str = "") -> None:
-    """Raises ValueError for a schedule that reuses anything but whole calls.
-
-    `reason`: why the model was not captured, if it was tried.
-    """
-    others = _other_kinds(schedule)
-    if others:
-        why = f"the model cannot be captured ({reason})" if reason else "nothing is captured of it"
-        raise ValueError(
-            f"schedule: expected only kind {KIND!r} with backend='original', found "
-            f"{', '.join(others)}: the model is called as it is, and {why}"
-        )
-
-
-def advise(error: ValueError, schedule: Schedule) -> ValueError | None:
-    """Returns the error of a model that cannot be captured, with what helps; None if nothing does:
-    the schedule needs what is within the model."""
-    if not (schedule.reuses and names_only_calls(schedule)):
-        return None
-    return ValueError(
-        f"{error}; or use backend='original', which captures nothing: the schedule only skips "
-        "whole calls"
-    )
-
-
-def _other_kinds(schedule: Schedule) -> list[str]:
-    slot = SlotSpec(KIND, KIND, 0)
-    kinds = [f"kind {kind!r}" for kind in schedule.masks if kind != KIND]
-    wanted = [o for o in schedule.overrides if any(o.mask)]
-    return kinds + [str(o) for o in wanted if not o.matches(slot)]
 
 
 def _check_budget(peak: int, budget: int | None) -> None:

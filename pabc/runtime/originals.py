@@ -11,10 +11,11 @@ from pabc.base.forward import inner_forward
 from pabc.base.structure import Structure
 from pabc.options import Options
 from pabc.runtime.configuration import Configurations
-from pabc.runtime.original import Original, OriginalProgram, check_kinds
+from pabc.runtime.original import Original, OriginalProgram
 from pabc.runtime.original_source import CallForm
 from pabc.runtime.stats import Recorder
 from pabc.runtime.timesteps import TimestepArguments
+from pabc.runtime.whole_calls import check_kinds
 from pabc.schedule import Schedule
 
 
