@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from pabc.base.format import format_bytes
-from pabc.passes import Collective, Guarded, ShardedAxis, find_collectives
+from pabc.passes import (
+    Collective,
+    Guarded,
+    ShardedAxis,
+    find_collective,
+    find_collectives,
+    find_needed,
+)
 from pabc.plan import Plan
 
 
@@ -24,8 +31,8 @@ class Communication:
         sharded: the sharded axes, outermost first.
         kinds: of each region, in the order of a program's regions.
         regions: the collectives of each, which a step that reuses it does not make.
-        outside: the collectives outside of regions, which every call makes, unless the whole model
-            is reused: then nothing is sent.
+        outside: the collectives outside of branches.
+        covers: of each of these, the regions where whose reuse it is not made.
         gathered: names of the regions whose attention every rank computes unsharded.
     """
 
@@ -34,6 +41,7 @@ class Communication:
     regions: tuple[tuple[Collective, ...], ...]
     outside: tuple[Collective, ...]
     gathered: tuple[str, ...] = ()
+    covers: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def of(cls, guarded: Guarded) -> Communication | None:
@@ -42,12 +50,20 @@ class Communication:
         if not sharded:
             return None
         graphs = [guarded.graph.get_submodule(region.name) for region in regions]
+        graph = guarded.graph.graph
+        coarse = [i for i, region in enumerate(regions) if region.covers]
+        needed = {slot: find_needed(graph, slot) for slot in coarse}
+        outside = [(n, found) for n in graph.nodes if (found := find_collective(n)) is not None]
         gathered = sorted({i for each in sharded for i in each.gathered})
         return cls(
             sharded=sharded,
             kinds=tuple(region.kind for region in regions),
             regions=tuple(find_collectives(gm.graph) for gm in graphs),  # type: ignore[arg-type]
-            outside=find_collectives(guarded.graph.graph),
+            outside=tuple(found for _, found in outside),
+            covers=tuple(
+                tuple(slot for slot, nodes in needed.items() if node not in nodes)
+                for node, _ in outside
+            ),
             gathered=tuple(regions[i].name for i in gathered),
         )
 
@@ -63,21 +79,24 @@ class Communication:
 
     def bytes_at(self, plan: Plan) -> npt.NDArray[np.int64]:
         """Returns the bytes that a rank sends at each step, int64 [num_steps]."""
-        return self._at(plan, [_bytes(region) for region in self.regions], _bytes(self.outside))
+        return self._at(plan, lambda each: each.nbytes)
 
     def calls_at(self, plan: Plan) -> npt.NDArray[np.int64]:
         """Returns the number of collectives of each step, int64 [num_steps]."""
-        return self._at(plan, [len(region) for region in self.regions], len(self.outside))
+        return self._at(plan, lambda each: 1)
 
-    def _at(self, plan: Plan, each: Sequence[int], always: int) -> npt.NDArray[np.int64]:
-        """Returns the sums of the numbers of what runs at each step.
+    def _at(self, plan: Plan, count: Callable[[Collective], int]) -> npt.NDArray[np.int64]:
+        """Returns the sums over what is sent at each step.
 
         A plan may have no slot for a coarse region, whose parts send in its place.
         """
-        sent = [each[self._find_region(slot.kind, slot.layer)] for slot in plan.slots]
-        models = [j for j, slot in enumerate(plan.slots) if slot.kind == "model"]
-        is_called = ~plan.reuse[:, models].any(axis=1)
-        return plan.computed @ np.array(sent, dtype=np.int64) + is_called * always
+        columns = {self._find_region(slot.kind, slot.layer): j for j, slot in enumerate(plan.slots)}
+        each = [sum(map(count, self.regions[region])) for region in columns]
+        total = plan.computed @ np.array(each, dtype=np.int64)
+        for collective, covers in zip(self.outside, self.covers, strict=True):
+            reused = plan.reuse[:, [columns[region] for region in covers if region in columns]]
+            total += ~reused.any(axis=1) * count(collective)
+        return total
 
     def _find_region(self, kind: str, layer: int) -> int:
         """Returns the index of a region: the `layer`-th of its kind."""

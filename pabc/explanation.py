@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pabc.base.format import format_bytes, format_table
+from pabc.base.kinds import COARSE
 from pabc.budget import Fit
 from pabc.communication import Communication
 from pabc.passes import Attention, FlopCounter, Guarded, fetch_cached
@@ -178,7 +179,8 @@ class Explanation:
 
 def describe(guarded: Guarded, **facts: Any) -> Explanation:
     """Returns the :class:`Explanation` of a guarded graph; `facts` are further fields of it."""
-    graph, captured, regions = guarded.graph, guarded.captured, guarded.regions
+    graph, captured = guarded.graph, guarded.captured
+    regions = [region for region in guarded.regions if region.kind not in COARSE]
     attentions = find_attentions(guarded)
     count_flops = FlopCounter(captured.sizes)
     flops = [count_flops(graph.get_submodule(region.name)) for region in regions]

@@ -21,7 +21,7 @@ from pabc.validate import as_bytes, check_choice
 Backend = Literal["inductor", "eager", "oracle", "original"]
 Offload = Literal["cpu"]
 DisabledStage = Literal[
-    "hoist", "repeats", "encode", "offload", "formulas", "onednn", "lower", "blocks"
+    "hoist", "repeats", "nest", "encode", "offload", "formulas", "onednn", "lower", "blocks"
 ]
 """The stages that results do not depend on, but for rounding."""
 

@@ -126,6 +126,12 @@ GUARDING: tuple[Stage, ...] = (
         is_optional=True,
     ),
     Stage(name="outline", run=passes.outline_regions_pass, verify=passes.verify_outline),
+    Stage(
+        name="nest",
+        run=passes.nest_regions_pass,
+        verify=passes.verify_nest,
+        is_optional=True,
+    ),
     Stage(name="cache", run=passes.insert_cache_pass, verify=passes.verify_cache),
     Stage(
         name="encode",
@@ -237,6 +243,7 @@ def collect_guarded(made: Compilation) -> passes.Guarded:
         shards=facts[passes.Shards],
         prologue=facts[passes.PrologueGraph],
         regions=facts[passes.Regions].all,
+        left_out=facts[passes.Regions].left_out,
     )
 
 

@@ -69,6 +69,8 @@ from .ir import (
     value,
 )
 from .lower import Kernels, lower_pass, summarize
+from .nest import nest_regions_pass, verify_nest
+from .nesting.needs import find_needed
 from .offload import offload_cuts_pass
 from .onednn import lowering_onednn, onednn_is_faster, use_onednn_pass
 from .outline import outline_regions_pass, verify_outline
@@ -76,7 +78,7 @@ from .regions import Cut, mark_regions_pass, verify_marks
 from .repeats import keep_one, keep_unrepeated_pass, verify_repeats
 from .rewrites import rewrite_formulas_pass
 from .shard import Sharding, Weigh, shard_batch, shard_pass, shard_tokens, verify_shard
-from .sharding.moves import Collective, find_collectives
+from .sharding.moves import Collective, find_collective, find_collectives
 from .sharding.places import Ranks
 from .sharding.sharder import Output
 from .specialize import specialize_phase_pass, verify_phase
@@ -131,6 +133,8 @@ __all__ = [  # noqa: RUF022
     "verify_shard",
     "outline_regions_pass",
     "verify_outline",
+    "nest_regions_pass",
+    "verify_nest",
     "hoist_invariants_pass",
     "hoist_nothing",
     "verify_hoist",
@@ -192,7 +196,9 @@ __all__ = [  # noqa: RUF022
     "Region",
     "Ranks",
     "Collective",
+    "find_collective",
     "find_collectives",
+    "find_needed",
     "summarize",
     "tagged",
     "FlopCounter",

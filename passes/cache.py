@@ -8,13 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from .facts import Captured, Regions
-from .guard_ops import cache_read, cache_write, compute_unless, forecast_cached
-from .ir import GETITEM, aten, copy_into, make_module, output_node, user_inputs, value
+from .guard_ops import (
+    cache_read,
+    cache_write,
+    compute_unless,
+    forecast_cached,
+    rejoin,
+    resume,
+)
+from .ir import aten, copy_into, make_module, output_node, user_inputs, value, viewed
 
 
 def insert_cache_pass(gm: GraphModule, captured: Captured, regions: Regions) -> GraphModule:
@@ -23,25 +29,34 @@ def insert_cache_pass(gm: GraphModule, captured: Captured, regions: Regions) -> 
     Requires: regions (:func:`outline_regions_pass`).
     Ensures: the first input is the trajectory; with one that never reuses, outputs bitwise as
     before; region i is touched only through slot i; no output shares memory with a cut or with a
-    hoisted value, since users may write to what a model returns.
+    hoisted value, since users may write to what a model returns (:func:`resume` sees to the
+    outputs that are cuts of the whole model).
 
         # before                                # after
         %r = call_module[spatial_0](%x)         %h = cache_read(%trajectory, 0)
                                                 %c = forecast_cached(%h)
                                                 %u = compute_unless(%c, spatial_0, %x)
                                                 %r = cache_write(%trajectory, 0, %c, %u)
+        %j = rejoin(%z, %x, %d)                 %j = resume(%c, %z, %x, %d)
     """
     slots = {region.name: slot for slot, region in enumerate(regions.all)}
     graph = Graph()
     trajectory = graph.placeholder("trajectory")
     mapping: dict[Node, Node] = {}
+    reads: dict[Node, Node] = {}
     for node in gm.graph.nodes:
+        if node.target is rejoin:
+            call = node.args[2].args[0]
+            operands = map_arg(node.args, lambda n: mapping[n])
+            mapping[node] = graph.call_function(resume, (reads[call], *operands))
+            mapping[node].meta.update(node.meta)
+            continue
         if node.op != "call_module":
             copy_into(graph, [node], mapping)
             continue
         slot = slots[str(node.target)]
         held = graph.call_function(cache_read, (trajectory, slot))
-        cached = graph.call_function(forecast_cached, (held,))
+        reads[node] = cached = graph.call_function(forecast_cached, (held,))
         for each in (held, cached):
             each.meta["val"] = tuple(map(value, _cuts(gm, node)))
         region = graph.get_attr(str(node.target))
@@ -68,29 +83,21 @@ def _copy_kept_outputs(graph: Graph, hoisted: Collection[Node]) -> None:
     output = output_node(graph)
 
     def copy(node: Node) -> Node:
-        root = _viewed(node)
+        if node.target is resume and node.args[2] is None:  # an output of the whole model
+            node.update_arg(1, copy_before(node, node.args[1]))
+            return node
+        return copy_before(output, node)
+
+    def copy_before(place: Node, node: Node) -> Node:
+        root = viewed(node)
         if root.target is not cache_write and root not in hoisted:
             return node
-        with graph.inserting_before(output):
+        with graph.inserting_before(place):
             result = graph.call_function(aten.clone.default, (node,))
         result.meta.update({name: node.meta[name] for name in ("val", "axes") if name in node.meta})
         return result
 
     output.args = map_arg(output.args, copy)
-
-
-def _viewed(node: Node) -> Node:
-    """Returns the node that `node` is, or may be, a view of."""
-    while node.target is GETITEM or _may_be_view(node):
-        node = node.args[0]
-    return node
-
-
-def _may_be_view(node: Node) -> bool:
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.all_input_nodes:
-        return False
-    returns = node.target._schema.returns
-    return any(r.alias_info is not None for r in returns) and isinstance(node.args[0], Node)
 
 
 def verify_cache(gm: GraphModule, regions: Regions) -> None:

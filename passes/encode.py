@@ -119,7 +119,7 @@ def encode_cuts_pass(
         replace(region, encoded=codecs[slot].layout) if slot in codecs else region
         for slot, region in enumerate(regions.all)
     )
-    return make_module(root, graph), Regions(tuple(encoded))
+    return make_module(root, graph), replace(regions, all=tuple(encoded))
 
 
 @dataclass(frozen=True)

@@ -191,13 +191,16 @@ class PrologueGraph:
 
 @dataclass(frozen=True, slots=True)
 class Regions:
-    """The outlined regions.
+    """The regions that can be reused; region i is slot i of a plan.
 
     Attributes:
-        all: the regions in execution order; region i is slot i of a plan.
+        all: the outlined branches in execution order, then those of kind "block" in execution
+            order, then the one of kind "stack", then that of kind "model".
+        left_out: a message for each coarser region that cannot be reused, with the reason.
     """
 
     all: tuple[Region, ...]
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,7 +215,8 @@ class Guarded:
         marked: the residual branches, and the attentions that are in no region.
         shards: the sharding of the graph.
         prologue: the part that runs once per generation.
-        regions: the regions, in execution order; region i is slot i of a plan.
+        regions: the regions, in the order of :class:`Regions`; region i is slot i of a plan.
+        left_out: a message for each coarser region that cannot be reused, with the reason.
     """
 
     graph: GraphModule
@@ -222,6 +226,7 @@ class Guarded:
     shards: Shards
     prologue: PrologueGraph
     regions: tuple[Region, ...]
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
@@ -11,6 +13,8 @@ from torch.utils import _pytree as pytree
 from pabc.base.flops import count_op_flops
 
 from .attention_calls import attention_call, is_attention_op
+from .facts import Guarded
+from .nesting.needs import find_needed
 from .tracing.sizes import Sizes, hinted
 
 
@@ -24,11 +28,25 @@ class FlopCounter:
         self._sizes = sizes
         self._known: dict[tuple[object, str], int] = {}
 
-    def __call__(self, gm: nn.Module) -> int:
-        """Returns the FLOPs of one run of a graph module, without those of its submodules."""
+    def __call__(self, gm: nn.Module, unless: Collection[Node] = ()) -> int:
+        """Returns the FLOPs of one run of a graph module, without those of its submodules.
+
+        `unless`: nodes of the graph that do not run.
+        """
         assert isinstance(gm, GraphModule)
         with hinted(gm, self._sizes):
-            return sum(map(self._count, gm.graph.nodes))
+            return sum(self._count(node) for node in gm.graph.nodes if node not in unless)
+
+    def of_regions(self, guarded: Guarded) -> list[int]:
+        """Returns the FLOPs of each region: those that a step which reuses it does not run."""
+        gm = guarded.graph
+        own = [self(gm.get_submodule(region.name)) for region in guarded.regions]
+        return [
+            count
+            if not region.covers
+            else sum(own[i] for i in region.covers) + self(gm, unless=find_needed(gm.graph, slot))
+            for slot, (region, count) in enumerate(zip(guarded.regions, own, strict=True))
+        ]
 
     def _count(self, node: Node) -> int:
         if is_attention_op(node):  # PyTorch has no formula for some

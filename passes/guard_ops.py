@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from .facts import PhaseSlots
 from .forecast import Cuts, Reused, forecast, insert_forecast
-from .ir import GETITEM, Region
+from .ir import GETITEM, Region, aten
 from .transfers import fetch, stash
 
 Devices = tuple[torch.device | None, ...]
@@ -88,6 +88,27 @@ def stash_unless(cached: Cuts | None, devices: Devices, cuts: Cuts) -> Cuts:
     return tuple(stash(cut) if device is not None else cut for cut, device in pairs)
 
 
+def rejoin(whole: torch.Tensor, base: torch.Tensor | None, delta: torch.Tensor) -> torch.Tensor:
+    """Returns a stream that leaves a region; where the region is reused, it is base + delta.
+
+    The cache pass makes it a :func:`resume`. `base` is None for an output of the model, which is
+    its own cut.
+    """
+    return whole
+
+
+def resume(
+    cached: Cuts | None, whole: torch.Tensor, base: torch.Tensor | None, delta: torch.Tensor
+) -> torch.Tensor:
+    """Returns a stream that leaves a region: computed as `whole`, or base + what is reused.
+
+    An output of the model (`base` None) is returned as a copy, since users may write to it.
+    """
+    if base is None:
+        return delta.clone()
+    return whole if cached is None else base + delta
+
+
 GuardResult: TypeAlias = "tuple[Node, ...] | Node"
 """The result of a guard op in a phase: nodes, or a call that returns them as a tuple."""
 
@@ -106,6 +127,7 @@ class Decisions:
     def __init__(self, graph: Graph, regions: Sequence[Region], slots: PhaseSlots) -> None:
         self._graph = graph
         self._regions = regions
+        self._stored = slots.stored
         self._weights = graph.placeholder("forecast_weights") if any(slots.depths) else None
         self._first_weights = slots.first_weights
         self._held: dict[int, NodeHistory] = {
@@ -192,6 +214,24 @@ class Decisions:
         self._written[slot] = cuts
         return cuts
 
+    def resume(
+        self,
+        node: Node,
+        held: GuardResult | None,
+        whole: Node,
+        base: Node | None,
+        delta: Node,
+    ) -> Node:
+        """Appends the sum of the stream and what is reused; copies an output that is kept."""
+        if base is None and (held is not None or slot_of(node) in self._stored):
+            result = self._graph.call_function(aten.clone.default, (delta,))
+        elif held is None:
+            return whole
+        else:
+            result = self._graph.call_function(aten.add.Tensor, (base, delta))
+        result.meta.update(node.meta)
+        return result
+
     def _region(self, node: Node) -> Region:
         slot = slot_of(node)
         assert slot is not None
@@ -233,6 +273,7 @@ GUARD_OPS: Mapping[Callable[..., Any], Callable[..., GuardResult | NodeHistory |
     encode_unless: Decisions.encode,
     stash_unless: Decisions.stash,
     cache_write: Decisions.write,
+    resume: Decisions.resume,
 }
 """The function that runs a guard op -> the method that decides it for a phase."""
 

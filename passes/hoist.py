@@ -69,7 +69,7 @@ def hoist_invariants_pass(gm: GraphModule, denoised: Denoised) -> tuple[GraphMod
     for i, node in enumerate(found.frontier):
         mapping[node] = graph.placeholder(f"hoisted_{i}")
         mapping[node].meta.update(node.meta)
-        for mark in ("attention", "region", "cut"):
+        for mark in ("attention", "region", "cut", "joins"):
             mapping[node].meta.pop(mark, None)
     stays = _needed_without(gm.graph, found.frontier)
     copy_into(graph, [n for n in gm.graph.nodes if n in stays], mapping)

@@ -95,7 +95,11 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A residual branch, outlined to a submodule whose outputs are its cuts.
+    """A part of the model that is reused as a whole, and the submodule that returns its cuts.
+
+    It is a residual branch, outlined to the submodule; or, with `kind` "block", "stack" or "model",
+    it contains others, and the submodule makes the cuts of what they compute. `covers` are the
+    indices of the regions that are dead code where this one is reused.
 
     `name` is the submodule's attribute, `path` the user's module it came from, `layer` its ordinal
     among regions of its kind. `shapes` and `dtypes` describe the cuts. `encoded` has the shape and
@@ -112,6 +116,7 @@ class Region:
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
     encoded: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
+    covers: tuple[int, ...] = ()
 
     @property
     def kept(self) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
@@ -239,6 +244,20 @@ def value(node: Node) -> torch.Tensor:
 def is_tensor(node: Any) -> bool:
     """Returns True if `node` yields one tensor."""
     return isinstance(node, Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def viewed(node: Node) -> Node:
+    """Returns the node that `node` is, or may be, a view of."""
+    while node.target is GETITEM or _may_be_view(node):
+        node = node.args[0]
+    return node
+
+
+def _may_be_view(node: Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.all_input_nodes:
+        return False
+    returns = node.target._schema.returns
+    return any(r.alias_info is not None for r in returns) and isinstance(node.args[0], Node)
 
 
 def user_inputs(graph: Graph) -> list[Node]:

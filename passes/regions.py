@@ -32,11 +32,13 @@ Cut = Literal["attention", "branch"]
 class _ResidualBranch:
     """A residual branch that becomes a region: its kind, its cuts and its attentions.
 
-    `adds` are residual adds inside the branch, which belong to it rather than to the stream.
+    `exits` are the residual adds that it ends in. `adds` are residual adds inside the branch, which
+    belong to it rather than to the stream.
     """
 
     kind: str
     cuts: tuple[Node, ...]
+    exits: tuple[Node, ...]
     attentions: tuple[Node, ...] = ()
     adds: frozenset[Node] = frozenset()
 
@@ -52,7 +54,8 @@ def mark_regions_pass(
 
     Requires: tags (:func:`tag_attention_pass`).
     Ensures: a node that only region i needs has `meta["region"] == i`; a cut has its ordinal in
-    `meta["cut"]` as well; no node is in two regions.
+    `meta["cut"]` as well; no node is in two regions. A residual add in which regions end has
+    `meta["joins"]`, the position of the stream among its operands.
 
         # before                                # after
         %n = layer_norm(%x)                     %n: region 0
@@ -77,8 +80,27 @@ def mark_regions_pass(
             node.meta["region"] = i
         for ordinal, node in enumerate(branch.cuts):
             node.meta["cut"] = ordinal
+    _mark_exits(reach, branches, residuals)
     kinds = tuple((b.kind, tuple(n.meta["attention"].name for n in b.attentions)) for b in branches)
     return gm, Marked(kinds, (*outside, *find_inner_attentions(gm), *tags.unclaimed))
+
+
+def _mark_exits(
+    reach: Reach, branches: Sequence[_ResidualBranch], residuals: Sequence[Residual]
+) -> None:
+    """Marks the residual adds that regions end in, with the position of their stream.
+
+    A region without an add of its own, such as attention in a chain, ends where its chain does: an
+    add around another one that it reaches is not marked for its sake.
+    """
+    by_add = {r.add: r for r in residuals}
+    exits = {add for branch in branches for add in branch.exits}
+    for branch in branches:
+        for add in branch.exits:
+            inner = (n for cut in branch.cuts for n in reach.between(cut, add)[:-1])
+            if exits.isdisjoint(inner):
+                is_branch = [n is by_add[add].branch for n in add.all_input_nodes]
+                add.meta["joins"] = is_branch.index(False)
 
 
 def verify_marks(gm: GraphModule, marked: Marked) -> None:
@@ -132,7 +154,7 @@ def _find_attention_branches(
             branches.append(branch)
             continue
         for attention in group:
-            raw = _cut_raw(attention)
+            raw = _cut_raw(attention, [add for add in exits if add in by_add])
             if raw is not None:
                 branches.append(raw)
             else:
@@ -163,7 +185,9 @@ def _cut_at(
         if end is None:
             return None
         cuts.append(end if cut == "branch" else _before_gate(reach, end, mask))
-    branch = _ResidualBranch(attentions[0].meta["attention"].kind, tuple(cuts), tuple(attentions))
+    kind = attentions[0].meta["attention"].kind
+    adds = tuple(r.add for r in exits)
+    branch = _ResidualBranch(kind, tuple(cuts), adds, tuple(attentions))
     ((_, nodes),) = _own(reach, [branch], residuals)
     return branch if set(attentions) <= set(nodes) else None
 
@@ -204,7 +228,7 @@ def _before_gate(reach: Reach, node: Node, mask: int) -> Node:
     return best
 
 
-def _cut_raw(attention: Node) -> _ResidualBranch | None:
+def _cut_raw(attention: Node, exits: Sequence[Node]) -> _ResidualBranch | None:
     """Returns a branch that is cut at the attention's output, for want of a usable residual add.
 
     Returns None if reusing that cut would not make the attention dead code.
@@ -216,7 +240,8 @@ def _cut_raw(attention: Node) -> _ResidualBranch | None:
         node = next(iter(node.users))
     if attention not in dead_without([node]):
         return None
-    return _ResidualBranch(attention.meta["attention"].kind, (node,), (attention,))
+    kind = attention.meta["attention"].kind
+    return _ResidualBranch(kind, (node,), tuple(exits), (attention,))
 
 
 def _find_mlp_branches(
@@ -236,6 +261,7 @@ def _find_mlp_branches(
     """
     owned = _own(reach, attention_branches, residuals)
     claimed = {node for _, nodes in owned for node in nodes}
+    by_branch = {r.branch: r for r in residuals}
     groups: dict[frozenset[Node], list[Residual]] = {}
     for residual in (*residuals, *shares):
         inner = reach.between(residual.stream, residual.branch)
@@ -256,7 +282,9 @@ def _find_mlp_branches(
             _before_gate(reach, r.branch, mask) if cut == "attention" else r.branch for r in group
         )
         adds = {n for r in group for n in reach.between(r.stream, r.branch)}
-        branch = _ResidualBranch("mlp", cuts, adds=frozenset(adds & {r.add for r in residuals}))
+        exits = tuple(by_branch[r.later or r.branch].add for r in group)
+        inner = frozenset(adds & {r.add for r in residuals})
+        branch = _ResidualBranch("mlp", cuts, exits, adds=inner)
         ((_, nodes),) = _own(reach, [branch], residuals)
         if shared <= set(nodes):
             branches.append(branch)
@@ -294,7 +322,7 @@ def _split_around_others(
             return kept
         kept.remove(broken)
         for attention in broken.attentions:
-            raw = _cut_raw(attention)
+            raw = _cut_raw(attention, broken.exits)
             if raw is not None and raw != broken:
                 kept.append(raw)
             else:

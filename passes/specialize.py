@@ -17,6 +17,7 @@ from .ir import (
     make_module,
     output_node,
 )
+from .nesting.order import note_position, restore_order
 from .offload import link_fetches
 
 
@@ -55,12 +56,14 @@ def specialize_phase_pass(gm: GraphModule, regions: Regions, slots: PhaseSlots) 
             mapping[node].meta.update(node.meta)
         else:
             copy_into(graph, [node], mapping)
+        note_position(graph, node)
     kept = [node for slot in slots.stored for node in decisions.written(slot)]
     outputs = map_arg(output_node(gm.graph).args[0], lambda n: mapping[n])
     graph.output((outputs, tuple(kept)))
     remove_dead_code(graph)
-    link_fetches(graph)
-    return make_module(gm, graph)
+    ordered = restore_order(graph)
+    link_fetches(ordered)
+    return make_module(gm, ordered)
 
 
 def verify_phase(gm: GraphModule, regions: Regions, slots: PhaseSlots) -> None:

@@ -158,9 +158,9 @@ def test_dump_writes_stages_phases_and_plan(model, inputs, tmp_path):
     fast = pabc.compile(model, SCHEDULE, backend="eager", example_inputs=(inputs, {}))
     folder = fast.dump(tmp_path / "dump")
     names = {path.name for path in folder.iterdir()}
-    assert {"0_capture.py", "10_cache.py", "phase_0", "phase_1", "region_full_0.py"} <= names
+    assert {"0_capture.py", "11_cache.py", "phase_0", "phase_1", "region_full_0.py"} <= names
     assert pabc.Plan.from_json((folder / "plan.json").read_text()) == fast.plan
-    assert "cache_read" in (folder / "10_cache.py").read_text()
+    assert "cache_read" in (folder / "11_cache.py").read_text()
     stages = [stage.name for stage in (*NAMING, *GUARDING)]
     assert list(json.loads((folder / "seconds.json").read_text())) == stages
     for place, expected in ((folder, stages), (folder / "phase_1", [s.name for s in PHASE])):
@@ -373,6 +373,8 @@ def test_a_lifted_number_is_compiled_once(inputs):
 def test_kinds_asked_for_in_vain_warn(model, inputs):
     schedule = pabc.Schedule.pyramid(STEPS, full=2, temporal=3)
     fast = pabc.compile(model, schedule, backend="eager")
-    with pytest.warns(UserWarning, match=r"kind 'temporal'.*it has \['full', 'mlp'\]"):
+    with pytest.warns(
+        UserWarning, match=r"kind 'temporal'.*it has \['block', 'full', 'mlp', 'model', 'stack'\]"
+    ):
         fast(*inputs)
     assert "nothing matches" in str(fast.explain())

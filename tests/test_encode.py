@@ -197,6 +197,7 @@ def test_phases_equal_the_oracle(case: Case, cache_dtype, captured):
             assert torch.equal(outputs[0], expected[0]), reused
             wanted = [tensor for slot in stored for tensor in oracle.writes[slot]]
             for result, other in zip(results, wanted, strict=True):
+                result, other = result.contiguous(), other.contiguous()
                 assert torch.equal(result.view(torch.uint8), other.view(torch.uint8))
             oracle.writes.clear()
 
@@ -266,7 +267,8 @@ STORED = """
 
 
 def test_reads_are_decoded_and_writes_encoded_in_every_phase():
-    gm = run_to(capture_call(OneBranch(), OneBranch.call()), "encode", cache_dtype="bf16")
+    call = OneBranch.call()
+    gm = run_to(capture_call(OneBranch(), call), "encode", cache_dtype="bf16", disable=("nest",))
     assert_same_graph(gm, GUARDED)
     assert_same_graph(specialize(gm, reused=(0,)), REUSED)
     assert_same_graph(specialize(gm, stored=(0,)), STORED)

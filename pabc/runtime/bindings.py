@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,6 +13,7 @@ import torch
 from torch.fx import GraphModule
 
 from pabc import passes
+from pabc.base.kinds import COARSE
 from pabc.budget import Fit, fit_plan
 from pabc.passes import cache_read
 from pabc.plan import Plan, SlotSpec
@@ -164,17 +166,39 @@ def _steps_of(plan: Plan, columns: tuple[int, ...], num_slots: int) -> Iterator[
 
 
 def slot_specs(regions: Sequence[passes.Region]) -> tuple[SlotSpec, ...]:
-    """Returns one slot per region, named by its module, and by the region if they share it."""
-    paths = [region.path for region in regions]
+    """Returns one slot per region.
+
+    A slot has the name of its region's module, and that of the region too if others share it. Those
+    of the stack and of the whole model are named by their kind.
+    """
+    names = _slot_names(regions)
     return tuple(
         SlotSpec(
-            name=region.path if paths.count(region.path) == 1 else f"{region.path}:{region.name}",
+            name=name,
             kind=region.kind,
             layer=region.layer,
             nbytes=region.nbytes,
+            outer=tuple(n for n, r in zip(names, regions, strict=True) if slot in r.covers),
         )
-        for region in regions
+        for slot, (name, region) in enumerate(zip(names, regions, strict=True))
     )
+
+
+def _slot_names(regions: Sequence[passes.Region]) -> list[str]:
+    """Returns the names of slots; regions that contain others change none of the others' names."""
+    fine = Counter(region.path for region in regions if region.kind not in COARSE)
+    coarse = Counter(region.path for region in regions if region.kind == "block")
+    names = []
+    for region in regions:
+        is_coarse = region.kind in COARSE
+        count = fine[region.path] + coarse[region.path] * is_coarse
+        if region.kind in ("stack", "model"):
+            names.append(region.name if region.kind in fine else region.kind)
+        elif is_coarse and not region.path:
+            names.append(region.name)
+        else:
+            names.append(region.path if count == 1 else f"{region.path}:{region.name}")
+    return names
 
 
 class Bindings:
@@ -232,10 +256,9 @@ class Bindings:
 
     @cached_property
     def _flops(self) -> list[int]:
-        """Floating-point operations of one run of each region."""
+        """Floating-point operations that the reuse of each region saves."""
         count = passes.FlopCounter(self._guarded.captured.sizes)
-        graph = self._guarded.graph
-        return [count(graph.get_submodule(region.name)) for region in self._guarded.regions]
+        return count.of_regions(self._guarded)
 
 
 def _device(guarded: passes.Guarded, region: passes.Region) -> torch.device:
