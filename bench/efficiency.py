@@ -17,6 +17,8 @@ before anything is timed.
 The ratio in question is that of pabc without the stages that replace formulas and matrix products,
 so that both sides run the same ops and differ in the work that reuse leaves; `as shipped` is with
 these stages.
+
+A second table is about calls that are skipped as a whole: see `bench/skipped_calls.py`.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import report
+import skipped_calls
 import torch
 import workloads
 from torch import Tensor, nn
@@ -38,6 +41,7 @@ import pabc
 from pabc.plan import Phase, Plan
 
 MODELS = ("demo", "latte")
+PARTS = ("phases", "skips")
 OTHER_OPS = ("formulas", "onednn")
 """The stages without which pabc compiles the model's own formulas and PyTorch's own products."""
 NUM_STEPS = 30
@@ -288,19 +292,24 @@ def main() -> None:
     """Measures all models; prints a table, and writes JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the script")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    facts = report.describe_run()
+    content: dict[str, Any] = {**report.describe_run(), "rounds": options.rounds}
     sizes = workloads.TINY if options.tiny else workloads.SMALL
-    models = []
     for name in options.models:
         with torch.no_grad():
-            models.append(measure(sizes[name], options.rounds))
-        print(format_model(models[-1]), flush=True)
+            if "phases" in options.parts:
+                content.setdefault("models", []).append(measure(sizes[name], options.rounds))
+                print(format_model(content["models"][-1]), flush=True)
+            if "skips" in options.parts:
+                rows = skipped_calls.measure(sizes[name], NUM_STEPS, options.rounds)
+                content.setdefault("skips", []).extend(rows)
+                print(skipped_calls.format_rows(rows), flush=True)
     if options.out is not None:
-        report.write_json(options.out, {**facts, "rounds": options.rounds, "models": models})
+        report.write_json(options.out, content)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ Nothing of it has run on a GPU yet: it was written and tested on a CPU alone, wh
   most twice that of `eager`;
 - the timestep guard, which on a GPU raises one call late; slots as bf16, fp8 or in host memory,
   against the same on the CPU; bytes as predicted, counted, and allocated; `save` and `load`;
-- CUDA graphs; kernels: their tests, then their times;
+- CUDA graphs; whole calls, stacks and blocks that are forecast: bits, errors, fresh results, CUDA
+  graphs, times; kernels: their tests, then their times;
 - end to end, published sizes in bf16: eager, pabc and torch.compile in turn, with seconds for each
   phase of the plan and the peak of allocated bytes. A variant is timed only if its first step
   agrees with the model's;
@@ -38,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_checks
+import gpu_skips
 import gpu_timing
 import report
 import torch
@@ -58,6 +60,10 @@ PARTS: dict[str, Part] = {
     "memory options": gpu_checks.check_memory,
     "artifact": gpu_checks.check_artifact,
     "CUDA graphs": gpu_timing.time_graphs,
+    "skips": gpu_skips.check_skips,
+    "skips: results": gpu_skips.check_results,
+    "skips: CUDA graphs": gpu_skips.check_graphs,
+    "skips: time": gpu_skips.time_skips,
     "kernels": gpu_timing.run_kernels,
     "end to end: latte": functools.partial(gpu_timing.time_loops, "latte"),
     "end to end: opensora": functools.partial(gpu_timing.time_loops, "opensora"),

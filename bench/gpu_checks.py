@@ -166,17 +166,18 @@ def _check_dtype(
 
     yield (
         f"{target.backend}: error against float64",
-        _check_compiled(workload, model, schedule, target, reused),
+        check_compiled(workload, model, schedule, target, reused),
     )
 
 
-def _check_compiled(
+def check_compiled(
     workload: Workload,
     model: nn.Module,
     schedule: pabc.Schedule,
     target: Target,
     eager: Sequence[Tensor],
 ) -> Row:
+    """Checks that the error of compiled phases is at most twice that of `eager`'s results."""
     dtype = eager[0].dtype
     exact = [
         {name: _as_double(x) for name, x in call.items()}

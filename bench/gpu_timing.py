@@ -43,7 +43,8 @@ ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 """A variant is timed only if its first step has at most this error relative to eager's."""
 
 
-def _type_of(target: Target) -> torch.dtype:
+def type_of(target: Target) -> torch.dtype:
+    """Returns the dtype of timed models."""
     return torch.float32 if target.is_smoke else torch.bfloat16
 
 
@@ -52,7 +53,7 @@ def time_loops(name: str, target: Target) -> Iterator[tuple[str, Row]]:
 
     torch.compile comes last: it takes longest to be ready, and may be stopped.
     """
-    case = _make_case((TINY if target.is_smoke else FULL)[name], target)
+    case = make_case((TINY if target.is_smoke else FULL)[name], target)
     variants = ["eager", "pabc", "torch.compile"]
     if target.backend == "eager":
         variants = ["eager", "pabc eager"]
@@ -66,11 +67,12 @@ def time_loops(name: str, target: Target) -> Iterator[tuple[str, Row]]:
             continue
         ready[variant] = made
         if len(ready) > 1:
-            yield f"time {', '.join(ready)}", _time_variants(case, ready, target)
+            yield f"time {', '.join(ready)}", time_variants(case, ready, target)
 
 
-def _make_case(workload: Workload, target: Target) -> Case:
-    dtype = _type_of(target)
+def make_case(workload: Workload, target: Target) -> Case:
+    """Returns a model with its loop, scheduled 2/4/6."""
+    dtype = type_of(target)
     model = build(workload, target.device, dtype)
     start = draw(workload, 0, target.device, dtype)
     return Case(workload, model, start, make_schedule(workload, target.steps))
@@ -95,7 +97,7 @@ def _prepare(variant: str, case: Case, reference: Tensor) -> tuple[Ready | None,
     return ready if row["passed"] else None, row
 
 
-def _time_variants(case: Case, ready: Mapping[str, Ready], target: Target) -> Row:
+def time_variants(case: Case, ready: Mapping[str, Ready], target: Target) -> Row:
     """Times generations in turn, after one warm-up each; adds speedups over the first variant."""
     measured: dict[str, list[Row]] = {name: [] for name in ready}
     order = list(ready)
@@ -185,7 +187,7 @@ def _summarize(rows: Sequence[Row], ready: Ready) -> Row:
 
 def measure_memory(target: Target) -> Iterator[tuple[str, Row]]:
     """Measures the peak of allocated bytes: of the model, then for each way to keep slots."""
-    workload, dtype = (TINY if target.is_smoke else FULL)["latte"], _type_of(target)
+    workload, dtype = (TINY if target.is_smoke else FULL)["latte"], type_of(target)
     schedule = make_schedule(workload)
     model = build(workload, target.device, dtype)
     calls = make_calls(workload, schedule.timesteps, target.device, dtype)
@@ -217,20 +219,20 @@ def time_graphs(target: Target) -> Iterator[tuple[str, Row]]:
     if not target.is_cuda:
         yield "option", {"missing": "a CUDA graph needs a GPU"}
         return
-    case = _make_case((TINY if target.is_smoke else SMALL)["latte"], target)
+    case = make_case((TINY if target.is_smoke else SMALL)["latte"], target)
     ready = {}
     outputs = {}
     for name, options in {"pabc": {}, "pabc, CUDA graphs": {"cudagraphs": True}}.items():
         fast = pabc.compile(case.model, case.schedule, backend=target.backend, **options)  # type: ignore[arg-type]
-        calls = make_calls(case.workload, case.schedule.timesteps, target.device, _type_of(target))
+        calls = make_calls(case.workload, case.schedule.timesteps, target.device, type_of(target))
         for _ in range(2):  # the first generation may record what the second one replays
             outputs[name] = [x.clone() for x in run_one_by_one(fast, calls)]
         ready[name] = Ready(fast, on_end=fast.reset)
     error = find_error(outputs["pabc, CUDA graphs"], outputs["pabc"])
-    passed = error <= torch.finfo(_type_of(target)).eps
+    passed = error <= torch.finfo(type_of(target)).eps
     yield "values", {"passed": passed, "relative_error": error}
     if passed:
-        yield "time", _time_variants(case, ready, target)
+        yield "time", time_variants(case, ready, target)
 
 
 def run_one_by_one(model: Any, calls: Sequence[dict[str, Any]]) -> Iterator[Tensor]:

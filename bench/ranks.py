@@ -58,6 +58,12 @@ def make_schedules(workload: Workload, num_steps: int) -> dict[str, Schedule]:
     return {"no reuse": Schedule.none(steps), "2/4/6": preset}
 
 
+def make_skips(workload: Workload, num_steps: int) -> dict[str, Schedule]:
+    """Returns the schedules that compute a half and a third of the calls, and skip the others."""
+    steps = timesteps(workload, num_steps)
+    return {f"skip {n}x": Schedule.skip(steps, -(-num_steps // n)) for n in (2, 3)}
+
+
 class CountSent(TorchDispatchMode):
     """A mode that counts what this process sends: collectives, and bytes to other processes."""
 

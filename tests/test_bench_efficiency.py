@@ -41,3 +41,26 @@ def test_plain_ops_are_those_of_the_model(efficiency):
     options = Options(disable=efficiency.OTHER_OPS)
     left_out = {stage.name for stage in PHASE if not stage.is_on(options)}
     assert left_out == {"formulas", "onednn"}
+
+
+@pytest.mark.parametrize("backend", ["eager", "original"])
+def test_skipped_calls_are_told_from_computed_ones(efficiency, monkeypatch, backend):
+    skipped = efficiency.skipped_calls
+    monkeypatch.setattr(skipped, "BACKENDS", (backend,))
+    (row,) = skipped.measure(efficiency.workloads.TINY["latte"], num_steps=6, rounds=3)
+    assert (row["calls"], row["computed"]) == (6, 3)
+    assert row["share"] > 0 and row["of_bound"] == pytest.approx(row["speedup"] / 2, abs=1e-3)
+    assert {name: each["median"] > 0 for name, each in row["seconds"].items()} == {
+        "full": True,
+        "computed": True,
+        "skipped": True,
+    }
+    assert backend in skipped.format_rows([row])
+
+
+def test_missed_aims_are_marked(efficiency):
+    skipped = efficiency.skipped_calls
+    seconds = {name: {"median": 0.1} for name in ("full", "computed", "skipped")}
+    row = {"model": "m", "backend": "b", "seconds": seconds, "share": 0.01, "speedup": 1.95}
+    assert "!" not in skipped.format_rows([{**row, "of_bound": 0.975}])
+    assert skipped.format_rows([{**row, "share": 0.03, "of_bound": 0.9}]).count("!") == 2

@@ -143,7 +143,7 @@ def test_patterns_of_steps_are_those_that_taylorseer_computes(skips, workloads):
     assert not skips.Pattern(3, 2, 7, 7).computes(3) and skips.Pattern(3, 2, 7, 7).computes(4)
 
 
-@pytest.mark.parametrize("forecast", ["hold"])
+@pytest.mark.parametrize("forecast", ["hold", "linear", "quadratic"])
 def test_forecasts_by_hand_are_those_of_pabc(skips, workloads, forecast):
     case = make_case(skips, workloads, "latte")
     schedule = skips.pabc.Schedule.skip(case.schedule.timesteps, 4, forecast=forecast)
