@@ -32,7 +32,10 @@ from variants import VARIANTS
 from workloads import FRACTION, FULL, SMALL, TINY, build, denoise, draw, timesteps
 
 import pabc
+from pabc.base.kinds import KINDS
+from pabc.demo import metrics
 
+ATTENTION = ("spatial", "temporal", "full", "joint", "cross")
 SIZES = {"small": SMALL, "full": FULL, "tiny": TINY}
 
 
@@ -256,17 +259,17 @@ def describe_plan(call: Any) -> dict[str, Any]:
         return {}
     plan, found, stats = call.plan, call.explain(), call.stats
     flops = {kind: n for kind, n in found.flops.items() if kind != "prologue"}
-    attention = sum(n for kind, n in flops.items() if kind not in ("mlp", "outside", "other"))
-    held = [len(region.attentions) for region in found.regions]
-    reused = int((plan.reuse @ held).sum())
+    attention = sum(n for kind, n in flops.items() if kind in ATTENTION)
+    held = {kind: [r for r in found.regions if r.kind == kind] for kind in KINDS}
+    counts = [len(held[slot.kind][slot.layer].attentions) for slot in plan.slots]
+    skipped = int((~plan.computed @ counts).sum())
+    shares = metrics.flop_shares(plan, found)
     return {
-        "planned_attentions": len(found.attention) * plan.num_steps - reused,
+        "planned_attentions": len(found.attention) * plan.num_steps - skipped,
         "attentions_per_step": len(found.attention),
         "attention_share": attention / sum(flops.values()),
         "gflops": sum(flops.values()) / 1e9,
-        "flop_share": 1
-        - float((plan.reuse @ [r.flops for r in found.regions]).sum())
-        / (plan.num_steps * sum(flops.values())),
+        "flop_share": sum(shares) / plan.num_steps,
         "phases": plan.phase_of_step.tolist(),
         "cache_bytes": plan.peak_bytes,
         "captures": stats.captures,

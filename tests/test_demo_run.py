@@ -27,7 +27,8 @@ from pabc.demo.timing import Run
 from pabc.plan import Plan, SlotSpec
 
 BASELINES = ("full", "torch.compile", "3 steps", "2 steps")
-REUSE = ("pabc 2/3/6", "pabc 2/4/6")
+PYRAMIDS = ("pabc 2/3/6", "pabc 2/4/6")
+REUSE = (*PYRAMIDS, "skip 2x")
 VARIANTS = (*BASELINES, "pabc, no reuse", *REUSE)
 PROMPTS = ("a bold seven moving left, fast", "a <three> & moving up, slow")
 
@@ -82,7 +83,33 @@ def test_full_equals_itself_and_reuse_does_not(content: dict[str, Any]) -> None:
         assert rows[name]["flop_share"] < 1
         assert rows[name]["cache_bytes"] > 0
         assert rows[name]["phases"] >= 2
+    for name in PYRAMIDS:
         assert rows[name]["schedule"].startswith("pyramid spatial=2")
+
+
+def test_half_of_the_calls_are_skipped(content: dict[str, Any]) -> None:
+    row = content["variants"]["skip 2x"]
+    assert content["headline"] == "skip 2x"
+    assert (row["steps"], row["calls"], row["call_share"], row["phases"]) == (4, 2, 0.5, 2)
+    assert row["flop_share"] == 0.5
+    assert row["timesteps"] == [content["variants"]["full"]["timesteps"][i] for i in (0, 3)]
+    assert row["schedule"] == "skip 2 of 4 model linear"
+
+
+def test_the_headline_is_what_holds_on_all_machines(out: Path, content: dict[str, Any]) -> None:
+    page, row = (out / "report.html").read_text(), content["variants"]["skip 2x"]
+    headline = re.search(r"<h1>(.*)</h1>", page)
+    assert headline is not None
+    assert (
+        f"skip 2x: {row['speedup_by_less_work']:.2f}x by less work (2 of 4 calls, 50%"
+        in (headline[1])
+    )
+    assert "torch.compile" not in headline[1]
+
+
+def test_skips_are_named_by_what_they_save() -> None:
+    names = {50: "skip 2x", 20: "skip 2x", 5: "skip 1.7x", 1: "skip 1x"}
+    assert {steps: variants.name_skip(steps) for steps in names} == names
 
 
 def test_fewer_steps_are_judged_against_all_steps(content: dict[str, Any]) -> None:
@@ -150,7 +177,7 @@ def test_report_needs_nothing_beside_itself(out: Path) -> None:
     page = re.sub(r'"data:[^"]*"', '""', page)  # encoded pictures may spell anything
     assert "http" not in page
     assert not re.findall(r"\$\w+", page)
-    assert page.count("<svg") == 3 + 1 + 1 + 4  # plans, calls, means, kinds
+    assert page.count("<svg") == 4 + 1 + 1 + 4  # plans, calls, means, kinds
     for name in VARIANTS:
         assert page.count(f"<td>{name}</td>") == 2  # work, time
 
@@ -186,12 +213,15 @@ def test_two_processes_give_the_same_clips(weights: Path, tmp_path: Path) -> Non
     )
     assert ran.returncode == 0, ran.stderr
     found = json.loads((tmp_path / "metrics.json").read_text())["variants"]
-    assert tuple(found) == (*VARIANTS, "pabc, no reuse, 2 ranks", "pabc 2/4/6, 2 ranks")
+    shared = ("pabc, no reuse", "pabc 2/4/6", "skip 2x")
+    assert tuple(found) == (*VARIANTS, *(f"{name}, 2 ranks" for name in shared))
     none, reused = found["pabc, no reuse, 2 ranks"], found["pabc 2/4/6, 2 ranks"]
     assert none["psnr"] is None or none["psnr"] > 100
     assert reused["psnr"] == pytest.approx(found["pabc 2/4/6"]["psnr"], abs=0.01)
     assert reused["cache_bytes"] * 2 == found["pabc 2/4/6"]["cache_bytes"]
-    assert ran.stdout.count("ranks: 2, hidden_states") == 2
+    skip = found["skip 2x, 2 ranks"]
+    assert skip["psnr"] == pytest.approx(found["skip 2x"]["psnr"], abs=0.01)
+    assert ran.stdout.count("ranks: 2, hidden_states") == 3
     assert "a generation:" in ran.stdout
 
 

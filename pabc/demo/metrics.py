@@ -101,9 +101,12 @@ def flop_shares(plan: Plan, explanation: Explanation) -> list[float]:
     flops: dict[str, list[int]] = {}
     for region in explanation.regions:
         flops.setdefault(region.kind, []).append(region.flops)
-    reused = [flops[slot.kind][slot.layer] for slot in plan.slots]
-    skipped = torch.from_numpy(plan.reuse.astype("float64")) @ torch.tensor(reused).double()
-    return (1 - skipped / max(1, sum(explanation.flops.values()))).tolist()
+    each = torch.tensor([flops[slot.kind][slot.layer] for slot in plan.slots]).double()
+    skipped = torch.from_numpy(~plan.computed).double() @ each
+    shares = 1 - skipped / max(1, sum(explanation.flops.values()))
+    models = [j for j, slot in enumerate(plan.slots) if slot.kind == "model"]
+    is_skipped = torch.from_numpy(plan.reuse[:, models].any(axis=1))
+    return shares.masked_fill(is_skipped, 0).tolist()
 
 
 def find_concerns(table: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -10,7 +10,6 @@ from string import Template
 from typing import Any
 
 from pabc.demo import charts, metrics
-from pabc.demo.variants import HIGHLIGHT
 from pabc.explanation import Explanation
 from pabc.plan import Plan
 
@@ -56,8 +55,8 @@ def render(
         headline=escape(_headline(content)),
         subtitle=escape(_subtitle(content)),
         warnings="".join(f'<p class="warning">{escape(w)}</p>' for w in content["warnings"]),
-        work=_draw_table(*metrics.format_work(content["variants"])),
-        time=_draw_table(*metrics.format_time(content["variants"])),
+        work=_draw_table(*metrics.format_work(content["variants"]), content["headline"]),
+        time=_draw_table(*metrics.format_time(content["variants"]), content["headline"]),
         about="".join(["<ul>", *_list_variants(content["variants"]), "</ul>"]),
         method=escape(method),
         gif=_embed(pictures["clips.gif"], "image/gif"),
@@ -77,18 +76,20 @@ def render(
 
 
 def _headline(content: Mapping[str, Any]) -> str:
-    row = content["variants"][HIGHLIGHT]
+    name = content["headline"]
+    row = content["variants"][name]
     quality = "identical clips" if row["psnr"] is None else f"PSNR {row['psnr']:.1f} dB"
     return (
-        f"{HIGHLIGHT}: {row['speedup_by_less_work']:.2f}x by less work ({row['calls']} of"
+        f"{name}: {row['speedup_by_less_work']:.2f}x by less work ({row['calls']} of"
         f" {content['steps']} calls, {row['flop_share']:.0%} of the operations), {quality}"
     )
 
 
 def _subtitle(content: Mapping[str, Any]) -> str:
-    row, matmul = content["variants"][HIGHLIGHT], content["matmul"]
+    name, matmul = content["headline"], content["matmul"]
+    row = content["variants"][name]
     return (
-        f"{HIGHLIGHT}: {row['about']}. Here it is {row['speedup_vs_torch_compile']:.2f}x as fast as"
+        f"{name}: {row['about']}. Here it is {row['speedup_vs_torch_compile']:.2f}x as fast as"
         f" torch.compile, of which {row['speedup_by_code']:.2f}x is due to cheaper formulas and"
         f" matrix products ({matmul['pabc']} in pabc, {matmul['torch']} in PyTorch), and differs"
         f" from machine to machine. The embedded video model, {content['device']},"
@@ -96,10 +97,10 @@ def _subtitle(content: Mapping[str, Any]) -> str:
     )
 
 
-def _draw_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _draw_table(header: Sequence[str], rows: Sequence[Sequence[str]], best: str) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join(
-        f'<tr class="{"best" if row[0] == HIGHLIGHT else "plain"}">'
+        f'<tr class="{"best" if row[0] == best else "plain"}">'
         + "".join(f"<td>{escape(cell)}</td>" for cell in row)
         + "</tr>"
         for row in rows

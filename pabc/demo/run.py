@@ -23,7 +23,7 @@ from pabc.api import CompiledModel
 from pabc.demo import digits, latte, machine, metrics, pictures, report, sampling
 from pabc.demo.launch import Launch, launch
 from pabc.demo.timing import Round, Run, Variant, race
-from pabc.demo.variants import FRACTION, FULL, make_variants
+from pabc.demo.variants import FRACTION, FULL, make_variants, name_skip
 from pabc.differences import Differences
 
 
@@ -115,6 +115,7 @@ def _run_first(
     concerns = metrics.find_concerns(table)
     _warn(concerns)
     content = {
+        "headline": name_skip(options.steps),
         "variants": table,
         "steps": options.steps,
         "batch": len(rounds[0].captions),

@@ -20,12 +20,20 @@ FULL = "full"
 TORCH_COMPILE = "torch.compile"
 NO_REUSE = "pabc, no reuse"
 PYRAMID = "pabc 2/4/6"
-HIGHLIGHT = PYRAMID
-"""The variant that headlines are about."""
 FRACTION = (0.15, 0.85)
 """The share of the steps, the middle 70 %, in which the 2/4/6 variant reuses."""
 FEWER = (0.8, 0.5)
 """The shares of the steps that the variants with fewer steps take."""
+
+
+def name_skip(steps: int) -> str:
+    """Returns the name of the variant that computes half of the calls, and skips the others."""
+    return f"skip {steps / count_half(steps):.2g}x"
+
+
+def count_half(steps: int) -> int:
+    """Returns half of the steps, rounded up."""
+    return (steps + 1) // 2
 
 
 @dataclass(frozen=True)
@@ -113,6 +121,12 @@ def make_schedules(timesteps: tuple[int, ...], *, mlp: bool) -> dict[str, Reuse]
             "spatial, temporal, cross attention, in the middle 70 % of the steps",
         ),
     }
+    steps, half = len(timesteps), count_half(len(timesteps))
+    found[name_skip(steps)] = Reuse(
+        Schedule.skip(timesteps, half),
+        f"{half} of {steps} calls are computed, the first and the last ones among them; the others"
+        " are skipped, and their outputs forecast by lines",
+    )
     if mlp:
         found["pabc 2/3/6 + mlp"] = Reuse(
             presets.latte(timesteps), "the published Latte preset with its MLP broadcast"
@@ -138,5 +152,5 @@ def shard_variants(
             whole=f"{NO_REUSE}{suffix}",
             ranks=mesh.size(),
         )
-        for name in (NO_REUSE, PYRAMID)
+        for name in (NO_REUSE, PYRAMID, name_skip(len(timesteps)))
     ]
