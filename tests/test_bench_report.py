@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,29 @@ def test_a_result_is_written_whole_or_not_at_all(report, tmp_path):
         report.write_json(path, {"a": float("nan")})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [file.name for file in path.parent.iterdir()] == ["result.json"]
+
+
+def test_tables_of_documents_follow_the_results(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(FILE.parent))
+    import tables
+
+    text = "a\n<!-- table: skips -->\nold\n<!-- end -->\nb"
+    assert tables.fill(text, tmp_path) == text, "no result: as it was"
+    row = {"model": "demo", "backend": "inductor", "share": 0.0101, "speedup": 1.96}
+    seconds = {"full": {"median": 0.02}, "skipped": {"median": 0.0002}}
+    content = {"date": "2026-11-29T19", "cpu": "X", "threads": 2}
+    content["skips"] = [{**row, "seconds": seconds, "of_bound": 0.98}]
+    (tmp_path / "efficiency.json").write_text(json.dumps(content))
+    found = tables.fill(text, tmp_path)
+    assert "old" not in found and found.startswith("a\n<!-- table: skips -->\n2026-11-29, X, 2 th")
+    assert "| demo | inductor | 20.0 ms | 200 us | 1.01% | 1.96x | 0.980 |" in found
+    assert tables.fill(found, tmp_path) == found
+
+
+def test_documents_name_tables_that_there_are(monkeypatch):
+    monkeypatch.syspath_prepend(str(FILE.parent))
+    import tables
+
+    texts = [(tables.report.ROOT / name).read_text() for name in tables.DOCUMENTS]
+    named = [name for text in texts for name in re.findall("<!-- table: (.*?) -->", text)]
+    assert sorted(named) == sorted(tables.TABLES)

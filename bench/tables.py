@@ -1,0 +1,180 @@
+"""Writes tables of measured results into the documents, from the JSON files of `bench/results`.
+
+    python bench/tables.py
+
+A table stands between the lines `<!-- table: NAME -->` and `<!-- end -->`; the names are those of
+`TABLES`. A table whose file is missing, or was written by an older version, stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import report
+
+RESULTS = report.ROOT / "bench" / "results"
+DOCUMENTS = ("README.md", "bench/README.md")
+Content = dict[str, Any]
+
+
+def write_headline(content: Content) -> str:
+    """Returns the sentence about the demo in the main README."""
+    rows, steps = content["variants"], content["steps"]
+    skip, fewer = rows[content["headline"]], rows[f"{content['steps'] // 2} steps"]
+    matmul = content["matmul"]
+    text = (
+        f"On {content['cpus']} CPU cores, the demo's clips take"
+        f" {skip['speedup_by_less_work']:.2f} times less time with {skip['calls']} of {steps} calls"
+        f" computed and the others forecast, at {skip['psnr']:.1f} dB PSNR from the full model's;"
+        f" {fewer['calls']} steps of the same sampler are {fewer['psnr']:.1f} dB from them. The"
+        " compiled code itself is"
+        f" {rows['pabc, no reuse']['speedup_vs_torch_compile']:.2f} times as fast as"
+        f" torch.compile's there, with matrix products by {matmul['pabc']} instead of"
+        f" {matmul['torch']}, which differs from machine to machine. **Nothing has been measured on"
+        " a GPU yet.** All figures, and the commands that make them: [bench](bench/README.md)."
+    )
+    return textwrap.fill(text, 120, break_on_hyphens=False)
+
+
+def write_demo(content: Content) -> str:
+    """Returns the demo's tables of work and of time."""
+    rows = content["variants"]
+    work = [
+        [
+            name,
+            row["calls"],
+            f"{row['flop_share']:.0%}",
+            f"{row['speedup_by_less_work']:.2f}x",
+            "" if row["psnr"] is None else f"{row['psnr']:.1f} dB ({row['psnr_min']:.1f})",
+            f"{row['ssim']:.3f}",
+            f"{row['digit_accuracy']:.0%}, {row['direction_accuracy']:.0%}",
+        ]
+        for name, row in rows.items()
+    ]
+    time = [
+        [
+            name,
+            report.format_spread(row["seconds_per_clip"]),
+            f"{row['speedup_vs_eager']:.2f}x",
+            f"{row['speedup_vs_torch_compile']:.2f}x",
+            f"{row['speedup_by_less_work']:.2f} x {row['speedup_by_code']:.2f}",
+            f"{row['cache_bytes'] / 2**20:.1f} MiB" if row["cache_bytes"] else "",
+            f"{row['compile_seconds']:.0f} s" if row["compile_seconds"] else "",
+        ]
+        for name, row in rows.items()
+    ]
+    header = ("variant", "calls", "operations", "by less work", "PSNR (worst clip)", "SSIM")
+    first = report.format_markdown((*header, "digit, direction right"), work)
+    header = ("variant", "s / clip (min to max)", "over eager", "over torch.compile")
+    header += ("by less work x by other code", "cache", "compile")
+    matmul = content["matmul"]
+    about = (
+        f"{content['date'][:10]}, {content['processor']}, {content['threads']} threads: the trained"
+        f" demo model, {content['steps']} DDIM steps, batches of {content['batch']} clips with"
+        f" guidance, medians of {content['rounds']} interleaved rounds, {content['clips']} clips;"
+        f" matrix products by {matmul['torch']} in PyTorch, by {matmul['pabc']} in pabc"
+        " (`bench/results/demo/metrics.json`)."
+    )
+    second = report.format_markdown(header, time)
+    return "\n\n".join([textwrap.fill(about, 120, break_on_hyphens=False), first, second])
+
+
+def write_skips(content: Content) -> str:
+    """Returns the table of skipped calls, of `efficiency.py`."""
+    header = ("model", "backend", "full call", "skipped call", "share", "speedup")
+    lines = [
+        [
+            row["model"],
+            row["backend"],
+            f"{1e3 * row['seconds']['full']['median']:.1f} ms",
+            f"{1e6 * row['seconds']['skipped']['median']:.0f} us",
+            f"{row['share']:.2%}",
+            f"{row['speedup']:.2f}x",
+            f"{row['of_bound']:.3f}",
+        ]
+        for row in content["skips"]
+    ]
+    return _with_date(content, report.format_markdown((*header, "of calls / computed"), lines))
+
+
+def write_bytes(content: Content) -> str:
+    """Returns the table of measured bytes, of `communication.py`."""
+    names = ("2/4/6", "skip 2x", "skip 3x")
+    rows = [row for name, row in content["rows"].items() if name.endswith("measured")]
+    lines = []
+    for row in rows:
+        none = row["no reuse"]["bytes"]
+        cells = [f"{row[n]['bytes'] / 1e6:.1f} MB, {row[n]['bytes'] / none:.2f}" for n in names]
+        error = max(row[name]["max_error"] for name in ("no reuse", *names))
+        lines.append([row["model"], row["ranks"], f"{none / 1e6:.1f} MB", *cells, f"{error:.1e}"])
+    header = ("model", "ranks", "without reuse", *names, "largest difference")
+    return _with_date(content, report.format_markdown(header, lines))
+
+
+def write_equal_calls(content: Content) -> str:
+    """Returns the table of variants with equally many computed calls, of `peers.py`."""
+    rows = content["models"]["demo"]["rows"]
+    full, lines = rows["eager"], []
+    found = [name for name in rows if "psnr_min" in rows[name] and name != "eager"]
+    for name in sorted(found, key=lambda name: -(rows[name]["psnr"] or 1e9)):
+        row = rows[name]
+        psnr = "equal" if row["psnr"] is None else f"{row['psnr']:.1f} ({row['psnr_min']:.1f})"
+        speedup = full["summary"]["median"] / row["summary"]["median"]
+        share = row["attentions"] / full["attentions"]
+        lines.append([name, f"{share:.0%}", f"{speedup:.2f}x", psnr, row["note"]])
+    header = ("variant", "of all attentions", "over eager", "PSNR (worst clip)", "settings")
+    settings = content["settings"]
+    note = f"{settings['computed']} of {settings['steps']} calls computed"
+    return _with_date(content, report.format_markdown(header, lines), note)
+
+
+def _with_date(content: Content, table: str, *notes: str) -> str:
+    facts = [content["date"][:10], content["cpu"], f"{content['threads']} threads", *notes]
+    return f"{', '.join(facts)}:\n\n{table}"
+
+
+TABLES: dict[str, tuple[str, Callable[[Content], str]]] = {
+    "headline": ("demo/metrics.json", write_headline),
+    "demo": ("demo/metrics.json", write_demo),
+    "skips": ("efficiency.json", write_skips),
+    "bytes": ("communication.json", write_bytes),
+    "equal calls": ("peers_skips.json", write_equal_calls),
+}
+"""Name of a table -> its file, and what makes it."""
+
+
+def fill(text: str, results: Path = RESULTS) -> str:
+    """Returns a document with its tables made anew."""
+    return re.sub(
+        r"(<!-- table: (.*?) -->\n)(.*?)(\n?<!-- end -->)",
+        lambda found: f"{found[1]}{make(found[2], found[3].strip(), results)}\n<!-- end -->",
+        text,
+        flags=re.DOTALL,
+    )
+
+
+def make(name: str, former: str, results: Path) -> str:
+    """Returns a table; the former one if its file is missing or lacks an entry."""
+    file, write = TABLES[name]
+    try:
+        return write(json.loads((results / file).read_text()))
+    except (FileNotFoundError, KeyError) as error:
+        print(f"{name}: left as it is: {file}: {type(error).__name__}: {error}")
+        return former
+
+
+def main() -> None:
+    """Fills all documents."""
+    for name in DOCUMENTS:
+        path = report.ROOT / name
+        path.write_text(fill(path.read_text()))
+        print(f"wrote {name}")
+
+
+if __name__ == "__main__":
+    main()
