@@ -32,7 +32,7 @@ from variants import VARIANTS
 from workloads import FRACTION, FULL, SMALL, TINY, build, denoise, draw, timesteps
 
 import pabc
-from pabc.base.kinds import KINDS
+from pabc.base.kinds import COARSE, KINDS
 from pabc.demo import metrics
 
 ATTENTION = ("spatial", "temporal", "full", "joint", "cross")
@@ -261,8 +261,9 @@ def describe_plan(call: Any) -> dict[str, Any]:
     flops = {kind: n for kind, n in found.flops.items() if kind != "prologue"}
     attention = sum(n for kind, n in flops.items() if kind in ATTENTION)
     held = {kind: [r for r in found.regions if r.kind == kind] for kind in KINDS}
-    counts = [len(held[slot.kind][slot.layer].attentions) for slot in plan.slots]
-    skipped = int((~plan.computed @ counts).sum())
+    fine = [j for j, slot in enumerate(plan.slots) if slot.kind not in COARSE]
+    counts = [len(held[plan.slots[j].kind][plan.slots[j].layer].attentions) for j in fine]
+    skipped = int((~plan.computed[:, fine] @ counts).sum())
     shares = metrics.flop_shares(plan, found)
     return {
         "planned_attentions": len(found.attention) * plan.num_steps - skipped,

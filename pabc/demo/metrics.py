@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pabc.api import CompiledModel
+from pabc.base.kinds import COARSE
 from pabc.demo import judge
 from pabc.demo.timing import Round, Run, Variant
 from pabc.demo.variants import FULL, TORCH_COMPILE
@@ -101,8 +102,9 @@ def flop_shares(plan: Plan, explanation: Explanation) -> list[float]:
     flops: dict[str, list[int]] = {}
     for region in explanation.regions:
         flops.setdefault(region.kind, []).append(region.flops)
-    each = torch.tensor([flops[slot.kind][slot.layer] for slot in plan.slots]).double()
-    skipped = torch.from_numpy(~plan.computed).double() @ each
+    fine = [j for j, slot in enumerate(plan.slots) if slot.kind not in COARSE]  # what others cover
+    each = [flops[plan.slots[j].kind][plan.slots[j].layer] for j in fine]
+    skipped = torch.from_numpy(~plan.computed[:, fine]).double() @ torch.tensor(each).double()
     shares = 1 - skipped / max(1, sum(explanation.flops.values()))
     models = [j for j, slot in enumerate(plan.slots) if slot.kind == "model"]
     is_skipped = torch.from_numpy(plan.reuse[:, models].any(axis=1))
