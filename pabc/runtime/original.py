@@ -76,6 +76,7 @@ class OriginalProgram:
         self._leftovers = Leftovers()
         self._source: OriginalSource | None = None
         self._bindings: dict[Schedule, Binding] = {}
+        self._bound: tuple[Schedule | None, Binding | None] = None, None
         self._results = KeptResults(original.options)
         self._measured = WHOLE_CALL
 
@@ -85,6 +86,7 @@ class OriginalProgram:
         if self._measured.nbytes != self._results.nbytes:
             self._measured = replace(WHOLE_CALL, nbytes=self._results.nbytes)
             self._bindings.clear()
+            self._bound = None, None
         return (self._measured,)
 
     @property
@@ -112,7 +114,11 @@ class OriginalProgram:
 
         Raises: ValueError for a schedule of other kinds, and for a memory budget without room.
         """
-        slots, binding = self.slots, self._bindings.get(schedule)
+        slots = self.slots
+        last, binding = self._bound
+        if schedule is last and binding is not None:  # its hash would take longer
+            return binding
+        binding = self._bindings.get(schedule)
         if binding is None:
             check_kinds(schedule, self._original.reason)
             plan = schedule.plan(slots)
@@ -120,6 +126,7 @@ class OriginalProgram:
             binding = self._bindings[schedule] = Binding.of(
                 plan, (SLOT,) if plan.slots else (), 1, torch.device("cpu")
             )
+        self._bound = schedule, binding
         return binding
 
     def serve(self, inputs: list[Any], binding: Binding) -> ServedCall:

@@ -29,7 +29,8 @@ class Stats:
             one before it. `weights`: a tensor of the model was replaced. `model`: a hook, a method
             or a Python value of it changed. `missing`: the step that stores the value was not run.
             `timestep`: it is not certain which step the call is, since its timestep is that of the
-            call before, or of another step.
+            call before, or of another step. `state`: an earlier call left Python state behind, with
+            `backend="original"`.
         nbytes: bytes that slots hold now.
         peak_nbytes: the most bytes that slots held at one time.
         captures: graphs captured from the model.
