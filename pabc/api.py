@@ -173,10 +173,11 @@ def _build(
             "see pabc.Schedule.pyramid and pabc.presets"
         )
     peers = None if mesh is None else Peers(mesh)
-    if inplace:
-        check_place(model)
-    if options.backend != "original" and not falls_back:
-        refuse_foreign_hooks(model, schedule)
+    if options.backend != "original":
+        if inplace:
+            check_place(model)
+        if not falls_back:
+            refuse_foreign_hooks(model, schedule)
     compiled = CompiledModel(model, schedule, options, peers=peers, falls_back=falls_back)
     if example_inputs is not None:
         args, kwargs = example_inputs

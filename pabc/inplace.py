@@ -24,10 +24,11 @@ class InPlace:
     """
 
     # Has no `__dict__`, so that code that walks over a module's attributes ends here.
-    __slots__ = ("_models", "_module")
+    __slots__ = ("_models", "_module", "replaced")
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
+    def __init__(self, module: nn.Module, replaced: Callable[..., Any] | None = None) -> None:
+        """`replaced`: what another compiler has put here; None: nothing."""
+        self._module, self.replaced = module, replaced
         # A compiled model that another one is installed in is still called within its trajectories.
         self._models: list[Any] = [module] if isinstance(module, Wrapper) else []
 
@@ -83,17 +84,17 @@ def check_place(module: nn.Module) -> None:
     if found is not None and not isinstance(found, InPlace):
         raise ValueError(
             "inplace: expected a model that is not compiled in place, found one that "
-            "torch.nn.Module.compile compiled; set model._compiled_call_impl = None first"
+            "torch.nn.Module.compile compiled; set model._compiled_call_impl = None first, or use "
+            "backend='original', which calls what is there and can skip whole calls"
         )
 
 
 def install(model: Wrapper, module: nn.Module) -> Callable[[], None]:
     """Makes the calls of `module` those of `model`; returns what takes that back."""
-    check_place(module)
     state = vars(module)
     place = state.get("_compiled_call_impl")
-    if place is None:
-        place = state["_compiled_call_impl"] = InPlace(module)
+    if not isinstance(place, InPlace):
+        place = state["_compiled_call_impl"] = InPlace(module, place)
         if hasattr(type(module), "cache_context"):
             replaced = state.get("cache_context")
             state["cache_context"] = _CacheContext(module, place, replaced)
@@ -111,8 +112,10 @@ def install(model: Wrapper, module: nn.Module) -> Callable[[], None]:
 
 def find_own_call(module: nn.Module) -> Callable[..., Any]:
     """Returns what a call of a module runs, hooks included, were it not compiled in place here."""
-    is_in_place = isinstance(vars(module).get("_compiled_call_impl"), InPlace)
-    return module._call_impl if is_in_place else module
+    place = vars(module).get("_compiled_call_impl")
+    if not isinstance(place, InPlace):
+        return module
+    return place.replaced or module._call_impl
 
 
 def prefer(model: Wrapper, module: nn.Module) -> None:
@@ -125,6 +128,8 @@ def prefer(model: Wrapper, module: nn.Module) -> None:
 def _leave(state: dict[str, Any], place: InPlace) -> None:
     if state.get("_compiled_call_impl") is place:
         del state["_compiled_call_impl"]
+        if place.replaced is not None:
+            state["_compiled_call_impl"] = place.replaced
     named = state.get("cache_context")
     if isinstance(named, _CacheContext):
         del state["cache_context"]

@@ -322,10 +322,19 @@ def test_in_place_the_model_calls_itself_once():
     assert_alike(generate(model), generate(plain))
 
 
-def test_a_module_that_dynamo_compiled_is_called_compiled():
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("around", [False, True])
+def test_a_module_that_dynamo_compiled_is_called_compiled(around, inplace):
     counter = CompileCounter()
-    plain = Small().eval()
-    fast = skip_calls(torch.compile(plain, backend=counter))
+    model, plain = Small().eval(), Small().eval()
+    if around:
+        model = torch.compile(model, backend=counter)
+    else:
+        model.compile(backend=counter)
+    fast = skip_calls(model, inplace=inplace)
     for _ in range(2):
-        assert_alike(generate(fast), generate(SkipByHand(plain)))
-    assert counter.frame_count == 1 and not fast.stats.fallbacks
+        assert_alike(generate(model if inplace else fast), generate(SkipByHand(plain)))
+    assert counter.frame_count == 1 and not fast.stats.fallbacks and fast.stats.reused == 6
+    fast.undo()
+    assert_alike(generate(model), generate(plain))
+    assert counter.frame_count == 1

@@ -158,6 +158,34 @@ def test_tables_that_are_built_once_cost_one_step():
     assert dict(fast.stats.fallbacks) == {"state": 2}
 
 
+def test_hooks_that_look_on_may_keep_what_they_see():
+    model, seen = Small().eval(), []
+    model.layer.register_forward_hook(lambda *_: seen.append(len(seen)))
+    fast = skip_calls(model)
+    for _ in range(2):
+        assert_alike(generate(fast), generate(SkipByHand(Small().eval())))
+    assert seen == list(range(2 * MASK.count(False))) and not fast.stats.fallbacks
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_hooks_that_keep_something_and_take_part_are_refused(writes):
+    model, seen = Small().eval(), []
+
+    def take_part(module, args, result):
+        seen.append(result)
+        if not writes:
+            return result * 2
+        result.mul_(2)
+
+    model.layer.register_forward_hook(take_part)
+    fast = skip_calls(model)
+    with pytest.raises(
+        ValueError, match=r"changes layer.hook .*take_part: seen\[1\], from nothing"
+    ):
+        generate(fast)
+    assert list(model.layer._forward_hooks.values()) == [take_part]
+
+
 # ---- what makes kept values invalid ----
 
 

@@ -109,17 +109,21 @@ def test_a_model_that_can_be_captured_is_captured():
         assert fast.models["transformer"].stats.captures == 1
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "by dynamo"])
+@pytest.mark.parametrize("compiled", ["not", "around", "in place"])
 def test_a_pipeline_may_ask_for_it(compiled):
     loop = make_loop()
     expected = run_by_hand(make_denoiser())
-    if compiled:
+    if compiled == "around":
         loop.transformer = torch.compile(loop.transformer, backend="eager")
+    if compiled == "in place":
+        loop.transformer.compile(backend="eager")
+    before = vars(loop.transformer).get("_compiled_call_impl")
     with pabc.compile_pipeline(loop, skip, backend="original") as fast:
         for _ in range(2):
             assert torch.equal(fast(6, *loop_call()), expected)
         stats = fast.models["transformer"].stats
     assert stats.captures == 0 and stats.reused == 8
+    assert vars(loop.transformer).get("_compiled_call_impl") is before
 
 
 def test_two_experts_skip_calls_of_their_own():

@@ -215,11 +215,11 @@ def _compiled(model: nn.Module, options: Mapping[str, Any]) -> CompiledModel:
     """Returns the model compiled; itself if it is compiled and no pipeline uses it."""
     if isinstance(model, CompiledModel) and not options and not model.is_observed:
         return model
-    check_place(model)
     nothing = Schedule.none((0,))
     if options.get("backend") == "original":
         own = model._orig_mod if isinstance(model, CompiledModel) else model
         return compile(own, nothing, **options)
+    check_place(model)
     return compile_or_call(getattr(model, "_orig_mod", model), nothing, **options)
 
 

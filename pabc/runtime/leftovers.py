@@ -13,13 +13,14 @@ from torch import nn
 
 from pabc.base.forward import inner_forward
 from pabc.passes import MISSING, Change, Snapshot, freeze
+from pabc.runtime.onlookers import find_hooks, is_within, noting_onlookers
 
 
 class Leftovers:
     """What the calls of one form leave behind, as far as it was found out.
 
     A call may build tables or set up hooks when it is first made; it must leave nothing the second
-    time. Two calls at most are watched.
+    time, but for what hooks keep that only look on. Two calls at most are watched.
 
     Attributes:
         are_known: whether calls are known to leave nothing, so that they can be skipped.
@@ -29,6 +30,7 @@ class Leftovers:
     def __init__(self) -> None:
         self.are_known = False
         self.num_trials = 0
+        self._hooks: set[str] = set()
 
     @contextmanager
     def watching(
@@ -39,14 +41,17 @@ class Leftovers:
         Raises: ValueError, naming what changed, if a second call changes something as well.
         """
         snapshot = Snapshot.of(model, _name_arguments(model, args, kwargs), values="all")
-        yield
+        with noting_onlookers(model, self._hooks) as onlookers:
+            yield
         changes = [change for change in snapshot.changes() if not _is_alike(change)]
-        if not changes:
+        kept = [c for c in changes if not any(is_within(c.holder.path, h) for h in onlookers)]
+        if not kept:
             self.are_known = True
         elif self.num_trials:
-            raise ValueError(_describe(model, changes[0]))
+            raise ValueError(_describe(model, kept[0]))
         else:
             self.num_trials += 1
+            self._hooks = find_hooks(model, {change.holder.path for change in kept})
 
 
 def _name_arguments(

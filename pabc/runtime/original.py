@@ -172,7 +172,9 @@ class OriginalProgram:
     def _compute_watched(self, call: OriginalCall) -> Any:
         """Calls the model. Raises: ValueError if it keeps leaving something behind."""
         with self._leftovers.watching(self._original.model, call.args, call.kwargs):
-            return self._compute(call)
+            result = call.function(*call.args, **call.kwargs)
+        self._original.configurations.end_call()
+        return result
 
     def _warn_of_writes(self, leaves: Sequence[int]) -> None:
         """Warns, once for each, of arguments that a call writes to."""
