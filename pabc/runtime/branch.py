@@ -42,6 +42,8 @@ class ServedCall(NamedTuple):
         source: what the values of the call are computed from.
         prologue: what computes the hoisted values; None: there are none.
         phases: what runs the steps of the plan.
+        doubt: why the call must compute, whatever the plan says, a key of
+            :attr:`pabc.Stats.fallbacks`; empty: it need not.
     """
 
     inputs: list[Any]
@@ -49,6 +51,7 @@ class ServedCall(NamedTuple):
     source: Source
     prologue: Prologue | None
     phases: StepRunners
+    doubt: str = ""
 
 
 class ActiveStep:
@@ -199,6 +202,8 @@ class Branch:
             self._num_wanted += not is_late
             if not is_sure:
                 self._recorder.fall_back("timestep", self.step)
+            elif call.doubt:
+                self._recorder.fall_back(call.doubt, self.step)
             elif not self.slots.hold(reused):
                 self._recorder.fall_back(change or "missing", self.step)
             elif not planned.forecasts:

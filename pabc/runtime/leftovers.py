@@ -24,12 +24,12 @@ class Leftovers:
 
     Attributes:
         are_known: whether calls are known to leave nothing, so that they can be skipped.
-        num_trials: how often a call left something; values of earlier calls are not reused.
+        are_doubted: whether a call left something, and the next one must tell if it does so, too.
     """
 
     def __init__(self) -> None:
         self.are_known = False
-        self.num_trials = 0
+        self.are_doubted = False
         self._hooks: set[str] = set()
 
     @contextmanager
@@ -46,11 +46,11 @@ class Leftovers:
         changes = [change for change in snapshot.changes() if not _is_alike(change)]
         kept = [c for c in changes if not any(is_within(c.holder.path, h) for h in onlookers)]
         if not kept:
-            self.are_known = True
-        elif self.num_trials:
+            self.are_known, self.are_doubted = True, False
+        elif self.are_doubted:
             raise ValueError(_describe(model, kept[0]))
         else:
-            self.num_trials += 1
+            self.are_doubted = True
             self._hooks = find_hooks(model, {change.holder.path for change in kept})
 
 

@@ -138,12 +138,12 @@ class OriginalProgram:
             leaves,
             self._numbers.moving(leaves, binding.plan.timesteps, original.timesteps),
             original.configurations.last,
-            self._leftovers.num_trials,
         )
         if source != self._source:
             self._source = source
         assert self._source is not None
-        return ServedCall(inputs, binding, self._source, None, self)
+        doubt = "state" if self._leftovers.are_doubted else ""
+        return ServedCall(inputs, binding, self._source, None, self, doubt)
 
     def executable(
         self, binding: Binding, reused: SlotIndices, step: int, inputs: Sequence[Any]

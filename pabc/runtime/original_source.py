@@ -90,14 +90,12 @@ class OriginalSource:
         constants: the values of the arguments that are no tensors; None for tensors.
         moving: positions of the numbers among them that move with the steps.
         configuration: of the model.
-        trial: how often such calls had left something behind.
     """
 
     form: CallForm
     constants: tuple[Any, ...]
     moving: frozenset[int]
     configuration: Configuration
-    trial: int
 
     @classmethod
     def of(
@@ -106,11 +104,10 @@ class OriginalSource:
         leaves: Sequence[Any],
         moving: frozenset[int],
         configuration: Configuration,
-        trial: int,
     ) -> OriginalSource:
         """Returns the source of a call, flattened."""
         constants = [None if isinstance(x, torch.Tensor) else leaf_key(x) for x in leaves]
-        return cls(form, tuple(constants), moving, configuration, trial)
+        return cls(form, tuple(constants), moving, configuration)
 
     @property
     def layout(self) -> tuple[()]:
@@ -133,13 +130,11 @@ class OriginalSource:
             return self.form.difference(earlier.form)
         if not self._has_constants_of(earlier):
             return "arguments"
-        if self.trial != earlier.trial:
-            return "state"
         return "weights" if self.configuration.python == earlier.configuration.python else "model"
 
     @cached_property
     def _key(self) -> tuple[object, ...]:
-        return self.form, self.configuration, self.trial
+        return self.form, self.configuration
 
     def _has_constants_of(self, other: OriginalSource) -> bool:
         if self.constants == other.constants:
