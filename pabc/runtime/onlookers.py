@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def noting_onlookers(model: nn.Module, paths: Collection[str]) -> Iterator[set[s
         place = hook_path(path, hook)
         if place in found:
             replaced.append((register, key, hook))
-            register[key] = _watch(hook, lambda place=place: found.discard(place))
+            register[key] = _watch(hook, partial(found.discard, place))
     try:
         yield found
     finally:
@@ -53,7 +54,7 @@ def _hooks(model: nn.Module) -> list[tuple[str, dict[int, Any], int, Any]]:
     ]
 
 
-def _watch(hook: Callable[..., Any], tell: Callable[[], None]) -> Callable[..., Any]:
+def _watch(hook: Callable[..., Any], tell: Callable[[], object]) -> Callable[..., Any]:
     """Returns the hook, which tells if it takes part."""
 
     def watched(module: nn.Module, *given: Any) -> Any:
