@@ -139,17 +139,42 @@ def compile_skip(case: Case, schedule: pabc.Schedule, backend: str) -> Ready:
 
 
 def run_chosen_skip(case: Case) -> Ready:
-    """Compiles the model with pabc; the steps that it computes are chosen as TaylorSeer's are."""
+    """Compiles the model with pabc; steps and weights are chosen as TaylorSeer's are."""
     reference, trials = run_full(case), []
     for pattern in find_patterns(case):
         steps = [i for i in range(case.num_steps) if pattern.computes(i)]
-        for forecast in ("linear", "quadratic"):
-            label = f"{pattern}, {forecast}"
+        rules = {
+            "linear": "linear",
+            "quadratic": "quadratic",
+            "Taylor, order 2": weigh(steps, case.num_steps),
+        }
+        for name, forecast in rules.items():
+            label = f"{pattern}, {name}"
             schedule = pabc.Schedule.skip(
                 case.schedule.timesteps, steps, forecast=forecast, label=label
             )
             trials.append((skip_in_loop(case, schedule, reference), label, schedule))
     return compile_skip(case, min(trials)[-1], "inductor")
+
+
+def weigh(computed: list[int], num_steps: int) -> list[list[float]]:
+    """Returns the weights, newest value first, of TaylorSeer's sum of order 2 at each step."""
+    rows: list[list[float]] = []
+    for step in range(num_steps):
+        last = [i for i in computed if i < step][-3:][::-1]
+        if step in computed or len(last) < 3:
+            rows.append([1.0])
+            continue
+        ahead, gap, before = step - last[0], last[0] - last[1], last[1] - last[2]
+        first, second = ahead / gap, ahead**2 / (2 * gap)  # of v0 - v1, of the slopes' difference
+        rows.append(
+            [
+                1 + first + second / gap,
+                -first - second / gap - second / before,
+                second / before,
+            ]
+        )
+    return rows
 
 
 def skip_in_loop(case: Case, schedule: pabc.Schedule, reference: Tensor) -> float:
@@ -262,7 +287,11 @@ ROWS = (
     ("fewer steps, compiled", "the same under torch.compile", run_fewer_compiled),
     ("pabc skip eager", "Schedule.skip by its rule, backend='eager'", run_skip("eager")),
     ("pabc skip", "Schedule.skip by its rule, backend='inductor'", run_skip("inductor")),
-    ("pabc skip, chosen", "Schedule.skip at the best of TaylorSeer's steps", run_chosen_skip),
+    (
+        "pabc skip, chosen",
+        "Schedule.skip, the best of TaylorSeer's steps and rules",
+        run_chosen_skip,
+    ),
     ("TaylorSeer, equal calls", "lite mode, the best settings", run_taylorseer),
     ("MagCache, equal calls", "calibrated, the best settings", run_mag_cache),
     ("FirstBlockCache, equal calls", "threshold by bisection", run_first_block_cache),

@@ -143,6 +143,15 @@ def test_patterns_of_steps_are_those_that_taylorseer_computes(skips, workloads):
     assert not skips.Pattern(3, 2, 7, 7).computes(3) and skips.Pattern(3, 2, 7, 7).computes(4)
 
 
+def test_weights_of_taylors_sum_are_taylorseers(skips):
+    """Steps 0, 1 and 3 computed: slopes 2 and 3, and their difference over 2 steps, at step 5."""
+    rows = skips.weigh([0, 1, 3], 6)
+    assert rows[:4] == [[1.0]] * 4
+    values = {0: 4.0, 1: 6.0, 3: 12.0}
+    expected = 12 + 3 * 2 + (3 - 2) / 2 * 2**2 / 2
+    assert sum(w * values[i] for w, i in zip(rows[5], (3, 1, 0), strict=True)) == expected
+
+
 @pytest.mark.parametrize("forecast", ["hold", "linear", "quadratic"])
 def test_forecasts_by_hand_are_those_of_pabc(skips, workloads, forecast):
     case = make_case(skips, workloads, "latte")
