@@ -289,7 +289,7 @@ ROWS = (
     ("pabc skip", "Schedule.skip by its rule, backend='inductor'", run_skip("inductor")),
     (
         "pabc skip, chosen",
-        "Schedule.skip, the best of TaylorSeer's steps and rules",
+        "Schedule.skip, TaylorSeer's best steps and rule",
         run_chosen_skip,
     ),
     ("TaylorSeer, equal calls", "lite mode, the best settings", run_taylorseer),
