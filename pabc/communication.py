@@ -15,7 +15,7 @@ from pabc.passes import (
     ShardedAxis,
     find_collective,
     find_collectives,
-    find_needed,
+    find_skipped,
 )
 from pabc.plan import Plan
 
@@ -52,7 +52,7 @@ class Communication:
         graphs = [guarded.graph.get_submodule(region.name) for region in regions]
         graph = guarded.graph.graph
         coarse = [i for i, region in enumerate(regions) if region.covers]
-        needed = {slot: find_needed(graph, slot) for slot in coarse}
+        skipped = find_skipped(graph, coarse)
         outside = [(n, found) for n in graph.nodes if (found := find_collective(n)) is not None]
         gathered = sorted({i for each in sharded for i in each.gathered})
         return cls(
@@ -61,7 +61,7 @@ class Communication:
             regions=tuple(find_collectives(gm.graph) for gm in graphs),  # type: ignore[arg-type]
             outside=tuple(found for _, found in outside),
             covers=tuple(
-                tuple(slot for slot, nodes in needed.items() if node not in nodes)
+                tuple(slot for slot, nodes in skipped.items() if node in nodes)
                 for node, _ in outside
             ),
             gathered=tuple(regions[i].name for i in gathered),

@@ -38,6 +38,33 @@ class RegionFacts:
 
 
 @dataclass(frozen=True)
+class CoarseFacts:
+    """The description of a region that contains others.
+
+    Attributes:
+        name: the region's name.
+        kind: its kind: "block", "stack" or "model".
+        path: the qualified name of the module that contains its branches, where there is one.
+        branches: the kinds of the branches that it covers, in execution order.
+        cuts: the shapes of the values that its slot holds.
+        nbytes: the bytes that its slot holds.
+        share: the share of a call's floating-point operations that its reuse saves.
+    """
+
+    name: str
+    kind: str
+    path: str
+    branches: tuple[str, ...]
+    cuts: tuple[tuple[int, ...], ...]
+    nbytes: int
+    share: float
+
+    def __str__(self) -> str:
+        cuts = " ".join(map(_format_shape, self.cuts))
+        return f"{cuts}, {format_bytes(self.nbytes)}, saves {self.share:.1%} of a call"
+
+
+@dataclass(frozen=True)
 class Explanation:
     """The description of a model; `str()` of it is a table.
 
@@ -45,7 +72,9 @@ class Explanation:
         uncaptured: why nothing within the model was looked at; None: it was captured.
         attention: qualified module name of each attention -> its kind.
         linear: the names of the attentions that are linear, Q (K^T V).
-        regions: the regions, in execution order.
+        regions: the branches that can be reused, in execution order.
+        coarse: the regions that contain these: blocks, the stack of all branches, the model.
+        left_out: a message for each coarser region that cannot be reused, with the reason.
         flops: kind -> floating-point operations of one call. `"outside"`: those of each call that
             are in no region; `"prologue"`: those of values that are computed once per generation.
         outside: attentions that are in no region, and opaque modules, each with the reason.
@@ -78,6 +107,8 @@ class Explanation:
     offloaded: bool = False
     unmatched: tuple[str, ...] = ()
     linear: tuple[str, ...] = ()
+    coarse: tuple[CoarseFacts, ...] = ()
+    left_out: tuple[str, ...] = ()
     compile_seconds: float = 0.0
     lowered: tuple[str, ...] = ()
     communication: Communication | None = None
@@ -101,6 +132,7 @@ class Explanation:
         return "\n".join(
             [
                 *self._region_lines(),
+                *self._coarse_lines(),
                 *self._kind_lines(),
                 *self._plan_lines(),
                 *(self.communication.lines(self.plan) if self.communication else ()),
@@ -129,6 +161,26 @@ class Explanation:
             *(f"  outside: {line}" for line in self.outside),
             *(f"  assumed: {line}" for line in self.assumed),
             *(f"  compiled by the model, traced as written: {line}" for line in self.compiled),
+        ]
+
+    def _coarse_lines(self) -> list[str]:
+        groups: dict[tuple[str, tuple[str, ...]], list[CoarseFacts]] = {}
+        for each in reversed(self.coarse):
+            groups.setdefault((each.kind, each.branches), []).append(each)
+        parts = []
+        for (kind, branches), members in groups.items():
+            if kind == "block":
+                count, last = len(members), "" if len(branches) == 1 else "es"
+                parts.append(
+                    f"{count} block{'s' * (count > 1)} of {len(branches)} branch{last}"
+                    f" ({', '.join(branches)})"
+                )
+            else:
+                parts.append(kind)
+        return [
+            f"coarser regions: {', '.join(parts) or 'none'}",
+            *(f"  {kind}: {members[-1]}" for (kind, _), members in groups.items()),
+            *(f"  left out: {line}" for line in self.left_out),
         ]
 
     def _kind_of(self, region: RegionFacts) -> str:
@@ -183,20 +235,35 @@ def describe(guarded: Guarded, **facts: Any) -> Explanation:
     regions = [region for region in guarded.regions if region.kind not in COARSE]
     attentions = find_attentions(guarded)
     count_flops = FlopCounter(captured.sizes)
-    flops = [count_flops(graph.get_submodule(region.name)) for region in regions]
+    flops = count_flops.of_regions(guarded)
     per_kind: dict[str, int] = {}
-    for region, count in zip(regions, flops, strict=True):
+    for region, count in zip(regions, flops, strict=False):
         per_kind[region.kind] = per_kind.get(region.kind, 0) + count
     per_kind["outside"] = count_flops(graph)
+    total = sum(per_kind.values()) or 1
     per_kind["prologue"] = count_flops(guarded.prologue.graph)
     rows = tuple(
         RegionFacts(r.name, r.kind, r.path, r.shapes, r.nbytes, count, r.attentions)
-        for r, count in zip(regions, flops, strict=True)
+        for r, count in zip(regions, flops, strict=False)
     )
     return Explanation(
         attention={a.name: a.kind for a in attentions},
         linear=tuple(a.name for a in attentions if a.linear),
         regions=rows,
+        coarse=tuple(
+            CoarseFacts(
+                name=r.name,
+                kind=r.kind,
+                path=r.path,
+                branches=tuple(regions[i].kind for i in r.covers if i < len(regions)),
+                cuts=r.shapes,
+                nbytes=r.nbytes,
+                share=count / total,
+            )
+            for r, count in zip(guarded.regions, flops, strict=True)
+            if r.kind in COARSE
+        ),
+        left_out=guarded.left_out,
         flops=per_kind,
         outside=(*guarded.marked.outside, *dict.fromkeys(map(str, captured.calls))),
         assumed=tuple(map(str, captured.reads.entries)),

@@ -70,7 +70,7 @@ from .ir import (
 )
 from .lower import Kernels, lower_pass, summarize
 from .nest import nest_regions_pass, verify_nest
-from .nesting.needs import find_needed
+from .nesting.skips import find_skipped
 from .offload import offload_cuts_pass
 from .onednn import lowering_onednn, onednn_is_faster, use_onednn_pass
 from .outline import outline_regions_pass, verify_outline
@@ -198,7 +198,7 @@ __all__ = [  # noqa: RUF022
     "Collective",
     "find_collective",
     "find_collectives",
-    "find_needed",
+    "find_skipped",
     "summarize",
     "tagged",
     "FlopCounter",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
@@ -11,10 +9,11 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from pabc.base.flops import count_op_flops
+from pabc.base.kinds import COARSE
 
 from .attention_calls import attention_call, is_attention_op
 from .facts import Guarded
-from .nesting.needs import find_needed
+from .nesting.skips import find_skipped
 from .tracing.sizes import Sizes, hinted
 
 
@@ -28,25 +27,23 @@ class FlopCounter:
         self._sizes = sizes
         self._known: dict[tuple[object, str], int] = {}
 
-    def __call__(self, gm: nn.Module, unless: Collection[Node] = ()) -> int:
-        """Returns the FLOPs of one run of a graph module, without those of its submodules.
-
-        `unless`: nodes of the graph that do not run.
-        """
+    def __call__(self, gm: nn.Module) -> int:
+        """Returns the FLOPs of one run of a graph module, without those of its submodules."""
         assert isinstance(gm, GraphModule)
         with hinted(gm, self._sizes):
-            return sum(self._count(node) for node in gm.graph.nodes if node not in unless)
+            return sum(map(self._count, gm.graph.nodes))
 
     def of_regions(self, guarded: Guarded) -> list[int]:
         """Returns the FLOPs of each region: those that a step which reuses it does not run."""
-        gm = guarded.graph
-        own = [self(gm.get_submodule(region.name)) for region in guarded.regions]
-        return [
-            count
-            if not region.covers
-            else sum(own[i] for i in region.covers) + self(gm, unless=find_needed(gm.graph, slot))
-            for slot, (region, count) in enumerate(zip(guarded.regions, own, strict=True))
-        ]
+        gm, regions = guarded.graph, guarded.regions
+        own = [self(gm.get_submodule(region.name)) for region in regions]
+        coarse = [slot for slot, region in enumerate(regions) if region.kind in COARSE]
+        skipped = find_skipped(gm.graph, coarse)
+        with hinted(gm, self._sizes):
+            for slot, nodes in skipped.items():
+                own[slot] = sum(own[i] for i in regions[slot].covers if i not in skipped)
+                own[slot] += sum(map(self._count, nodes))
+        return own
 
     def _count(self, node: Node) -> int:
         if is_attention_op(node):  # PyTorch has no formula for some

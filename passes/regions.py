@@ -91,16 +91,27 @@ def _mark_exits(
     """Marks the residual adds that regions end in, with the position of their stream.
 
     A region without an add of its own, such as attention in a chain, ends where its chain does: an
-    add around another one that it reaches is not marked for its sake.
+    add around another one that it reaches is not marked for its sake. Where another product follows
+    before what was added is added to the same stream again, x + f(x + g(x)), the outer add is
+    marked.
     """
-    by_add = {r.add: r for r in residuals}
     exits = {add for branch in branches for add in branch.exits}
+    marked: dict[Node, None] = {}
     for branch in branches:
         for add in branch.exits:
             inner = (n for cut in branch.cuts for n in reach.between(cut, add)[:-1])
             if exits.isdisjoint(inner):
-                is_branch = [n is by_add[add].branch for n in add.all_input_nodes]
-                add.meta["joins"] = is_branch.index(False)
+                marked[add] = None
+    by_add = {r.add: r for r in residuals}
+    for outer in residuals:
+        nested = [n for n in reach.between(outer.stream, outer.branch) if n in marked]
+        if nested and all(by_add[n].stream is outer.stream for n in nested):
+            for add in nested:
+                del marked[add]
+            marked[outer.add] = None
+    for add in marked:
+        is_branch = [n is by_add[add].branch for n in add.all_input_nodes]
+        add.meta["joins"] = is_branch.index(False)
 
 
 def verify_marks(gm: GraphModule, marked: Marked) -> None:

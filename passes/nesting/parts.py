@@ -38,8 +38,19 @@ _MOVES = (
     aten.select_scatter.default,
     aten.roll.default,
     aten.flip.default,
+    aten.repeat.default,
+    aten.copy.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+    aten.new_empty.default,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.empty_like.default,
 )
-"""Ops, besides those that lay out or split, whose result has elements of their operands."""
+"""Ops, besides those that lay out or split, whose result has elements of their operands, or
+constants."""
 
 
 @dataclass(frozen=True)

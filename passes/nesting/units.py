@@ -50,21 +50,13 @@ def find_units(looks: Sequence[Look]) -> list[range]:
         full cross mlp full cross mlp             [0, 3), [3, 6)
         joint mlp mlp joint mlp mlp joint mlp     [0, 3), [3, 6), [6, 8)
     """
-    runs = _find_runs(looks)
-    if not runs:
-        chunks = _split(looks, range(len(looks)), looks[:1])
-        longest = max(chunks, key=len, default=range(0))
-        is_found = len(chunks) > 1 and all(_is_part(looks, c, longest) for c in chunks)
-        return chunks if is_found else []
     units: list[range] = []
     stop = 0
-    for i, run in enumerate(runs):
+    for run in _find_runs(looks):
         units += _find_odd(looks, range(stop, run[0].start), [run[0], *units[-1:]])
         units += run
         stop = run[-1].stop
-        if i == len(runs) - 1:
-            units += _find_odd(looks, range(stop, len(looks)), [run[-1]])
-    return units
+    return units + _find_odd(looks, range(stop, len(looks)), units[-1:])
 
 
 def _find_runs(looks: Sequence[Look]) -> list[list[range]]:
@@ -117,18 +109,24 @@ def _align(looks: Sequence[Look], done: int, start: int, stop: int, size: int) -
 
 
 def _find_odd(looks: Sequence[Look], rest: range, neighbors: Sequence[range]) -> list[range]:
-    """Returns the blocks among regions that repeat nothing, if they are like a neighboring one."""
+    """Returns the blocks among regions that do not repeat: like neighboring ones, or one another.
+
+    Those that are hoisted in part, as the text's of a first block, look unlike the others.
+    """
     for unit in neighbors if rest else ():
-        chunks = _split(looks, rest, [looks[unit.start]])
+        chunks = _split(looks, rest, looks[unit.start])
         if all(_is_part(looks, c, unit) or _is_part(looks, unit, c) for c in chunks):
             return chunks
-    return []
+    chunks = _split(looks, rest, looks[rest.start]) if rest else []
+    longest = max(chunks, key=len, default=range(0))
+    is_found = len(chunks) > 1 and all(_is_part(looks, c, longest) for c in chunks)
+    return chunks if is_found else []
 
 
-def _split(looks: Sequence[Look], rest: range, first: Sequence[Look]) -> list[range]:
+def _split(looks: Sequence[Look], rest: range, first: Look) -> list[range]:
     """Splits a range before each region that is like the one that begins a block."""
-    begins = [i for i in rest if any(look.is_like(looks[i]) for look in first)]
-    starts = sorted({rest.start, *begins}) if rest else []
+    begins = [i for i in rest if first.is_like(looks[i])]
+    starts = sorted({rest.start, *begins})
     return [range(a, b) for a, b in zip(starts, [*starts[1:], rest.stop], strict=True)]
 
 
