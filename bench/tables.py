@@ -84,6 +84,23 @@ def write_demo(content: Content) -> str:
     return "\n\n".join([textwrap.fill(about, 120, break_on_hyphens=False), first, second])
 
 
+def write_one_clip(content: Content) -> str:
+    """Returns a sentence about the demo with one clip at a time."""
+    rows = content["variants"]
+    names = (content["headline"], "pabc 2/4/6")
+    found = [
+        f"{rows[name]['speedup_by_less_work']:.2f}x by less work and {rows[name]['psnr']:.1f} dB"
+        f" for {name}"
+        for name in names
+    ]
+    code = rows["pabc, no reuse"]["speedup_by_code"]
+    text = (
+        f"One clip at a time (the second command): {', '.join(found)}; {code:.2f}x by other code"
+        " (`bench/results/demo/metrics_one_clip.json`)."
+    )
+    return textwrap.fill(text, 120, break_on_hyphens=False)
+
+
 def write_skips(content: Content) -> str:
     """Returns the table of skipped calls, of `efficiency.py`."""
     header = ("model", "backend", "full call", "skipped call", "share", "speedup")
@@ -141,6 +158,7 @@ def _with_date(content: Content, table: str, *notes: str) -> str:
 TABLES: dict[str, tuple[str, Callable[[Content], str]]] = {
     "headline": ("demo/metrics.json", write_headline),
     "demo": ("demo/metrics.json", write_demo),
+    "one clip": ("demo/metrics_one_clip.json", write_one_clip),
     "skips": ("efficiency.json", write_skips),
     "bytes": ("communication.json", write_bytes),
     "equal calls": ("peers_skips.json", write_equal_calls),
