@@ -38,7 +38,7 @@ from pabc.runtime.serving import ServingProgram, ServingPrograms
 from pabc.runtime.stats import Recorder, Stats
 from pabc.runtime.trajectory import Trajectory, current_trajectory, named_branch
 from pabc.runtime.where import Where
-from pabc.runtime.whole_calls import advise, names_only_calls
+from pabc.runtime.whole_calls import advise, advise_on, find_obstacle, names_only_calls
 from pabc.schedule import Schedule
 from pabc.wrapper import Wrapper
 
@@ -367,30 +367,31 @@ class CompiledModel(Wrapper):
                 program = self._programs.capture(*bound, leaves, structure, schedule)
             except ValueError as error:
                 arguments.check(args, kwargs)
-                if not self._fall_back(schedule, error):
+                if not self._fall_back(schedule, f"it cannot be captured: {error}"):
                     advised = advise(error, schedule)
                     if advised is None:
                         raise
                     raise advised from error
-                program = self._programs.find(structure, leaves, at_start=at_start)
-                assert program is not None
+            else:
+                reason = find_obstacle(program.slots, program.left_out, schedule)
+                if reason is None or not self._fall_back(schedule, reason):
+                    return program
+            program = self._programs.find(structure, leaves, at_start=at_start)
+            assert program is not None
         return program
 
-    def _fall_back(self, schedule: Schedule, error: ValueError) -> bool:
-        """Makes the model, which cannot be captured, be called as it is from now on; returns False
-        if that is not asked for, or the schedule needs what is within the model."""
+    def _fall_back(self, schedule: Schedule, reason: str) -> bool:
+        """Makes the model be called as it is from now on; returns False if that is not asked for,
+        or the schedule needs what is within the model."""
         if not (self._falls_back and names_only_calls(schedule)):
             return False
         options = self._options.without_capture()
         if options is None:
             return False
-        logger.warning(
-            "%s is called as it is (backend='original'), since it cannot be captured: %s",
-            type(self._orig_mod).__name__,
-            error,
-        )
+        name = type(self._orig_mod).__name__
+        logger.warning("%s is called as it is (backend='original'): %s", name, reason)
         self._options = options
-        self._programs = self._find_programs(self._recorder, str(error))
+        self._programs = self._find_programs(self._recorder, reason)
         return True
 
     def _find_programs(self, recorder: Recorder, reason: str = "") -> ServingPrograms:
@@ -435,9 +436,8 @@ class CompiledModel(Wrapper):
                     if missing
                     else "the schedule's overrides take back what its masks ask for"
                 )
-                self.warn_once(
-                    schedule, f"pabc: {what}{'; nothing can be reused' if is_vain else ''}"
-                )
+                vain = "; nothing can be reused" if is_vain else ""
+                self.warn_once(schedule, f"pabc: {what}{vain}{advise_on(missing)}")
         return binding
 
     def _facts(self, program: ServingProgram, step: ActiveStep) -> dict[str, str]:

@@ -124,7 +124,7 @@ class Explanation:
         if self.uncaptured is not None:
             return "\n".join(
                 [
-                    "the model is called as it is, and nothing within it is captured: "
+                    "the model is called as it is, and nothing within it is captured; "
                     f"{self.uncaptured}",
                     *self._plan_lines(),
                 ]

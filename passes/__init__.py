@@ -114,7 +114,7 @@ from .tracing.records import (
 from .tracing.sizes import Sizes, concrete, hinted
 from .tracing.tensor_call import ResultLayout, TensorCall
 from .tracing.untouched import untouched
-from .tracing.walk import find_holders, hook_path
+from .tracing.walk import find_holders
 
 __all__ = [  # noqa: RUF022
     # The passes, in the order in which they run, and what checks their results.
@@ -266,7 +266,6 @@ __all__ = [  # noqa: RUF022
     "describe",
     "describe_object",
     "find_holders",
-    "hook_path",
     "is_library",
     "is_state",
     "has_functions_of_its_own",

@@ -259,7 +259,7 @@ def test_what_is_told_of_the_model(tmp_path):
     assert fast.plan.reuse.sum() == 3 and fast.plan.slots[0].name == "model"
     generate(fast)
     found = fast.explain()
-    assert "called as it is, and nothing within it is captured" in str(found)
+    assert "called as it is, and nothing within it is captured; backend=" in str(found)
     assert str(fast.plan) in str(found) and fast.plan.peak_bytes == 192
     assert fast.phases == () and not found.attention
     fast.dump(tmp_path / "dump")

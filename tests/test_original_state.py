@@ -158,9 +158,15 @@ def test_tables_that_are_built_once_cost_one_step():
     assert dict(fast.stats.fallbacks) == {"state": 2}
 
 
-def test_hooks_that_look_on_may_keep_what_they_see():
-    model, seen = Small().eval(), []
-    model.layer.register_forward_hook(lambda *_: seen.append(len(seen)))
+SEEN: list[int] = []
+
+
+@pytest.mark.parametrize("is_global", [False, True])
+def test_hooks_that_look_on_may_keep_what_they_see(is_global):
+    model, seen = Small().eval(), SEEN if is_global else []
+    model.layer.register_forward_hook(
+        (lambda *_: SEEN.append(len(SEEN))) if is_global else (lambda *_: seen.append(len(seen)))
+    )
     fast = skip_calls(model)
     for _ in range(2):
         assert_alike(generate(fast), generate(SkipByHand(Small().eval())))

@@ -64,7 +64,9 @@ def test_a_model_that_cannot_be_captured_is_called_as_it_is(caplog):
         for _ in range(2):
             assert torch.equal(fast(6, *loop_call()), expected)
         assert next(loop.transformer.num_calls) >= 2 * 2 * len(COMPUTED)
-        assert "called as it is, and nothing within it is captured: " in str(model.explain())
+        assert "called as it is, and nothing within it is captured; it cannot be captured: " in str(
+            model.explain()
+        )
         assert model.plan.depths == (2,) and not model.stats.fallbacks
         assert model.stats.reused == 8 and model.stats.nbytes == 0
     (record,) = (r for r in caplog.records if "cannot be captured" in r.message)
@@ -98,8 +100,22 @@ def test_what_is_within_such_a_model_cannot_be_reused():
     schedules = iter([skip, lambda ts: pabc.Schedule.pyramid(ts, full=2)])
     with compile_eager(loop, lambda ts: next(schedules)(ts)) as fast:
         fast(6, *loop_call())
-        with pytest.raises(ValueError, match=r"expected only kind 'model'.*cannot be captured"):
+        with pytest.raises(
+            ValueError, match=r"expected only kind 'model'.*since it cannot be captured"
+        ):
             fast(6, *loop_call())
+
+
+def test_a_graph_with_hooks_that_look_on_is_called_as_it_is(caplog):
+    loop, seen = make_loop(), []
+    loop.transformer.blocks[0].register_forward_hook(lambda *_: seen.append(None))
+    with caplog.at_level(logging.WARNING, "pabc"), compile_eager(loop, skip) as fast:
+        for _ in range(2):
+            seen.clear()
+            assert torch.equal(fast(6, *loop_call()), run_by_hand(make_denoiser()))
+            assert len(seen) == 2 * len(COMPUTED)
+    (record,) = (r for r in caplog.records if "called as it is" in r.message)
+    assert "its graph cannot be skipped as a whole: " in record.message
 
 
 def test_a_model_that_can_be_captured_is_captured():

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from pabc.base.forward import inner_forward
-from pabc.passes import MISSING, Change, Snapshot, freeze
-from pabc.runtime.onlookers import find_hooks, is_within, noting_onlookers
+from pabc.passes import MISSING, Change, Holder, Snapshot, freeze
+from pabc.runtime.onlookers import watching_hooks
 
 
 class Leftovers:
@@ -30,7 +30,7 @@ class Leftovers:
     def __init__(self) -> None:
         self.are_known = False
         self.are_doubted = False
-        self._hooks: set[str] = set()
+        self._suspects: list[Holder] = []
 
     @contextmanager
     def watching(
@@ -41,17 +41,17 @@ class Leftovers:
         Raises: ValueError, naming what changed, if a second call changes something as well.
         """
         snapshot = Snapshot.of(model, _name_arguments(model, args, kwargs), values="all")
-        with noting_onlookers(model, self._hooks) as onlookers:
+        with watching_hooks(model, self._suspects) as hooks:
             yield
         changes = [change for change in snapshot.changes() if not _is_alike(change)]
-        kept = [c for c in changes if not any(is_within(c.holder.path, h) for h in onlookers)]
+        kept = [change for change in changes if not hooks.is_of_onlooker(change)]
+        self._suspects = [change.holder for change in kept]
         if not kept:
             self.are_known, self.are_doubted = True, False
         elif self.are_doubted:
             raise ValueError(_describe(model, kept[0]))
         else:
             self.are_doubted = True
-            self._hooks = find_hooks(model, {change.holder.path for change in kept})
 
 
 def _name_arguments(

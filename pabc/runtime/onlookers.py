@@ -2,69 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from pabc.passes import hook_path
+from pabc.passes import MISSING, Change, Holder
 
-_WITHIN = ("", ".", ":", "[")
-"""Follows the path of a hook in the paths of what it holds."""
-
-
-def find_hooks(model: nn.Module, holders: Collection[str]) -> set[str]:
-    """Returns the paths of the hooks of modules through which these holders are reached."""
-    paths = {hook_path(path, hook) for path, _, _, hook in _hooks(model)}
-    return {path for path in paths if any(is_within(holder, path) for holder in holders)}
+_Entry = tuple[int, Any]
+"""The identity of what a holder holds, and a key in it."""
 
 
-def is_within(holder: str, path: str) -> bool:
-    """Returns whether a holder is reached through the hook at a path."""
-    return holder.startswith(path) and holder[len(path) :][:1] in _WITHIN
+class HookWatch:
+    """Watches the hooks of modules, as they are called, for what they leave in some holders."""
+
+    def __init__(self, holders: Sequence[Holder]) -> None:
+        self._holders = {id(holder.value): holder for holder in holders}
+        self._by_onlookers: set[_Entry] = set()
+        self._by_others: set[_Entry] = set()
+
+    def is_of_onlooker(self, change: Change) -> bool:
+        """Returns whether a change was made by hooks that look on alone: they return nothing, and
+        write to nothing that they are given."""
+        entry = id(change.holder.value), change.key
+        return entry in self._by_onlookers and entry not in self._by_others
+
+    def around(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns the hook, watched."""
+
+        def watched(module: nn.Module, *given: Any) -> Any:
+            contents, versions = self._read(), _versions(given)
+            result = hook(module, *given)
+            looks_on = result is None and _versions(given) == versions
+            written = self._by_onlookers if looks_on else self._by_others
+            for holder, now in self._read().items():
+                old = contents[holder]
+                written.update(
+                    (holder, key)
+                    for key in {**old, **now}
+                    if old.get(key, MISSING) is not now.get(key, MISSING)
+                )
+            return result
+
+        return watched
+
+    def _read(self) -> dict[int, dict[Any, Any]]:
+        return {identity: holder.read() for identity, holder in self._holders.items()}
 
 
 @contextmanager
-def noting_onlookers(model: nn.Module, paths: Collection[str]) -> Iterator[set[str]]:
-    """Yields the paths, of these, of hooks that look on: they return nothing and write to nothing
-    that they are given. It is complete when the context ends."""
-    found, replaced = set(paths), []
-    for path, register, key, hook in _hooks(model):
-        place = hook_path(path, hook)
-        if place in found:
+def watching_hooks(model: nn.Module, holders: Sequence[Holder]) -> Iterator[HookWatch]:
+    """Watches the hooks of a model's modules within the context, if there are holders to watch."""
+    watch, replaced = HookWatch(holders), []
+    registers = [r for m in model.modules() for r in (m._forward_pre_hooks, m._forward_hooks)]
+    for register in registers if holders else ():
+        for key, hook in register.items():
             replaced.append((register, key, hook))
-            register[key] = _watch(hook, partial(found.discard, place))
+            register[key] = watch.around(hook)
     try:
-        yield found
+        yield watch
     finally:
         for register, key, hook in replaced:
             register[key] = hook
-
-
-def _hooks(model: nn.Module) -> list[tuple[str, dict[int, Any], int, Any]]:
-    return [
-        (path, register, key, hook)
-        for path, module in model.named_modules()
-        for register in (module._forward_pre_hooks, module._forward_hooks)
-        for key, hook in register.items()
-    ]
-
-
-def _watch(hook: Callable[..., Any], tell: Callable[[], object]) -> Callable[..., Any]:
-    """Returns the hook, which tells if it takes part."""
-
-    def watched(module: nn.Module, *given: Any) -> Any:
-        before = _versions(given)
-        result = hook(module, *given)
-        if result is not None or _versions(given) != before:
-            tell()
-        return result
-
-    return watched
 
 
 def _versions(given: Any) -> list[int]:

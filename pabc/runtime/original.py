@@ -46,7 +46,7 @@ class Original:
         options: how results are kept.
         timesteps: which arguments are known as timesteps.
         configurations: of the model.
-        reason: why the model is not captured, if it was tried.
+        reason: why the model is called as it is, if that was not asked for.
         warned: the names of the inputs that it was seen to write to.
     """
 
@@ -65,9 +65,11 @@ class OriginalProgram:
 
     Attributes:
         writes_to_arguments: always False: the model itself writes to what it is passed.
+        left_out: empty: nothing is missing.
     """
 
     writes_to_arguments = False
+    left_out: tuple[str, ...] = ()
 
     def __init__(self, original: Original, form: CallForm | None, leaves: Sequence[Any]) -> None:
         self._original = original

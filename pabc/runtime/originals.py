@@ -35,7 +35,7 @@ class OriginalPrograms:
         reason: str = "",
     ) -> None:
         """`own_call` returns what a call of the model runs without pabc; `reason`: why the model
-        was not captured, if it was tried."""
+        is called as it is, if that was not asked for."""
         self.recorder = recorder
         self.timesteps = TimestepArguments() if timesteps is None else timesteps
         self._original = Original(

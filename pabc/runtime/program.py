@@ -118,6 +118,11 @@ class Program:
         """The regions, as a plan needs them."""
         return self.bindings.slots
 
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """A message for each coarser region that cannot be reused, with the reason."""
+        return self.guarded.left_out
+
     def bind(self, schedule: Schedule, inputs: Sequence[Any] | None = None) -> Binding:
         """Returns the schedule bound to these slots, or to those that a memory budget has room for.
 

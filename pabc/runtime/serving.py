@@ -31,6 +31,10 @@ class ServingProgram(Protocol):
         """What may be reused, as a plan needs it."""
 
     @property
+    def left_out(self) -> tuple[str, ...]:
+        """A message for each coarser region that cannot be reused, with the reason."""
+
+    @property
     def calls_modules(self) -> bool:
         """True if steps of different threads must not run at the same time."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 from pabc.plan import SlotSpec
 from pabc.schedule import Schedule
 
@@ -17,15 +19,36 @@ def names_only_calls(schedule: Schedule) -> bool:
 def check_kinds(schedule: Schedule, reason: str = "") -> None:
     """Raises ValueError for a schedule that reuses anything but whole calls.
 
-    `reason`: why the model was not captured, if it was tried.
+    `reason`: why the model is called as it is, if that was not asked for.
     """
     others = _other_kinds(schedule)
     if others:
-        why = f"the model cannot be captured ({reason})" if reason else "nothing is captured of it"
+        why = f"since {reason}" if reason else "and nothing within it is captured"
         raise ValueError(
             f"schedule: expected only kind {WHOLE_CALL.kind!r} with backend='original', found "
-            f"{', '.join(others)}: the model is called as it is, and {why}"
+            f"{', '.join(others)}: the model is called as it is, {why}"
         )
+
+
+def advise_on(unmatched: Collection[str]) -> str:
+    """Returns what helps where nothing matches these kinds and overrides of a schedule."""
+    if f"kind {WHOLE_CALL.kind!r}" not in unmatched:
+        return ""
+    return "; backend='original' skips calls of any model"
+
+
+def find_obstacle(
+    slots: Sequence[SlotSpec], left_out: Sequence[str], schedule: Schedule
+) -> str | None:
+    """Returns why a captured model cannot skip whole calls, if the schedule skips any; else None.
+
+    `left_out`: a message for each coarser region that cannot be reused, with the reason.
+    """
+    kind = WHOLE_CALL.kind
+    if not schedule.reuses or any(slot.kind == kind for slot in slots):
+        return None
+    reasons = [line.removeprefix(f"{kind}: ") for line in left_out if line.startswith(kind)]
+    return f"its graph cannot be skipped as a whole: {'; '.join(reasons) or 'it has no outputs'}"
 
 
 def advise(error: ValueError, schedule: Schedule) -> ValueError | None:
