@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import warnings
@@ -19,30 +18,24 @@ from torch.fx import GraphModule
 from pabc import inplace
 from pabc.artifact.errors import ArtifactError
 from pabc.artifact.files import write_artifact
-from pabc.base.forward import inner_forward
-from pabc.base.structure import Structure
 from pabc.dumps import write_dump, write_plan
 from pabc.explanation import Explanation
 from pabc.options import Options
 from pabc.plan import Plan
-from pabc.runtime.arguments import Arguments
 from pabc.runtime.around import call_around
 from pabc.runtime.bindings import Binding
 from pabc.runtime.branch import ActiveStep
-from pabc.runtime.originals import OriginalPrograms
 from pabc.runtime.peers import Peers, RankStep
-from pabc.runtime.phases import compiling
 from pabc.runtime.program import Program
 from pabc.runtime.programs import Programs
+from pabc.runtime.selection import Selection
 from pabc.runtime.serving import ServingProgram, ServingPrograms
-from pabc.runtime.stats import Recorder, Stats
+from pabc.runtime.stats import Stats
 from pabc.runtime.trajectory import Trajectory, current_trajectory, named_branch
 from pabc.runtime.where import Where
-from pabc.runtime.whole_calls import advise, advise_on, find_obstacle, names_only_calls
+from pabc.runtime.whole_calls import advise_on
 from pabc.schedule import Schedule
 from pabc.wrapper import Wrapper
-
-logger = logging.getLogger(__name__)
 
 
 class CompiledModel(Wrapper):
@@ -70,12 +63,10 @@ class CompiledModel(Wrapper):
         self._schedule = schedule
         self._options = options
         self._peers = peers
-        self._forwards: tuple[Any, ...] = ()
-        self._arguments = self._known_arguments()
         self._observers: list[Callable[[CompiledModel], None]] = []
         self._take_back: Callable[[], None] | None = None
-        self._falls_back = falls_back
-        self._programs = self._find_programs(Recorder()) if programs is None else programs
+        own_call = partial(inplace.find_own_call, model)
+        self._selection = Selection(model, options, own_call, programs, falls_back=falls_back)
         self._programs.check(schedule)
         self._recorder = self._programs.recorder
         self._last: tuple[ServingProgram, Binding] | None = None
@@ -114,12 +105,14 @@ class CompiledModel(Wrapper):
             observe(self)
         trajectory = self.current
         with trajectory.running():
-            leaves, structure = self._flatten(args, kwargs)
+            leaves, structure = self._selection.flatten(args, kwargs)
             given = (*args, *kwargs.values())
             branch, schedule, is_sure = trajectory.place(self._schedule, given, structure, leaves)
             with self._lock:
                 at_start = branch.last < 0
-                program = self._select(args, kwargs, leaves, structure, schedule, at_start=at_start)
+                program = self._selection.select(
+                    args, kwargs, leaves, structure, schedule, at_start=at_start
+                )
             inputs = program.pack(leaves, args, kwargs, within_hooks=within_hooks)
             if not self._has_seen_grad and torch.is_grad_enabled():
                 self._check_grad()
@@ -135,15 +128,17 @@ class CompiledModel(Wrapper):
                 step.commit()
                 result = program.finish(inputs, outputs)
             if program.writes_to_arguments:
-                bound = self._arguments.bind(args, kwargs)
+                bound = self._selection.arguments.bind(args, kwargs)
                 program.write_to_arguments(bound, leaves, inputs)
             return result
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Captures this call's signature and compiles all of its phases, without running a step."""
         with self._lock:
-            leaves, structure = self._flatten(args, kwargs)
-            program = self._select(args, kwargs, leaves, structure, self._schedule, at_start=True)
+            leaves, structure = self._selection.flatten(args, kwargs)
+            program = self._selection.select(
+                args, kwargs, leaves, structure, self._schedule, at_start=True
+            )
             inputs = program.pack(leaves, args, kwargs, within_hooks=True)
             grad, autocast, weights = program.contexts(inputs)
             with grad, autocast, weights:
@@ -224,7 +219,7 @@ class CompiledModel(Wrapper):
     @property
     def needs_capture(self) -> bool:
         """True if a model that cannot be captured is refused, whatever the schedule."""
-        return not (self._falls_back or self._programs.runs_hooks)
+        return not (self._selection.falls_back or self._programs.runs_hooks)
 
     @property
     def is_observed(self) -> bool:
@@ -313,6 +308,10 @@ class CompiledModel(Wrapper):
             self._warned.add((schedule, text))
             warnings.warn(text, stacklevel=6)
 
+    @property
+    def _programs(self) -> ServingPrograms:
+        return self._selection.programs
+
     def _check_grad(self) -> None:
         """Warns where the caller may expect gradients of the weights."""
         self._has_seen_grad = True
@@ -330,94 +329,6 @@ class CompiledModel(Wrapper):
                 f"{what}: nothing is captured yet; call the model once, or give example_inputs"
             )
         return self._last
-
-    def _flatten(self, args: Any, kwargs: Any) -> tuple[list[Any], Structure]:
-        """Flattens the arguments. Raises RuntimeError in training mode, or for requires_grad."""
-        if self._modules["_orig_mod"].training:  # type: ignore[union-attr]
-            raise RuntimeError(
-                "pabc runs inference: expected a model in eval mode, found training mode; "
-                "call .eval() on it first"
-            )
-        arguments = self._known_arguments()
-        leaves, structure = arguments.flatten(args, kwargs)
-        for leaf in leaves:
-            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
-                raise RuntimeError(
-                    "pabc runs inference: expected inputs without gradients, found one of shape "
-                    f"{tuple(leaf.shape)} that requires grad; detach it"
-                )
-        return leaves, structure
-
-    def _select(
-        self,
-        args: Any,
-        kwargs: Any,
-        leaves: list[Any],
-        structure: Structure,
-        schedule: Schedule,
-        *,
-        at_start: bool,
-    ) -> ServingProgram:
-        """Returns the program that serves these arguments; captures the model if there is none."""
-        program = self._programs.find(structure, leaves, at_start=at_start)
-        if program is None:
-            arguments = self._known_arguments()
-            bound = arguments.bind(args, kwargs)
-            try:
-                program = self._programs.capture(*bound, leaves, structure, schedule)
-            except ValueError as error:
-                arguments.check(args, kwargs)
-                if not self._fall_back(schedule, f"it cannot be captured: {error}"):
-                    advised = advise(error, schedule)
-                    if advised is None:
-                        raise
-                    raise advised from error
-            else:
-                reason = find_obstacle(program.slots, program.left_out, schedule)
-                if reason is None or not self._fall_back(schedule, reason):
-                    return program
-            program = self._programs.find(structure, leaves, at_start=at_start)
-            assert program is not None
-        return program
-
-    def _fall_back(self, schedule: Schedule, reason: str) -> bool:
-        """Makes the model be called as it is from now on; returns False if that is not asked for,
-        or the schedule needs what is within the model."""
-        if not (self._falls_back and names_only_calls(schedule)):
-            return False
-        options = self._options.without_capture()
-        if options is None:
-            return False
-        name = type(self._orig_mod).__name__
-        logger.warning("%s is called as it is (backend='original'): %s", name, reason)
-        self._options = options
-        self._programs = self._find_programs(self._recorder, reason)
-        return True
-
-    def _find_programs(self, recorder: Recorder, reason: str = "") -> ServingPrograms:
-        """Returns what serves calls as the options say; `reason`: why nothing can be captured."""
-        model, options = self._orig_mod, self._options
-        if options.backend != "original":
-            return Programs(model, options, recorder)
-        return OriginalPrograms(
-            model, options, recorder, partial(inplace.find_own_call, model), reason=reason
-        )
-
-    def _known_arguments(self) -> Arguments:
-        """Returns how the model's forward, as it is now, takes its arguments."""
-        if self._find_forwards() != self._forwards:
-            with compiling():  # in another thread, a capture may have one of its own there
-                forwards = self._find_forwards()
-                if forwards != self._forwards:
-                    self._arguments = Arguments.of(inner_forward(self._orig_mod))
-                    self._forwards = forwards
-        return self._arguments
-
-    def _find_forwards(self) -> tuple[Any, ...]:
-        """Returns the forward of the model's class, and what may be in its place."""
-        model: Any = self._modules["_orig_mod"]
-        state = vars(model)
-        return type(model).forward, state.get("forward"), state.get("_old_forward")
 
     def _bind(
         self, program: ServingProgram, schedule: Schedule, inputs: list[Any] | None = None
