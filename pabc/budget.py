@@ -8,7 +8,7 @@ the same slots.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pabc.base.format import format_bytes, format_numbers
-from pabc.plan import Action, Plan
+from pabc.lifetimes import count_live
+from pabc.plan import Plan
 
 MAX_CHOICES = 2000
 """The most partial choices that are tried; if there are fewer, the result is optimal."""
@@ -88,26 +89,53 @@ def fit_plan(plan: Plan, flops: Sequence[int], budget: int) -> Fit:
     reuses = plan.reuse.sum(axis=0)
     saved = tuple(int(count) * cost for count, cost in zip(reuses, flops, strict=True))
     candidates = _reused(plan)
-    smallest = min(candidates, key=lambda j: plan.slots[j].nbytes, default=None)
-    if smallest is None or plan.peak_bytes <= budget:
+    if not candidates or plan.peak_bytes <= budget:
         return Fit(plan, plan, budget, candidates, saved)
-    least = plan.slots[smallest].nbytes
+    live = count_live(plan.computed, plan.until).max(axis=0).tolist()
+    needed = {j: live[j] * plan.slots[j].nbytes for j in candidates}
+    smallest = min(candidates, key=needed.__getitem__)
+    least = needed[smallest]
     if least > budget:
         raise ValueError(
             f"memory_budget: expected {least} bytes ({format_bytes(least)}) or more, for"
             f" {plan.slots[smallest].name!r} alone, found {budget}; all slots take"
             f" {plan.peak_bytes} ({format_bytes(plan.peak_bytes)})"
         )
-    kept = choose_slots(plan, saved, budget)
-    reuse = plan.reuse.copy()
-    reuse[:, [j for j in range(len(plan.slots)) if j not in kept]] = False
-    return Fit(Plan.from_reuse(plan.timesteps, plan.slots, reuse), plan, budget, kept, saved)
+    kept: set[int] = set()
+    for level in _levels(plan, candidates):
+        # What is not decided yet computes, so that slots of one level do not depend on each other.
+        part = _computing(plan, set(candidates) - kept - set(level))
+        kept.update(choose_slots(part, saved, budget, kept))
+    fitted = _computing(plan, set(candidates) - kept)
+    return Fit(fitted, plan, budget, tuple(sorted(kept)), saved)
 
 
-def choose_slots(plan: Plan, saved: Sequence[int], budget: int) -> tuple[int, ...]:
-    """Returns the slots that save the most together within a budget, of those that are reused."""
-    search = _Search(plan, saved, budget)
-    search.descend((), np.zeros(len(search.alive), dtype=np.int64), 0)
+def _levels(plan: Plan, slots: Sequence[int]) -> list[list[int]]:
+    """Returns the slots by how many others contain them, the coarsest first."""
+    names = {plan.slots[j].name for j in slots}
+    depths = {j: len(names.intersection(plan.slots[j].outer)) for j in slots}
+    return [[j for j in slots if depths[j] == depth] for depth in sorted(set(depths.values()))]
+
+
+def _computing(plan: Plan, slots: Collection[int]) -> Plan:
+    """Returns the plan without the reuse of these slots."""
+    reuse = plan.reuse
+    reuse[:, list(slots)] = False
+    return Plan.from_reuse(plan.timesteps, plan.slots, reuse, plan.forecasts, plan.units)
+
+
+def choose_slots(
+    plan: Plan, saved: Sequence[int], budget: int, chosen: Collection[int] = ()
+) -> tuple[int, ...]:
+    """Returns the slots that save the most together within a budget, of those that are reused.
+
+    `chosen`: slots that are kept in any case.
+    """
+    live = count_live(plan.computed, plan.until)
+    sizes = np.array([slot.nbytes for slot in plan.slots], dtype=np.int64)
+    load = live[:, list(chosen)] @ sizes[list(chosen)]
+    search = _Search(plan, saved, budget, live, load, frozenset(chosen))
+    search.descend((), search.load, 0)
     return tuple(
         sorted(
             j
@@ -123,21 +151,32 @@ def _reused(plan: Plan) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class _Group:
-    """Interchangeable slots: of one size, alive at the same steps, saving the same work."""
+    """Interchangeable slots: of one size, with as many values at each step, saving the same work.
+
+    `live`: how many values each of them keeps at each step.
+    """
 
     slots: tuple[int, ...]
     nbytes: int
     saved: int
-    alive: npt.NDArray[np.bool_]
+    live: npt.NDArray[np.int64]
 
 
 class _Search:
     """Branch and bound over how many slots of each group are kept, the densest group first."""
 
-    def __init__(self, plan: Plan, saved: Sequence[int], budget: int) -> None:
-        alive = plan.actions != Action.COMPUTE
-        self.alive = np.unique(alive, axis=0)
-        self.groups = _group(plan, saved, self.alive)
+    def __init__(
+        self,
+        plan: Plan,
+        saved: Sequence[int],
+        budget: int,
+        live: npt.NDArray[np.int64],
+        load: npt.NDArray[np.int64],
+        chosen: frozenset[int],
+    ) -> None:
+        table = np.unique(np.column_stack([load, live]), axis=0)
+        self.load, live = table[:, 0], table[:, 1:]
+        self.groups = _group(plan, saved, live, chosen)
         self.budget = budget
         self.best: tuple[int, ...] = ()
         self._best_saved = -1
@@ -151,10 +190,11 @@ class _Search:
             return
         self._num_choices += 1
         group = self.groups[len(counts)]
-        room = self.budget - int(load[group.alive].max())
-        most = len(group.slots) if not group.nbytes else min(len(group.slots), room // group.nbytes)
+        cost = group.live * group.nbytes
+        rooms = (self.budget - load)[cost > 0] // cost[cost > 0]
+        most = min(len(group.slots), int(rooms.min(initial=len(group.slots))))
         for count in range(most, -1, -1):
-            later = load + group.alive * (count * group.nbytes)
+            later = load + cost * count
             total = saved + count * group.saved
             is_first = self._best_saved < 0
             if is_first or (
@@ -175,29 +215,36 @@ class _Search:
     def _bound_at(self, step: int, first: int, load: int) -> int:
         room, saved = self.budget - load, 0
         for group in self.groups[first:]:
-            if not group.alive[step] or not group.nbytes:
+            cost = int(group.live[step]) * group.nbytes
+            if not cost:
                 saved += len(group.slots) * group.saved
                 continue
-            taken = min(room, len(group.slots) * group.nbytes)
-            saved += taken * group.saved // group.nbytes
+            taken = min(room, len(group.slots) * cost)
+            saved += taken * group.saved // cost
             room -= taken
         return saved
 
 
-def _group(plan: Plan, saved: Sequence[int], alive: npt.NDArray[np.bool_]) -> tuple[_Group, ...]:
-    """Returns groups of the reused slots, those that save the most per byte first."""
+def _group(
+    plan: Plan, saved: Sequence[int], live: npt.NDArray[np.int64], chosen: frozenset[int]
+) -> tuple[_Group, ...]:
+    """Returns groups of the reused slots that are still to be chosen, the densest first."""
     members: dict[tuple[int, int, bytes], list[int]] = {}
     for j in _reused(plan):
+        if j in chosen:
+            continue
         # Among choices that save equally many operations, prefers the one with more slots.
         worth = saved[j] * (len(saved) + 1) + 1
-        key = (plan.slots[j].nbytes, worth, alive[:, j].tobytes())
+        key = (plan.slots[j].nbytes, worth, live[:, j].tobytes())
         members.setdefault(key, []).append(j)
     groups = [
-        _Group(tuple(slots), nbytes, worth, alive[:, slots[0]])
+        _Group(tuple(slots), nbytes, worth, live[:, slots[0]])
         for (nbytes, worth, _), slots in members.items()
     ]
     return tuple(sorted(groups, key=_density, reverse=True))
 
 
 def _density(group: _Group) -> tuple[bool, Fraction]:
-    return not group.nbytes, Fraction(group.saved, group.nbytes or 1)
+    """Returns a key that orders groups by what they save per byte, at their fullest step."""
+    nbytes = group.nbytes * int(group.live.max(initial=0))
+    return not nbytes, Fraction(group.saved, nbytes or 1)
