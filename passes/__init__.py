@@ -81,7 +81,7 @@ from .shard import Sharding, Weigh, shard_batch, shard_pass, shard_tokens, verif
 from .sharding.moves import Collective, find_collective, find_collectives
 from .sharding.places import Ranks
 from .sharding.sharder import Output
-from .specialize import specialize_phase_pass, verify_phase
+from .specialize import runs_nothing, specialize_phase_pass, verify_phase
 from .tag import tag_attention_pass, tagged, verify_tags
 from .tracing.calls import ResultForm
 from .tracing.fakes import share_fake_mode
@@ -239,6 +239,7 @@ __all__ = [  # noqa: RUF022
     "cannot_be_recorded",
     "is_effect",
     "is_opaque",
+    "runs_nothing",
     # Values read from data, which the runtime reads again.
     "Reads",
     "Read",

@@ -14,6 +14,7 @@ from .guard_ops import GUARD_OPS, Decisions
 from .ir import (
     GETITEM,
     copy_into,
+    is_contraction,
     make_module,
     output_node,
 )
@@ -64,6 +65,14 @@ def specialize_phase_pass(gm: GraphModule, regions: Regions, slots: PhaseSlots) 
     ordered = restore_order(graph)
     link_fetches(ordered)
     return make_module(gm, ordered)
+
+
+def runs_nothing(gm: GraphModule) -> bool:
+    """Returns True if a phase runs nothing of the model but sums of what is kept."""
+    called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
+    graphs = [gm.graph, *(gm.get_submodule(name).graph for name in called)]
+    nodes = (node for graph in graphs for node in graph.nodes)
+    return not any(is_contraction(node) or is_attention_op(node) for node in nodes)
 
 
 def verify_phase(gm: GraphModule, regions: Regions, slots: PhaseSlots) -> None:

@@ -147,7 +147,7 @@ def _packages(program: Program, binding: Binding) -> Packages:
     """Returns the code of the phases that are planned or ran; compiles missing code."""
     known = _PACKAGES.setdefault(program, Packages())
     for phase in dict.fromkeys((*binding.phases, binding.whole, *program.phases.compiled)):
-        if phase not in known.phases:
+        if phase not in known.phases and not program.phases.runs_op_by_op(phase):
             start = perf_counter()
             with compiling(), torch.no_grad():
                 _compile(program, phase, known)

@@ -157,31 +157,43 @@ class Phases:
     def _compile(self, phases: Sequence[PhaseSlots], inputs: Sequence[Any]) -> list[CompiledPhase]:
         start = perf_counter()
         with compiling():
-            if self._runs_op_by_op:
-                made: list[CompiledPhase] = [
-                    PhaseGraph(phase, self._widths, self.specialize(phase)) for phase in phases
-                ]
-            else:
-                lowered: list[LoweredPhase] = []
-                known = len(self._code)
-                blocks = self._lower_all(phases, inputs, lowered)
-                self._code.compile(blocks, op_by_op=self.backend == "eager")
-                self._recorder.add(blocks=len(self._code) - known)
-                made = [
-                    self._linkable(phase, low, [self._code.get(block) for block in low.blocks])
-                    for phase, low in zip(phases, lowered, strict=True)
-                ]
+            simple = {phase for phase in phases if self.runs_op_by_op(phase)}
+            chains = self._compile_chains([p for p in phases if p not in simple], inputs)
+            made = [
+                PhaseGraph(phase, self._widths, self.specialize(phase))
+                if phase in simple
+                else chains[phase]
+                for phase in phases
+            ]
         for compiled, phase in zip(made, phases, strict=True):
             self._compiled.setdefault(_reuse_key(phase, self.layout(inputs)), []).append(compiled)
         self.compile_seconds += perf_counter() - start
         self._recorder.add(compiles=len(made))
         return made
 
-    @property
-    def _runs_op_by_op(self) -> bool:
-        """True if the specialized graphs are run op by op, without being lowered."""
+    def _compile_chains(
+        self, phases: Sequence[PhaseSlots], inputs: Sequence[Any]
+    ) -> dict[PhaseSlots, CompiledPhase]:
+        """Returns phases of compiled blocks; each block is lowered while others are compiled."""
+        lowered: list[LoweredPhase] = []
+        known = len(self._code)
+        blocks = self._lower_all(phases, inputs, lowered)
+        self._code.compile(blocks, op_by_op=self.backend == "eager")
+        self._recorder.add(blocks=len(self._code) - known)
+        return {
+            phase: self._linkable(phase, low, [self._code.get(block) for block in low.blocks])
+            for phase, low in zip(phases, lowered, strict=True)
+        }
+
+    def runs_op_by_op(self, phase: PhaseSlots) -> bool:
+        """Returns True if the specialized graph is run op by op, without being lowered.
+
+        A phase that runs nothing of the model is a few sums: not worth the time to compile it.
+        """
         asked = self._options.cudagraphs or self._options.kernels == "force"
-        return self.backend == "eager" and not asked
+        if self.backend == "eager" and not asked:
+            return True
+        return bool(phase.reused) and passes.runs_nothing(self.specialize(phase))
 
     def _lower_all(
         self, phases: Sequence[PhaseSlots], inputs: Sequence[Any], lowered: list[LoweredPhase]
