@@ -104,9 +104,9 @@ def fit_plan(plan: Plan, flops: Sequence[int], budget: int) -> Fit:
     kept: set[int] = set()
     for level in _levels(plan, candidates):
         # What is not decided yet computes, so that slots of one level do not depend on each other.
-        part = _computing(plan, set(candidates) - kept - set(level))
+        part = plan.without(set(candidates) - kept - set(level))
         kept.update(choose_slots(part, saved, budget, kept))
-    fitted = _computing(plan, set(candidates) - kept)
+    fitted = plan.without(set(candidates) - kept)
     return Fit(fitted, plan, budget, tuple(sorted(kept)), saved)
 
 
@@ -115,13 +115,6 @@ def _levels(plan: Plan, slots: Sequence[int]) -> list[list[int]]:
     names = {plan.slots[j].name for j in slots}
     depths = {j: len(names.intersection(plan.slots[j].outer)) for j in slots}
     return [[j for j in slots if depths[j] == depth] for depth in sorted(set(depths.values()))]
-
-
-def _computing(plan: Plan, slots: Collection[int]) -> Plan:
-    """Returns the plan without the reuse of these slots."""
-    reuse = plan.reuse
-    reuse[:, list(slots)] = False
-    return Plan.from_reuse(plan.timesteps, plan.slots, reuse, plan.forecasts, plan.units)
 
 
 def choose_slots(
