@@ -70,8 +70,8 @@ def specialize_phase_pass(gm: GraphModule, regions: Regions, slots: PhaseSlots) 
 def runs_nothing(gm: GraphModule) -> bool:
     """Returns True if a phase runs nothing of the model but sums of what is kept."""
     called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
-    graphs = [gm.graph, *(gm.get_submodule(name).graph for name in called)]
-    nodes = (node for graph in graphs for node in graph.nodes)
+    bodies = [gm, *map(gm.get_submodule, called)]
+    nodes = (n for body in bodies if isinstance(body, GraphModule) for n in body.graph.nodes)
     return not any(is_contraction(node) or is_attention_op(node) for node in nodes)
 
 

@@ -80,7 +80,7 @@ def is_possible(fast, schedule, case):
     with torch.no_grad():
         fast(**make_call(case, fast.schedule, 0))
     try:
-        schedule.plan(fast.plan.slots)
+        schedule.plan(fast._captured("")[0].slots)
     except ValueError as error:
         if "as many values are stored by then" not in str(error):
             raise
@@ -103,7 +103,7 @@ def test_random_schedules_equal_the_oracle(case, options, compiled):
     fast = compiled(case, **options)
 
     @settings(max_examples=15, deadline=None)
-    @given(schedules(sorted({*case.kinds, "mlp"} - {"other"})))
+    @given(schedules(sorted({*case.kinds, "mlp", "block", "stack", "model"} - {"other"})))
     def check(schedule):
         assume(is_possible(oracle, schedule, case))
         pairs = zip(run(fast, schedule, case), run(oracle, schedule, case), strict=True)
@@ -112,3 +112,33 @@ def test_random_schedules_equal_the_oracle(case, options, compiled):
         assert fast.stats.fallbacks == {}
 
     check()
+
+
+NESTED = {
+    "spatial": "#.#.#.",
+    "mlp": "##....",
+    "block": "##.##.",
+    "stack": "#..#.#",
+    "model": "####.#",
+}
+FORECASTS = {
+    "spatial": "linear",
+    "mlp": [[1.0], [1.0], [1.0], [0.75], [1.0], [1.25]],
+    "stack": "quadratic",
+    "model": "linear",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"cache_dtype": "bf16"}], ids=str)
+def test_nested_forecasts_on_inductor(options, compiled):
+    case = CASES[0]
+    masks = {kind: [symbol == "." for symbol in row] for kind, row in NESTED.items()}
+    timesteps = range(900, 300, -100)
+    schedule = Schedule.from_masks(timesteps, masks, forecast=FORECASTS, units="timestep")
+    fast, oracle = compiled(case, **options), compiled(case, backend="oracle", **options)
+    pairs = zip(run(fast, schedule, case), run(oracle, schedule, case), strict=True)
+    for step, (found, expected) in enumerate(pairs):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, msg=str(step))
+    kinds = {slot.kind for j, slot in enumerate(fast.plan.slots) if fast.plan.reuse[:, j].any()}
+    assert kinds == set(NESTED)

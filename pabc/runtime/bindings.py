@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.fx import GraphModule
 
@@ -141,7 +142,7 @@ def _pick(columns: Sequence[int], indices: Sequence[int]) -> tuple[int, ...]:
 def _steps_of(plan: Plan, columns: tuple[int, ...], num_slots: int) -> Iterator[PlannedStep]:
     ends: list[set[int]] = [set() for _ in range(plan.num_steps)]
     table = np.full((plan.num_steps, num_slots), -1, dtype=np.int32)
-    table[:, columns] = plan.until
+    table[:, columns] = np.where(_keeps_what_is_not_planned(plan) | plan.computed, plan.until, -1)
     for row in table.tolist():
         for slot, last in enumerate(row):
             if last >= 0:
@@ -163,6 +164,14 @@ def _steps_of(plan: Plan, columns: tuple[int, ...], num_slots: int) -> Iterator[
             tuple(slot for slot, last in enumerate(row) if last >= 0),
             tuple(sorted(slots)),
         )
+
+
+def _keeps_what_is_not_planned(plan: Plan) -> npt.NDArray[np.bool_]:
+    """Returns for each slot whether a value is kept that a step computed against the plan.
+
+    Given weights are for the planned values alone, which such a value would push out.
+    """
+    return np.array([isinstance(forecast, str) for forecast in plan.forecasts], dtype=bool)
 
 
 def slot_specs(regions: Sequence[passes.Region]) -> tuple[SlotSpec, ...]:

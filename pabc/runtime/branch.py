@@ -142,15 +142,23 @@ class ActiveStep:
         return self.binding.depths[slot] > 0
 
     def write(self, slot: int, cuts: Cuts) -> None:
-        """Notes freshly computed cuts of a slot, if a later step reads them."""
-        until = self._planned.until[slot]
-        if until >= 0:
-            self._fresh.append(FreshCuts(slot, cuts, until))
+        """Notes freshly computed cuts of a slot, if a later step reads them.
+
+        What lies within a reused region is none of the step's, though a guarded graph computes it.
+        """
+        phase = self.binding.phase(self.index, self.reused)
+        if slot in phase.stored:
+            self._note(slot, cuts)
 
     def keep(self, spans: Spans, cuts: Sequence[torch.Tensor]) -> None:
         """Notes freshly computed cuts of several slots; `spans` tells which are whose."""
         for slot, span in spans:
-            self.write(slot, tuple(cuts[span]))
+            self._note(slot, tuple(cuts[span]))
+
+    def _note(self, slot: int, cuts: Cuts) -> None:
+        until = self._planned.until[slot]
+        if until >= 0:
+            self._fresh.append(FreshCuts(slot, cuts, until))
 
 
 class Branch:
