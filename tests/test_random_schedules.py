@@ -11,7 +11,7 @@ from models import MODELS
 import pabc
 from pabc import Schedule
 
-CASES = [c for c in MODELS if c.name in ("Factorized", "JointText", "OneStream")]
+CASES = [c for c in MODELS if c.name in ("Factorized", "JointText", "OneStream", "Refined")]
 STEPS = 6
 RULES = ["hold", "linear", "quadratic"]
 NUMBERS = st.floats(-2, 2, width=32)
@@ -115,14 +115,14 @@ def test_random_schedules_equal_the_oracle(case, options, compiled):
 
 
 NESTED = {
-    "spatial": "#.#.#.",
+    "full": "#.#.#.",
     "mlp": "##....",
     "block": "##.##.",
     "stack": "#..#.#",
     "model": "####.#",
 }
 FORECASTS = {
-    "spatial": "linear",
+    "full": "linear",
     "mlp": [[1.0], [1.0], [1.0], [0.75], [1.0], [1.25]],
     "stack": "quadratic",
     "model": "linear",
@@ -132,7 +132,7 @@ FORECASTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"cache_dtype": "bf16"}], ids=str)
 def test_nested_forecasts_on_inductor(options, compiled):
-    case = CASES[0]
+    (case,) = (c for c in CASES if c.name == "Refined")
     masks = {kind: [symbol == "." for symbol in row] for kind, row in NESTED.items()}
     timesteps = range(900, 300, -100)
     schedule = Schedule.from_masks(timesteps, masks, forecast=FORECASTS, units="timestep")
