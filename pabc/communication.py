@@ -92,10 +92,10 @@ class Communication:
         """
         columns = {self._find_region(slot.kind, slot.layer): j for j, slot in enumerate(plan.slots)}
         each = [sum(map(count, self.regions[region])) for region in columns]
-        total = plan.computed @ np.array(each, dtype=np.int64)
+        total = plan.computed.astype(np.int64) @ np.array(each, dtype=np.int64)
         for collective, covers in zip(self.outside, self.covers, strict=True):
             reused = plan.reuse[:, [columns[region] for region in covers if region in columns]]
-            total += ~reused.any(axis=1) * count(collective)
+            total[~reused.any(axis=1)] += count(collective)
         return total
 
     def _find_region(self, kind: str, layer: int) -> int:

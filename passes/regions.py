@@ -294,8 +294,8 @@ def _find_mlp_branches(
         )
         adds = {n for r in group for n in reach.between(r.stream, r.branch)}
         exits = tuple(by_branch[r.later or r.branch].add for r in group)
-        inner = frozenset(adds & {r.add for r in residuals})
-        branch = _ResidualBranch("mlp", cuts, exits, adds=inner)
+        own = frozenset(adds & {r.add for r in residuals})
+        branch = _ResidualBranch("mlp", cuts, exits, adds=own)
         ((_, nodes),) = _own(reach, [branch], residuals)
         if shared <= set(nodes):
             branches.append(branch)

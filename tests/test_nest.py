@@ -387,6 +387,21 @@ def test_any_reuse_equals_the_guarded_graph(case: Case, captured):
             assert called.isdisjoint(regions[i].name for s in reused for i in regions[s].covers)
 
 
+@pytest.mark.parametrize("forecast", ["hold", "linear"])
+def test_nested_reuse_equals_the_oracle(forecast):
+    """What a step skips with the stack is not kept, though the guarded graph computes it."""
+    case, model = BY_NAME["Branch"], Image(Branch(), Mlp(), Branch(), Mlp()).eval()
+    ranges = {"stack": 3, "block": 2, "mlp": 2}
+    schedule = pabc.Schedule.pyramid(range(8), fraction=(0, 1), **ranges, forecast=forecast)
+    fast, oracle = (pabc.compile(model, schedule, backend=b) for b in ("eager", "oracle"))
+    with torch.no_grad():
+        results = [(fast(**case.call(step)), oracle(**case.call(step))) for step in range(8)]
+    assert all(torch.equal(a, b) for a, b in results)
+    assert not fast.stats.fallbacks
+    a, b = fast.stats, oracle.stats
+    assert (a.reused, a.stored, a.peak_nbytes) == (b.reused, b.stored, b.peak_nbytes)
+
+
 def test_a_model_that_is_reused_returns_tensors_of_its_own(captured):
     gm = run_to(captured(BY_NAME["Branch"])[1], "cache")
     (slot,) = (i for i, region in enumerate(regions_of(gm)) if region.kind == "model")

@@ -455,6 +455,7 @@ def test_a_skipped_call_sends_nothing():
         kinds=("spatial", "mlp", "stack", "model"),
         regions=((sent["spatial"],), (sent["mlp"],), (), ()),
         outside=(sent["output"],),
+        covers=((3,),),
     )
     outer = ("stack", "model")
     slots = [SlotSpec(kind, kind, 0, outer=outer) for kind in ("spatial", "mlp")]
