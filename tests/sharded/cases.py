@@ -21,6 +21,21 @@ PYRAMID = pabc.Schedule.pyramid(STEPS, **RANGES)
 ALL_OR_NOTHING = pabc.Schedule.pyramid(STEPS, **dict.fromkeys(RANGES, 3))
 """Two phases, to compile few."""
 NONE = pabc.Schedule.none(STEPS)
+SKIP = pabc.Schedule.skip(STEPS, 3)
+NESTED = pabc.Schedule.from_masks(
+    STEPS,
+    {
+        kind: [symbol == "." for symbol in row]
+        for kind, row in {
+            "mlp": "##.#.#",
+            "block": "##..##",
+            "stack": "##.#.#",
+            "model": "###.#.",
+        }.items()
+    },
+    forecast={"block": "linear", "stack": "quadratic", "model": "linear"},
+)
+"""Steps 2 to 5 reuse the stack, the model (and what it covers), the stack, the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +111,10 @@ def _make_cases() -> list[RankCase]:
             )
             for dim, ranks in ((dims[0], (2,)), (dims[1], (3,)))
         ]
+        cases.append(RankCase(name=f"{name}-skip", subject=name, schedules=(SKIP,), ranks=(2,)))
+        cases.append(
+            RankCase(name=f"{name}-nested", subject=name, schedules=(NESTED,), ranks=(2, 3))
+        )
         cases.append(RankCase(name=f"{name}-2x2", subject=name, batch_ranks=2, ranks=(4,)))
         cases.append(
             RankCase(
