@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from dataclasses import dataclass
 
 import pytest
@@ -21,6 +22,7 @@ from skips import (
 )
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.utils import _pytree as pytree
 
 import pabc
 
@@ -83,6 +85,21 @@ def test_a_skipped_call_is_forecast(forecast, num_points, dtype):
     assert fast.stats.peak_nbytes == fast.plan.peak_bytes
     if forecast != "hold":
         assert "~" in str(fast.plan)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_schedules_are_followed(seed):
+    rng = random.Random(seed)
+    computed = [0, *sorted(rng.sample(range(1, 7), rng.randrange(6)))]
+    forecast, num_points = rng.choice([("hold", 1), ("linear", 2), ("quadratic", 3)])
+    schedule = pabc.Schedule.skip(TIMESTEPS, computed, forecast=forecast)
+    model = Small(PACKS[rng.choice(["tensor", "tuple", "dict", "output"])]).eval()
+    plain = Small().eval()
+    fast = skip_calls(model, schedule)
+    for _ in range(2):
+        found = [pytree.tree_leaves(each)[0] for each in generate(fast)]
+        assert_alike(found, generate(ForecastByHand(plain, computed, num_points)))
+    assert fast.stats.reused == 2 * (7 - len(computed)) and not fast.stats.nbytes
 
 
 def test_what_is_no_floating_point_number_is_held():

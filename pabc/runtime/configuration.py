@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections import deque
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ class Configurations:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self._lock = threading.Lock()  # calls of several threads end at the same time
         self._watch = Watch(model)
         self._known: deque[tuple[dict[HolderKey, Description], int]] = deque(maxlen=MAX_KNOWN)
         self._num_states = self._num_replaced = self._python = 0
@@ -50,6 +52,10 @@ class Configurations:
     def look(self, *, closely: bool = False) -> Configuration:
         """Returns the configuration now. `closely`: whether a generation starts, when attributes of
         modules that PyTorch defines are compared, too."""
+        with self._lock:
+            return self._look(closely)
+
+    def _look(self, closely: bool) -> Configuration:
         if self._watch.look(closely=closely) != self._serial:
             self._serial = self._watch.serial
             self._python = self._number_of(self._watch.state)
@@ -62,12 +68,13 @@ class Configurations:
 
     def end_call(self) -> None:
         """Takes the state that a call of the model leaves for the one that it found."""
-        if self._watch.look() != self._serial:
-            self._serial = self._watch.serial
-            self._known.append((self._watch.state, self._python))
-            self._find_holders()
-        else:
-            self._tensors = gc.get_referents(*self._holders)
+        with self._lock:
+            if self._watch.look() != self._serial:
+                self._serial = self._watch.serial
+                self._known.append((self._watch.state, self._python))
+                self._find_holders()
+            else:
+                self._tensors = gc.get_referents(*self._holders)
 
     def _number_of(self, state: dict[HolderKey, Description]) -> int:
         for known, number in self._known:
