@@ -6,7 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from skips import HOLD, MASK, SkipByHand, assert_alike, copy, generate, skip_calls, step_inputs
+from skips import (
+    HOLD,
+    MASK,
+    ForecastByHand,
+    SkipByHand,
+    assert_alike,
+    copy,
+    generate,
+    skip_calls,
+    step_inputs,
+)
 from torch import nn
 
 import pabc
@@ -258,10 +268,11 @@ def test_what_follows_from_another_model_is_not_reused(change):
     assert dict(fast.stats.fallbacks) == {CHANGES[change]: 1}
 
 
-def test_a_flag_that_is_set_for_one_of_two_calls_a_step():
-    model, plain = Small().eval(), Small().eval()
-    fast = skip_calls(model)
-    by_hand = [SkipByHand(plain), SkipByHand(plain)]
+@pytest.mark.parametrize("kind", [Small, Lazy])
+def test_a_flag_that_is_set_for_one_of_two_calls_a_step(kind):
+    model, plain = kind().eval(), kind().eval()
+    fast = skip_calls(model, pabc.Schedule.skip(HOLD.timesteps, (0, 1, 3, 6)))
+    by_hand = [ForecastByHand(plain, (0, 1, 3, 6), 2) for _ in range(2)]
     for step in range(len(MASK)):
         for which, name in enumerate(("cond", "uncond")):
             model.is_doubled = plain.is_doubled = bool(which)
@@ -323,3 +334,27 @@ def test_numbers_that_move_with_the_steps_are_no_other_arguments(named):
                 found.append(torch.equal(fast(x, timestep), by_hand(x, timestep)))
         assert all(found)
     assert not fast.stats.fallbacks and fast.stats.reused == 6
+
+
+def test_a_number_that_is_the_timestep_moves_from_the_first_step_on():
+    mask = (False, True, False, True, False, True, False)
+    model = Small().eval()
+    fast = skip_calls(model, pabc.Schedule.from_masks(HOLD.timesteps, {"model": mask}))
+    by_hand = SkipByHand(model, mask)
+    for step, timestep in enumerate(HOLD.timesteps):
+        x, _ = step_inputs(step)
+        with torch.no_grad():
+            assert torch.equal(fast(x, timestep), by_hand(x, timestep))
+    assert not fast.stats.fallbacks
+
+
+def test_results_of_another_size_are_not_added_up():
+    class Shrinking(Small):
+        def forward(self, x, t):
+            return super().forward(x, t)[:, : 3 if t[0] > 600 else 6]
+
+    model = Shrinking().eval()
+    fast = skip_calls(model, pabc.Schedule.skip(HOLD.timesteps, (0, 1, 3, 6)))
+    found, plain = generate(fast), generate(model)
+    assert_alike(found[4:6], [plain[3], plain[3]])
+    assert_alike(found[2:3], [2 * plain[1] - plain[0]])
