@@ -16,6 +16,8 @@ import pabc
 NUM_STEPS = 8
 COMPUTED = (0, 1, 2, 4, 7)
 """The steps that compute: one gap of a step, and one of two."""
+COMPILED = ("model, linear", "stack, linear", "model held, attention in between")
+"""The schedules whose phases are compiled as well, which takes longest."""
 
 
 def make_schedules(steps: list[float]) -> dict[str, pabc.Schedule]:
@@ -33,7 +35,7 @@ def make_schedules(steps: list[float]) -> dict[str, pabc.Schedule]:
 
 
 def check_skips(target: Target) -> Iterator[tuple[str, Row]]:
-    """Checks each schedule in both dtypes: bits of eager and oracle, and Inductor's error."""
+    """Checks bits of eager and oracle in both dtypes, and Inductor's error in float32."""
     workload = TINY["latte"]
     steps = timesteps(workload, NUM_STEPS)
     for dtype in (torch.float32, torch.bfloat16):
@@ -51,10 +53,11 @@ def check_skips(target: Target) -> Iterator[tuple[str, Row]]:
             }
             row["passed"] = row["passed"] and not row["fallbacks"]
             yield f"{label}: the oracle's bits", row
-            yield (
-                f"{label}: {target.backend}'s error against float64",
-                check_compiled(workload, model, schedule, target, found),
-            )
+            if dtype == torch.float32 and name in COMPILED:
+                yield (
+                    f"{label}: {target.backend}'s error against float64",
+                    check_compiled(workload, model, schedule, target, found),
+                )
             if set(schedule.masks) == {"model"}:
                 original = pabc.compile(model, schedule, backend="original")
                 passed = is_equal(run(original, calls), found)
@@ -70,7 +73,9 @@ def check_graphs(target: Target) -> Iterator[tuple[str, Row]]:
     steps = timesteps(workload, NUM_STEPS)
     model = build(workload, target.device)
     calls = make_calls(workload, steps, target.device, torch.float32)
-    for name, schedule in make_schedules(steps).items():
+    schedules = make_schedules(steps)
+    for name in COMPILED:
+        schedule = schedules[name]
         options = {"backend": target.backend, "cudagraphs": True}
         fast = pabc.compile(model, schedule, **options)  # type: ignore[arg-type]
         plain = pabc.compile(model, schedule, backend=target.backend)  # type: ignore[arg-type]
