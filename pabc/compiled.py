@@ -24,13 +24,13 @@ from pabc.options import Options
 from pabc.plan import Plan
 from pabc.runtime.around import call_around
 from pabc.runtime.bindings import Binding
-from pabc.runtime.branch import ActiveStep
 from pabc.runtime.peers import Peers, RankStep
 from pabc.runtime.program import Program
 from pabc.runtime.programs import Programs
 from pabc.runtime.selection import Selection
 from pabc.runtime.serving import ServingProgram, ServingPrograms
 from pabc.runtime.stats import Stats
+from pabc.runtime.step import ActiveStep
 from pabc.runtime.trajectory import Trajectory, current_trajectory, named_branch
 from pabc.runtime.where import Where
 from pabc.runtime.whole_calls import advise_on

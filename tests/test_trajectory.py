@@ -21,7 +21,7 @@ from generations import (
 from models import Tiny
 
 import pabc
-from pabc.runtime.branch import ActiveStep
+from pabc.runtime.step import ActiveStep
 
 pytestmark = pytest.mark.runtime
 

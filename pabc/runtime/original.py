@@ -21,13 +21,13 @@ from pabc.explanation import Explanation
 from pabc.options import Options
 from pabc.plan import SlotSpec
 from pabc.runtime.bindings import Binding
-from pabc.runtime.branch import ServedCall
 from pabc.runtime.configuration import Configurations
 from pabc.runtime.executables import Executable, SlotIndices
 from pabc.runtime.leftovers import Leftovers
 from pabc.runtime.original_calls import SLOT, ComputedCall, KeptResults, OriginalCall, SkippedCall
 from pabc.runtime.original_source import CallForm, Numbers, OriginalSource
 from pabc.runtime.serving import Contexts
+from pabc.runtime.step import ServedCall
 from pabc.runtime.timesteps import TimestepArguments
 from pabc.runtime.whole_calls import WHOLE_CALL, check_kinds
 from pabc.schedule import Schedule

@@ -19,7 +19,6 @@ from pabc.pipeline import analyze
 from pabc.plan import SlotSpec
 from pabc.runtime.autocast import without_autocast, without_grad
 from pabc.runtime.bindings import Binding, Bindings
-from pabc.runtime.branch import ServedCall
 from pabc.runtime.chain import BlockCode
 from pabc.runtime.cudagraphs import Workspaces, find_device
 from pabc.runtime.hoisted import Prologue
@@ -31,6 +30,7 @@ from pabc.runtime.serving import Contexts
 from pabc.runtime.source import ValueSource
 from pabc.runtime.state import Watch
 from pabc.runtime.stats import Recorder
+from pabc.runtime.step import ServedCall
 from pabc.runtime.strides import without_overlaps
 from pabc.runtime.weights import Weights
 from pabc.schedule import Schedule

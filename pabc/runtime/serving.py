@@ -12,8 +12,8 @@ from pabc.base.structure import Structure
 from pabc.explanation import Explanation
 from pabc.plan import SlotSpec
 from pabc.runtime.bindings import Binding
-from pabc.runtime.branch import ServedCall
 from pabc.runtime.stats import Recorder
+from pabc.runtime.step import ServedCall
 from pabc.runtime.timesteps import TimestepArguments
 from pabc.schedule import Schedule
 
