@@ -39,6 +39,24 @@ _STREAMS = {
 `hidden_states` and `encoder_hidden_states`."""
 
 
+DEEPER = {
+    "AuraFlow": ("AuraFlowTransformer2DModel", {"num_mmdit_layers": 2, "num_single_dit_layers": 2}),
+    "Flux": ("FluxTransformer2DModel", {"num_layers": 2}),
+    "Flux2": ("Flux2Transformer2DModel", {"num_layers": 2}),
+    "HunyuanVideo": ("HunyuanVideoTransformer3DModel", {"num_layers": 2, "num_single_layers": 2}),
+    "Kandinsky5": ("Kandinsky5Transformer3DModel", {"num_visual_blocks": 2}),
+    "Kandinsky6": ("Kandinsky6Transformer3DModel", {"num_visual_blocks": 2}),
+    "LTX2": ("LTX2VideoTransformer3DModel", {"num_layers": 2}),
+    "Lumina 2": ("Lumina2Transformer2DModel", {"num_layers": 2}),
+    "MotifVideo": (
+        "MotifVideoTransformer3DModel",
+        {"num_layers": 2, "num_single_layers": 4, "num_decoder_layers": 2},
+    ),
+}
+"""Classes and the arguments with which they have two blocks of each kind that they have one of in
+the zoo."""
+
+
 def list_blocks(entry: Entry, model: nn.Module) -> list[list[nn.Module]]:
     """Returns the modules of each block; one of Latte is a spatial and a temporal one."""
     if entry.name == "Latte":
