@@ -20,6 +20,7 @@ from hypothesis.stateful import (
 from models import Tiny
 
 import pabc
+from pabc.runtime.clock import Clock
 
 pytestmark = pytest.mark.runtime
 
@@ -172,11 +173,19 @@ class Runtime(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.fast.reset()
+        self.forget_timesteps()
         self.fast.schedule = SCHEDULES[0]
         self.reference = Reference(MODEL)
         self.runs = {run: self.fast.trajectory() for run in (1, 2, 3)}
         self.texts = {run: torch.randn(1, 1, 3) for run in range(4)}
+
+    def forget_timesteps(self):
+        """Which argument is the timestep is to be found anew, not what earlier examples found."""
+        known = self.fast._programs.timesteps
+        for timesteps in {schedule.timesteps for schedule in SCHEDULES}:
+            known.set(timesteps, ())
+        self.fast._default._clock = Clock(known)
+        self.fast.reset()
 
     def teardown(self):
         for run in range(4):

@@ -251,3 +251,33 @@ def test_the_timestep_that_a_context_says_places_a_call():
             x, t = make_call(0, step)
             with fast.cache_context("cond", sigma=TIMESTEPS[step] / 1000, timestep=t):
                 assert torch.equal(fast(x, unlike(t)), expected[step])
+
+
+@pytest.mark.parametrize("stated", [1, 4])
+def test_calls_that_state_nothing_after_stated_ones(model, stated):
+    """The first one skips a step, which its timestep tells: that of the stated calls is known."""
+    fast = compile_eager(model)
+    run_stated(fast, range(stated))
+    with fast.cache_context("uncond"):
+        found = [fast(*make_call(1, step)) for step in range(stated, 5)]
+        fast.schedule = pabc.Schedule.pyramid((950, 850, 650, 450), mlp=2)
+        x, t = make_call(2, 0)[0], torch.full((2,), 950.0)
+        assert torch.equal(fast(x, t), model(x, t)), "the first step of another generation"
+    assert_equal(found, oracle(model, range(stated, 5), seed=1))
+
+
+def test_another_timestep_after_stated_steps(model):
+    fast = compile_eager(model)
+    run_stated(fast, range(2))
+    x, t = make_call(0, 2)
+    with (
+        pytest.raises(pabc.GuardError, match="timestep 500 at step 2, found 507, no step's"),
+        fast.cache_context("cond"),
+    ):
+        fast(x, t + 7)
+
+
+def run_stated(fast, steps):
+    for step in steps:
+        with fast.cache_context("cond", step_index=step):
+            fast(*make_call(0, step))

@@ -106,6 +106,18 @@ class Clock:
         self._may_reuse = True
         self._pending: tuple[Expected, dict[ArgPath, Reading | PendingReading]] | None = None
 
+    def follow(self, other: Clock) -> None:
+        """Takes over which arguments another clock follows.
+
+        `other`: the clock of the last call of this generation, whose step was stated.
+        """
+        other.settle(has_reused=False)
+        if other._earlier is None or (self._followed and not other._followed):
+            return
+        self._timesteps, self._followed = other._timesteps, other._followed
+        self._is_sure, self._outside = other._is_sure, frozenset()
+        self._earlier, self._earlier_step = other._earlier, other._earlier_step
+
     def ask(
         self,
         expected: Expected,
@@ -210,7 +222,7 @@ class Clock:
         self._num_judged += 1
         if expected.timesteps is not self._timesteps and expected.timesteps != self._timesteps:
             self._followed, self._earlier_step = (), None
-            self._outside = frozenset()
+            self._is_sure, self._outside = False, frozenset()
         self._timesteps = expected.timesteps
         if not values:
             return expected.verdict

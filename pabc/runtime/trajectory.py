@@ -104,6 +104,8 @@ class Trajectory:
         self._last: tuple[Branch, CandidateStep] | None = None
         """The branch of the last call, with the step assumed until its timestep arrives."""
         self._stated_step: int | None = None
+        self._stated_clock: Clock | None = None
+        """The clock of the last call, if its step was stated."""
         self._calls: dict[str | None, CallOrder] = {}
         self._clock = Clock(known)
         self._lock = threading.RLock()
@@ -152,7 +154,7 @@ class Trajectory:
             self._branches.clear()
             self._unscheduled = self._following = self._last = None
             self._step = -1
-            self._stated_step, self._calls = None, {}
+            self._stated_step, self._stated_clock, self._calls = None, None, {}
             self._clock.restart()
 
     @property
@@ -225,6 +227,7 @@ class Trajectory:
             branch.clock = Clock(self._known_arguments, remembers=False)
         here = CandidateStep(step == 0, step)
         expected = Expected(schedule.timesteps, (here,), Verdict(here), is_stated=True)
+        self._stated_clock = branch.clock
         branch.clock.settle(has_reused=False)
         branch.clock.ask(expected, structure, leaves, said)
         return PlacedCall(branch, schedule, True)
@@ -237,6 +240,9 @@ class Trajectory:
         leaves: Sequence[Any],
         said: Mapping[str, Any],
     ) -> PlacedCall:
+        if self._stated_clock is not None:
+            self._clock.follow(self._stated_clock)
+            self._stated_clock = None
         at, following = self._step, self._following
         num_steps = 0 if following is None else len(following.timesteps)
         is_over = at + 1 == num_steps or at < 0
