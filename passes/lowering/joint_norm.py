@@ -11,6 +11,7 @@ from ..ir import GETITEM, aten, is_call, value
 from .match import Match, insert, only_user, replace
 from .norms import Norm, find_norm
 from .residual_norm import ResidualNorm, find_with_sum, why_not
+from .residuals import insert_gate
 
 KERNEL = "joint_norm"
 
@@ -82,7 +83,7 @@ def _rewrite(node: Node, dim: int, parts: Sequence[ResidualNorm], before: Node) 
         [part.x for part in parts],
         [term.cut for term in terms] or None,
         [term.cut_scale for term in terms] or None,
-        [term.gate for term in terms] or None,
+        [insert_gate(before, term) for term in terms] or None,
         [float(term.factor) for term in terms] or None,
         [len(part.terms) for part in parts],
         norms[0].kind,

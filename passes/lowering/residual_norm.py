@@ -19,7 +19,7 @@ from .copies import RowCopy, find_row_copy
 from .match import Match, first_reason, insert, only_user, operands, steps
 from .match import replace as substitute
 from .norms import Norm, exact_source, find_norm
-from .residuals import Sum, SumTerm, find_sum
+from .residuals import Sum, SumTerm, find_sum, insert_gate
 
 KERNEL = "residual_norm"
 
@@ -58,7 +58,7 @@ class ResidualNorm:
     @property
     def reads(self) -> list[Node]:
         """All tensors that the kernel reads."""
-        parts = [(term.cut, term.cut_scale, term.gate) for term in self.terms]
+        parts = [(t.cut, t.cut_scale, t.gate, t.weight) for t in self.terms]
         norm = self.norm
         after = () if norm is None else (norm.weight, norm.bias, norm.scale, norm.shift)
         return [n for n in (self.x, *(n for each in parts for n in each), *after) if n is not None]
@@ -241,7 +241,7 @@ def _rewrite(fused: ResidualNorm) -> None:
         fused.x,
         [term.cut for term in terms] or None,
         [term.cut_scale for term in terms] or None,
-        [term.gate for term in terms] or None,
+        [insert_gate(fused.before, term) for term in terms] or None,
         [float(term.factor) for term in terms] or None,
         norm="none" if norm is None else norm.kind,
         **_find_keywords(fused),
