@@ -78,6 +78,7 @@ def main() -> None:
     check(Summing(), copy.copy, seed=0)
     check(Mlp(), shard_tensors, seed=0)
     check(Mlp(), shard_fully, seed=rank)
+    dist.barrier()  # rank 0 has the store, which the other one needs until then
     dist.destroy_process_group()
 
 
