@@ -15,11 +15,14 @@ from typing import Any
 import numpy as np
 
 from pabc.base.kinds import KINDS, check_kind
+from pabc.validate import to_lists
 
 HOLD = "hold"
 NUM_POINTS: Mapping[str, int] = MappingProxyType({"linear": 2, "quadratic": 3})
 """Rule -> the number of stored values that its polynomial goes through."""
 NAMES = (HOLD, *NUM_POINTS)
+LARGEST = float(np.finfo(np.float32).max)
+"""The largest finite weight, since sums are computed in float32."""
 UNITS = ("step", "timestep")
 """What polynomials go over: the index of the step, or its timestep."""
 
@@ -54,7 +57,7 @@ def as_forecast(value: Any, name: str, *, num_steps: int | None = None) -> Forec
         if value not in NAMES:
             raise ValueError(_expected(name, f"{value!r}"))
         return value
-    items = value.tolist() if hasattr(value, "tolist") else value
+    items = to_lists(value)
     if not isinstance(items, Sequence) or isinstance(items, bytes):
         raise ValueError(_expected(name, f"{value!r}"))
     rows = tuple(_as_row(row, step, name) for step, row in enumerate(items))
@@ -113,7 +116,7 @@ def keep_rows(forecast: Forecast, mask: Iterable[bool]) -> Forecast:
 
 
 def _as_row(row: Any, step: int, name: str) -> tuple[float, ...]:
-    items = row.tolist() if hasattr(row, "tolist") else row
+    items = to_lists(row)
     where = f"{name}: expected"
     if not isinstance(items, Iterable) or isinstance(items, str | bytes | Mapping):
         raise ValueError(f"{where} a row of weights per step, found {row!r} at step {step}")
@@ -130,7 +133,7 @@ def _as_weight(item: Any, step: int, name: str) -> float:
         weight = float(item)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         raise ValueError(f"{name}: expected weights, found {item!r} at step {step}") from None
-    if not math.isfinite(weight):
+    if not abs(weight) <= LARGEST:
         raise ValueError(f"{name}: expected finite weights, found {weight!r} at step {step}")
     return weight + 0.0  # -0.0 is 0.0
 

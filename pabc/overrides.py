@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,3 +85,12 @@ def parse_mask(text: object, name: str) -> Mask:
             f"{name}: expected a mask of '#' (compute) and '.' (reuse), found {text!r}"
         )
     return tuple(symbol == "." for symbol in text)
+
+
+def as_overrides(values: Any) -> tuple[Override, ...]:
+    """Returns overrides from an iterable of them."""
+    items = values if isinstance(values, Iterable) else (values,)
+    items = tuple(items)
+    if not isinstance(values, Iterable) or not all(isinstance(o, Override) for o in items):
+        raise ValueError(f"overrides: expected Override objects in a sequence, found {values!r}")
+    return items

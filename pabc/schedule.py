@@ -26,7 +26,7 @@ from pabc.forecasts import (
     format_forecast,
     keep_rows,
 )
-from pabc.overrides import Override, format_mask, parse_mask
+from pabc.overrides import Override, as_overrides, format_mask, parse_mask
 from pabc.plan import Plan, SlotSpec
 from pabc.steps import (
     Mask,
@@ -61,7 +61,7 @@ class Schedule:
         forecasts: kind -> `"linear"`, `"quadratic"`, or rows of weights, one per step, newest value
             first; the rows of steps that do not reuse are empty. A kind that is absent holds the
             last value, or is never reused.
-        units: what the polynomials go over, `"step"` or `"timestep"`; `"step"` without any.
+        units: what the polynomials go over, `"step"` or `"timestep"`.
 
     Raises `ValueError`, with what was expected and what was found, on anything malformed.
     """
@@ -84,23 +84,22 @@ class Schedule:
             for kind in KINDS
             if kind in self.masks
         }
-        for override in self.overrides:
-            if not isinstance(override, Override):
-                raise ValueError(f"overrides: expected Override objects, found {override!r}")
+        overrides = as_overrides(self.overrides)
+        for override in overrides:
             as_mask(override.mask, f"mask of {override}", num_steps=len(timesteps))
         if not isinstance(self.label, str):
             raise ValueError(f"label: expected a string, found {self.label!r}")
         reused = MappingProxyType({kind: mask for kind, mask in masks.items() if any(mask)})
         object.__setattr__(self, "timesteps", timesteps)
         object.__setattr__(self, "masks", reused)
-        object.__setattr__(self, "overrides", tuple(self.overrides))
+        object.__setattr__(self, "overrides", overrides)
         self._keep_forecasts()
 
     def _keep_forecasts(self) -> None:
-        """Drops what has no effect of the forecasts, so that schedules that do the same are equal.
+        """Drops what has no effect of the forecasts.
 
-        That is: rows of steps that do not reuse, what holds the last value, and forecasts of kinds
-        that are never reused.
+        That is: rows of steps that do not reuse, and what holds the last value. The rule of a kind
+        that is not reused stays, since an override may reuse it later.
         """
         if not isinstance(self.forecasts, Mapping):
             raise ValueError(
@@ -110,20 +109,17 @@ class Schedule:
         kept: dict[str, Forecast] = {}
         given = as_forecasts(self.forecasts, "forecast", num_steps=self.num_steps)
         for kind, forecast in given.items():
-            mask = self._find_forecast(kind)
-            if any(mask) and keep_rows(forecast, mask) != HOLD:
-                kept[kind] = keep_rows(forecast, mask)
+            found = keep_rows(forecast, self._find_forecast(kind))
+            if found != HOLD:
+                kept[kind] = found
         overrides = tuple(
             replace(o, forecast=None)
             if o.forecast == HOLD and not any(o.kind in (None, kind) for kind in kept)
             else o
             for o in self.overrides
         )
-        named = [*kept.values(), *(override.forecast for override in overrides)]
         object.__setattr__(self, "forecasts", MappingProxyType(kept))
         object.__setattr__(self, "overrides", overrides)
-        if not any(isinstance(forecast, str) and forecast != HOLD for forecast in named):
-            object.__setattr__(self, "units", "step")
 
     def _find_forecast(self, kind: str) -> Mask:
         """Returns the steps that may reuse a slot by the forecast of this kind."""
@@ -232,7 +228,7 @@ class Schedule:
         """
         steps = as_timesteps(timesteps)
         runs = as_computed(computed, len(steps))
-        kinds = [kind] if isinstance(kind, str) else list(kind)
+        kinds = [kind] if isinstance(kind, str) or not isinstance(kind, Iterable) else list(kind)
         if not kinds:
             raise ValueError(f"kind: expected a kind or several, found {kind!r}")
         for name in kinds:
@@ -258,11 +254,20 @@ class Schedule:
     ) -> Schedule:
         """Returns a schedule from masks: kind -> one bool per step, True where it reuses.
 
-        For `forecast` and `units`, see `pyramid`.
+        For `forecast` and `units`, see `pyramid`: one forecast is that of all kinds in `masks` and
+        `overrides`.
         """
-        steps = as_timesteps(timesteps)
-        forecasts = as_forecasts(forecast, "forecast", num_steps=len(steps))
-        return cls(steps, masks, tuple(overrides), label, forecasts, units)  # type: ignore[arg-type]
+        steps, overrides = as_timesteps(timesteps), as_overrides(overrides)
+        kinds = KINDS if any(o.kind is None for o in overrides) else {o.kind for o in overrides}
+        given = masks if isinstance(masks, Mapping) else ()
+        named = [kind for kind in KINDS if kind in kinds or kind in given]
+        forecasts = choose_forecasts(forecast, named, len(steps))
+        if not named and not (isinstance(forecast, str) and forecast == HOLD):
+            raise ValueError(
+                f"forecast: expected 'hold' without masks and overrides, found {forecast!r}; give"
+                " it to the override that reuses something"
+            )
+        return cls(steps, masks, overrides, label, forecasts, units)  # type: ignore[arg-type]
 
     @classmethod
     def none(cls, timesteps: Iterable[float]) -> Schedule:
@@ -400,9 +405,19 @@ class Schedule:
             content.get("units", "step"),
         )
 
+    def _key(self) -> tuple[object, ...]:
+        """Returns what the schedule does: rules of kinds that are not reused make no difference."""
+        used = {k: f for k, f in self.forecasts.items() if any(self._find_forecast(k))}
+        named = [*used.values(), *(override.forecast for override in self.overrides)]
+        has_rules = any(isinstance(f, str) and f != HOLD for f in named)
+        masks, forecasts = tuple(self.masks.items()), tuple(used.items())
+        return self.timesteps, masks, forecasts, self.overrides, has_rules and self.units
+
+    def __eq__(self, other: object) -> bool:
+        return self._key() == other._key() if isinstance(other, Schedule) else NotImplemented
+
     def __hash__(self) -> int:
-        per_kind = tuple(self.masks.items()), tuple(self.forecasts.items())
-        return hash((self.timesteps, *per_kind, self.overrides, self.units))
+        return hash(self._key())
 
     def __reduce__(self) -> tuple[object, ...]:
         return Schedule, (

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pabc.base.kinds import check_kind
-from pabc.validate import as_pair
+from pabc.validate import as_pair, to_lists
 
 Mask = tuple[bool, ...]
 Window = tuple[float, float]
@@ -77,7 +77,7 @@ def as_computed(value: Any, num_steps: int) -> frozenset[int]:
 
     Raises `ValueError` on anything else.
     """
-    items = value.tolist() if hasattr(value, "tolist") else value
+    items = to_lists(value)
     if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
         return spread(_as_count(items, num_steps), num_steps)
     allowed = f"computed: expected different indices of steps, 0 to {num_steps - 1}"
@@ -85,7 +85,7 @@ def as_computed(value: Any, num_steps: int) -> frozenset[int]:
     for item in items:
         try:
             step = -1 if isinstance(item, bool | np.bool_) else operator.index(item)
-        except TypeError:
+        except (TypeError, RuntimeError):
             step = -1
         if not 0 <= step < num_steps:
             raise ValueError(f"{allowed}, found {item!r}")

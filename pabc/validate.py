@@ -18,13 +18,26 @@ JSON_VERSION = 1
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Raises `ValueError` unless `value` is one of `choices`."""
-    if value not in choices:
+    try:
+        is_known = value in choices
+    except (ValueError, RuntimeError):  # an array or a tensor
+        is_known = False
+    if not is_known:
         raise ValueError(f"{name}: expected one of {tuple(choices)}, found {value!r}")
+
+
+def to_lists(values: Any) -> Any:
+    """Returns what an array or a tensor holds as lists; anything else, and what has no data, as it
+    is."""
+    try:
+        return values.tolist() if hasattr(values, "tolist") else values
+    except (NotImplementedError, RuntimeError):  # a meta tensor
+        return values
 
 
 def as_timesteps(values: Any) -> tuple[float, ...]:
     """Returns a non-empty flat sequence, array or tensor of finite numbers as floats."""
-    items = values.tolist() if hasattr(values, "tolist") else values
+    items = to_lists(values)
     try:
         if isinstance(items, str | bytes | Mapping):
             raise TypeError
@@ -32,7 +45,7 @@ def as_timesteps(values: Any) -> tuple[float, ...]:
         if any(isinstance(item, str | bytes | bool) for item in items):
             raise TypeError
         timesteps = tuple(float(item) for item in items)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         raise ValueError(
             f"timesteps: expected a flat sequence of numbers, found {values!r}"
         ) from None
@@ -96,7 +109,7 @@ def as_pair(value: Any, name: str) -> tuple[float, float]:
 
 def as_mask(values: Any, name: str, *, num_steps: int | None = None) -> tuple[bool, ...]:
     """Returns one bool per step, the first False; checks the length where `num_steps` is given."""
-    items = values.tolist() if hasattr(values, "tolist") else values
+    items = to_lists(values)
     if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
         raise ValueError(f"{name}: expected one bool per step, found {values!r}")
     items = tuple(items)

@@ -11,6 +11,7 @@ from collections.abc import Collection
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from .capture import CONSTANTS
 from .facts import Captured, Regions
 from .guard_ops import (
     cache_read,
@@ -76,7 +77,7 @@ def _cuts(gm: GraphModule, call: Node) -> tuple[Node, ...]:
 
 
 def _copy_kept_outputs(graph: Graph, hoisted: Collection[Node]) -> None:
-    """Makes the graph return copies of cuts, hoisted values and their views.
+    """Makes the graph return copies of cuts, hoisted values, constants and their views.
 
     Later steps read these again, and a caller may write to what it gets.
     """
@@ -90,7 +91,8 @@ def _copy_kept_outputs(graph: Graph, hoisted: Collection[Node]) -> None:
 
     def copy_before(place: Node, node: Node) -> Node:
         root = viewed(node)
-        if root.target is not cache_write and root not in hoisted:
+        is_constant = root.op == "get_attr" and str(root.target).startswith(CONSTANTS)
+        if root.target is not cache_write and root not in hoisted and not is_constant:
             return node
         with graph.inserting_before(place):
             result = graph.call_function(aten.clone.default, (node,))

@@ -6,6 +6,7 @@ from phases import FakeTrajectory
 from stages import capture_call, facts_of, regions_of, run_graph, run_to
 from torch import nn
 
+import pabc
 from pabc.passes import (
     Regions,
     cache_read,
@@ -116,3 +117,20 @@ def test_verify_catches_a_region_without_a_write(captured):
     gm.graph.erase_node(write)
     with pytest.raises(AssertionError, match="cache_write"):
         verify_cache(gm, facts_of(gm)[Regions])
+
+
+class ReturnsAConstant(OneBranch):
+    def forward(self, x, t):
+        return super().forward(x, t), torch.tensor(3.0)
+
+
+@pytest.mark.parametrize("reused", [(), ("full",), ("model",)])
+def test_callers_may_write_to_a_constant_that_is_returned(reused):
+    model, call = ReturnsAConstant().eval(), OneBranch.call()
+    schedule = pabc.Schedule.from_masks((3, 2, 1), dict.fromkeys(reused, (False, True, False)))
+    fast = pabc.compile(model, schedule, backend="eager")
+    for _ in range(3):
+        with torch.no_grad():
+            constant = fast(**call)[1]
+        assert constant == 3
+        constant.fill_(7)

@@ -121,7 +121,7 @@ def test_coarse_slots_that_are_never_reused_are_left_out():
 
 def test_a_pyramid_with_forecasts():
     schedule = Schedule.pyramid(STEPS, spatial=2, mlp=3, model=1, forecast="linear")
-    assert dict(schedule.forecasts) == {"spatial": "linear", "mlp": "linear"}
+    assert dict(schedule.forecasts) == dict.fromkeys(("spatial", "mlp", "model"), "linear")
     assert schedule.label == "pyramid spatial=2 mlp=3 model=1 forecast=linear"
     mixed = Schedule.pyramid(STEPS, spatial=2, mlp=3, forecast={"mlp": "quadratic"})
     assert dict(mixed.forecasts) == {"mlp": "quadratic"}
@@ -137,12 +137,13 @@ def test_what_has_no_effect_makes_no_difference():
         Schedule.pyramid(range(4), mlp=2, forecast={"mlp": "hold"}, units="timestep"),
         Schedule.pyramid(range(4), mlp=2, forecast=ones),
         Schedule.pyramid(range(4), mlp=2, forecast=[[9, 9], [1, 0], [2, 0], [1, 0]]),
-        Schedule.from_masks(range(4), plain.masks, forecast={"model": "linear"}),
+        Schedule.from_masks(
+            range(4), {**plain.masks, "model": [False] * 4}, forecast={"model": "linear"}
+        ),
         Schedule(range(4), plain.masks, forecasts={"mlp": "hold", "cross": "linear"}),
     ):
         assert same == plain
         assert hash(same) == hash(plain)
-        assert same.units == "step"
     fitted = Schedule.pyramid(range(4), mlp=2, forecast=[[9, 9], [2, 0], [2, 0], [1, 0]])
     assert dict(fitted.forecasts) == {"mlp": ((), (2.0,), (), (1.0,))}
 
@@ -188,9 +189,42 @@ def test_units_are_those_of_polynomials():
     assert schedule.units == "timestep"
     assert schedule.plan(slots).weights(3, 0) == (5.0, -4.0)
     assert Schedule.skip(steps, [0, 1, 2]).plan(slots).weights(3, 0) == (2.0, -1.0)
-    assert Schedule.skip(steps, [0, 1, 2], forecast="hold", units="timestep").units == "step"
-    own = Schedule.none(steps).override(kind="mlp", every=4, forecast="linear")
-    assert own.units == "step"
+    hold = Schedule.skip(steps, [0, 1, 2], forecast="hold", units="timestep")
+    assert hold == Schedule.skip(steps, [0, 1, 2], forecast="hold")
+    later = Schedule.pyramid(steps, mlp=4, units="timestep")
+    later = later.override(kind="mlp", mask=[False, False, False, True], forecast="linear")
+    assert later.plan([SlotSpec("m", "mlp", 0)]).weights(3, 0) == (5.0, -4.0)
+
+
+def test_a_forecast_waits_for_the_override_that_uses_it():
+    mask = [False, False, True, True]
+    none = Schedule.from_masks(range(4), {"mlp": [False] * 4}, forecast="linear")
+    slot = SlotSpec("m", "mlp", 0)
+    assert none == Schedule.none(range(4))
+    assert none.override(kind="mlp", mask=mask).plan([slot]).weights(2, 0) == (2.0, -1.0)
+    with pytest.raises(ValueError, match="forecast: expected 'hold' without masks and overrides"):
+        Schedule.from_masks(range(4), {}, forecast="linear")
+    with pytest.raises(ValueError, match="found one of 'stack'"):
+        Schedule.from_masks(range(4), {"mlp": mask}, forecast={"stack": "linear"})
+
+
+@pytest.mark.parametrize(
+    ("field", "make"),
+    [
+        ("kind", lambda: Schedule.skip(range(4), 2, kind=None)),
+        ("kind", lambda: Schedule.skip(range(4), 2, kind=3)),
+        ("overrides", lambda: Schedule.from_masks(range(4), {}, overrides=None)),
+        ("overrides", lambda: Schedule.from_masks(range(4), {}, overrides=3)),
+        ("units", lambda: Schedule.skip(range(4), 2, units=np.array([1, 2]))),
+        ("timesteps", lambda: Schedule.skip(torch.ones(4, device="meta"), 2)),
+        ("computed", lambda: Schedule.skip(range(4), torch.ones(2, device="meta"))),
+        ("forecast", lambda: Schedule.skip(range(4), 2, forecast=torch.ones(4, 1, device="meta"))),
+        ("forecast", lambda: Schedule.skip(range(4), 2, forecast=[[1.0], [1.0], [1.0], [1e300]])),
+    ],
+)
+def test_bad_arguments_are_named(field, make):
+    with pytest.raises(ValueError, match=f"^{field}: expected"):
+        make()
 
 
 @st.composite
