@@ -89,8 +89,8 @@ def parse_mask(text: object, name: str) -> Mask:
 
 def as_overrides(values: Any) -> tuple[Override, ...]:
     """Returns overrides from an iterable of them."""
-    items = values if isinstance(values, Iterable) else (values,)
-    items = tuple(items)
-    if not isinstance(values, Iterable) or not all(isinstance(o, Override) for o in items):
-        raise ValueError(f"overrides: expected Override objects in a sequence, found {values!r}")
+    items = tuple(values) if isinstance(values, Iterable) else (values,)
+    for item in items:
+        if not isinstance(item, Override) or not isinstance(values, Iterable):
+            raise ValueError(f"overrides: expected Override objects, found {item!r}")
     return items
