@@ -184,6 +184,27 @@ def test_tensors_that_hide_in_an_object_are_refused():
         generate(fast)
 
 
+@pytest.mark.parametrize(
+    ("wrap", "found"),
+    [
+        (lambda y: y.numpy(), "ndarray"),
+        (lambda y: {"sample": y, "raw": {y}}, "set"),
+        (lambda y: (part for part in [y]), "generator"),
+        (lambda y: lambda: y, "function"),
+    ],
+    ids=["array", "set", "generator", "function"],
+)
+@torch.no_grad()
+def test_results_that_cannot_be_forecast_are_refused(wrap, found):
+    class Wrapped(torch.nn.Module):
+        def forward(self, x, t):
+            return wrap(x * t)
+
+    fast = pabc.compile(Wrapped().eval(), pabc.Schedule.skip((3, 2, 1), [0, 1]), backend="original")
+    with pytest.raises(ValueError, match=f"found a {found}"):
+        fast(torch.ones(2), torch.tensor(3.0))
+
+
 OTHERS = {
     "kind": pabc.Schedule.from_masks(TIMESTEPS, {"model": MASK, "cross": MASK}),
     "layer": HOLD.override(name="blocks.*", mask=MASK),

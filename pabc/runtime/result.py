@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
+from types import FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 
 from pabc.base.structure import Structure, flatten, holds_tensors
@@ -115,11 +118,16 @@ class Result:
 
 
 def _check_constant(leaf: Any) -> None:
+    """Raises ValueError for what is no tensor, and may still follow from the latents."""
+    found = type(leaf).__name__
     if holds_tensors(leaf):
-        raise ValueError(
-            "expected a result of tensors in containers or dataclasses, found a "
-            f"{type(leaf).__name__} that holds tensors"
-        )
+        found += " that holds tensors"
+    elif not isinstance(leaf, np.ndarray | Set | Iterator | FunctionType | partial):
+        return
+    raise ValueError(
+        f"expected a result of tensors in containers or dataclasses, found a {found}, which "
+        "cannot be forecast"
+    )
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:
