@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 from pabc import inplace
 from pabc.artifact.errors import ArtifactError
 from pabc.artifact.files import write_artifact
+from pabc.base.kinds import COARSE
 from pabc.dumps import write_dump, write_plan
 from pabc.explanation import Explanation
 from pabc.options import Options
@@ -348,7 +349,11 @@ class CompiledModel(Wrapper):
                     else "the schedule's overrides take back what its masks ask for"
                 )
                 vain = "; nothing can be reused" if is_vain else ""
-                self.warn_once(schedule, f"pabc: {what}{vain}{advise_on(missing)}")
+                asked = [kind for kind in COARSE if f"kind {kind!r}" in missing]
+                reasons = "".join(
+                    f"; left out: {line}" for line in program.left_out if line.startswith((*asked,))
+                )
+                self.warn_once(schedule, f"pabc: {what}{vain}{reasons}{advise_on(missing)}")
         return binding
 
     def _facts(self, program: ServingProgram, step: ActiveStep) -> dict[str, str]:

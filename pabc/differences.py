@@ -45,7 +45,7 @@ class Differences:
         latents: str | None = None,
     ) -> None:
         self._model = model
-        self._options = Options.of(cut=cut, kinds=kinds, latents=latents)
+        self._options = Options.of(cut=cut, kinds=kinds, latents=latents, disable=("nest",))
         self._graphs: dict[Any, Guarded] = {}
         self._key: Any = None
         self._meter = _ChangeMeter()

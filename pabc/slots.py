@@ -43,6 +43,8 @@ class SlotSpec:
     outer: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise ValueError(f"slot name: expected a string, found {self.name!r}")
         check_kind(self.kind, f"slot {self.name!r}")
         for field, value in (("layer", self.layer), ("nbytes", self.nbytes)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:

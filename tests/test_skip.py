@@ -387,3 +387,8 @@ def test_bad_values_are_named(build, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         build()
     assert str(error.value) == message
+
+
+def test_names_of_slots_are_strings():
+    with pytest.raises(ValueError, match="slot name: expected a string, found \\['m'\\]"):
+        SlotSpec(["m"], "mlp", 0)

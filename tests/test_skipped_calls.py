@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from models import MODELS
+from models import MODELS, OneBranch
 
 import pabc
 from pabc import Schedule
@@ -254,3 +254,18 @@ def test_many_generations_at_once():
                     found[i].append(fast(**calls[step]))
     for calls, rule, outputs in zip(runs, rules, found, strict=True):
         assert_equal(outputs, skip_by_hand(model, calls, COMPUTED, rule))
+
+
+def test_why_a_call_cannot_be_skipped_is_said():
+    class Writes(OneBranch):
+        def forward(self, x, t):
+            x[:, -1].fill_(1)
+            return super().forward(x, t)
+
+    schedule = Schedule.skip((3, 2, 1), [0, 2])
+    fast = pabc.compile(Writes().eval(), schedule, backend="eager")
+    with (
+        torch.no_grad(),
+        pytest.warns(UserWarning, match="left out: model: every call writes to x; backend='orig"),
+    ):
+        fast(**OneBranch.call())

@@ -63,7 +63,7 @@ class Result:
         first: dict[int, int] = {}
         tensors, repeated, passed = {}, {}, {}
         for i, leaf in enumerate(leaves):
-            if not isinstance(leaf, torch.Tensor):
+            if not isinstance(leaf, torch.Tensor) or leaf.layout != torch.strided:
                 _check_constant(leaf)
             elif id(leaf) in unwritten:
                 passed[i] = unwritten[id(leaf)]
@@ -118,9 +118,11 @@ class Result:
 
 
 def _check_constant(leaf: Any) -> None:
-    """Raises ValueError for what is no tensor, and may still follow from the latents."""
+    """Raises ValueError for what is no dense tensor, and may still follow from the latents."""
     found = type(leaf).__name__
-    if holds_tensors(leaf):
+    if isinstance(leaf, torch.Tensor):
+        found += f" of layout {leaf.layout}"
+    elif holds_tensors(leaf):
         found += " that holds tensors"
     elif not isinstance(leaf, np.ndarray | Set | Iterator | FunctionType | partial):
         return
