@@ -13,7 +13,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from skips import TIMESTEPS, ForecastByHand, generate, skip_calls
+from skipping import TIMESTEPS, ForecastByHand, generate, skip_calls
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

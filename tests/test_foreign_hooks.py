@@ -75,7 +75,7 @@ def test_hooks_that_a_graph_cannot_stand_for_are_refused(put_on, message):
     for refuse in (
         lambda: compile_plainly(pipe.transformer),
         lambda: compile_plainly(pipe.transformer, inplace=True),
-        lambda: pabc.compile_pipeline(pipe, "latte"),
+        lambda: pabc.compile_pipeline(pipe, pabc.Schedule.none),
         lambda: pabc.explain(pipe.transformer, noise(1, 4, 3, 6, 8), torch.tensor([9]), text(1, 0)),
     ):
         with pytest.raises(ValueError, match=message):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from skips import (
+from skipping import (
     HOLD,
     MASK,
     TIMESTEPS,

@@ -7,7 +7,7 @@ import threading
 import diffusers
 import pytest
 import torch
-from skips import (
+from skipping import (
     HOLD,
     MASK,
     TIMESTEPS,

@@ -8,7 +8,7 @@ import torch
 from accelerate import cpu_offload
 from diffusers.hooks import apply_group_offloading
 from pipelines import build, noise, text
-from skips import MASK, TIMESTEPS, ForecastByHand, SkipByHand, assert_alike, copy, skip_calls
+from skipping import MASK, TIMESTEPS, ForecastByHand, SkipByHand, assert_alike, copy, skip_calls
 from torch import nn
 from torch._dynamo.testing import EagerAndRecordGraphs
 

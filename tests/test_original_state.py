@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from skips import (
+from skipping import (
     HOLD,
     MASK,
     ForecastByHand,

@@ -11,7 +11,7 @@ import torch
 from diffusers.hooks import apply_group_offloading
 from loops import Loop, compile_eager, loop_call, make_denoiser, make_loop
 from pipelines import PIPELINES
-from skips import ForecastByHand
+from skipping import ForecastByHand
 from torch import nn
 
 import pabc

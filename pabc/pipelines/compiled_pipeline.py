@@ -5,10 +5,12 @@ The pipeline's transformers follow a schedule of the timesteps that the schedule
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from functools import cache, partial
 from types import MappingProxyType, TracebackType
 from typing import Any
 
@@ -27,6 +29,8 @@ from pabc.runtime.guards import GuardError
 from pabc.runtime.whole_calls import names_only_calls
 from pabc.schedule import Schedule
 
+USUAL_TIMESTEPS = tuple(float(timestep) for timestep in range(980, -1, -20))
+"""Those of 50 steps."""
 ScheduleSource = Schedule | str | Callable[[tuple[float, ...]], Schedule]
 """A schedule, a preset's name, or what makes a schedule from the timesteps that will run."""
 
@@ -65,10 +69,9 @@ def compile_pipeline(
             library that pabc cannot run with; where this depends on the schedule, when called.
         GuardError: when called, for timesteps that are not those of a fixed schedule.
     """
-    needs_capture = isinstance(schedule, str)
-    if isinstance(schedule, Schedule):
-        needs_capture = not names_only_calls(schedule)
-    return CompiledPipeline(pipe, _binder(schedule), needs_capture, components, options)
+    return CompiledPipeline(
+        pipe, _binder(schedule), cache(partial(_needs_capture, schedule)), components, options
+    )
 
 
 class CompiledPipeline:
@@ -93,17 +96,16 @@ class CompiledPipeline:
         self,
         pipe: Any,
         bind: Callable[[tuple[float, ...]], Schedule],
-        needs_capture: bool,
+        needs_capture: Callable[[], bool],
         components: Iterable[str] | None,
         options: Mapping[str, Any],
     ) -> None:
         parts = find_denoisers(pipe, components)
         _check_scheduler(pipe)
         models = {name: _compiled(part, options) for name, part in parts.items()}
-        for name, model in models.items():
-            if needs_capture or model.needs_capture:
-                _check_hooks(name, model)
         own = vars(self)
+        own.update(_needs_capture=needs_capture)
+        self._check_hooks(models)
         own.update(pipe=pipe, models=MappingProxyType(models), _parts=parts, _bind=bind)
         own.update(_scheduler=None, _leave=None)
         own["_default"] = Generation(bind, self._observed, self._take_turn)
@@ -113,14 +115,21 @@ class CompiledPipeline:
             if model is not parts[name]:
                 model.install(parts[name])
 
+    def _check_hooks(self, models: Mapping[str, CompiledModel]) -> None:
+        """Raises ValueError for a hook that no graph can stand for, where a graph is needed."""
+        for name, model in models.items():
+            try:
+                refuse_hooks(model._orig_mod)
+            except ValueError as error:
+                if model.needs_capture or self._needs_capture():
+                    raise ValueError(f"{name}: {error}") from error
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the pipeline."""
         if self._leave is None:
             raise RuntimeError("expected a compiled pipeline, found one that was undone")
         self._observe()
-        for name, model in self.models.items():
-            if model.needs_capture:
-                _check_hooks(name, model)
+        self._check_hooks(self.models)
         generation = Generation(self._bind, self._observed)
         with ExitStack() as stack:
             for model in self.models.values():
@@ -268,6 +277,22 @@ def find_denoisers(pipe: Any, names: Iterable[str] | None = None) -> dict[str, n
     return {name: modules[name] for name in chosen}
 
 
+def _needs_capture(source: ScheduleSource) -> bool:
+    """Returns whether a schedule, for usual timesteps, needs what is within the model.
+
+    False for a function that makes none of these timesteps: it is looked at when it is called.
+    """
+    if isinstance(source, str):
+        return True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # windows without one of these timesteps
+            schedule = source if isinstance(source, Schedule) else source(USUAL_TIMESTEPS)
+        return not (schedule.reuses and names_only_calls(schedule))
+    except Exception:  # whatever the user's function raises
+        return False
+
+
 def _binder(source: ScheduleSource) -> Callable[[tuple[float, ...]], Schedule]:
     """Returns a function that makes, and checks, the schedule of the timesteps that run."""
     make = presets.get(source) if isinstance(source, str) else source
@@ -306,10 +331,3 @@ def _replace(pipe: Any, name: str, module: nn.Module) -> None:
         vars(pipe)[name] = module
     else:
         setattr(pipe, name, module)
-
-
-def _check_hooks(name: str, model: CompiledModel) -> None:
-    try:
-        refuse_hooks(model._orig_mod)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
