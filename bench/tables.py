@@ -161,6 +161,7 @@ TABLES: dict[str, tuple[str, Callable[[Content], str]]] = {
     "one clip": ("demo/metrics_one_clip.json", write_one_clip),
     "skips": ("efficiency.json", write_skips),
     "bytes": ("communication.json", write_bytes),
+    "skipped bytes": ("communication_skips.json", write_bytes),
     "equal calls": ("peers_skips.json", write_equal_calls),
 }
 """Name of a table -> its file, and what makes it."""
