@@ -177,7 +177,7 @@ def test_report_needs_nothing_beside_itself(out: Path) -> None:
     page = re.sub(r'"data:[^"]*"', '""', page)  # encoded pictures may spell anything
     assert "http" not in page
     assert not re.findall(r"\$\w+", page)
-    assert page.count("<svg") == 4 + 1 + 1 + 7  # plans, calls, means, kinds
+    assert page.count("<svg") == 4 + 1 + 1 + 4  # plans, calls, means, kinds of branches
     for name in VARIANTS:
         assert page.count(f"<td>{name}</td>") == 2  # work, time
 
