@@ -24,7 +24,7 @@ NAMES = (HOLD, *NUM_POINTS)
 LARGEST = float(np.finfo(np.float32).max)
 """The largest finite weight, since sums are computed in float32."""
 UNITS = ("step", "timestep")
-"""What polynomials go over: the index of the step, or its timestep."""
+"""The variables of polynomials: the index of the step, or its timestep."""
 
 Rows = tuple[tuple[float, ...], ...]
 """One row of weights per step, for the newest value first; the row of a step without reuse may be

@@ -19,7 +19,7 @@ Cuts = tuple[torch.Tensor, ...]
 
 
 class Reused(NamedTuple):
-    """What a step reuses of one slot.
+    """The values of one slot that a step reuses.
 
     Attributes:
         history: the cuts of several steps, the newest first.

@@ -17,7 +17,7 @@ from pabc.runtime.onlookers import watching_hooks
 
 
 class Leftovers:
-    """What the calls of one form leave behind, as far as it was found out.
+    """The state that calls of one form leave behind, as far as it was found out.
 
     A call may build tables or set up hooks when it is first made; it must leave nothing the second
     time, but for what hooks keep that only look on. Two calls at most are watched.

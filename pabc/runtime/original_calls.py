@@ -35,7 +35,7 @@ class OriginalCall(NamedTuple):
 
 
 class KeptResults:
-    """What is kept of results, beside the tensors in the slots of branches.
+    """The parts of results that are kept beside the tensors in the slots of branches.
 
     Attributes:
         nbytes: the bytes of the tensors that were first kept; 0 before.

@@ -23,7 +23,7 @@ _MANY = 3
 
 @dataclass(frozen=True)
 class CallForm:
-    """What calls share that differ in values alone.
+    """The form that calls share which differ in values alone.
 
     Attributes:
         structure: the containers around the arguments.

@@ -29,7 +29,7 @@ class KeptForm:
 
     @property
     def width(self) -> int:
-        """How many tensors are kept of it."""
+        """The number of tensors that are kept of it."""
         return 2 if self.cache_dtype == "fp8" else 1
 
 

@@ -132,7 +132,7 @@ class Selection:
 
     @property
     def arguments(self) -> Arguments:
-        """How the model's forward, as it is now, takes its arguments."""
+        """The arguments of the model's forward, as it is now."""
         if self._find_forwards() != self._forwards:
             with compiling():  # in another thread, a capture may have one of its own there
                 forwards = self._find_forwards()

@@ -1,4 +1,4 @@
-"""What a compiled model asks of the programs that serve its calls, captured or not."""
+"""The protocol between a compiled model and the programs that serve its calls."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pabc.schedule import Schedule
 Contexts = tuple[
     AbstractContextManager[object], AbstractContextManager[object], AbstractContextManager[object]
 ]
-"""What a step runs within: gradients, autocast, weights."""
+"""The contexts that a step runs within: gradients, autocast, weights."""
 
 
 class ServingProgram(Protocol):
@@ -28,7 +28,7 @@ class ServingProgram(Protocol):
 
     @property
     def slots(self) -> tuple[SlotSpec, ...]:
-        """What may be reused, as a plan needs it."""
+        """The slots that may be reused, as a plan needs them."""
 
     @property
     def left_out(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from pabc.runtime.weights import Weights
 
 
 class Source(Protocol):
-    """What values were computed from; values of a source that differs are not valid."""
+    """The source of computed values; values of a source that differs are not valid."""
 
     @property
     def layout(self) -> InputShapes:

@@ -51,7 +51,7 @@ class ServedCall(NamedTuple):
 
 
 class StepSequence(Protocol):
-    """What a step needs of the branch that it belongs to; see :class:`Branch`."""
+    """The part of a branch that its steps use; see :class:`Branch`."""
 
     slots: HeldSlots
     hoisted: Hoisted | None

@@ -1,1 +1,1 @@
-"""What `nest.py` is made of: which regions repeat, and what a part of the stream adds to it."""
+"""The parts of `nest.py`: which regions repeat, and what a part of the stream adds to it."""

@@ -13,7 +13,7 @@ from ..tracing.sizes import hint
 
 @dataclass(frozen=True)
 class Look:
-    """What a region looks like.
+    """The look of a region.
 
     Attributes:
         kind: its kind.
