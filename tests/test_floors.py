@@ -54,6 +54,8 @@ FLOORS = (
     ("pabc.runtime.*",),
     # A compiled model: as a file, in place of a module, and by itself.
     ("pabc.artifact.*", "pabc.wrapper", "pabc.inplace", "pabc.dumps", "pabc.compiled"),
+    # What follows from recorded generations: data alone.
+    ("pabc.calibration.*",),
     # What users call.
     ("pabc.api",),
     ("pabc.pipelines.*",),
