@@ -1,0 +1,262 @@
+"""Hears the calls of one generation, and finds in them what a :class:`Recording` is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from typing import Any, NamedTuple
+
+import torch
+
+from pabc.base.structure import Structure, flatten
+from pabc.calibration.recording import Recorder, Recording, Vector
+
+_SMALL = 4096
+"""The most elements of a tensor that is copied, in case the caller's loop fills it anew."""
+_MOST_PARTS = 4
+"""The most copies of the latents that one call is given as a batch: guidance makes 2 or 3."""
+
+
+class Stream(NamedTuple):
+    """Latents, and the output that updates them, such as those of a video, or of its sound.
+
+    Attributes:
+        leaf: the index of the latents among the flattened arguments.
+        output: the index of the output among the floating-point tensors of the result.
+    """
+
+    leaf: int
+    output: int
+
+
+@dataclass(frozen=True, eq=False)
+class KeptCall:
+    """A call, as far as it is needed to record it and to make it again with other latents.
+
+    Attributes:
+        model: which model was called, where a generation has several.
+        leaves: the flattened arguments; latents, and small tensors, are copies.
+        structure: the containers around them, `(args, kwargs)`.
+        outputs: copies of the floating-point tensors of the result.
+        versions: of the tensors among the leaves, to tell whether they were written to since.
+    """
+
+    model: int
+    leaves: list[Any]
+    structure: Structure
+    outputs: Vector
+    versions: tuple[int, ...]
+
+    @property
+    def is_intact(self) -> bool:
+        """True if no tensor among the arguments was written to since."""
+        return self.versions == _versions(self.leaves)
+
+
+@dataclass(frozen=True, eq=False)
+class HeardGeneration:
+    """One generation that was heard to its end.
+
+    Attributes:
+        recording: the inner products.
+        calls: step -> name -> the call.
+        streams: the latents.
+        parts: how many copies of the latents the batch of a call consists of.
+        result: the final latents, if known.
+    """
+
+    recording: Recording
+    calls: tuple[dict[str, KeptCall], ...]
+    streams: tuple[Stream, ...]
+    parts: int
+    result: Vector | None
+
+    def inputs(self, step: int) -> Vector:
+        """Returns the latents that the model is given at a step."""
+        call = next(iter(self.calls[step].values()))
+        return [_part(call.leaves[s.leaf], call.outputs[s.output], self) for s in self.streams]
+
+    def outputs(self, step: int, name: str, outputs: Sequence[torch.Tensor]) -> dict[str, Vector]:
+        """Returns the vectors of each branch in the result of a call, by branch."""
+        call = self.calls[step][name]
+        found: dict[str, Vector] = {}
+        for part in range(self.parts):
+            found[branch_of(name, part, self.parts)] = [
+                _part(outputs[s.output], call.leaves[s.leaf], self, part) for s in self.streams
+            ]
+        return found
+
+    def with_inputs(self, step: int, name: str, latents: Vector) -> tuple[Any, ...]:
+        """Returns the arguments, `(args, kwargs)`, of a call that is given other latents."""
+        call = self.calls[step][name]
+        leaves = list(call.leaves)
+        for stream, x in zip(self.streams, latents, strict=True):
+            whole = leaves[stream.leaf] = leaves[stream.leaf].clone()
+            for part in range(self.parts):
+                _part(whole, call.outputs[stream.output], self, part).copy_(x)
+        args, kwargs = call.structure.unflatten(leaves)
+        return args, kwargs
+
+
+class Hearing:
+    """Keeps the calls of one generation until its end."""
+
+    def __init__(self) -> None:
+        self._calls: dict[int, dict[str, KeptCall]] = {}
+
+    @property
+    def num_steps(self) -> int:
+        """The number of steps that were heard so far."""
+        return len(self._calls)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the copies that are held."""
+        calls = chain.from_iterable(each.values() for each in self._calls.values())
+        return sum(_copied_bytes(call) for call in calls)
+
+    def hear(
+        self,
+        step: int,
+        name: str,
+        leaves: Sequence[Any],
+        structure: Structure,
+        result: Any,
+        *,
+        model: int = 0,
+    ) -> None:
+        """Keeps a call: its flattened arguments and its result.
+
+        `name`: tells the calls of one step apart; `model`: which of several models was called.
+        """
+        outputs = find_outputs(result)
+        kept = [_keep(leaf, outputs) for leaf in leaves]
+        copies = [output.detach().clone() for output in outputs]
+        call = KeptCall(model, kept, structure, copies, _versions(kept))
+        self._calls.setdefault(step, {})[name] = call
+
+    def finish(
+        self, timesteps: Iterable[float] | None = None, result: Vector | None = None
+    ) -> HeardGeneration:
+        """Returns the generation.
+
+        Args:
+            timesteps: one per step; None: the steps' indices.
+            result: the final latents, if they are known.
+
+        Raises ValueError if no argument is found that the outputs update, or a step is missing.
+        """
+        n = 1 + max(self._calls, default=-1)
+        steps = tuple(range(n) if timesteps is None else map(float, timesteps))
+        missing = [i for i in range(len(steps)) if i not in self._calls]
+        if not steps or missing:
+            raise ValueError(f"calls: expected some at each of {len(steps)} steps, found none")
+        calls = tuple(self._calls[i] for i in range(len(steps)))
+        firsts = [next(iter(each.values())) for each in calls]
+        streams = find_streams(firsts)
+        parts = count_parts([call.leaves[s.leaf] for call in firsts for s in streams])
+        models = [call.model for call in firsts]
+        starts = tuple(i for i, model in enumerate(models) if i == 0 or model != models[i - 1])
+        empty = Recording(steps, (), torch.zeros(n + 1, n + 1).numpy())
+        heard = HeardGeneration(empty, calls, streams, parts, result)
+        recorder = Recorder()
+        for step, each in enumerate(calls):
+            recorder.add_input(step, heard.inputs(step))
+            for name, call in each.items():
+                for branch, vector in heard.outputs(step, name, call.outputs).items():
+                    recorder.add_output(branch, step, vector)
+        recording = recorder.finish(steps, result, starts=starts)
+        return HeardGeneration(recording, calls, streams, parts, result)
+
+
+def branch_of(name: str, part: int, parts: int) -> str:
+    """Returns the name of the branch that a part of the batch of a call is."""
+    return name if parts == 1 else f"{name}[{part}]"
+
+
+def find_outputs(result: Any) -> list[torch.Tensor]:
+    """Returns the floating-point tensors of a result."""
+    leaves, _ = flatten(result)
+    return [x for x in leaves if isinstance(x, torch.Tensor) and x.is_floating_point()]
+
+
+def find_streams(calls: Sequence[KeptCall]) -> tuple[Stream, ...]:
+    """Returns, for each output that updates latents, where these are among the arguments.
+
+    They are the first tensor that has the shape of the output, up to one dimension (the latents may
+    have channels that the output lacks, and the output a predicted variance), and another value at
+    each step; one of the very shape comes first. Raises ValueError if there is none.
+    """
+    first, found = calls[0], list[Stream]()
+    for i, output in enumerate(first.outputs):
+        taken = {stream.leaf for stream in found}
+        alike = [k for k, x in enumerate(first.leaves) if k not in taken and is_like(x, output)]
+        alike.sort(key=lambda k: first.leaves[k].shape != output.shape)
+        moving = (k for k in alike if _moves([call.leaves[k] for call in calls]))
+        leaf = next(moving, None)
+        if leaf is not None:
+            found.append(Stream(leaf, i))
+    if not found:
+        shapes = ", ".join(str(tuple(output.shape)) for output in first.outputs) or "no tensor"
+        raise ValueError(
+            "latents: expected an argument of the shape of an output that changes at every step, "
+            f"found none; the outputs are {shapes}"
+        )
+    return tuple(found)
+
+
+def is_like(x: Any, output: torch.Tensor) -> bool:
+    """Returns whether `x` may be latents that `output` updates, by shapes and dtypes."""
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.ndim != output.ndim:
+        return False
+    differing = sum(a != b for a, b in zip(x.shape, output.shape, strict=True))
+    return output.ndim > 1 and differing <= 1 and x.shape[0] == output.shape[0]
+
+
+def count_parts(latents: Sequence[torch.Tensor]) -> int:
+    """Returns of how many equal parts the batches of all these latents consist."""
+    for parts in range(_MOST_PARTS, 1, -1):
+        if all(_has_equal_parts(x, parts) for x in latents):
+            return parts
+    return 1
+
+
+def _has_equal_parts(x: torch.Tensor, parts: int) -> bool:
+    if x.shape[0] % parts:
+        return False
+    first, *others = x.chunk(parts)
+    return all(torch.equal(first, other) for other in others)
+
+
+def _moves(values: Sequence[Any]) -> bool:
+    return all(a.shape == b.shape and not torch.equal(a, b) for a, b in pairwise(values))
+
+
+def _part(
+    x: torch.Tensor, other: torch.Tensor, heard: HeardGeneration, part: int = 0
+) -> torch.Tensor:
+    """Returns a part of the batch, of the leading channels that `other` has too, as a view."""
+    size = x.shape[0] // heard.parts
+    view = x.narrow(0, part * size, size)
+    for dim in range(1, x.ndim):
+        view = view.narrow(dim, 0, min(x.shape[dim], other.shape[dim]))
+    return view
+
+
+def _keep(leaf: Any, outputs: Sequence[torch.Tensor]) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    is_copied = leaf.numel() <= _SMALL or any(is_like(leaf, output) for output in outputs)
+    return leaf.detach().clone() if is_copied else leaf
+
+
+def _copied_bytes(call: KeptCall) -> int:
+    inputs = (x for x in call.leaves if any(is_like(x, output) for output in call.outputs))
+    tensors: Iterator[torch.Tensor] = chain(call.outputs, inputs)
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _versions(leaves: Iterable[Any]) -> tuple[int, ...]:
+    tensors = (x for x in leaves if isinstance(x, torch.Tensor))
+    return tuple(-1 if x.is_inference() else x._version for x in tensors)

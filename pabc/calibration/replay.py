@@ -1,0 +1,107 @@
+"""Runs a recorded generation again under a plan, without the sampler that made it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from pabc.calibration.hearing import HeardGeneration, find_outputs
+from pabc.calibration.recording import Vector
+
+
+class LinearSampler(Protocol):
+    """How the inputs of a step follow from those before; see :class:`Updates`."""
+
+    own: np.ndarray
+    outputs: np.ndarray
+
+
+MakeCall = Callable[[int, str, int, tuple[Any, ...], dict[str, Any]], Any]
+"""Calls model `index` at a step, under a name: `(step, name, index, args, kwargs) -> result`."""
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What a generation under a plan came to.
+
+    Attributes:
+        errors: [n + 1] root mean squared difference of the inputs, and of the result, from those
+            of the recorded generation.
+        seconds: [n] of the calls of each step.
+    """
+
+    errors: np.ndarray
+    seconds: np.ndarray
+
+
+class Replay:
+    """Runs a recorded generation again.
+
+    The sampler is not called. What it would give is the recorded input plus the difference that
+    other outputs make, which is linear in them: exact for samplers that are linear, and close for
+    those that clip; noise that a sampler adds is that of the recording.
+    """
+
+    def __init__(self, heard: HeardGeneration, sampler: LinearSampler) -> None:
+        self._heard, self._sampler = heard, sampler
+        recording = heard.recording
+        self._branches = {name: i for i, name in enumerate(recording.branches)}
+
+    @property
+    def can_run(self) -> bool:
+        """True if the arguments are still those that were recorded."""
+        return all(call.is_intact for calls in self._heard.calls for call in calls.values())
+
+    @torch.no_grad()
+    def run(self, call: MakeCall) -> Replayed:
+        """Makes the calls of all steps, and returns how far the inputs came from the recorded."""
+        heard = self._heard
+        n = heard.recording.num_steps
+        errors, seconds = np.zeros(n + 1), np.zeros(n)
+        strayed = [torch.zeros_like(x, dtype=torch.float32) for x in heard.inputs(0)]
+        history: list[dict[str, Vector]] = []
+        for step in range(n):
+            latents = [x + d.to(x.dtype) for x, d in zip(heard.inputs(step), strayed, strict=True)]
+            found: dict[str, Vector] = {}
+            for name, kept in heard.calls[step].items():
+                args, kwargs = heard.with_inputs(step, name, latents)
+                start = _now(latents)
+                outputs = find_outputs(call(step, name, kept.model, args, kwargs))
+                seconds[step] += _now(latents) - start
+                made = heard.outputs(step, name, outputs)
+                recorded = heard.outputs(step, name, kept.outputs)
+                for branch, vector in made.items():
+                    pairs = zip(vector, recorded[branch], strict=True)
+                    found[branch] = [a.float() - b.float() for a, b in pairs]
+            history.insert(0, found)
+            strayed = self._update(step, strayed, history)
+            errors[step + 1] = _rms(strayed)
+        return Replayed(errors, seconds)
+
+    def _update(self, step: int, strayed: Vector, history: list[dict[str, Vector]]) -> Vector:
+        """Returns the difference of the next inputs from the recorded ones."""
+        own, outputs = float(self._sampler.own[step]), self._sampler.outputs[step]
+        result = [own * d for d in strayed]
+        for lag in range(min(outputs.shape[-1], len(history))):
+            for branch, vector in history[lag].items():
+                weight = float(outputs[self._branches[branch], lag])
+                if weight:
+                    result = [d + weight * v for d, v in zip(result, vector, strict=True)]
+        return result
+
+
+def _rms(vector: Vector) -> float:
+    total = sum(float(x.double().square().sum()) for x in vector)
+    return float(np.sqrt(total / max(1, sum(x.numel() for x in vector))))
+
+
+def _now(tensors: Vector) -> float:
+    """Returns the time when the device of the tensors has done all that was asked of it."""
+    if tensors[0].is_cuda:
+        torch.cuda.synchronize(tensors[0].device)
+    return time.perf_counter()
