@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -19,12 +19,14 @@ from pabc import inplace
 from pabc.artifact.errors import ArtifactError
 from pabc.artifact.files import write_artifact
 from pabc.base.kinds import COARSE
+from pabc.base.structure import Structure
 from pabc.dumps import write_dump, write_plan
 from pabc.explanation import Explanation
 from pabc.options import Options
 from pabc.plan import Plan
 from pabc.runtime.around import call_around
 from pabc.runtime.bindings import Binding
+from pabc.runtime.listening import HeardCall, Listener
 from pabc.runtime.peers import Peers, RankStep
 from pabc.runtime.program import Program
 from pabc.runtime.programs import Programs
@@ -32,7 +34,12 @@ from pabc.runtime.selection import Selection
 from pabc.runtime.serving import ServingProgram, ServingPrograms
 from pabc.runtime.stats import Stats
 from pabc.runtime.step import ActiveStep
-from pabc.runtime.trajectory import Trajectory, current_trajectory, named_branch
+from pabc.runtime.trajectory import (
+    Trajectory,
+    current_trajectory,
+    current_where,
+    named_branch,
+)
 from pabc.runtime.where import Where
 from pabc.runtime.whole_calls import advise_on
 from pabc.schedule import Schedule
@@ -64,7 +71,7 @@ class CompiledModel(Wrapper):
         self._schedule = schedule
         self._options = options
         self._peers = peers
-        self._observers: list[Callable[[CompiledModel], None]] = []
+        self._listeners: list[Listener] = []
         self._take_back: Callable[[], None] | None = None
         own_call = partial(inplace.find_own_call, model)
         self._selection = Selection(model, options, own_call, programs, falls_back=falls_back)
@@ -102,11 +109,10 @@ class CompiledModel(Wrapper):
         The call is placed in its trajectory, served by a program, and bound to a plan; its branch
         begins a step, which computes and is then committed. See `pabc/runtime/README.md`.
         """
-        for observe in self._observers:
-            observe(self)
         trajectory = self.current
         with trajectory.running():
             leaves, structure = self._selection.flatten(args, kwargs)
+            heard = self._tell_begin(trajectory, leaves, structure) if self._listeners else None
             given = (*args, *kwargs.values())
             branch, schedule, is_sure = trajectory.place(self._schedule, given, structure, leaves)
             with self._lock:
@@ -131,7 +137,28 @@ class CompiledModel(Wrapper):
             if program.writes_to_arguments:
                 bound = self._selection.arguments.bind(args, kwargs)
                 program.write_to_arguments(bound, leaves, inputs)
+            if heard is not None:
+                self._tell_end(heard, step, result)
             return result
+
+    def _tell_begin(
+        self, trajectory: Trajectory, leaves: Sequence[Any], structure: Structure
+    ) -> HeardCall | None:
+        """Tells those who listen that a call begins."""
+        if trajectory.is_private:
+            return None
+        where = current_where(self._recorder)
+        heard = HeardCall(self, trajectory, where, leaves, structure)
+        for listener in tuple(self._listeners):
+            listener.begin(heard)
+        return heard
+
+    def _tell_end(self, heard: HeardCall, step: ActiveStep, result: Any) -> None:
+        """Tells those who listen how a call ended."""
+        heard.branch = heard.trajectory.find_key(step.branch)
+        heard.step, heard.was_reused = step.index, bool(step.reused)
+        for listener in tuple(self._listeners):
+            listener.end(heard, result)
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Captures this call's signature and compiles all of its phases, without running a step."""
@@ -145,11 +172,12 @@ class CompiledModel(Wrapper):
             with grad, autocast, weights:
                 program.prepare(self._bind(program, self._schedule, inputs), inputs)
 
-    def trajectory(self, schedule: Schedule | None = None) -> Trajectory:
+    def trajectory(self, schedule: Schedule | None = None, *, private: bool = False) -> Trajectory:
         """Returns the state of one generation at a time, for `with fast.trajectory(): ...`.
 
         Any number can be under way at once, in turns or in several threads; each gives what it
-        would give alone. `schedule`: what it follows in place of this model's schedule.
+        would give alone. `schedule`: what it follows in place of this model's schedule. `private`:
+        those who listen, such as a pipeline, are not told of its calls, and do not state its steps.
 
             a, b = fast.trajectory(), fast.trajectory()
             for t in timesteps:
@@ -167,6 +195,7 @@ class CompiledModel(Wrapper):
             schedule=schedule,
             check_finite=self._options.check_finite,
             on_error=None if self._peers is None else self._peers.tell,
+            is_private=private,
         )
 
     @property
@@ -209,13 +238,13 @@ class CompiledModel(Wrapper):
         """Makes calls of `module`, the model or a wrapper of it, calls of this object."""
         self._take_back = inplace.install(self, module)
 
-    def observe(self, observer: Callable[[CompiledModel], None]) -> None:
-        """Calls `observer` before each step from now on, within the model's hooks."""
-        self._observers.append(observer)
+    def listen(self, listener: Listener) -> None:
+        """Tells `listener` of each call from now on, within the model's hooks."""
+        self._listeners.append(listener)
 
-    def unobserve(self, observer: Callable[[CompiledModel], None]) -> None:
-        """Undoes :meth:`observe`."""
-        self._observers.remove(observer)
+    def unlisten(self, listener: Listener) -> None:
+        """Undoes :meth:`listen`."""
+        self._listeners.remove(listener)
 
     @property
     def needs_capture(self) -> bool:
@@ -223,9 +252,9 @@ class CompiledModel(Wrapper):
         return not (self._selection.falls_back or self._programs.runs_hooks)
 
     @property
-    def is_observed(self) -> bool:
-        """True if a pipeline states the steps of this model."""
-        return bool(self._observers)
+    def is_listened_to(self) -> bool:
+        """True if a pipeline, or what plans by itself, states the steps of this model."""
+        return bool(self._listeners)
 
     def reset(self) -> None:
         """Starts a new generation: the next call is step 0 and finds nothing stored."""

@@ -26,6 +26,7 @@ from pabc.passes import (
 from pabc.pipelines.generation import Generation
 from pabc.pipelines.scheduler import are_same, follow
 from pabc.runtime.guards import GuardError
+from pabc.runtime.listening import HeardCall
 from pabc.runtime.whole_calls import names_only_calls
 from pabc.schedule import Schedule
 
@@ -107,11 +108,11 @@ class CompiledPipeline:
         own.update(_needs_capture=needs_capture)
         self._check_hooks(models)
         own.update(pipe=pipe, models=MappingProxyType(models), _parts=parts, _bind=bind)
-        own.update(_scheduler=None, _leave=None)
+        own.update(_scheduler=None, _leave=None, _listener=_Listener(self))
         own["_default"] = Generation(bind, self._observed, self._take_turn)
         self._observe()
         for name, model in models.items():
-            model.observe(self._begin_call)
+            model.listen(self._listener)
             if model is not parts[name]:
                 model.install(parts[name])
 
@@ -144,7 +145,7 @@ class CompiledPipeline:
         self.reset()
         self._leave()
         for name, model in self.models.items():
-            model.unobserve(self._begin_call)
+            model.unlisten(self._listener)
             if model is not self._parts[name]:
                 model.undo()
         vars(self).update(_leave=None, _scheduler=None)
@@ -189,9 +190,6 @@ class CompiledPipeline:
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.pipe, name, value)
 
-    def _begin_call(self, model: CompiledModel) -> None:
-        self._generation().begin_call(model)
-
     def _take_turn(self) -> None:
         """Makes calls of models that pipelines share this pipeline's, since its loop begins."""
         for name, part in self._parts.items():
@@ -215,6 +213,20 @@ class CompiledPipeline:
             vars(self).update(_scheduler=scheduler, _leave=follow(scheduler, self._generation))
 
 
+class _Listener:
+    """Puts each call of a pipeline's models at the step that its loop is at."""
+
+    def __init__(self, pipeline: CompiledPipeline) -> None:
+        self._pipeline = pipeline
+
+    def begin(self, call: HeardCall) -> None:
+        """States the step of a call."""
+        self._pipeline._generation().begin_call(call.model)
+
+    def end(self, call: HeardCall, result: Any) -> None:
+        """Does nothing."""
+
+
 _RUNNING: ContextVar[tuple[tuple[CompiledPipeline, Generation], ...]] = ContextVar(
     "running", default=()
 )
@@ -222,7 +234,7 @@ _RUNNING: ContextVar[tuple[tuple[CompiledPipeline, Generation], ...]] = ContextV
 
 def _compiled(model: nn.Module, options: Mapping[str, Any]) -> CompiledModel:
     """Returns the model compiled; itself if it is compiled and no pipeline uses it."""
-    if isinstance(model, CompiledModel) and not options and not model.is_observed:
+    if isinstance(model, CompiledModel) and not options and not model.is_listened_to:
         return model
     nothing = Schedule.none((0,))
     if options.get("backend") == "original":

@@ -77,6 +77,12 @@ class Trajectory:
     called in this step begins the next step; one under another name belongs to this step, unless
     its timestep says otherwise. So a branch may begin late, pause or end early: it computes what it
     has not stored. A new generation begins for all branches at once.
+
+    Attributes:
+        schedule: what its generations follow; None: the model's schedule.
+        is_private: whether those who listen to the model are not told of its calls.
+        checks_steps: whether steps that are stated are compared with the timesteps of the calls.
+        num_resets: how often it was reset, by a user or an exception.
     """
 
     def __init__(
@@ -88,8 +94,12 @@ class Trajectory:
         schedule: Schedule | None = None,
         check_finite: bool = False,
         on_error: Callable[[BaseException], None] | None = None,
+        is_private: bool = False,
     ) -> None:
         self.schedule = schedule
+        self.is_private = is_private
+        self.checks_steps = not is_private
+        self.num_resets = 0
         self._owner = owner
         self._recorder = recorder
         self._known_arguments = known
@@ -149,6 +159,7 @@ class Trajectory:
     def reset(self) -> None:
         """Starts a new generation: the next call is step 0 and finds nothing stored."""
         with self._lock:
+            self.num_resets += 1
             for branch in self._branches.values():
                 branch.release()  # even if an exception's traceback holds the branch
             self._branches.clear()
@@ -197,8 +208,7 @@ class Trajectory:
         if self._last is not None:
             self._settle()
         default = self.schedule or default
-        where = _innermost(_NAMES, self._owner)
-        assert where is None or isinstance(where, Where)
+        where = current_where(self._owner)
         name = None if where is None else where.name
         said = _NOTHING if where is None else where.said
         if self._stated_step is not None:
@@ -223,6 +233,8 @@ class Trajectory:
             )
         self._last = None
         self._move(branch, step)
+        if not self.checks_steps:
+            return PlacedCall(branch, schedule, True)
         if branch.clock is None:
             branch.clock = Clock(self._known_arguments, remembers=False)
         here = CandidateStep(step == 0, step)
@@ -336,6 +348,10 @@ class Trajectory:
             )
         return PlacedCall(self._unscheduled, schedule, True)
 
+    def find_key(self, branch: object) -> BranchKey | None:
+        """Returns the name and order of a branch; None for calls that are no steps."""
+        return next((key for key, each in self._branches.items() if each is branch), None)
+
     def _branch(self, name: str | None, order: int = 0) -> Branch:
         branch = self._branches.get((name, order))
         if branch is None:
@@ -401,6 +417,12 @@ def current_trajectory(owner: object, default: Trajectory) -> Trajectory:
     """Returns the innermost trajectory of `owner` that this thread, or task, has entered."""
     found = _innermost(_TRAJECTORIES, owner)
     return found if isinstance(found, Trajectory) else default
+
+
+def current_where(owner: object) -> Where | None:
+    """Returns the name of calls made here, and what is stated beside it; None: nothing."""
+    found = _innermost(_NAMES, owner)
+    return found if isinstance(found, Where) else None
 
 
 def named_branch(owner: object, where: Where) -> AbstractContextManager[None]:
