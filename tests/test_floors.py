@@ -55,10 +55,22 @@ FLOORS = (
     # A compiled model: as a file, in place of a module, and by itself.
     ("pabc.artifact.*", "pabc.wrapper", "pabc.inplace", "pabc.dumps", "pabc.compiled"),
     # What follows from recorded generations: data alone.
-    ("pabc.calibration.*",),
+    (
+        "pabc.calibration.recording",
+        "pabc.calibration.hearing",
+        "pabc.calibration.replay",
+        "pabc.calibration.updates",
+        "pabc.calibration.growth",
+        "pabc.calibration.fit",
+        "pabc.calibration.candidates",
+        "pabc.calibration.search",
+    ),
+    # Plans that make themselves.
+    ("pabc.auto.*",),
     # What users call.
     ("pabc.api",),
     ("pabc.pipelines.*",),
+    ("pabc.calibration.*",),
     ("pabc",),
     # Programs that use pabc as any user does.
     ("pabc.demo.*", "pabc.__main__"),

@@ -1,0 +1,1 @@
+"""Plans that make themselves: the first generation is recorded, later ones follow its plan."""

@@ -1,0 +1,141 @@
+"""Tells from calls alone which step each one is, and where a generation ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from pabc.base.structure import Structure
+from pabc.calibration.hearing import find_outputs, is_like
+from pabc.runtime.timesteps import ArgPath, Reader, Reading, TimestepArguments
+
+Numbers = Mapping[ArgPath, float]
+"""The numbers among the arguments of a call that may be its timestep, by their paths."""
+
+
+class FoundStep(NamedTuple):
+    """The step that a call is.
+
+    Attributes:
+        is_new: whether the call begins another generation.
+        index: the index of the step.
+        order: the index of the call among those of its name in the step.
+    """
+
+    is_new: bool
+    index: int
+    order: int
+
+
+@dataclass(slots=True)
+class _Step:
+    """One step: the numbers of its first call, and the latents of each name's first call."""
+
+    numbers: Numbers
+    latents: dict[str | None, list[torch.Tensor]] = field(default_factory=dict)
+    counts: dict[str | None, int] = field(default_factory=dict)
+
+
+class Steps:
+    """Counts the steps of generations whose timesteps nobody has stated.
+
+    A call is of the same step as the one before if it has the same numbers, and either its name is
+    new in the step, or it is given the same latents, as unnamed calls of guidance are. It begins a
+    new generation if its numbers are those of the first step again, after others.
+    """
+
+    def __init__(self, read: Callable[[Structure, Sequence[Any]], Numbers]) -> None:
+        """`read` returns the numbers of a call."""
+        self._read = read
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins a generation with the next call."""
+        self._steps: list[_Step] = []
+        self._latents: tuple[int, ...] | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """The number of steps of this generation so far."""
+        return len(self._steps)
+
+    @property
+    def path(self) -> ArgPath | None:
+        """The path of the timestep: the first number that took the most values; None: none did."""
+        paths = [p for p in self._steps[0].numbers if all(p in s.numbers for s in self._steps)]
+        counts = {path: len({step.numbers[path] for step in self._steps}) for path in paths}
+        best = max(counts, key=counts.__getitem__, default=None)
+        return None if best is None or counts[best] < 2 else best
+
+    @property
+    def timesteps(self) -> tuple[float, ...]:
+        """The timesteps so far; the indices of the steps, where no number is a timestep."""
+        path = self.path
+        if path is None:
+            return tuple(map(float, range(self.num_steps)))
+        return tuple(step.numbers[path] for step in self._steps)
+
+    def begin(self, name: str | None, leaves: Sequence[Any], structure: Structure) -> FoundStep:
+        """Returns the step of a call that is about to be made."""
+        numbers = self._read(structure, leaves)
+        is_new = not self._steps or self._begins_again(numbers)
+        if is_new:
+            self.restart()
+        if is_new or not self._is_same_step(numbers, name, leaves):
+            self._steps.append(_Step(numbers))
+        step = self._steps[-1]
+        order = step.counts.get(name, 0)
+        step.counts[name] = order + 1
+        if self._latents is not None:
+            self._keep(step, name, leaves)
+        return FoundStep(is_new, self.num_steps - 1, order)
+
+    def end(self, name: str | None, leaves: Sequence[Any], result: Any) -> None:
+        """Notes what the call came to, which tells what its latents are."""
+        if self._latents is None:
+            outputs = find_outputs(result)
+            alike = (i for i, x in enumerate(leaves) if any(is_like(x, o) for o in outputs))
+            self._latents = tuple(alike)
+            self._keep(self._steps[-1], name, leaves)
+
+    def _keep(self, step: _Step, name: str | None, leaves: Sequence[Any]) -> None:
+        """Keeps copies of latents, which a loop may update in place."""
+        if name not in step.latents:
+            step.latents[name] = [leaves[i].detach().clone() for i in self._latents or ()]
+            for earlier in self._steps[:-1][-1:]:
+                earlier.latents.clear()
+
+    def _begins_again(self, numbers: Numbers) -> bool:
+        first, last = self._steps[0].numbers, self._steps[-1].numbers
+        return numbers == first and last != first
+
+    def _is_same_step(self, numbers: Numbers, name: str | None, leaves: Sequence[Any]) -> bool:
+        step = self._steps[-1]
+        if numbers != step.numbers:
+            return False
+        if name not in step.counts:
+            return True
+        earlier = step.latents.get(name)
+        now = [leaves[i] for i in self._latents or ()]
+        return bool(earlier) and all(map(_are_equal, earlier or (), now))
+
+
+def _are_equal(a: Any, b: Any) -> bool:
+    are_tensors = isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
+    return are_tensors and a.shape == b.shape and torch.equal(a, b)
+
+
+class ReadNumbers:
+    """Reads the numbers of calls; waits for those on a device."""
+
+    def __init__(self, known: TimestepArguments) -> None:
+        self._reader = Reader(known)
+
+    def __call__(self, structure: Structure, leaves: Sequence[Any]) -> Numbers:
+        """Returns the numbers of a call that may be its timestep."""
+        found = self._reader.read(structure, leaves, {})
+        readings = {p: r if isinstance(r, Reading) else r() for p, r in found.items()}
+        return {p: r.number for p, r in readings.items() if r.number is not None}
