@@ -58,6 +58,7 @@ FLOORS = (
     (
         "pabc.calibration.recording",
         "pabc.calibration.hearing",
+        "pabc.calibration.steps",
         "pabc.calibration.replay",
         "pabc.calibration.updates",
         "pabc.calibration.growth",
@@ -65,12 +66,12 @@ FLOORS = (
         "pabc.calibration.candidates",
         "pabc.calibration.search",
     ),
-    # Plans that make themselves.
-    ("pabc.auto.*",),
     # What users call.
     ("pabc.api",),
     ("pabc.pipelines.*",),
     ("pabc.calibration.*",),
+    # Plans that make themselves.
+    ("pabc.auto.*",),
     ("pabc",),
     # Programs that use pabc as any user does.
     ("pabc.demo.*", "pabc.__main__"),

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from pabc.auto.steps import ReadNumbers, Steps
 from pabc.base.structure import flatten
+from pabc.calibration.steps import ReadNumbers, Steps
 from pabc.runtime.timesteps import TimestepArguments
 
 

@@ -1,1 +1,0 @@
-"""Plans that make themselves: the first generation is recorded, later ones follow its plan."""
