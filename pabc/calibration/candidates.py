@@ -1,0 +1,90 @@
+"""Candidates: plans of different kinds, of which real runs tell the best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from pabc.schedule import Schedule
+
+Cost = Literal["flat", "direct", "propagated"]
+
+LEAST = 1e-12
+"""The smallest error that is predicted: rounding leaves more."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a plan is found.
+
+    Attributes:
+        name: for people.
+        sources: how many of the last computed outputs a forecast is the weighted sum of, at most; 1
+            with a fixed weight of 1 is `is_fitted=False`.
+        is_fitted: False: the last output is held as it is.
+        cost: what an error of a forecast counts: `"flat"`, the same at all steps; `"direct"`, the
+            coefficient of the output in the sampler's update; `"propagated"`, its coefficient in
+            the final result, while later outputs stay as they are.
+        is_guided: True: the error is that of the guided output; False: those of all branches alike.
+        has_growth: True: costs are multiplied by the share of an error that is left at the end.
+        noise: of the sources in the fit, relative to the error of the weights without it: weights
+            become smaller, and errors of the sources are amplified less.
+    """
+
+    name: str
+    sources: int = 3
+    is_fitted: bool = True
+    cost: Cost = "direct"
+    is_guided: bool = True
+    has_growth: bool = False
+    noise: float = 0.0
+
+
+KINDS = (
+    Kind("3 weights"),
+    Kind("3 weights, flat", cost="flat"),
+    Kind("2 weights", sources=2),
+    Kind("hold", sources=1, is_fitted=False),
+)
+"""Those that are searched, the ones that are most often best first."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan: which steps are computed, and how the outputs of the others are forecast.
+
+    Attributes:
+        name: how it was found.
+        computed: the steps, in order.
+        weights: per step, those of the last computed outputs, the newest first; empty at computed
+            steps.
+        error: the predicted root mean square of the error of the final result; above 0.
+    """
+
+    name: str
+    computed: tuple[int, ...]
+    weights: tuple[tuple[float, ...], ...]
+    error: float
+
+    def schedule(self, timesteps: Sequence[float], label: str | None = None) -> Schedule:
+        """Returns the schedule that runs this plan over these timesteps, one per step.
+
+        Raises ValueError for another number of timesteps.
+        """
+        if len(timesteps) != len(self.weights):
+            raise ValueError(
+                f"timesteps: expected {len(self.weights)}, one per step, found {len(timesteps)}"
+            )
+        width = max(1, *map(len, self.weights))
+        rows = np.zeros((len(self.weights), width))
+        for row, weights in zip(rows, self.weights, strict=True):
+            row[: len(weights)] = weights
+        return Schedule.skip(timesteps, self.computed, forecast=rows, label=label or self.name)
+
+    def decibels(self, peak: float) -> float:
+        """Returns the predicted PSNR of the final result, whose values have this range."""
+        return 20 * math.log10(peak / self.error) if peak > 0 else math.inf

@@ -1,0 +1,122 @@
+"""Fit: the least-squares weights of a forecast, and its error, from inner products alone."""
+
+from __future__ import annotations
+
+import numpy as np
+
+RIDGE = 1e-5
+"""Relative to the squared norm of each regressor: the prior is to hold the last output."""
+SINGULAR = 1e-12
+"""Pivots below it, relative to the diagonal, are those of dependent regressors."""
+
+
+def fit_weights(
+    gram: np.ndarray,
+    target: np.ndarray,
+    sources: np.ndarray,
+    *,
+    is_fitted: bool = True,
+    noise: float = 0.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns weights [..., k] and squared errors [...] of forecasts of outputs from others.
+
+    The regressors are the newest source and the divided differences of the sources: the weights
+    continue a polynomial, stretched as fits best. What the data leaves open holds the last output.
+
+    Args:
+        gram: [..., n, n] inner products of outputs; one for all forecasts, or one per target step
+            [n, n, n].
+        target: [...] the steps that are forecast.
+        sources: [..., k] the steps that they are forecast from, the newest first; -1 for none.
+        is_fitted: False: the newest source is held.
+        noise: relative error of each source; larger ones make smaller weights.
+    """
+    target, sources = np.asarray(target), np.asarray(sources)
+    k = sources.shape[-1]
+    known = sources >= 0
+    steps = np.concatenate([target[..., None], np.where(known, sources, target[..., None])], -1)
+    products = _gather(gram, target, steps)
+    if not is_fitted:
+        weights = np.zeros(sources.shape)
+        weights[..., 0] = 1.0
+        return weights, _error(products, weights)
+    basis = _build_basis(sources, known)
+    inner = np.einsum("...ra,...ab,...sb->...rs", basis, products[..., 1:, 1:], basis)
+    # The target less the newest source: what is to be added to holding it.
+    to_target = products[..., 1:, 0] - products[..., 1:, 1]
+    found = np.einsum("...ra,...a->...r", basis, to_target)
+    diagonal = np.einsum("...rr->...r", inner)
+    penalty = RIDGE * diagonal
+    regular = inner + penalty[..., None] * np.eye(k)
+    if noise:
+        spread = noise**2 * np.einsum("...aa->...a", products[..., 1:, 1:]) * known
+        regular = regular + np.einsum("...ra,...a,...sa->...rs", basis, spread, basis)
+        found = found - np.einsum("...ra,...a->...r", basis[..., :, :1], spread[..., :1])
+    solution = _solve(regular, found)
+    weights = np.einsum("...r,...ra->...a", solution, basis)
+    weights[..., 0] += 1.0
+    return weights, _error(products, weights)
+
+
+def _gather(gram: np.ndarray, target: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Returns the inner products of some steps, [..., s, s]."""
+    rows, columns = steps[..., :, None], steps[..., None, :]
+    if gram.ndim == 2:
+        return gram[rows, columns]
+    return gram[target[..., None, None], rows, columns]
+
+
+def _build_basis(sources: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Returns the regressors as sums of sources, [..., k, k]; those that lack a source are 0."""
+    k = sources.shape[-1]
+    basis = np.zeros((*sources.shape, k))
+    basis[..., 0, 0] = known[..., 0]
+    for order in range(1, k):
+        for point in range(order + 1):
+            weight = np.ones(sources.shape[:-1])
+            for other in range(order + 1):
+                if other != point:
+                    gap = sources[..., point] - sources[..., other]
+                    weight = weight / np.where(gap == 0, 1, gap)
+            basis[..., order, point] = weight * known[..., order]
+    return basis
+
+
+def _solve(matrix: np.ndarray, vector: np.ndarray) -> np.ndarray:
+    """Returns the solutions of small positive semidefinite systems, [..., k].
+
+    Where rows depend on rows before, or are 0, the solution is 0.
+    """
+    k = vector.shape[-1]
+    scale = np.sqrt(np.maximum(np.einsum("...rr->...r", matrix), 0.0))
+    scale = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)
+    scaled = matrix * (scale[..., :, None] * scale[..., None, :])
+    lower, pivots, inverse = np.zeros(matrix.shape), np.zeros(vector.shape), np.zeros(vector.shape)
+    values = vector * scale
+    for r in range(k):
+        for c in range(r):
+            inner = (lower[..., r, :c] * lower[..., c, :c] * pivots[..., :c]).sum(-1)
+            lower[..., r, c] = (scaled[..., r, c] - inner) * inverse[..., c]
+        pivot = scaled[..., r, r] - (lower[..., r, :r] ** 2 * pivots[..., :r]).sum(-1)
+        pivots[..., r] = np.where(pivot > SINGULAR, pivot, 0.0)
+        inverse[..., r] = np.divide(1.0, pivot, out=np.zeros_like(pivot), where=pivot > SINGULAR)
+        values[..., r] -= (lower[..., r, :r] * values[..., :r]).sum(-1)
+    values *= inverse
+    for r in reversed(range(k)):
+        values[..., r] -= (lower[..., r + 1 :, r] * values[..., r + 1 :]).sum(-1)
+    return values * scale
+
+
+def _error(products: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Returns the squared norms of the targets less the weighted sums of their sources.
+
+    Weights are applied to differences from the target as far as they add up to 1, so that nearly
+    equal outputs leave no rounding error.
+    """
+    square = products[..., :1, :1]
+    shifted = products[..., 1:, 1:] - products[..., 1:, :1] - products[..., :1, 1:] + square
+    cross = products[..., 1:, 0] - square[..., 0]
+    rest = 1.0 - weights.sum(-1)
+    errors = np.einsum("...a,...ab,...b->...", weights, shifted, weights)
+    errors = errors - 2 * rest * np.einsum("...a,...a->...", weights, cross)
+    return np.maximum(errors + rest**2 * square[..., 0, 0], 0.0)
