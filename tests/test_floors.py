@@ -63,6 +63,7 @@ FLOORS = (
         "pabc.calibration.updates",
         "pabc.calibration.growth",
         "pabc.calibration.fit",
+        "pabc.calibration.paths",
         "pabc.calibration.candidates",
         "pabc.calibration.search",
     ),
