@@ -32,7 +32,7 @@ from pabc.runtime.program import Program
 from pabc.runtime.programs import Programs
 from pabc.runtime.selection import Selection
 from pabc.runtime.serving import ServingProgram, ServingPrograms
-from pabc.runtime.stats import Stats
+from pabc.runtime.stats import Recorder, Stats
 from pabc.runtime.step import ActiveStep
 from pabc.runtime.trajectory import (
     Trajectory,
@@ -177,7 +177,8 @@ class CompiledModel(Wrapper):
 
         Any number can be under way at once, in turns or in several threads; each gives what it
         would give alone. `schedule`: what it follows in place of this model's schedule. `private`:
-        those who listen, such as a pipeline, are not told of its calls, and do not state its steps.
+        those who listen, such as a pipeline, are not told of its calls, do not state its steps,
+        and `stats` does not count them.
 
             a, b = fast.trajectory(), fast.trajectory()
             for t in timesteps:
@@ -190,7 +191,7 @@ class CompiledModel(Wrapper):
             self._programs.check(schedule)
         return Trajectory(
             self._recorder,
-            self._recorder,
+            Recorder() if private else self._recorder,
             known=self._programs.timesteps,
             schedule=schedule,
             check_finite=self._options.check_finite,

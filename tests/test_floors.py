@@ -54,6 +54,7 @@ FLOORS = (
     ("pabc.runtime.*",),
     # A compiled model: as a file, in place of a module, and by itself.
     ("pabc.artifact.*", "pabc.wrapper", "pabc.inplace", "pabc.dumps", "pabc.compiled"),
+    ("pabc.planning",),
     # What follows from recorded generations: data alone.
     (
         "pabc.calibration.recording",

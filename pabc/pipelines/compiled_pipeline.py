@@ -5,18 +5,14 @@ The pipeline's transformers follow a schedule of the timesteps that the schedule
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
-from functools import cache, partial
 from types import MappingProxyType, TracebackType
 from typing import Any
 
 from torch import nn
 
-from pabc import presets
 from pabc.api import compile, compile_or_call
 from pabc.compiled import CompiledModel
 from pabc.inplace import check_place, prefer
@@ -24,21 +20,16 @@ from pabc.passes import (
     refuse_hooks,
 )
 from pabc.pipelines.generation import Generation
-from pabc.pipelines.scheduler import are_same, follow
-from pabc.runtime.guards import GuardError
+from pabc.pipelines.given import GivenPlans, ScheduleSource
+from pabc.pipelines.scheduler import follow
+from pabc.planning import SelfPlanning
 from pabc.runtime.listening import HeardCall
-from pabc.runtime.whole_calls import names_only_calls
 from pabc.schedule import Schedule
-
-USUAL_TIMESTEPS = tuple(float(timestep) for timestep in range(980, -1, -20))
-"""Those of 50 steps."""
-ScheduleSource = Schedule | str | Callable[[tuple[float, ...]], Schedule]
-"""A schedule, a preset's name, or what makes a schedule from the timesteps that will run."""
 
 
 def compile_pipeline(
     pipe: Any,
-    schedule: ScheduleSource,
+    schedule: ScheduleSource | SelfPlanning,
     *,
     components: Iterable[str] | None = None,
     **options: Any,
@@ -55,8 +46,8 @@ def compile_pipeline(
         pipe: a pipeline with a `scheduler` that has `set_timesteps`, `timesteps` and `step`.
         schedule: called with the timesteps that run, at the start of each generation: a preset, its
             name, or `lambda ts: pabc.Schedule.pyramid(ts, spatial=2)`. A :class:`pabc.Schedule`
-            must have the timesteps that run. Steps are the scheduler's: of a second-order one, such
-            as Heun, each call of the model is one.
+            must have the timesteps that run; :func:`pabc.auto` makes its own. Steps are the
+            scheduler's: of a second-order one, such as Heun, each call of the model is one.
             One that only skips whole calls (kind `"model"`) works for every model: one that cannot
             be captured is called as it is, as with `backend="original"`, and a warning is logged.
         components: the names of the modules that are called with the denoised latents; by default
@@ -70,9 +61,7 @@ def compile_pipeline(
             library that pabc cannot run with; where this depends on the schedule, when called.
         GuardError: when called, for timesteps that are not those of a fixed schedule.
     """
-    return CompiledPipeline(
-        pipe, _binder(schedule), cache(partial(_needs_capture, schedule)), components, options
-    )
+    return CompiledPipeline(pipe, schedule, components, options)
 
 
 class CompiledPipeline:
@@ -96,20 +85,21 @@ class CompiledPipeline:
     def __init__(
         self,
         pipe: Any,
-        bind: Callable[[tuple[float, ...]], Schedule],
-        needs_capture: Callable[[], bool],
+        schedule: ScheduleSource | SelfPlanning,
         components: Iterable[str] | None,
         options: Mapping[str, Any],
     ) -> None:
+        is_given = not isinstance(schedule, SelfPlanning)
+        given = GivenPlans(schedule) if is_given else None
         parts = find_denoisers(pipe, components)
         _check_scheduler(pipe)
         models = {name: _compiled(part, options) for name, part in parts.items()}
         own = vars(self)
-        own.update(_needs_capture=needs_capture)
+        own["_plans"] = schedule.plans_for(models) if given is None else given
         self._check_hooks(models)
-        own.update(pipe=pipe, models=MappingProxyType(models), _parts=parts, _bind=bind)
+        own.update(pipe=pipe, models=MappingProxyType(models), _parts=parts)
         own.update(_scheduler=None, _leave=None, _listener=_Listener(self))
-        own["_default"] = Generation(bind, self._observed, self._take_turn)
+        own["_default"] = Generation(self._plans.course(), self._observed, self._take_turn)
         self._observe()
         for name, model in models.items():
             model.listen(self._listener)
@@ -122,7 +112,7 @@ class CompiledPipeline:
             try:
                 refuse_hooks(model._orig_mod)
             except ValueError as error:
-                if model.needs_capture or self._needs_capture():
+                if model.needs_capture or self._plans.needs_capture:
                     raise ValueError(f"{name}: {error}") from error
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -131,7 +121,7 @@ class CompiledPipeline:
             raise RuntimeError("expected a compiled pipeline, found one that was undone")
         self._observe()
         self._check_hooks(self.models)
-        generation = Generation(self._bind, self._observed)
+        generation = Generation(self._plans.course(), self._observed)
         with ExitStack() as stack:
             for model in self.models.values():
                 stack.enter_context(model.trajectory())
@@ -221,10 +211,11 @@ class _Listener:
 
     def begin(self, call: HeardCall) -> None:
         """States the step of a call."""
-        self._pipeline._generation().begin_call(call.model)
+        self._pipeline._generation().begin_call(call)
 
     def end(self, call: HeardCall, result: Any) -> None:
-        """Does nothing."""
+        """Passes on what a call came to."""
+        self._pipeline._generation().end_call(call, result)
 
 
 _RUNNING: ContextVar[tuple[tuple[CompiledPipeline, Generation], ...]] = ContextVar(
@@ -287,54 +278,6 @@ def find_denoisers(pipe: Any, names: Iterable[str] | None = None) -> dict[str, n
             "latents"
         )
     return {name: modules[name] for name in chosen}
-
-
-def _needs_capture(source: ScheduleSource) -> bool:
-    """Returns whether a schedule, for usual timesteps, needs what is within the model.
-
-    False for a function that makes none of these timesteps: it is looked at when it is called.
-    """
-    if isinstance(source, str):
-        return True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # windows without one of these timesteps
-            schedule = source if isinstance(source, Schedule) else source(USUAL_TIMESTEPS)
-        return not (schedule.reuses and names_only_calls(schedule))
-    except Exception:  # whatever the user's function raises
-        return False
-
-
-def _binder(source: ScheduleSource) -> Callable[[tuple[float, ...]], Schedule]:
-    """Returns a function that makes, and checks, the schedule of the timesteps that run."""
-    make = presets.get(source) if isinstance(source, str) else source
-    if not isinstance(make, Schedule) and not callable(make):
-        raise TypeError(
-            "schedule: expected a pabc.Schedule, a preset or its name, or what makes a schedule "
-            f"from timesteps, found {type(source).__name__}"
-        )
-
-    def bind(timesteps: tuple[float, ...]) -> Schedule:
-        schedule = make if isinstance(make, Schedule) else make(timesteps)
-        if not isinstance(schedule, Schedule):
-            raise TypeError(
-                f"schedule: expected what gives a pabc.Schedule, found {type(schedule).__name__}"
-            )
-        if not are_same(timesteps, schedule.timesteps):
-            raise GuardError(
-                f"expected the schedule's timesteps, {_format(schedule.timesteps)}, found that the "
-                f"scheduler runs {_format(timesteps)}; give what makes a schedule from them, such "
-                "as `lambda ts: pabc.Schedule.pyramid(ts, ...)`"
-            )
-        return replace(schedule, timesteps=timesteps)
-
-    return bind
-
-
-def _format(timesteps: tuple[float, ...]) -> str:
-    shown = [f"{t:g}" for t in timesteps]
-    middle = shown if len(shown) <= 12 else [*shown[:6], "...", *shown[-5:]]
-    return f"{len(shown)} of them: {', '.join(middle)}"
 
 
 def _replace(pipe: Any, name: str, module: nn.Module) -> None:

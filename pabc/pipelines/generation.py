@@ -10,12 +10,11 @@ from typing import Any
 
 from pabc.compiled import CompiledModel
 from pabc.pipelines.scheduler import index_of
+from pabc.planning import Course
 from pabc.runtime.guards import GuardError
+from pabc.runtime.listening import HeardCall
 from pabc.schedule import Schedule
 from pabc.validate import as_timesteps
-
-Bind = Callable[[tuple[float, ...]], Schedule]
-"""The schedule for the timesteps that will run."""
 
 MAX_CALLS = 64
 """Calls of one model in one step, each a branch of its own, above which the loop must be one that
@@ -45,12 +44,16 @@ class Generation:
     _first: Any
     _calls: Counter[CompiledModel]
     _copy_stepped: bool
+    _latest: HeardCall | None
 
     def __init__(
-        self, bind: Bind, scheduler: Callable[[], Any], announce: Callable[[], None] = lambda: None
+        self,
+        course: Course,
+        scheduler: Callable[[], Any],
+        announce: Callable[[], None] = lambda: None,
     ) -> None:
-        """`announce` is called when a loop is about to begin."""
-        self._bind = bind
+        """`course`: what its loops follow; `announce` is called when a loop is about to begin."""
+        self._course = course
         self._scheduler = scheduler
         self._announce = announce
         self._begun: dict[CompiledModel, int] = {}
@@ -87,10 +90,15 @@ class Generation:
         """Notes that a copy of the scheduler made a step."""
         self._copy_stepped = True
 
-    def begin_call(self, model: CompiledModel) -> None:
-        """Puts the current trajectory of a model at the step that is under way."""
+    def begin_call(self, call: HeardCall) -> None:
+        """Puts the trajectory of a call at the step that is under way."""
+        model: CompiledModel = call.model
+        self._latest = call
         if self.schedule is None or self._scheduler() is not self._followed:
             self._begin()
+        other = self._course.begin(call, self.step)
+        if other is not None:
+            self._switch(other)
         if model not in self._begun:
             model.current.reset()
             model.current.schedule = computing_until(self._schedule_begun(), self.step)
@@ -102,15 +110,26 @@ class Generation:
         self._num_calls += 1
         self._check_is_followed(model)
 
+    def end_call(self, call: HeardCall, result: Any) -> None:
+        """Passes on what a call came to."""
+        self._course.end(call, result)
+
     def abandon(self) -> None:
         """Frees what is kept."""
+        is_under_way = self.schedule is not None
         self._free()
         self._clear()
+        if is_under_way:
+            self._course.finish(is_complete=False)
 
     def end(self) -> None:
         """Frees what is kept; says so if the loop never used its scheduler."""
         calls, steps = self._num_calls, self._num_steps
-        self.abandon()
+        if self.schedule is not None:
+            is_complete = self.step >= self.schedule.num_steps
+            self._free()
+            self._clear()
+            self._course.finish(is_complete=is_complete)
         if calls > 1 and not steps:
             warnings.warn(
                 f"pabc: the model was called {calls} times and its pipeline's scheduler made no "
@@ -126,6 +145,7 @@ class Generation:
         self._calls = Counter()
         self._num_calls = self._num_steps = 0
         self._copy_stepped = False
+        self._latest = None
 
     def _free(self, is_done: Callable[[CompiledModel], bool] = lambda _: True) -> None:
         """Ends the part of the models that are done."""
@@ -165,6 +185,16 @@ class Generation:
             start = index_of(self._first, self._timesteps, 0)
         self._start = start or 0
         self.schedule = self._bind(as_timesteps(self._timesteps)[self._start :])
+
+    def _bind(self, timesteps: tuple[float, ...]) -> Schedule:
+        assert self._latest is not None
+        return self._course.bind(timesteps, self._latest)
+
+    def _switch(self, schedule: Schedule) -> None:
+        """Follows another schedule from here on."""
+        self.schedule = schedule
+        for model in self._begun:
+            model.current.switch(schedule)
 
     def _begin_later(self, start: int) -> None:
         """Binds the schedule to the timesteps from `start` on, where the loop really began."""

@@ -83,6 +83,7 @@ class Trajectory:
         is_private: whether those who listen to the model are not told of its calls.
         checks_steps: whether steps that are stated are compared with the timesteps of the calls.
         num_resets: how often it was reset, by a user or an exception.
+        num_failures: how often an exception did.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class Trajectory:
         self.schedule = schedule
         self.is_private = is_private
         self.checks_steps = not is_private
-        self.num_resets = 0
+        self.num_resets = self.num_failures = 0
         self._owner = owner
         self._recorder = recorder
         self._known_arguments = known
@@ -132,6 +133,7 @@ class Trajectory:
     ) -> None:
         _TRAJECTORIES.set(_TRAJECTORIES.get()[:-1])
         if error is not None:
+            self.num_failures += 1
             self.reset()
             if self._on_error is not None:
                 self._on_error(error)
@@ -155,6 +157,18 @@ class Trajectory:
                 calls.begin_step()
             for branch in self._branches.values():
                 branch.seek(step)
+
+    def switch(self, schedule: Schedule) -> None:
+        """Makes the generation under way follow another schedule, from the next call on.
+
+        It is to be of as many steps. Nothing of what is kept is reused.
+        """
+        with self._lock:
+            self.schedule = schedule
+            if self._following is not None:
+                self._following = schedule
+            for branch in self._branches.values():
+                branch.slots.clear()
 
     def reset(self) -> None:
         """Starts a new generation: the next call is step 0 and finds nothing stored."""
@@ -408,6 +422,7 @@ class _Running:
         trajectory = self._trajectory
         try:
             if kind is not None:
+                trajectory.num_failures += 1
                 trajectory.reset()
         finally:
             trajectory._lock.release()
