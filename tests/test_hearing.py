@@ -51,11 +51,11 @@ class Sampler:
 
 
 class Euler:
-    """The sampler in numbers: [n], and [n, branches, lags]."""
+    """The sampler in numbers: [n, lags], and [n, branches, lags]."""
 
     def __init__(self, guidance: float) -> None:
         steps = SIGMAS.diff().numpy().astype(float)
-        self.own = np.ones(STEPS)
+        self.inputs = np.ones((STEPS, 1))
         self.outputs = np.stack([steps * (1 - guidance), steps * guidance], 1)[:, :, None]
 
 

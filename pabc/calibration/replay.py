@@ -17,7 +17,7 @@ from pabc.calibration.recording import Vector
 class LinearSampler(Protocol):
     """How the inputs of a step follow from those before; see :class:`Updates`."""
 
-    own: np.ndarray
+    inputs: np.ndarray
     outputs: np.ndarray
 
 
@@ -63,10 +63,14 @@ class Replay:
         heard = self._heard
         n = heard.recording.num_steps
         errors, seconds = np.zeros(n + 1), np.zeros(n)
-        strayed = [torch.zeros_like(x, dtype=torch.float32) for x in heard.inputs(0)]
+        strayed: list[Vector] = [
+            [torch.zeros_like(x, dtype=torch.float32) for x in heard.inputs(0)]
+        ]
         history: list[dict[str, Vector]] = []
         for step in range(n):
-            latents = [x + d.to(x.dtype) for x, d in zip(heard.inputs(step), strayed, strict=True)]
+            latents = [
+                x + d.to(x.dtype) for x, d in zip(heard.inputs(step), strayed[0], strict=True)
+            ]
             found: dict[str, Vector] = {}
             for name, kept in heard.calls[step].items():
                 args, kwargs = heard.with_inputs(step, name, latents)
@@ -79,20 +83,27 @@ class Replay:
                     pairs = zip(vector, recorded[branch], strict=True)
                     found[branch] = [a.float() - b.float() for a, b in pairs]
             history.insert(0, found)
-            strayed = self._update(step, strayed, history)
-            errors[step + 1] = _rms(strayed)
+            strayed.insert(0, self._update(step, strayed, history))
+            errors[step + 1] = _rms(strayed[0])
+            lags = self._sampler.outputs.shape[-1]
+            del strayed[lags:], history[lags:]
         return Replayed(errors, seconds)
 
-    def _update(self, step: int, strayed: Vector, history: list[dict[str, Vector]]) -> Vector:
+    def _update(self, step: int, strayed: list[Vector], history: list[dict[str, Vector]]) -> Vector:
         """Returns the difference of the next inputs from the recorded ones."""
-        own, outputs = float(self._sampler.own[step]), self._sampler.outputs[step]
-        result = [own * d for d in strayed]
+        inputs, outputs = self._sampler.inputs[step], self._sampler.outputs[step]
+        result: Vector = [torch.zeros_like(d) for d in strayed[0]]
         for lag in range(min(outputs.shape[-1], len(history))):
+            result = _add(result, float(inputs[lag]), strayed[lag])
             for branch, vector in history[lag].items():
-                weight = float(outputs[self._branches[branch], lag])
-                if weight:
-                    result = [d + weight * v for d, v in zip(result, vector, strict=True)]
+                result = _add(result, float(outputs[self._branches[branch], lag]), vector)
         return result
+
+
+def _add(total: Vector, weight: float, vector: Vector) -> Vector:
+    if not weight:
+        return total
+    return [d + weight * v for d, v in zip(total, vector, strict=True)]
 
 
 def _rms(vector: Vector) -> float:
