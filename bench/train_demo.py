@@ -22,14 +22,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+import training
 from torch import nn
 
 from pabc.demo import digits, latte
+from pabc.demo.text import Text
 
 NULL_CAPTION = 0.12
-EMA_DECAY = 0.999
-WARMUP_STEPS = 100
-DECAY_FRACTION = 0.4
 TEMPORAL_OUTPUTS = ("attn1.to_out.0", "ff.net.2")
 
 
@@ -49,7 +48,7 @@ class Trainee(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.transformer = latte.build_transformer()
-        self.text = latte.Text()
+        self.text = latte.build_text()
 
     def forward(
         self, noisy: torch.Tensor, timestep: torch.Tensor, tokens: torch.Tensor, frame: torch.Tensor
@@ -78,18 +77,6 @@ def zero_temporal_outputs(trainee: Trainee) -> None:
                 nn.init.zeros_(parameter)
 
 
-def build_optimizers(trainee: Trainee, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    """Returns Muon for the blocks' matrices, and AdamW for all other parameters."""
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in trainee.named_parameters():
-        is_matrix = parameter.ndim == 2 and "scale_shift" not in name
-        (matrices if is_matrix and "blocks" in name else others).append(parameter)
-    muon = torch.optim.Muon(matrices, args.muon_lr, 0.01, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW(others, args.adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)
-    return [muon, adamw]
-
-
 class Batch(NamedTuple):
     """The batch of one step: N clips, F frames (1 in stage 1), L tokens."""
 
@@ -101,7 +88,7 @@ class Batch(NamedTuple):
 
 
 def draw_batch(
-    data: tuple[torch.Tensor, torch.Tensor], text: latte.Text, size: int, stage: int, seed: int
+    data: tuple[torch.Tensor, torch.Tensor], text: Text, size: int, stage: int, seed: int
 ) -> Batch:
     """Draws digits, motions, captions and noise; timesteps are stratified over the schedule."""
     images, labels = data
@@ -128,18 +115,6 @@ def compute_loss(step_fn: Callable, batch: Batch, alphas: torch.Tensor) -> torch
     noisy = alpha.sqrt() * batch.clips + (1 - alpha).sqrt() * batch.noise
     target = alpha.sqrt() * batch.noise - (1 - alpha).sqrt() * batch.clips
     return F.mse_loss(step_fn(noisy, batch.timesteps, batch.tokens, batch.frame), target)
-
-
-def learning_rate_factor(done: float, step: int) -> float:
-    """Returns the factor at progress `done` in [0, 1]: warm-up, constant, then linear to 0."""
-    return min(1.0, (step + 1) / WARMUP_STEPS) * max(0.01, min(1.0, (1 - done) / DECAY_FRACTION))
-
-
-@torch.no_grad()
-def update_ema(ema: Trainee, trainee: Trainee, step: int) -> None:
-    """Updates the moving average of the weights."""
-    decay = min(EMA_DECAY, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(trainee.parameters()), 1 - decay)
 
 
 @dataclass(slots=True)
@@ -192,7 +167,8 @@ class Run:
         self.trainee.load_state_dict(self.ema.state_dict())
         zero_temporal_outputs(self.trainee)
         self.ema.load_state_dict(self.trainee.state_dict())
-        self.optimizers = build_optimizers(self.trainee, self.args)
+        args = self.args
+        self.optimizers = training.build_optimizers(self.trainee, args.muon_lr, args.adamw_lr)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -201,7 +177,8 @@ def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     trainee = Trainee().to(args.device)
     ema = copy.deepcopy(trainee).requires_grad_(False)
-    run = Run(args, trainee, ema, build_optimizers(trainee, args))
+    optimizers = training.build_optimizers(trainee, args.muon_lr, args.adamw_lr)
+    run = Run(args, trainee, ema, optimizers)
     if args.resume and run.path.is_file():
         run.resume()
     while run.progress.stage < 2:
@@ -226,8 +203,9 @@ def train_stage(run: Run) -> None:
         drawn = draw_batch(data, run.trainee.text, args.batch[stage], stage, seed)
         batch = Batch(*(part.to(args.device) for part in drawn))
         loss = compute_loss(step_fn, batch, alphas)
-        take_step(run, loss, learning_rate_factor(done, step))
-        update_ema(run.ema, run.trainee, step)
+        factor = training.learning_rate_factor(done, step)
+        training.take_step(run.trainee, run.optimizers, loss, factor)
+        training.update_ema(run.ema, run.trainee, step)
         losses.append(loss.item())
         now = time.perf_counter()
         progress.seconds[stage] += now - clock
@@ -240,17 +218,6 @@ def train_stage(run: Run) -> None:
         if now - saved > 60 * args.save_minutes:
             run.save()
             saved = now
-
-
-def take_step(run: Run, loss: torch.Tensor, factor: float) -> None:
-    """Steps both optimizers at `factor` times their learning rates."""
-    loss.backward()
-    nn.utils.clip_grad_norm_(run.trainee.parameters(), 1.0)
-    for optimizer in run.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
 
 def report(progress: Progress, loss: float) -> None:
@@ -266,7 +233,7 @@ def export(checkpoint: Path, weights: Path) -> None:
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     trainee = Trainee()
     trainee.load_state_dict(state["ema"])
-    latte.save(latte.Demo(trainee.transformer, latte.build_scheduler(), trainee.text), weights)
+    latte.Digits(trainee.transformer, latte.build_scheduler(), trainee.text).save(weights)
     print(f"exported {state['progress']} to {weights}")
 
 

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from pabc.demo import latte as demo_model
-from pabc.demo import sampling
 from pabc.demo.digits import PROMPTS
 from pabc.models import OpenSora12
 
@@ -327,10 +326,9 @@ def _demo() -> Workload:
         ranges=RANGES,
         names=LATTE_NAMES,
         num_clips=4,
-        guidance=sampling.GUIDANCE,
+        guidance=demo_model.Digits.guidance,
         is_trained=True,
-        # Guidance pushes samples out of range: see pabc.demo.sampling.
-        step={"use_clipped_model_output": True},
+        step=dict(demo_model.Digits.step_options),
     )
 
 

@@ -85,12 +85,13 @@ def _make_parser() -> argparse.ArgumentParser:
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Generates clips with a small trained video model: in full, with torch.compile, and with"
-        " pabc. Prints a table and writes metrics.json, clips.gif, clips.png and report.html."
+        "Generates clips or pictures with a small trained model: in full, with torch.compile, and"
+        " with pabc. Prints a table and writes metrics.json, clips.gif, clips.png and report.html."
     )
     add = parser.add_argument
     add("--device", type=_parse_device, default="cpu", help="cpu, cuda, cuda:1, ... (cpu)")
-    add("--steps", type=_at_least(2), default=50, help="diffusion steps (50)")
+    add("--model", choices=("digits", "emoji"), default="digits", help="the model (digits)")
+    add("--steps", type=_at_least(2), help="diffusion steps (50; emoji: 28)")
     add(
         "--prompts",
         nargs="+",
@@ -99,7 +100,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
         help="captions, or how many of the built-in ones (4); they are one batch",
     )
     add("--repeats", type=_at_least(1), default=5, help="times each variant, at least (5)")
-    add("--clips", type=_at_least(1), default=40, help="clips to judge per variant (40)")
+    add("--clips", type=_at_least(1), default=40, help="samples to judge per variant (40)")
     add("--out", type=Path, default=Path("pabc-demo"), help="folder to write (pabc-demo)")
     add("--seed", type=_at_least(0), default=0, help="of the initial noise (0)")
     add("--backend", choices=("inductor", "eager"), default="inductor", help="eager: a quick look")
@@ -110,7 +111,11 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="also on N processes, started by torchrun; BxN: B groups of samples, N of tokens each",
     )
-    add("--weights", type=Path, help="folder of a model trained with bench/train_demo.py")
+    add(
+        "--weights",
+        type=Path,
+        help="folder of a model trained with bench/train_demo.py or bench/train_emoji.py",
+    )
     parser.set_defaults(run=run_demo)
 
 
@@ -148,9 +153,9 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
 def run_demo(options: argparse.Namespace) -> None:
     """Runs `pabc demo`."""
     _check_extra()
-    from pabc.demo import digits
     from pabc.demo.launch import check_mesh
     from pabc.demo.run import DemoOptions, run
+    from pabc.demo.text import CaptionError
 
     prompts = options.prompts
     if len(prompts) == 1 and re.fullmatch(r"[+-]?\d+", prompts[0]):
@@ -159,18 +164,16 @@ def run_demo(options: argparse.Namespace) -> None:
         chosen: int | tuple[str, ...] = int(prompts[0])
     else:
         chosen = tuple(prompts)
-        for caption in chosen:
-            try:
-                digits.parse(caption)
-            except ValueError as error:
-                raise UsageError(f"--prompts: {error}") from error
     if options.mesh is not None:
         try:
             check_mesh(options.mesh)
         except ValueError as error:
             raise UsageError(f"--mesh: {error}") from error
     given = {field.name: getattr(options, field.name) for field in fields(DemoOptions)}
-    run(DemoOptions(**{**given, "prompts": chosen}))
+    try:
+        run(DemoOptions(**{**given, "prompts": chosen}))
+    except CaptionError as error:
+        raise UsageError(f"--prompts: {error}") from error
 
 
 def run_explain(options: argparse.Namespace) -> None:

@@ -208,7 +208,7 @@ def test_unknown_words_and_missing_weights_are_named(
     )
     assert "weights: expected transformer/config.json" in message and "found none" in message
     torch.manual_seed(0)
-    latte.save(latte.build(), tmp_path)
+    latte.build().save(tmp_path)
     assert "found ['purple']" in run_failing(
         capsys, "demo", "--weights", str(tmp_path), "--prompts", "a purple seven moving left"
     )

@@ -21,7 +21,7 @@ pytest.importorskip("tqdm")
 from PIL import Image
 
 from pabc.__main__ import main
-from pabc.demo import charts, digits, latte, machine, metrics, sampling, variants
+from pabc.demo import charts, digits, latte, machine, metrics, variants
 from pabc.demo.run import FILES, DemoOptions, plan_rounds
 from pabc.demo.timing import Run
 from pabc.plan import Plan, SlotSpec
@@ -37,7 +37,7 @@ PROMPTS = ("a bold seven moving left, fast", "a <three> & moving up, slow")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("weights")
-    latte.save(latte.build(), folder)
+    latte.build().save(folder)
     return folder
 
 
@@ -149,11 +149,10 @@ def test_the_library_of_products_is_that_of_the_onednn_stage(
 
 
 def test_fewer_steps_are_shares_of_all_steps() -> None:
-    demo = latte.build()
+    model = latte.build()
     names = {50: ["40 steps", "25 steps"], 10: ["8 steps", "5 steps"], 2: ["1 step"], 1: []}
     for steps, expected in names.items():
-        timesteps = sampling.timesteps(demo, steps)
-        made = variants.make_baselines(demo, timesteps, "eager")
+        made = variants.make_baselines(model, model.timesteps(steps), "eager")
         assert [each.name for each in made[2:]] == expected
         assert [f"{each.steps} step" in each.name for each in made[2:]] == [True] * len(expected)
 
@@ -184,7 +183,7 @@ def test_report_needs_nothing_beside_itself(out: Path) -> None:
 
 @pytest.mark.parametrize(("prompts", "clips", "rounds"), [(4, 40, 10), (3, 40, 14), (4, 4, 5)])
 def test_rounds_serve_repeats_and_clips(prompts: int, clips: int, rounds: int) -> None:
-    planned = plan_rounds(DemoOptions(prompts=prompts, clips=clips, repeats=5))
+    planned = plan_rounds(latte.build(), DemoOptions(prompts=prompts, clips=clips, repeats=5))
     assert len(planned) == rounds
     assert {len(batch.captions) for batch in planned} == {prompts}
     assert len({batch.seed for batch in planned}) == rounds
@@ -194,7 +193,8 @@ def test_rounds_serve_repeats_and_clips(prompts: int, clips: int, rounds: int) -
 
 
 def test_given_captions_are_kept_in_every_round() -> None:
-    planned = plan_rounds(DemoOptions(prompts=("a two moving up",), clips=3, repeats=1))
+    options = DemoOptions(prompts=("a two moving up",), clips=3, repeats=1)
+    planned = plan_rounds(latte.build(), options)
     assert [batch.captions for batch in planned] == [("a two moving up",)] * 3
     assert [batch.seed for batch in planned] == [0, 1, 2]
 

@@ -100,7 +100,8 @@ def test_diffusers_imports_beside_it(installed):
 
 def test_package_data_is_in_the_wheel(installed):
     assert (installed / "pabc/py.typed").exists()
-    for kept in ("*.html", "weights/**/*.json", "weights/**/*.safetensors", "weights/**/*.md"):
+    kinds = ("json", "safetensors", "npz", "md")
+    for kept in ("*.html", *(f"weights/**/*.{kind}" for kind in kinds)):
         for path in (ROOT / "pabc/demo").glob(kept):
             copied = installed / path.relative_to(ROOT)
             assert copied.read_bytes() == path.read_bytes()

@@ -12,12 +12,13 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import re
 from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
+
+from pabc.demo.text import CaptionError, split_words
 
 Direction = Literal["left", "right", "up", "down"]
 Speed = Literal["slow", "fast"]
@@ -91,20 +92,15 @@ class Caption:
         return " ".join(text.replace(", ,", ",").split())
 
 
-def split_words(caption: str) -> list[str]:
-    """Returns the words of a caption in lower case, without punctuation."""
-    return re.findall(r"[a-z0-9]+", caption.lower())
-
-
 def parse(caption: str) -> Caption:
     """Returns the meaning of a caption; the default speed is slow, the default shade plain.
 
-    Raises ValueError unless it has exactly one digit and one direction, and only known words.
+    Raises CaptionError unless it has exactly one digit and one direction, and only known words.
     """
     words = split_words(caption)
     unknown = [word for word in words if word not in WORDS]
     if unknown:
-        raise ValueError(
+        raise CaptionError(
             f"caption {caption!r}: expected words among {', '.join(WORDS)}; found {unknown}"
         )
     meanings = [_SYNONYMS[word] for word in words if word in _SYNONYMS]
@@ -127,7 +123,7 @@ def _find_one(
     if not found and default is not None:
         return default
     if len(found) != 1:
-        raise ValueError(
+        raise CaptionError(
             f"caption {caption!r}: expected one {kind} of {', '.join(allowed)};"
             f" found {', '.join(found) or 'none'}"
         )

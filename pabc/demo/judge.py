@@ -1,20 +1,17 @@
 """Recognizes digit and direction in generated clips, and compares clips pixel by pixel.
 
 A support vector machine, fitted on digits that the video model was not trained on, recognizes the
-digit; the motion of the center of mass gives the direction. `python -m pabc.demo.judge` measures
-the accuracy of the shipped weights.
+digit; the motion of the center of mass gives the direction.
 
 Shapes: N clips, F frames, H = W = 16 pixels, values in [0, 1].
 """
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 import torch.nn.functional as F
 
-from pabc.demo import digits, latte, sampling
+from pabc.demo import digits
 from pabc.demo.digits import CANVAS, DIRECTIONS, VELOCITY, Caption, Direction
 
 WINDOW = 10
@@ -88,8 +85,8 @@ class Judge:
             way == caption.direction for way, caption in zip(directions, wanted, strict=True)
         ]
         return {
-            "digit_accuracy": sum(right_digit) / len(wanted),
-            "direction_accuracy": sum(right_way) / len(wanted),
+            "digit": sum(right_digit) / len(wanted),
+            "direction": sum(right_way) / len(wanted),
         }
 
 
@@ -113,18 +110,18 @@ def _read_direction(path: torch.Tensor) -> Direction | None:
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Returns the peak signal-to-noise ratio in dB, (N,), of clips (N, F, H, W) in [0, 1].
+    """Returns the peak signal-to-noise ratio in dB, (N,), of samples (N, ...) in [0, 1].
 
-    It is inf for equal clips.
+    It is inf for equal samples.
     """
     error = (a.double() - b.double()).square().flatten(1).mean(1)
     return -10 * torch.log10(error)
 
 
 def ssim(a: torch.Tensor, b: torch.Tensor, window: int = 11, sigma: float = 1.5) -> torch.Tensor:
-    """Returns the structural similarity, (N,), of clips (N, F, H, W) in [0, 1].
+    """Returns the structural similarity, (N,), of samples (N, ..., H, W) in [0, 1].
 
-    It is the mean over all frames and all positions at which the window lies within the frame.
+    It is the mean over all frames, colors and positions at which the window lies within the frame.
     Source: Wang, Bovik, Sheikh and Simoncelli, "Image quality assessment: from error visibility to
     structural similarity", 2004: Gaussian window of 11 pixels, sigma 1.5, K1 = 0.01, K2 = 0.03.
     """
@@ -143,28 +140,3 @@ def ssim(a: torch.Tensor, b: torch.Tensor, window: int = 11, sigma: float = 1.5)
     similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
     similarity = similarity / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
     return similarity.reshape(len(a), -1).mean(1)
-
-
-def main() -> None:
-    """Samples a clip for each of the first captions, in a fixed random order, and judges them."""
-    parser = argparse.ArgumentParser(description="Measure the demo's video model.")
-    parser.add_argument("--clips", type=int, default=240)
-    parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--guidance", type=float, default=sampling.GUIDANCE)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    demo, judge = latte.load(), Judge()
-    captions = [str(caption) for caption in digits.shuffled_captions(args.clips, args.seed)]
-    parts = []
-    for first in range(0, args.clips, args.batch):
-        seed = args.seed * args.clips + first
-        prompts = captions[first : first + args.batch]
-        parts.append(
-            sampling.sample(demo, prompts, steps=args.steps, guidance=args.guidance, seed=seed)
-        )
-    print({"clips": args.clips, **judge.accuracy(torch.cat(parts), captions)})
-
-
-if __name__ == "__main__":
-    main()

@@ -1,65 +1,86 @@
-"""Builds, saves and loads the demo's model: a small diffusers `LatteTransformer3DModel`."""
+"""Builds, loads and judges the digits model: a small diffusers `LatteTransformer3DModel`."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from diffusers.models.transformers.latte_transformer_3d import LatteTransformer3DModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from safetensors.torch import load_file, save_file
-from torch import nn
 
-from pabc.demo.digits import CANVAS, FRAMES, WORDS, split_words
+from pabc import presets
+from pabc.demo import digits, folder
+from pabc.demo.digits import CANVAS, FRAMES, WORDS
+from pabc.demo.judge import Judge
+from pabc.demo.model import FRACTION, Model, Reuse, to_bytes, to_unit
+from pabc.demo.text import Text
+from pabc.schedule import Schedule
 
 WEIGHTS = Path(__file__).parent / "weights"
 MAX_TOKENS = 12
 TEXT_DIM = 64
-PAD = "<pad>"
 
 
-class Text(nn.Module):
-    """A tokenizer of words and its trained embedding table."""
+class Digits(Model):
+    """Clips of a handwritten digit that moves, sampled by DDIM."""
 
-    def __init__(self, vocab: tuple[str, ...] = (PAD, *WORDS), dim: int = TEXT_DIM) -> None:
-        super().__init__()
-        self.vocab = {word: index for index, word in enumerate(vocab)}
-        self.embedding = nn.Embedding(len(vocab), dim)
+    name = "digits"
+    about = "video model"
+    judged = (
+        "digit and direction: shares of clips in which a classifier reads what the caption says"
+    )
+    num_steps = 50
+    guidance = 2.5
+    shape = (1, FRAMES, CANVAS, CANVAS)
+    examples = digits.PROMPTS
+    # Guidance pushes samples out of range. The scheduler clips them, and must derive the noise from
+    # the clipped sample, or errors accumulate over many steps.
+    step_options = MappingProxyType({"use_clipped_model_output": True})
 
-    def tokenize(self, captions: list[str]) -> torch.Tensor:
-        """Returns token ids (B, 12), padded; "" is the null caption.
+    @cached_property
+    def _judge(self) -> Judge:
+        return Judge()
 
-        Raises ValueError for unknown or too many words.
-        """
-        return torch.tensor([self._tokenize_one(caption) for caption in captions])
+    def prompts(self, seed: int, count: int) -> list[str]:
+        """Returns captions in random order; none of the 240 repeats before all have occurred."""
+        return [str(caption) for caption in digits.shuffled_captions(count, seed)]
 
-    def _tokenize_one(self, caption: str) -> list[int]:
-        words = split_words(caption)
-        unknown = [word for word in words if word not in self.vocab]
-        if unknown:
-            raise ValueError(
-                f"caption {caption!r}: expected words among {', '.join(WORDS)}; found {unknown}"
+    def check_prompt(self, prompt: str) -> None:
+        """Raises CaptionError unless `prompt` has a digit, a direction, and only known words."""
+        digits.parse(prompt)
+        self.text.tokenize([prompt])
+
+    def conditions(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """Returns encoder_hidden_states (2B, 12, 64)."""
+        return {"encoder_hidden_states": self.text.encode([*[""] * len(prompts), *prompts])}
+
+    def judge(self, samples: torch.Tensor, prompts: list[str]) -> dict[str, float]:
+        """Returns the shares of samples whose digit, and whose direction, is the prompt's."""
+        return self._judge.accuracy(to_unit(samples[:, 0]), prompts)
+
+    def pictures(self, samples: torch.Tensor) -> torch.Tensor:
+        """Returns samples as gray frames (B, 8, 16, 16, 3) of uint8."""
+        return to_bytes(samples[:, 0])[..., None].expand(-1, -1, -1, -1, 3)
+
+    def pyramids(self, timesteps: tuple[float, ...], *, mlp: bool) -> dict[str, Reuse]:
+        """Returns the published pyramid, and a wider one in the middle of the steps."""
+        found = {
+            "pabc 2/3/6": Reuse(
+                presets.latte(timesteps, mlp=False),
+                "the published Latte preset, without its MLP broadcast",
+            ),
+            "pabc 2/4/6": Reuse(
+                Schedule.pyramid(timesteps, spatial=2, temporal=4, cross=6, fraction=FRACTION),
+                "spatial, temporal, cross attention, in the middle 70 % of the steps",
+            ),
+        }
+        if mlp:
+            found["pabc 2/3/6 + mlp"] = Reuse(
+                presets.latte(timesteps), "the published Latte preset with its MLP broadcast"
             )
-        if len(words) > MAX_TOKENS:
-            raise ValueError(
-                f"caption {caption!r}: expected at most {MAX_TOKENS} words, found {len(words)}"
-            )
-        return [self.vocab[word] for word in words] + [self.vocab[PAD]] * (MAX_TOKENS - len(words))
-
-    def encode(self, captions: list[str]) -> torch.Tensor:
-        """Returns the embeddings (B, 12, 64) of the captions, padding included."""
-        return self.embedding(self.tokenize(captions).to(self.embedding.weight.device))
-
-
-@dataclass(slots=True)
-class Demo:
-    """The model, scheduler and text embedding with which `pabc.demo.sampling` samples."""
-
-    transformer: LatteTransformer3DModel
-    scheduler: DDIMScheduler
-    text: Text
+        return found
 
 
 def build_transformer() -> LatteTransformer3DModel:
@@ -84,6 +105,11 @@ def build_transformer() -> LatteTransformer3DModel:
     )
 
 
+def build_text() -> Text:
+    """Returns the untrained embedding of all words of the captions."""
+    return Text(WORDS, dim=TEXT_DIM, max_tokens=MAX_TOKENS)
+
+
 def build_scheduler() -> DDIMScheduler:
     """Returns the scheduler: cosine schedule, v-prediction, sampling from pure noise."""
     return DDIMScheduler(
@@ -95,59 +121,26 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def build() -> Demo:
-    """Returns an untrained demo."""
-    return Demo(build_transformer(), build_scheduler(), Text())
+def build() -> Digits:
+    """Returns an untrained model."""
+    return Digits(build_transformer(), build_scheduler(), build_text())
 
 
-def save(demo: Demo, weights: Path) -> None:
-    """Writes `demo` in diffusers' folder layout, with a folder `text/` for the text embedding."""
-    demo.transformer.save_pretrained(weights / "transformer")
-    demo.scheduler.save_pretrained(weights / "scheduler")
-    folder = weights / "text"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(list(demo.text.vocab), indent=1) + "\n")
-    save_file(demo.text.state_dict(), folder / "embedding.safetensors")
-    for file in weights.rglob("*.safetensors"):
-        file.chmod(0o644)  # safetensors writes files that only their owner can read
-
-
-def load(weights: Path | None = None, device: str | torch.device = "cpu") -> Demo:
-    """Returns the trained demo in eval mode, from the folder `weights` or from the package.
+def load(weights: Path | None = None, device: str | torch.device = "cpu") -> Digits:
+    """Returns the trained model in eval mode, from the folder `weights` or from the package.
 
     Raises FileNotFoundError if files are missing.
     """
-    folder = Path(weights) if weights is not None else WEIGHTS
-    _check_files(folder)
+    place = Path(weights) if weights is not None else WEIGHTS
+    folder.check_files(place, "bench/train_demo.py")
     transformer = LatteTransformer3DModel.from_pretrained(
-        folder / "transformer", low_cpu_mem_usage=False
+        place / "transformer", low_cpu_mem_usage=False
     )
-    scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
-    text = Text(tuple(json.loads((folder / "text" / "vocab.json").read_text())))
-    text.load_state_dict(load_file(folder / "text" / "embedding.safetensors"))
-    return Demo(
-        transformer.to(device).eval().requires_grad_(False),
-        scheduler,
-        text.to(device).eval().requires_grad_(False),
-    )
+    scheduler = DDIMScheduler.from_pretrained(place / "scheduler")
+    text = folder.load_text(place, dim=TEXT_DIM, max_tokens=MAX_TOKENS)
+    return Digits(transformer, scheduler, text).freeze(device)
 
 
 def load_transformer() -> LatteTransformer3DModel:
     """Returns the trained transformer, on the CPU in eval mode."""
     return load().transformer
-
-
-def _check_files(folder: Path) -> None:
-    wanted = (
-        "transformer/config.json",
-        "transformer/diffusion_pytorch_model.safetensors",
-        "scheduler/scheduler_config.json",
-        "text/vocab.json",
-        "text/embedding.safetensors",
-    )
-    missing = [name for name in wanted if not (folder / name).is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"weights: expected {', '.join(missing)} in {folder}, found none; "
-            "reinstall pabc, or train the model with bench/train_demo.py"
-        )

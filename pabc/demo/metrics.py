@@ -17,6 +17,7 @@ import torch
 from pabc.api import CompiledModel
 from pabc.base.kinds import COARSE
 from pabc.demo import judge
+from pabc.demo.model import Model, to_unit
 from pabc.demo.timing import Round, Run, Variant
 from pabc.demo.variants import FULL, TORCH_COMPILE
 from pabc.explanation import Explanation
@@ -25,19 +26,25 @@ from pabc.plan import Plan
 MAX_SPREAD = 0.25
 MIN_ACCURACY = 0.9
 MIN_COMPILED_PSNR = 40.0
+ACCURACY = "_accuracy"
+"""The end of the keys of shares of samples that are right."""
 
 
 def measure(
-    variants: Sequence[Variant], runs: Mapping[str, Run], rounds: Sequence[Round]
+    model: Model,
+    variants: Sequence[Variant],
+    runs: Mapping[str, Run],
+    rounds: Sequence[Round],
 ) -> dict[str, dict[str, Any]]:
     """Returns the figures of each variant; a figure without a finite value is None."""
     captions = [caption for batch in rounds for caption in batch.captions]
-    referee, full = judge.Judge(), runs[FULL].clips
+    full = to_unit(runs[FULL].samples)
     num_steps = next(variant.steps for variant in variants if variant.name == FULL)
     table = {}
     for variant in variants:
         run, whole = runs[variant.name], runs[variant.whole]
-        similarity = judge.psnr(run.clips, full)
+        samples = to_unit(run.samples)
+        similarity = judge.psnr(samples, full)
         table[variant.name] = {
             "about": variant.about,
             **_describe_work(variant, num_steps),
@@ -49,11 +56,22 @@ def measure(
             "seconds_per_clip": _summarize(run, len(rounds[0].captions)),
             "psnr": _finite(similarity.mean()),
             "psnr_min": _finite(similarity.min()),
-            "ssim": _finite(judge.ssim(run.clips, full).mean()),
-            **referee.accuracy(run.clips, captions),
+            "ssim": _finite(judge.ssim(samples, full).mean()),
+            **_judge(model, run.samples, captions),
             "compile_seconds": run.compile_seconds if variant.is_compiled else 0.0,
         }
     return table
+
+
+def _judge(model: Model, samples: torch.Tensor, captions: list[str]) -> dict[str, float]:
+    shares = model.judge(samples, captions)
+    return {f"{what}{ACCURACY}": share for what, share in shares.items()}
+
+
+def _find_shares(row: Mapping[str, Any]) -> dict[str, float]:
+    """Returns what is judged -> the share of samples that are right."""
+    keys = [key for key in row if key.endswith(ACCURACY)]
+    return {key.removesuffix(ACCURACY): row[key] for key in keys}
 
 
 def _summarize(run: Run, num_clips: int) -> dict[str, float]:
@@ -121,10 +139,10 @@ def find_concerns(table: Mapping[str, Mapping[str, Any]]) -> list[str]:
             f"timings spread widely, in shares of the median: {', '.join(wide)}; is other work"
             " running?"
         )
-    for what in ("digit_accuracy", "direction_accuracy"):
-        if table[FULL][what] < MIN_ACCURACY:
+    for what, share in _find_shares(table[FULL]).items():
+        if share < MIN_ACCURACY:
             concerns.append(
-                f"the full model's {what.replace('_', ' ')} is {table[FULL][what]:.0%}, expected"
+                f"the full model's {what} accuracy is {share:.0%}, expected"
                 f" at least {MIN_ACCURACY:.0%}: what the others lose against it says little"
             )
     compiled = table[TORCH_COMPILE]["psnr"]
@@ -140,7 +158,7 @@ def _spread(seconds: Mapping[str, float]) -> float:
 def format_work(table: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Returns header and rows of the table of work and quality: much the same on all machines."""
     header = ["variant", "calls", "FLOPs", "speedup by less work", "PSNR dB (worst)", "SSIM"]
-    header += ["digit", "direction"]
+    header += list(_find_shares(next(iter(table.values()))))
     return header, [
         [
             name,
@@ -149,8 +167,7 @@ def format_work(table: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list
             f"{row['speedup_by_less_work']:.2f}x",
             _format_psnr(row),
             f"{row['ssim']:.4f}",
-            f"{row['digit_accuracy']:.1%}",
-            f"{row['direction_accuracy']:.1%}",
+            *(f"{share:.1%}" for share in _find_shares(row).values()),
         ]
         for name, row in table.items()
     ]

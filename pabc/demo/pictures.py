@@ -1,6 +1,6 @@
-"""Writes clips side by side, as an animated GIF and as a still picture.
+"""Writes clips or pictures side by side, as an animated GIF and as a still picture.
 
-Shapes: B prompts, F frames, H = W pixels.
+Shapes: B prompts, F frames (1 of a picture), H = W pixels.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ _MARGIN, _GAP, _HEAD, _LINE, _TEXT = 10, 12, 40, 22, 13
 
 @dataclass(frozen=True)
 class Column:
-    """One variant: a title, a smaller line below it, and its clips (B, F, H, W) in [0, 1]."""
+    """One variant: a title, a smaller line below it, and its frames (B, F, H, W, 3) of uint8."""
 
     title: str
     note: str
-    clips: torch.Tensor
+    frames: torch.Tensor
 
 
 def save_gif(path: Path, prompts: Sequence[str], columns: Sequence[Column], scale: int = 6) -> None:
     """Writes the clips as an animation: a row per prompt, a column per variant."""
-    num_frames = columns[0].clips.shape[1]
+    num_frames = columns[0].frames.shape[1]
     pages = [_draw_page(prompts, columns, (index,), scale) for index in range(num_frames)]
     pages = [page.quantize(64, dither=Image.Dither.NONE) for page in pages]
     durations = [FRAME_MILLISECONDS] * (num_frames - 1) + [LAST_FRAME_MILLISECONDS]
@@ -40,7 +40,7 @@ def save_still(
     path: Path, prompts: Sequence[str], columns: Sequence[Column], frames: int = 3, scale: int = 4
 ) -> None:
     """Writes a few frames of each clip, from its first to its last, as one picture."""
-    last = columns[0].clips.shape[1] - 1
+    last = columns[0].frames.shape[1] - 1
     picked = sorted({round(i * last / max(1, frames - 1)) for i in range(frames)})
     _draw_page(prompts, columns, tuple(picked), scale).save(path, optimize=True)
 
@@ -48,7 +48,7 @@ def save_still(
 def _draw_page(
     prompts: Sequence[str], columns: Sequence[Column], frames: tuple[int, ...], scale: int
 ) -> Image.Image:
-    height, width = (side * scale for side in columns[0].clips.shape[-2:])
+    height, width = (side * scale for side in columns[0].frames.shape[2:4])
     span = len(frames) * (width + 2) - 2
     row = _LINE + height + _GAP
     size = (
@@ -64,7 +64,7 @@ def _draw_page(
         for j in range(len(prompts)):
             top = _MARGIN + _HEAD + j * row + _LINE
             for k, frame in enumerate(frames):
-                image = _draw_frame(column.clips[j, frame], scale)
+                image = _draw_frame(column.frames[j, frame], scale)
                 page.paste(image, (left + k * (width + 2), top))
     for j, prompt in enumerate(prompts):
         corner = (_MARGIN, _MARGIN + _HEAD + j * row + 2)
@@ -73,8 +73,7 @@ def _draw_page(
 
 
 def _draw_frame(frame: torch.Tensor, scale: int) -> Image.Image:
-    pixels = (frame.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-    image = Image.fromarray(pixels)
+    image = Image.fromarray(frame.contiguous().numpy())
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
 

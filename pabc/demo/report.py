@@ -92,7 +92,7 @@ def _subtitle(content: Mapping[str, Any]) -> str:
         f"{name}: {row['about']}. Here it is {row['speedup_vs_torch_compile']:.2f}x as fast as"
         f" torch.compile, of which {row['speedup_by_code']:.2f}x is due to cheaper formulas and"
         f" matrix products ({matmul['pabc']} in pabc, {matmul['torch']} in PyTorch), and differs"
-        f" from machine to machine. The embedded video model, {content['device']},"
+        f" from machine to machine. The embedded {content['about']}, {content['device']},"
         f" {content['date'][:10]}."
     )
 

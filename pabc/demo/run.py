@@ -1,13 +1,12 @@
-"""Runs the demo: one trained video model in full, with torch.compile, and with pabc.
+"""Runs the demo: one trained model in full, with torch.compile, and with pabc.
 
-:func:`run` generates the same clips with each variant, times the variants in turn, compares their
-clips, and writes `metrics.json`, `clips.gif`, `clips.png` and `report.html`.
+:func:`run` generates the same samples with each variant, times the variants in turn, compares what
+they generate, and writes `metrics.json`, `clips.gif`, `clips.png` and `report.html`.
 """
 
 from __future__ import annotations
 
 import json
-import random
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -20,10 +19,11 @@ import torch
 from tqdm import tqdm
 
 from pabc.api import CompiledModel
-from pabc.demo import digits, latte, machine, metrics, pictures, report, sampling
+from pabc.demo import digits, latte, machine, metrics, models, pictures, report
 from pabc.demo.launch import Launch, launch
+from pabc.demo.model import FRACTION, Model
 from pabc.demo.timing import Round, Run, Variant, race
-from pabc.demo.variants import FRACTION, FULL, make_variants, name_skip
+from pabc.demo.variants import FULL, make_variants, name_skip
 from pabc.differences import Differences
 
 
@@ -32,6 +32,8 @@ class DemoOptions:
     """The options of `pabc demo`.
 
     Attributes:
+        model: the name of the trained model, one of `pabc.demo.models.MODELS`.
+        steps: the diffusion steps; None: the model's usual number.
         prompts: captions, or the number of built-in ones; they are one batch.
         repeats: the number of timed generations of each variant, at least.
         clips: the number of clips of each variant that are judged and compared, at least.
@@ -41,8 +43,9 @@ class DemoOptions:
             (samples, tokens); adds variants that run on all of them. None: one process.
     """
 
+    model: str = latte.Digits.name
     device: str = "cpu"
-    steps: int = 50
+    steps: int | None = None
     prompts: int | tuple[str, ...] = 4
     repeats: int = 5
     clips: int = 40
@@ -56,9 +59,9 @@ class DemoOptions:
 
 def example() -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]:
     """Returns the trained transformer and the arguments of one call, for `pabc explain`."""
-    demo = latte.load()
-    latents, text = sampling.draw_noise(2), demo.text.encode([digits.PROMPTS[0], ""])
-    return demo.transformer, (latents, torch.full((2,), 999), text), {"return_dict": False}
+    model = latte.load()
+    latents, text = model.noise(0, 2), model.text.encode([digits.PROMPTS[0], ""])
+    return model.transformer, (latents, torch.full((2,), 999), text), {"return_dict": False}
 
 
 def run(options: DemoOptions) -> dict[str, Any]:
@@ -68,21 +71,23 @@ def run(options: DemoOptions) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the model's weights are missing.
-        ValueError: the mesh has more or fewer processes than were started.
+        CaptionError: the model cannot draw a caption.
+        ValueError: there is no such model, or the mesh has more or fewer processes than were
+            started.
     """
     with launch(options.mesh, options.device) as processes:
-        demo = latte.load(options.weights, processes.device)
+        model = models.load(options.model, options.weights, processes.device)
+        rounds = plan_rounds(model, options)
         variants = make_variants(
-            demo,
-            steps=options.steps,
+            model,
+            steps=options.steps or model.num_steps,
             backend=options.backend,
             mlp=options.mlp,
             mesh=processes.mesh,
         )
-        rounds = plan_rounds(options)
         if processes.is_first:
-            return _run_first(options, processes, demo, variants, rounds)
-        race(demo, variants, rounds, processes=processes)
+            return _run_first(options, processes, model, variants, rounds)
+        race(model, variants, rounds, processes=processes)
         processes.wait()
         return {}
 
@@ -90,7 +95,7 @@ def run(options: DemoOptions) -> dict[str, Any]:
 def _run_first(
     options: DemoOptions,
     processes: Launch,
-    demo: latte.Demo,
+    model: Model,
     variants: Sequence[Variant],
     rounds: list[Round],
 ) -> dict[str, Any]:
@@ -99,44 +104,53 @@ def _run_first(
     if options.backend == "eager":
         warnings.append("backend eager: nothing is compiled to kernels, so speeds are only a hint")
     _warn(warnings)
-    runs = race(demo, variants, rounds, progress=make_bar, processes=processes)
+    runs = race(model, variants, rounds, progress=make_bar, processes=processes)
     processes.wait()
-    differences = Differences(demo.transformer)
-    with make_bar(options.steps, "measure differences") as done:
-        sampling.sample(
-            demo,
-            list(rounds[0].captions),
-            transformer=differences,
-            steps=options.steps,
-            seed=rounds[0].seed,
-            progress=lambda *_: done.update(1),
-        )
-    table = metrics.measure(variants, runs, rounds)
+    steps = options.steps or model.num_steps
+    differences = _measure_differences(model, rounds[0], steps)
+    table = metrics.measure(model, variants, runs, rounds)
     concerns = metrics.find_concerns(table)
     _warn(concerns)
     content = {
-        "headline": name_skip(options.steps),
+        "model": model.name,
+        "about": model.about,
+        "judged": model.judged,
+        "headline": name_skip(steps),
         "variants": table,
-        "steps": options.steps,
+        "steps": steps,
         "batch": len(rounds[0].captions),
         "clips": len(rounds) * len(rounds[0].captions),
         "rounds": len(rounds),
         "backend": options.backend,
         "seed": options.seed,
-        "guidance": sampling.GUIDANCE,
+        "guidance": model.guidance,
         "prompts": list(rounds[0].captions),
         "mesh": options.mesh,
         "matmul": machine.find_libraries(torch.device(processes.device), options.backend),
         **machine.describe_machine(torch.device(processes.device)),
         "warnings": [*warnings, *concerns],
     }
-    _write(options.out, content, variants, runs, differences)
+    _write(options.out, model, content, variants, runs, differences)
     print(format_text(content))
     for variant in variants:
         if variant.ranks > 1:
             print("\n".join(["", f"{variant.name}:", *_describe_ranks(variant.transformer)]))
     print("\nwrote " + ", ".join(str(options.out / name) for name in FILES))
     return content
+
+
+def _measure_differences(model: Model, batch: Round, steps: int) -> Differences:
+    differences = Differences(model.transformer)
+    captions = list(batch.captions)
+    with make_bar(steps, "measure differences") as done:
+        model.generate(
+            differences,
+            captions,
+            model.noise(batch.seed, len(captions)),
+            num_steps=steps,
+            progress=lambda *_: done.update(1),
+        )
+    return differences
 
 
 def _describe_ranks(transformer: CompiledModel) -> list[str]:
@@ -148,27 +162,28 @@ def _describe_ranks(transformer: CompiledModel) -> list[str]:
 FILES = ("metrics.json", "clips.gif", "clips.png", "report.html")
 
 
-def plan_rounds(options: DemoOptions) -> list[Round]:
+def plan_rounds(model: Model, options: DemoOptions) -> list[Round]:
     """Returns the batches to generate: the prompts, then others, or the prompts again if given.
 
     There are enough rounds for both `repeats` and `clips`: each generation is timed and judged.
+
+    Raises CaptionError if the model cannot draw a caption.
     """
     given = options.prompts if isinstance(options.prompts, tuple) else None
-    first = given or _pick_prompts(int(options.prompts))  # type: ignore[arg-type]
+    for prompt in given or ():
+        model.check_prompt(prompt)
+    first = given or _pick_prompts(model, int(options.prompts))  # type: ignore[arg-type]
     size = len(first)
     num_rounds = max(options.repeats, ceil(options.clips / size))
-    others = list(map(str, digits.all_captions()))
-    random.Random(options.seed).shuffle(others)
+    others = model.prompts(options.seed, num_rounds * size)
     batches = [first]
     for index in range(num_rounds - 1):
-        indices = range(index * size, (index + 1) * size)
-        batches.append(given or tuple(others[i % len(others)] for i in indices))
+        batches.append(given or tuple(others[index * size : (index + 1) * size]))
     return [Round(batch, options.seed + index) for index, batch in enumerate(batches)]
 
 
-def _pick_prompts(count: int) -> tuple[str, ...]:
-    more = [str(caption) for caption in digits.all_captions()]
-    return tuple([*digits.PROMPTS, *more][:count])
+def _pick_prompts(model: Model, count: int) -> tuple[str, ...]:
+    return tuple([*model.examples, *model.prompts(0, count)][:count])
 
 
 def format_text(content: dict[str, Any]) -> str:
@@ -207,7 +222,7 @@ def describe_method(content: dict[str, Any]) -> str:
     """Returns a description, in a few sentences, of how the figures were measured."""
     matmul = content["matmul"]
     return (
-        f"{content['steps']} steps, batches of {content['batch']} clips with guidance, on"
+        f"{content['steps']} steps, batches of {content['batch']} with guidance, on"
         f" {content['device']}, threads: {content['threads']}. Medians over {content['rounds']}"
         " interleaved rounds; every variant starts from the same noise. Calls, FLOPs: calls of the"
         " model that run, and the share of the full model's operations. By less work: seconds of"
@@ -224,6 +239,7 @@ def describe_method(content: dict[str, Any]) -> str:
 
 def _write(
     out: Path,
+    model: Model,
     content: dict[str, Any],
     variants: Sequence[Variant],
     runs: dict[str, Run],
@@ -231,7 +247,9 @@ def _write(
 ) -> None:
     (out / "metrics.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     columns = [
-        pictures.Column(v.name, _note(content["variants"][v.name]), runs[v.name].batches[0])
+        pictures.Column(
+            v.name, _note(content["variants"][v.name]), model.pictures(runs[v.name].batches[0])
+        )
         for v in variants
         if v.name == FULL or v.whole != v.name  # the others look like the first
     ]

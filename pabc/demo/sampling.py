@@ -1,20 +1,16 @@
-"""Samples clips: DDIM with batched classifier-free guidance, one transformer call per step.
+"""Samples with any of diffusers' schedulers: batched guidance, one call of the model per step.
 
-Shapes: B prompts, F = 8 frames, H = W = 16 pixels, L tokens, C channels of a token.
+Shapes: B prompts; latents (B, ...), of which the model sees 2B, the unconditional half first, as in
+diffusers' pipelines.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from typing import Protocol
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
-
-from pabc.demo.digits import CANVAS, FRAMES
-from pabc.demo.latte import Demo
-
-GUIDANCE = 2.5
 
 
 class Transformer(Protocol):
@@ -22,79 +18,91 @@ class Transformer(Protocol):
 
     def __call__(
         self,
+        *,
         hidden_states: torch.Tensor,
         timestep: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        *,
         return_dict: bool,
+        **conditions: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        """Returns the velocity, shaped like `hidden_states`, in a tuple."""
+        """Returns the prediction, shaped like `hidden_states`, in a tuple."""
         ...
 
 
-def timesteps(demo: Demo, steps: int = 50) -> tuple[int, ...]:
-    """Returns the timesteps that `sample` runs, first to last."""
-    scheduler = copy.deepcopy(demo.scheduler)
-    scheduler.set_timesteps(steps)
-    return tuple(scheduler.timesteps.tolist())
+Progress = Callable[[int, int], Any]
+"""Is called with the number of calls that were made and that there are."""
+Callback = Callable[[int, float, torch.Tensor], Any]
+"""Is called with the index of the call, its timestep and the latents after it."""
 
 
-def draw_noise(num: int, seed: int = 0) -> torch.Tensor:
-    """Returns initial latents (num, 1, 8, 16, 16) on the CPU; clip i depends on `seed` and i."""
-    shape = (1, FRAMES, CANVAS, CANVAS)
+def draw_noise(shape: tuple[int, ...], num: int, seed: int = 0) -> torch.Tensor:
+    """Returns noise (num, *shape) on the CPU; sample i depends on `seed` and i alone."""
     generators = [torch.Generator().manual_seed(seed * 1_000_003 + index) for index in range(num)]
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
+def find_timesteps(scheduler: Any, steps: int) -> tuple[float, ...]:
+    """Returns the timesteps of all calls, first to last; sets those of `scheduler`."""
+    scheduler.set_timesteps(steps)
+    return tuple(scheduler.timesteps.tolist())
+
+
 @torch.no_grad()
 def sample(
-    demo: Demo,
-    prompts: list[str],
+    transformer: Transformer,
+    scheduler: Any,
+    noise: torch.Tensor,
+    conditions: Mapping[str, torch.Tensor],
     *,
-    transformer: Transformer | None = None,
-    steps: int = 50,
-    guidance: float = GUIDANCE,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-    callback: Callable[[int, int, torch.Tensor], None] | None = None,
+    steps: int,
+    guidance: float,
+    step_options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    callback: Callback | None = None,
 ) -> torch.Tensor:
-    """Samples clips (B, F, H, W) in [0, 1], one per prompt; returns them on the CPU.
+    """Returns the latents (B, ...) at the end of the scheduler's steps.
 
     Args:
-        demo: the model, its scheduler and its text embedding.
-        prompts: captions, of the words in `pabc.demo.digits.WORDS`.
-        transformer: called instead of `demo.transformer` with hidden_states (2B, 1, F, H, W), the
-            first half conditional, timestep (2B,), encoder_hidden_states (2B, L, C) and
-            return_dict=False.
-        steps: DDIM steps.
-        guidance: scale of classifier-free guidance; 1 is none (the batch is doubled even then).
-        seed: of the initial noise.
-        progress: called with (steps done, steps) after each step.
-        callback: called with (i, timestep, latents (B, 1, F, H, W)) after each step.
-
-    Raises:
-        ValueError: no prompt, or a word that the model does not know.
+        transformer: the model.
+        scheduler: any scheduler of diffusers, whose timesteps are set here. One of the second order
+            that calls the model twice a step has more timesteps than steps.
+        noise: (B, ...), with a standard deviation of 1.
+        conditions: further arguments of the model, (2B, ...), the unconditional half first.
+        steps: the number of steps.
+        guidance: the scale of classifier-free guidance; 1 is none (the batch is doubled even then).
+        step_options: arguments for `scheduler.step`, where it takes them.
+        progress: called after each step.
+        callback: called after each step.
     """
-    if not prompts:
-        raise ValueError("prompts: expected at least one caption, found none")
-    denoise = transformer if transformer is not None else demo.transformer
-    text = demo.text.encode([*prompts, *[""] * len(prompts)])
-    scheduler = copy.deepcopy(demo.scheduler)
-    scheduler.set_timesteps(steps)
-    latents = draw_noise(len(prompts), seed).to(text.device)
-    for index, timestep in enumerate(scheduler.timesteps.tolist()):
-        batch = torch.cat([latents, latents])
-        when = torch.full((len(batch),), timestep, device=text.device, dtype=torch.long)
-        velocity = denoise(batch, when, text, return_dict=False)[0]
-        conditional, unconditional = velocity.chunk(2)
+    timesteps = find_timesteps(scheduler, steps)
+    options = _select_options(scheduler, step_options or {})
+    latents = noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    for index, timestep in enumerate(timesteps):
+        scaled = _scale(scheduler, latents, scheduler.timesteps[index])
+        prediction = transformer(
+            hidden_states=torch.cat([scaled, scaled]),
+            timestep=torch.full((2 * len(latents),), timestep, device=latents.device),
+            **conditions,
+            return_dict=False,
+        )[0]
+        unconditional, conditional = prediction.chunk(2)
         guided = unconditional + guidance * (conditional - unconditional)
-        # Guidance pushes samples out of range. The scheduler clips them, and must derive the noise
-        # from the clipped sample, or errors accumulate over many steps.
         (latents, *_) = scheduler.step(
-            guided, timestep, latents, use_clipped_model_output=True, return_dict=False
+            guided, scheduler.timesteps[index], latents, **options, return_dict=False
         )
         if callback is not None:
             callback(index, timestep, latents)
         if progress is not None:
-            progress(index + 1, steps)
-    return ((latents[:, 0] + 1) / 2).clamp(0, 1).cpu()
+            progress(index + 1, len(timesteps))
+    return latents
+
+
+def _scale(scheduler: Any, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    """Returns the model's input; flow matching's schedulers have no scale."""
+    if not hasattr(scheduler, "scale_model_input"):
+        return latents
+    return scheduler.scale_model_input(latents, timestep)
+
+
+def _select_options(scheduler: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    known = inspect.signature(scheduler.step).parameters
+    return {name: value for name, value in options.items() if name in known}

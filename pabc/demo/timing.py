@@ -1,6 +1,6 @@
-"""Times variants of one model, which take turns to generate the same clips.
+"""Times variants of one model, which take turns to generate the same samples.
 
-Shapes: N clips, F frames, H = W pixels.
+Shapes: N samples, clips or pictures.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-from pabc.demo import sampling
-from pabc.demo.latte import Demo
 from pabc.demo.launch import Launch
+from pabc.demo.model import Model
 
 Progress = Callable[[int, str], Any]
 """A function of length and label that makes a progress bar: a context manager with `update`."""
@@ -48,7 +47,7 @@ class Variant:
     transformer: Any
     about: str
     _: KW_ONLY
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     whole: str
     is_compiled: bool = True
     ranks: int = 1
@@ -66,7 +65,7 @@ class Run:
     Attributes:
         first_seconds: seconds of its first generation, which compiles; not among `seconds`.
         seconds: seconds of each later generation, one per round.
-        batches: the clips (N, F, H, W) of each round.
+        batches: the samples (N, ...) in [-1, 1] of each round.
     """
 
     first_seconds: float = 0.0
@@ -74,8 +73,8 @@ class Run:
     batches: list[torch.Tensor] = field(default_factory=list)
 
     @property
-    def clips(self) -> torch.Tensor:
-        """The clips of all rounds, (N, F, H, W)."""
+    def samples(self) -> torch.Tensor:
+        """The samples of all rounds, (N, ...) in [-1, 1]."""
         return torch.cat(self.batches)
 
     @property
@@ -85,7 +84,7 @@ class Run:
 
 
 def race(
-    demo: Demo,
+    model: Model,
     variants: Sequence[Variant],
     rounds: Sequence[Round],
     *,
@@ -103,14 +102,14 @@ def race(
         verb = "compile" if variant.is_compiled else "warm up"
         label = f"{verb} {variant.name}"
         with progress(variant.steps, label) as bar, _empty_cache(variant.is_compiled):
-            generated = _generate(demo, variant, rounds[0], processes, bar)
+            generated = _generate(model, variant, rounds[0], processes, bar)
         if generated is not None:
             runs[variant.name].first_seconds = generated[0]
     with progress(len(rounds) * len(variants), "generate in turn") as bar:
         for index, batch in enumerate(rounds):
             shift = index % len(variants)
             for variant in (*variants[shift:], *variants[:shift]):
-                generated = _generate(demo, variant, batch, processes)
+                generated = _generate(model, variant, batch, processes)
                 if generated is not None:
                     runs[variant.name].seconds.append(generated[0])
                     runs[variant.name].batches.append(generated[1])
@@ -119,29 +118,28 @@ def race(
 
 
 def _generate(
-    demo: Demo,
+    model: Model,
     variant: Variant,
     batch: Round,
     processes: Launch,
     bar: Any = None,
 ) -> tuple[float, torch.Tensor] | None:
-    """Returns the seconds and the clips of one generation; None if this process has no part in it.
+    """Returns seconds and samples of one generation; None if this process has no part in it.
 
-    The copy of the clips to the CPU waits for the device.
+    The copy of the samples to the CPU waits for the device.
     """
     processes.wait()
     if variant.ranks == 1 and not processes.is_first:
         return None
     start = perf_counter()
-    clips = sampling.sample(
-        demo,
+    samples = model.generate(
+        variant.transformer,
         list(batch.captions),
-        transformer=variant.transformer,
-        steps=variant.steps,
-        seed=batch.seed,
+        model.noise(batch.seed, len(batch.captions)),
+        num_steps=variant.steps,
         progress=None if bar is None else lambda *_: bar.update(1),
     )
-    return perf_counter() - start, clips
+    return perf_counter() - start, samples
 
 
 class _Silent:
