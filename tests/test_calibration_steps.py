@@ -25,7 +25,7 @@ class Loop:
         leaves, structure = flatten((args, {}))
         found = self.steps.begin(name, leaves, structure)
         self.steps.end(name, leaves, self.x + 1)
-        return tuple(found)
+        return found.is_new, found.index, found.order
 
     def run(self, timesteps: Iterable[Any], names: Iterable[str | None] = (None,)) -> list[Any]:
         found = []

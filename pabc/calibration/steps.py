@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -16,7 +16,8 @@ Numbers = Mapping[ArgPath, float]
 """The numbers among the arguments of a call that may be its timestep, by their paths."""
 
 
-class FoundStep(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class FoundStep:
     """The step that a call is.
 
     Attributes:

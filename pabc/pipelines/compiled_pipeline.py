@@ -89,13 +89,12 @@ class CompiledPipeline:
         components: Iterable[str] | None,
         options: Mapping[str, Any],
     ) -> None:
-        is_given = not isinstance(schedule, SelfPlanning)
-        given = GivenPlans(schedule) if is_given else None
+        given = None if isinstance(schedule, SelfPlanning) else GivenPlans(schedule)
         parts = find_denoisers(pipe, components)
         _check_scheduler(pipe)
         models = {name: _compiled(part, options) for name, part in parts.items()}
         own = vars(self)
-        own["_plans"] = schedule.plans_for(models) if given is None else given
+        own["_plans"] = given or schedule.plans_for(models)  # type: ignore[union-attr]
         self._check_hooks(models)
         own.update(pipe=pipe, models=MappingProxyType(models), _parts=parts)
         own.update(_scheduler=None, _leave=None, _listener=_Listener(self))
