@@ -10,6 +10,8 @@ if (Path(__file__).parents[1] / "setup.py").is_file():
 from pabc import presets
 from pabc.api import compile, explain, load
 from pabc.artifact.errors import ArtifactError
+from pabc.calibration.calibrate import calibrate
+from pabc.calibration.calibration import Calibration
 from pabc.compiled import CompiledModel
 from pabc.explanation import Explanation
 from pabc.passes import (
@@ -28,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Action",
     "ArtifactError",
+    "Calibration",
     "CompiledModel",
     "CompiledPipeline",
     "Explanation",
@@ -38,6 +41,7 @@ __all__ = [
     "SlotSpec",
     "Stats",
     "Trajectory",
+    "calibrate",
     "compile",
     "compile_pipeline",
     "explain",

@@ -1,16 +1,13 @@
-"""The command line: `pabc demo` and `pabc explain`, also as `python -m pabc`."""
+"""The command line: `pabc demo`, `explain` and `calibrate`, also as `python -m pabc`."""
 
 from __future__ import annotations
 
 import argparse
 import ast
-import importlib
-import inspect
-import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -21,12 +18,12 @@ from torch import nn
 import pabc
 from pabc.api import explain_call
 from pabc.base.kinds import FINE
+from pabc.commands.calibrate import add_calibrate
+from pabc.commands.usage import UsageError, at_least, check_extra, find_callable, parse_device
 from pabc.options import Options
 from pabc.passes import Cut
 from pabc.stages import format_records
 
-EXTRA = ("diffusers", "safetensors", "sklearn", "PIL", "tqdm")
-"""The packages that `pip install 'pabc[demo]'` adds, by import name."""
 EXAMPLE = "pabc.demo.run:example"
 
 _TARGET_HELP = f"""\
@@ -40,10 +37,6 @@ examples:
   pabc explain my_models:video_model
   pabc explain my_models:Transformer --input 'x=[2,4,8,16,16]' --input 'timestep=[2]:int64'
 """
-
-
-class UsageError(Exception):
-    """An error in what the user asked for; the message says what was expected and found."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,6 +66,7 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pabc {pabc.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command")
     _add_demo(commands.add_parser("demo", help="generate, time and compare clips; write a report"))
+    add_calibrate(commands)
     explain = commands.add_parser(
         "explain",
         help="print what is found in a model",
@@ -89,9 +83,9 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
         " with pabc. Prints a table and writes metrics.json, clips.gif, clips.png and report.html."
     )
     add = parser.add_argument
-    add("--device", type=_parse_device, default="cpu", help="cpu, cuda, cuda:1, ... (cpu)")
+    add("--device", type=parse_device, default="cpu", help="cpu, cuda, cuda:1, ... (cpu)")
     add("--model", choices=("digits", "emoji"), default="digits", help="the model (digits)")
-    add("--steps", type=_at_least(2), help="diffusion steps (50; emoji: 28)")
+    add("--steps", type=at_least(2), help="diffusion steps (50; emoji: 28)")
     add(
         "--prompts",
         nargs="+",
@@ -99,10 +93,10 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
         metavar="CAPTION",
         help="captions, or how many of the built-in ones (4); they are one batch",
     )
-    add("--repeats", type=_at_least(1), default=5, help="times each variant, at least (5)")
-    add("--clips", type=_at_least(1), default=40, help="samples to judge per variant (40)")
+    add("--repeats", type=at_least(1), default=5, help="times each variant, at least (5)")
+    add("--clips", type=at_least(1), default=40, help="samples to judge per variant (40)")
     add("--out", type=Path, default=Path("pabc-demo"), help="folder to write (pabc-demo)")
-    add("--seed", type=_at_least(0), default=0, help="of the initial noise (0)")
+    add("--seed", type=at_least(0), default=0, help="of the initial noise (0)")
     add("--backend", choices=("inductor", "eager"), default="inductor", help="eager: a quick look")
     add("--mlp", action="store_true", help="also the Latte preset with its MLP broadcast")
     add(
@@ -152,7 +146,7 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
 
 def run_demo(options: argparse.Namespace) -> None:
     """Runs `pabc demo`."""
-    _check_extra()
+    check_extra()
     from pabc.demo.launch import check_mesh
     from pabc.demo.run import DemoOptions, run
     from pabc.demo.text import CaptionError
@@ -179,7 +173,7 @@ def run_demo(options: argparse.Namespace) -> None:
 def run_explain(options: argparse.Namespace) -> None:
     """Runs `pabc explain`."""
     if options.target == EXAMPLE:
-        _check_extra()
+        check_extra()
     model, args, kwargs = load_target(options.target, dict(options.input))
     if model.training:
         print("note: the model was in training mode; explained in eval mode", file=sys.stderr)
@@ -215,7 +209,7 @@ def load_target(
 
     Raises UsageError where the target is not there, or returns something else.
     """
-    result = _find_callable(target)()
+    result = find_callable(target)()
     if isinstance(result, nn.Module):
         if not inputs:
             raise UsageError(
@@ -234,31 +228,6 @@ def load_target(
     )
 
 
-def _find_callable(target: str) -> Callable[[], Any]:
-    module, colon, name = target.partition(":")
-    if not (module and colon and name):
-        raise UsageError(f"target: expected module:callable, found {target!r}")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does
-    try:
-        found: Any = importlib.import_module(module)
-    except ImportError as error:
-        raise UsageError(f"target {target!r}: cannot import {module}: {error}") from error
-    for part in name.split("."):
-        if not hasattr(found, part):
-            raise UsageError(f"target {target!r}: {module} has no {name}")
-        found = getattr(found, part)
-    if not callable(found) or isinstance(found, nn.Module):
-        raise UsageError(f"target {target!r}: expected a callable, found {type(found).__name__}")
-    try:
-        inspect.signature(found).bind()
-    except (TypeError, ValueError) as error:
-        raise UsageError(
-            f"target {target!r}: cannot be called without arguments: {error}"
-        ) from error
-    return found
-
-
 def _parse_input(name: str, text: str, dtype: torch.dtype) -> Any:
     """Returns a tensor of zeros for `[2,4]` or `[2]:int64`, else a Python literal."""
     shape, _, suffix = text.partition("]:") if text.startswith("[") else (text, "", "")
@@ -275,14 +244,6 @@ def _parse_input(name: str, text: str, dtype: torch.dtype) -> Any:
     if not isinstance(wanted, torch.dtype) or not all(isinstance(n, int) for n in value):
         raise UsageError(f"--input {name}: expected integers, and a torch dtype, found {text!r}")
     return torch.zeros(value, dtype=wanted)
-
-
-def _check_extra() -> None:
-    for name in EXTRA:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise UsageError(f"the demo needs {name}: pip install 'pabc[demo]'") from error
 
 
 def _parse_pair(text: str) -> tuple[str, str]:
@@ -304,27 +265,6 @@ def _parse_mesh(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", text):
         raise argparse.ArgumentTypeError(f"expected N or BxN, such as 4 or 2x4, found {text!r}")
     return tuple(map(int, text.split("x")))
-
-
-def _parse_device(text: str) -> str:
-    try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError) as error:
-        here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        message = f"expected a device of this machine, {', '.join(here)}, found {text!r}"
-        raise argparse.ArgumentTypeError(message) from error
-    return text
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[+-]?\d+", text) or int(text) < least:
-            raise argparse.ArgumentTypeError(
-                f"expected an integer of {least} or more, found {text!r}"
-            )
-        return int(text)
-
-    return parse
 
 
 if __name__ == "__main__":

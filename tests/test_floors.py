@@ -76,7 +76,7 @@ FLOORS = (
     ("pabc.auto.*",),
     ("pabc",),
     # Programs that use pabc as any user does.
-    ("pabc.demo.*", "pabc.__main__"),
+    ("pabc.demo.*", "pabc.commands.*", "pabc.__main__"),
 )
 """From the bottom to the top; `.*` stands for a package and all that is in it."""
 
