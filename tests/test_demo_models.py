@@ -21,6 +21,7 @@ from pabc.__main__ import main
 from pabc.demo import models, nearest, sd3
 from pabc.demo.emoji import PLACES, Caption, Pictures
 from pabc.demo.model import Model
+from pabc.demo.run import FILES
 from pabc.demo.text import CaptionError
 
 VARIANTS = ("full", "torch.compile", "3 steps", "2 steps", "pabc, no reuse", "pabc joint 2")
@@ -227,4 +228,6 @@ def test_the_demo_runs_with_pictures(tmp_path: Path) -> None:
     for row in content["variants"].values():
         assert 0 <= row["picture_accuracy"] <= 1
         assert 0 <= row["placement_accuracy"] <= 1
-    assert "video" not in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "video" not in page and page.count("<img") == 1
+    assert {path.name for path in tmp_path.iterdir()} == set(FILES) - {"clips.gif"}

@@ -172,6 +172,7 @@ def test_pictures_show_every_frame(out: Path) -> None:
 
 def test_report_needs_nothing_beside_itself(out: Path) -> None:
     page = (out / "report.html").read_text()
+    assert page.count('src="data:image/gif') == page.count('src="data:image/png') == 1
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     page = re.sub(r'"data:[^"]*"', '""', page)  # encoded pictures may spell anything
     assert "http" not in page

@@ -44,7 +44,7 @@ def render(
     Args:
         content: the content of `metrics.json`.
         method: a description of how the figures were measured.
-        pictures: the bytes of `clips.gif` and `clips.png`.
+        pictures: file name -> the bytes of what was generated, `clips.gif` or `clips.png`.
         plans: variant -> its plan, and the explanation of its model.
         curves: differences from step to step, see `pabc.differences`.
         window: the first and last step of the shaded range in charts of curves.
@@ -59,8 +59,7 @@ def render(
         time=_draw_table(*metrics.format_time(content["variants"]), content["headline"]),
         about="".join(["<ul>", *_list_variants(content["variants"]), "</ul>"]),
         method=escape(method),
-        gif=_embed(pictures["clips.gif"], "image/gif"),
-        still=_embed(pictures["clips.png"], "image/png"),
+        figures="".join(_draw_figure(name, data) for name, data in pictures.items()),
         calls=charts.draw_calls(
             {name: row["timesteps"] for name, row in content["variants"].items()}
         ),
@@ -78,7 +77,7 @@ def render(
 def _headline(content: Mapping[str, Any]) -> str:
     name = content["headline"]
     row = content["variants"][name]
-    quality = "identical clips" if row["psnr"] is None else f"PSNR {row['psnr']:.1f} dB"
+    quality = "identical samples" if row["psnr"] is None else f"PSNR {row['psnr']:.1f} dB"
     return (
         f"{name}: {row['speedup_by_less_work']:.2f}x by less work ({row['calls']} of"
         f" {content['steps']} calls, {row['flop_share']:.0%} of the operations), {quality}"
@@ -157,5 +156,7 @@ def _format_fact(value: Any) -> str:
     return str(value)
 
 
-def _embed(data: bytes, media: str) -> str:
-    return f"data:{media};base64,{base64.b64encode(data).decode()}"
+def _draw_figure(name: str, data: bytes) -> str:
+    source = f"data:image/{name.rpartition('.')[2]};base64,{base64.b64encode(data).decode()}"
+    alt = "What was generated, a row per prompt and a column per variant"
+    return f'<figure><img src="{source}" alt="{alt}"></figure>'

@@ -130,12 +130,12 @@ def _run_first(
         **machine.describe_machine(torch.device(processes.device)),
         "warnings": [*warnings, *concerns],
     }
-    _write(options.out, model, content, variants, runs, differences)
+    written = _write(options.out, model, content, variants, runs, differences)
     print(format_text(content))
     for variant in variants:
         if variant.ranks > 1:
             print("\n".join(["", f"{variant.name}:", *_describe_ranks(variant.transformer)]))
-    print("\nwrote " + ", ".join(str(options.out / name) for name in FILES))
+    print("\nwrote " + ", ".join(str(options.out / name) for name in written))
     return content
 
 
@@ -160,6 +160,7 @@ def _describe_ranks(transformer: CompiledModel) -> list[str]:
 
 
 FILES = ("metrics.json", "clips.gif", "clips.png", "report.html")
+"""The files that are written; pictures that do not move have no `clips.gif`."""
 
 
 def plan_rounds(model: Model, options: DemoOptions) -> list[Round]:
@@ -244,7 +245,8 @@ def _write(
     variants: Sequence[Variant],
     runs: dict[str, Run],
     differences: Differences,
-) -> None:
+) -> tuple[str, ...]:
+    """Writes the files, and returns their names."""
     (out / "metrics.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     columns = [
         pictures.Column(
@@ -253,8 +255,11 @@ def _write(
         for v in variants
         if v.name == FULL or v.whole != v.name  # the others look like the first
     ]
-    pictures.save_gif(out / "clips.gif", content["prompts"], columns)
     pictures.save_still(out / "clips.png", content["prompts"], columns)
+    is_moving = columns[0].frames.shape[1] > 1
+    if is_moving:
+        pictures.save_gif(out / "clips.gif", content["prompts"], columns)
+    shown = ("clips.gif", "clips.png") if is_moving else ("clips.png",)
     plans = {
         v.name: (v.transformer.plan, v.transformer.explain())
         for v in variants
@@ -263,12 +268,13 @@ def _write(
     page = report.render(
         content,
         method=describe_method(content),
-        pictures={name: (out / name).read_bytes() for name in ("clips.gif", "clips.png")},
+        pictures={name: (out / name).read_bytes() for name in shown},
         plans=plans,
         curves=differences.curves(),
         window=(FRACTION[0] * content["steps"], FRACTION[1] * content["steps"]),
     )
     (out / "report.html").write_text(page, encoding="utf-8")
+    return ("metrics.json", *shown, "report.html")
 
 
 def _note(row: dict[str, Any]) -> str:
