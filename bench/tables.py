@@ -42,8 +42,10 @@ def write_headline(content: Content) -> str:
 
 
 def write_demo(content: Content) -> str:
-    """Returns the demo's tables of work and of time."""
+    """Returns the tables of work and of time of one of the demo's models."""
     rows = content["variants"]
+    end = "_accuracy"
+    judged = [key for key in rows[content["headline"]] if key.endswith(end)]
     work = [
         [
             name,
@@ -52,7 +54,7 @@ def write_demo(content: Content) -> str:
             f"{row['speedup_by_less_work']:.2f}x",
             "" if row["psnr"] is None else f"{row['psnr']:.1f} dB ({row['psnr_min']:.1f})",
             f"{row['ssim']:.3f}",
-            f"{row['digit_accuracy']:.0%}, {row['direction_accuracy']:.0%}",
+            ", ".join(f"{row[key]:.0%}" for key in judged),
         ]
         for name, row in rows.items()
     ]
@@ -69,16 +71,17 @@ def write_demo(content: Content) -> str:
         for name, row in rows.items()
     ]
     header = ("variant", "calls", "operations", "by less work", "PSNR (worst clip)", "SSIM")
-    first = report.format_markdown((*header, "digit, direction right"), work)
+    last = f"{', '.join(key.removesuffix(end) for key in judged)} right"
+    first = report.format_markdown((*header, last), work)
     header = ("variant", "s / clip (min to max)", "over eager", "over torch.compile")
     header += ("by less work x by other code", "cache", "compile")
     matmul = content["matmul"]
     about = (
-        f"{content['date'][:10]}, {content['processor']}, {content['threads']} threads: the trained"
-        f" demo model, {content['steps']} DDIM steps, batches of {content['batch']} clips with"
-        f" guidance, medians of {content['rounds']} interleaved rounds, {content['clips']} clips;"
-        f" matrix products by {matmul['torch']} in PyTorch, by {matmul['pabc']} in pabc"
-        " (`bench/results/demo/metrics.json`)."
+        f"{content['date'][:10]}, {content['processor']}, {content['threads']} threads: the"
+        f" {content['model']} model, {content['steps']} steps, batches of {content['batch']} with"
+        f" guidance {content['guidance']}, medians of {content['rounds']} interleaved rounds,"
+        f" {content['clips']} samples; matrix products by {matmul['torch']} in PyTorch, by"
+        f" {matmul['pabc']} in pabc."
     )
     second = report.format_markdown(header, time)
     return "\n\n".join([textwrap.fill(about, 120, break_on_hyphens=False), first, second])
