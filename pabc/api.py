@@ -19,6 +19,7 @@ from pabc.inplace import check_place
 from pabc.options import Backend, DisabledStage, Offload, Options
 from pabc.passes import refuse_hooks
 from pabc.pipeline import analyze, trace_phase
+from pabc.planning import SelfPlanning
 from pabc.runtime.bindings import Bindings
 from pabc.runtime.peers import Peers
 from pabc.runtime.phases import compiling
@@ -28,7 +29,7 @@ from pabc.schedule import Schedule
 
 def compile(
     model: nn.Module,
-    schedule: Schedule,
+    schedule: Schedule | SelfPlanning,
     *,
     backend: Backend = "inductor",
     cut: passes.Cut = "attention",
@@ -52,7 +53,7 @@ def compile(
 
     Args:
         model: the transformer, in eval mode; left as it is, its parameters shared.
-        schedule: which kinds of region are reused at which steps.
+        schedule: which kinds of region are reused at which steps; :func:`pabc.auto` finds out.
         backend: `"inductor"`; `"eager"`: runs the specialized graphs op by op, which gives the
             model's own bits where nothing is reused; `"oracle"`: runs the guarded graph,
             unspecialized; `"original"`: captures nothing, and calls the model itself, hooks and
@@ -157,7 +158,7 @@ def compile_or_call(
 
 def _build(
     model: nn.Module,
-    schedule: Schedule,
+    given: Schedule | SelfPlanning,
     options: Options,
     *,
     mesh: DeviceMesh | None,
@@ -167,11 +168,13 @@ def _build(
 ) -> CompiledModel:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
-    if not isinstance(schedule, Schedule):
+    if not isinstance(given, Schedule | SelfPlanning):
         raise TypeError(
-            f"schedule: expected a pabc.Schedule, found {type(schedule).__name__}; "
-            "see pabc.Schedule.pyramid and pabc.presets"
+            f"schedule: expected a pabc.Schedule, found {type(given).__name__}; "
+            "see pabc.auto, pabc.Schedule.pyramid and pabc.presets"
         )
+    schedule = given if isinstance(given, Schedule) else Schedule.none((0,))
+    falls_back = falls_back or isinstance(given, SelfPlanning)
     peers = None if mesh is None else Peers(mesh)
     if options.backend != "original":
         if inplace:
@@ -179,6 +182,8 @@ def _build(
         if not falls_back:
             refuse_foreign_hooks(model, schedule)
     compiled = CompiledModel(model, schedule, options, peers=peers, falls_back=falls_back)
+    if isinstance(given, SelfPlanning):
+        given.attach(compiled)
     if example_inputs is not None:
         args, kwargs = example_inputs
         compiled.prepare(*args, **kwargs)

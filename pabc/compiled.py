@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,9 @@ from pabc.runtime.program import Program
 from pabc.runtime.programs import Programs
 from pabc.runtime.selection import Selection
 from pabc.runtime.serving import ServingProgram, ServingPrograms
-from pabc.runtime.stats import Recorder, Stats
+from pabc.runtime.stats import GIVEN, Recorder, Stats
 from pabc.runtime.step import ActiveStep
+from pabc.runtime.timesteps import TimestepArguments
 from pabc.runtime.trajectory import (
     Trajectory,
     current_trajectory,
@@ -247,6 +249,26 @@ class CompiledModel(Wrapper):
         """Undoes :meth:`listen`."""
         self._listeners.remove(listener)
 
+    def expect_skips(self) -> None:
+        """Makes a model that cannot be captured, or whose graph cannot be skipped as a whole, be
+        called as it is, since what it will follow only skips whole calls."""
+        self._selection.expect_skips()
+
+    def describe_plan(self, text: str, **counts: int) -> None:
+        """Says where the plan comes from, and counts what was done for it, for :attr:`stats`."""
+        self._recorder.plan_source = text
+        self._recorder.add(**counts)
+
+    @property
+    def timestep_arguments(self) -> TimestepArguments:
+        """The arguments that are known as timesteps."""
+        return self._programs.timesteps
+
+    @property
+    def is_sharded(self) -> bool:
+        """True if processes share the work of each call."""
+        return self._peers is not None
+
     @property
     def needs_capture(self) -> bool:
         """True if a model that cannot be captured is refused, whatever the schedule."""
@@ -300,7 +322,9 @@ class CompiledModel(Wrapper):
     def explain(self) -> Explanation:
         """Returns what was found in the model, and the plan."""
         program, binding = self._captured("explain()")
-        return program.explain(binding, self._schedule.unmatched(program.slots))
+        found = program.explain(binding, self._schedule.unmatched(program.slots))
+        source = self._recorder.plan_source
+        return found if source == GIVEN else replace(found, plan_source=source)
 
     def dump(self, folder: str | Path) -> Path:
         """Writes to `folder` the graph after each stage, of each phase too, a table of stages with

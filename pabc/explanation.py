@@ -92,6 +92,7 @@ class Explanation:
         stages: the records of the compiler's stages, as far as they ran in this process.
         lowered: the ops that Triton kernels replace, and those that they do not, with the reason,
             in the phases compiled so far.
+        plan_source: where the plan comes from; empty: not said.
     """
 
     attention: dict[str, str]
@@ -114,6 +115,7 @@ class Explanation:
     communication: Communication | None = None
     stages: tuple[StageRecord, ...] = field(default=(), compare=False)
     uncaptured: str | None = None
+    plan_source: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -220,7 +222,9 @@ class Explanation:
         peak = self.plan.peak_bytes
         memory = ", in host memory" if self.offloaded else ""
         fit = [str(self.fit)] if self.fit is not None else []
+        source = [f"plan: {self.plan_source}"] if self.plan_source else []
         return [
+            *source,
             str(self.plan),
             f"  slots take {format_bytes(peak)} ({peak} bytes) at the fullest step, for each branch"
             f" of a generation{memory}",

@@ -14,8 +14,11 @@ from pabc.schedule import Schedule
 class Course(Protocol):
     """What one run of a pipeline's denoising loop, or several in turn, follow."""
 
-    def bind(self, timesteps: tuple[float, ...], call: HeardCall) -> Schedule:
-        """Returns the schedule of a loop that begins with this call."""
+    def bind(self, timesteps: tuple[float, ...], call: HeardCall, sampler: str) -> Schedule:
+        """Returns the schedule of a loop that begins with this call.
+
+        `sampler`: a text that is another one for a scheduler of another class or other settings.
+        """
 
     def begin(self, call: HeardCall, step: int) -> Schedule | None:
         """Is told of a call at a step; returns what to follow from here on, None: as before."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from pabc.base.structure import Structure, flatten
@@ -76,6 +77,12 @@ class HeardGeneration:
         """Returns the latents that the model is given at a step."""
         call = next(iter(self.calls[step].values()))
         return [_part(call.leaves[s.leaf], call.outputs[s.output], self) for s in self.streams]
+
+    def latents_of(self, leaves: Sequence[Any], stream: int) -> torch.Tensor:
+        """Returns the latents in the arguments of another call, as :meth:`inputs` does."""
+        found = self.streams[stream]
+        output = next(iter(self.calls[0].values())).outputs[found.output]
+        return _part(leaves[found.leaf], output, self)
 
     def outputs(self, step: int, name: str, outputs: Sequence[torch.Tensor]) -> dict[str, Vector]:
         """Returns the vectors of each branch in the result of a call, by branch."""
@@ -152,22 +159,27 @@ class Hearing:
         missing = [i for i in range(len(steps)) if i not in self._calls]
         if not steps or missing:
             raise ValueError(f"calls: expected some at each of {len(steps)} steps, found none")
-        calls = tuple(self._calls[i] for i in range(len(steps)))
-        firsts = [next(iter(each.values())) for each in calls]
+        firsts = [next(iter(self._calls[i].values())) for i in range(n)]
         streams = find_streams(firsts)
         parts = count_parts([call.leaves[s.leaf] for call in firsts for s in streams])
         models = [call.model for call in firsts]
         starts = tuple(i for i, model in enumerate(models) if i == 0 or model != models[i - 1])
-        empty = Recording(steps, (), torch.zeros(n + 1, n + 1).numpy())
-        heard = HeardGeneration(empty, calls, streams, parts, result)
+        heard = self.so_far(streams, parts)
         recorder = Recorder()
-        for step, each in enumerate(calls):
+        for step, each in enumerate(heard.calls):
             recorder.add_input(step, heard.inputs(step))
             for name, call in each.items():
                 for branch, vector in heard.outputs(step, name, call.outputs).items():
                     recorder.add_output(branch, step, vector)
         recording = recorder.finish(steps, result, starts=starts)
-        return HeardGeneration(recording, calls, streams, parts, result)
+        return HeardGeneration(recording, heard.calls, streams, parts, result)
+
+    def so_far(self, streams: tuple[Stream, ...], parts: int) -> HeardGeneration:
+        """Returns the steps so far, without inner products, where it is known how to read them."""
+        n = self.num_steps
+        calls = tuple(self._calls[i] for i in range(n))
+        empty = Recording(tuple(map(float, range(n))), (), np.zeros((n + 1, n + 1)))
+        return HeardGeneration(empty, calls, streams, parts, None)
 
 
 def branch_of(name: str, part: int, parts: int) -> str:

@@ -82,7 +82,7 @@ class Steps:
     def begin(self, name: str | None, leaves: Sequence[Any], structure: Structure) -> FoundStep:
         """Returns the step of a call that is about to be made."""
         numbers = self._read(structure, leaves)
-        is_new = not self._steps or self._begins_again(numbers)
+        is_new = not self._steps or self._is_first(numbers)
         if is_new:
             self.restart()
         if is_new or not self._is_same_step(numbers, name, leaves):
@@ -109,7 +109,11 @@ class Steps:
             for earlier in self._steps[:-1][-1:]:
                 earlier.latents.clear()
 
-    def _begins_again(self, numbers: Numbers) -> bool:
+    def begins_again(self, leaves: Sequence[Any], structure: Structure) -> bool:
+        """Returns whether a call that is about to be made begins another generation."""
+        return bool(self._steps) and self._is_first(self._read(structure, leaves))
+
+    def _is_first(self, numbers: Numbers) -> bool:
         first, last = self._steps[0].numbers, self._steps[-1].numbers
         return numbers == first and last != first
 

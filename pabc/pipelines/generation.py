@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from pabc.compiled import CompiledModel
-from pabc.pipelines.scheduler import index_of
+from pabc.pipelines.scheduler import describe, index_of
 from pabc.planning import Course
 from pabc.runtime.guards import GuardError
 from pabc.runtime.listening import HeardCall
@@ -188,7 +188,7 @@ class Generation:
 
     def _bind(self, timesteps: tuple[float, ...]) -> Schedule:
         assert self._latest is not None
-        return self._course.bind(timesteps, self._latest)
+        return self._course.bind(timesteps, self._latest, describe(self._followed))
 
     def _switch(self, schedule: Schedule) -> None:
         """Follows another schedule from here on."""

@@ -83,7 +83,7 @@ class GivenCourse:
 
     make: Callable[[tuple[float, ...]], Schedule]
 
-    def bind(self, timesteps: tuple[float, ...], call: HeardCall) -> Schedule:
+    def bind(self, timesteps: tuple[float, ...], call: HeardCall, sampler: str) -> Schedule:
         """Returns the schedule of a loop that begins."""
         return self.make(timesteps)
 

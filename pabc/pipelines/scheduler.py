@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
 from typing import Any, Protocol
 
@@ -53,6 +53,14 @@ def follow(scheduler: Any, current: Callable[[], GenerationFollower]) -> Callabl
                 _unwrap(scheduler)
 
     return leave
+
+
+def describe(scheduler: Any) -> str:
+    """Returns the class of a scheduler and its settings."""
+    config = getattr(scheduler, "config", None)
+    settings = config if isinstance(config, Mapping) else {}
+    public = {name: value for name, value in settings.items() if not str(name).startswith("_")}
+    return f"{type(scheduler).__qualname__} {sorted(public.items(), key=str)}"
 
 
 def index_of(timestep: Any, timesteps: Any, expected: int) -> int | None:

@@ -48,6 +48,7 @@ class Selection:
     ) -> None:
         """`own_call` returns what a call of the model runs without pabc."""
         self.options, self.falls_back = options, falls_back
+        self._expects_skips = False
         self._model, self._own_call = model, own_call
         self._forwards: tuple[Any, ...] = ()
         self._arguments = self.arguments
@@ -57,6 +58,10 @@ class Selection:
             self.programs = self._call_as_is(Recorder(), TimestepArguments())
         else:
             self.programs = Programs(model, options, Recorder())
+
+    def expect_skips(self) -> None:
+        """Makes a model that no graph can stand for, skipped as a whole, be called as it is."""
+        self.falls_back = self._expects_skips = True
 
     def flatten(self, args: Any, kwargs: Any) -> tuple[list[Any], Structure]:
         """Flattens the arguments. Raises RuntimeError in training mode, or for requires_grad."""
@@ -100,7 +105,8 @@ class Selection:
                         raise
                     raise advised from error
             else:
-                reason = find_obstacle(program.slots, program.left_out, schedule)
+                skips = self._expects_skips or schedule.reuses
+                reason = find_obstacle(program.slots, program.left_out) if skips else None
                 if reason is None or not self._fall_back(schedule, reason):
                     return program
             program = self.programs.find(structure, leaves, at_start=at_start)

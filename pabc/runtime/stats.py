@@ -12,6 +12,9 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
+GIVEN = "the schedule that was given"
+"""Where a plan comes from that nothing else was said of."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:
@@ -37,6 +40,8 @@ class Stats:
         compiles: phases specialized and compiled.
         blocks: distinct blocks of these phases, each compiled once.
         recordings: CUDA graphs recorded.
+        recorded: generations that were recorded by :func:`pabc.auto`.
+        plan_source: where the plan comes from.
     """
 
     calls: int
@@ -52,6 +57,8 @@ class Stats:
     compiles: int
     blocks: int
     recordings: int
+    recorded: int
+    plan_source: str
 
     def __str__(self) -> str:
         rows = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -61,7 +68,11 @@ class Stats:
 
 
 class Recorder:
-    """Counts for :class:`Stats`. Thread-safe."""
+    """Counts for :class:`Stats`. Thread-safe.
+
+    Attributes:
+        plan_source: where the plan comes from, for people.
+    """
 
     def __init__(self) -> None:
         # Re-entrant: an account may be closed by garbage collection while its lock is held.
@@ -70,6 +81,7 @@ class Recorder:
         self._fallbacks: Counter[str] = Counter()
         self._nbytes = 0
         self._peak = 0
+        self.plan_source = GIVEN
 
     def add(self, **counts: int) -> None:
         """Adds to counts by the names of :class:`Stats`."""
@@ -113,7 +125,7 @@ class Recorder:
     def snapshot(self) -> Stats:
         """Returns the counts as they are now."""
         with self._lock:
-            gauges = ("fallbacks", "nbytes", "peak_nbytes")
+            gauges = ("fallbacks", "nbytes", "peak_nbytes", "plan_source")
             names = (field.name for field in fields(Stats) if field.name not in gauges)
             counts: dict[str, Any] = {name: self._counts[name] for name in names}
             return Stats(
@@ -121,6 +133,7 @@ class Recorder:
                 fallbacks=dict(self._fallbacks),
                 nbytes=self._nbytes,
                 peak_nbytes=self._peak,
+                plan_source=self.plan_source,
             )
 
 

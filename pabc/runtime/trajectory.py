@@ -159,16 +159,12 @@ class Trajectory:
                 branch.seek(step)
 
     def switch(self, schedule: Schedule) -> None:
-        """Makes the generation under way follow another schedule, from the next call on.
-
-        It is to be of as many steps. Nothing of what is kept is reused.
-        """
+        """Makes the generation under way follow another schedule, of as many steps, from the next
+        call on; what is kept may be reused by that one."""
         with self._lock:
             self.schedule = schedule
             if self._following is not None:
                 self._following = schedule
-            for branch in self._branches.values():
-                branch.slots.clear()
 
     def reset(self) -> None:
         """Starts a new generation: the next call is step 0 and finds nothing stored."""

@@ -37,15 +37,13 @@ def advise_on(unmatched: Collection[str]) -> str:
     return "; backend='original' skips calls of any model"
 
 
-def find_obstacle(
-    slots: Sequence[SlotSpec], left_out: Sequence[str], schedule: Schedule
-) -> str | None:
-    """Returns why a captured model cannot skip whole calls, if the schedule skips any; else None.
+def find_obstacle(slots: Sequence[SlotSpec], left_out: Sequence[str]) -> str | None:
+    """Returns why a captured model cannot skip whole calls; None: it can.
 
     `left_out`: a message for each coarser region that cannot be reused, with the reason.
     """
     kind = WHOLE_CALL.kind
-    if not schedule.reuses or any(slot.kind == kind for slot in slots):
+    if any(slot.kind == kind for slot in slots):
         return None
     reasons = [line.removeprefix(f"{kind}: ") for line in left_out if line.startswith(kind)]
     return f"its graph cannot be skipped as a whole: {'; '.join(reasons) or 'it has no outputs'}"

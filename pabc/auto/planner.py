@@ -1,0 +1,212 @@
+"""Finds plans for the generations of a model, or of a pipeline: known ones, or from a recording."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from time import perf_counter
+
+import numpy as np
+from torch import nn
+
+from pabc.auto.check import SamplerCheck
+from pabc.auto.fingerprint import describe_family, describe_weights, versions_of
+from pabc.auto.plans import AutoPlan, Kind, PlannedCall
+from pabc.auto.runs import ReplayedRuns
+from pabc.auto.store import Store
+from pabc.calibration.hearing import HeardGeneration, Hearing
+from pabc.calibration.target import Target
+from pabc.calibration.trial import Trial
+from pabc.compiled import CompiledModel
+from pabc.runtime.timesteps import ArgPath
+
+logger = logging.getLogger(__name__)
+
+FEWEST = 4
+"""The steps of a generation below which there is nothing to plan."""
+_MOST_REFUSALS = 3
+"""Generations that could not be planned, after which none is recorded any more."""
+
+
+class Planner:
+    """Finds and makes plans for one model, or the models of one pipeline. Thread-safe."""
+
+    def __init__(
+        self,
+        target: Target,
+        floor: float,
+        candidates: int,
+        models: Mapping[str, CompiledModel],
+        store: Store | None,
+    ) -> None:
+        self.target, self.models = target, tuple(models.values())
+        self._floor, self._candidates, self._store = floor, candidates, store
+        self._modules: dict[str, nn.Module] = {n: m._orig_mod for n, m in models.items()}
+        self._plans: list[AutoPlan] | None = None
+        self._lock = threading.RLock()
+        self._weights: tuple[int, str] = 0, ""
+        self._family = ""
+        self._is_trusted = False
+        self._doubted: AutoPlan | None = None
+        self._refusals = 0
+
+    def kind(self, form: str, sampler: str, timesteps: Sequence[float]) -> Kind:
+        """Returns what is known of a generation that begins."""
+        with self._lock:
+            versions = versions_of(self._modules.values())
+            if not self._weights[1] or self._weights[0] != versions:
+                self._weights = versions, describe_weights(self._modules)
+            if not self._family:
+                self._family = describe_family(self._modules)
+            return Kind(self._family, self._weights[1], form, sampler, tuple(timesteps))
+
+    def find(self, kind: Kind) -> AutoPlan | None:
+        """Returns the plan for a generation that begins like this; None: it is to be recorded.
+
+        A plan that was recorded with other weights or shapes will do; its remark says so. Of
+        several, the one with the fewest differences, and of these the latest, is taken.
+        """
+        with self._lock:
+            if self._plans is None:
+                self._plans = self._load(kind.family)
+            known = [plan for plan in self._plans if plan.suits(kind)]
+            if not known:
+                return None
+            least = min(plan.distance(kind) for plan in known)
+            plan = [each for each in known if each.distance(kind) == least][-1]
+            if self._doubted is not None and plan.is_like(self._doubted):
+                return None
+            plan = plan.adopt(kind)
+            self._describe(str(plan))
+            return plan
+
+    @property
+    def checks_samplers(self) -> bool:
+        """True if the first steps of generations are compared with the recorded sampler."""
+        return not self._is_trusted
+
+    @property
+    def has_given_up(self) -> bool:
+        """True if nothing is recorded any more, since nothing could be planned."""
+        return self._refusals >= _MOST_REFUSALS
+
+    def refuse(self, reason: str) -> None:
+        """Says why a generation cannot be planned."""
+        self._refusals += 1
+        self._describe(f"{self.target}: all steps are computed, since {reason}")
+        if self._refusals == 1:
+            warnings.warn(f"pabc.auto: all steps are computed, since {reason}", stacklevel=2)
+
+    def find_other(self, plan: AutoPlan, check: SamplerCheck | None) -> AutoPlan | None:
+        """Returns another plan for the generations that `plan` is for, of the sampler that the
+        generation under way turned out to have."""
+        with self._lock:
+            for other in reversed(self._plans or []):
+                if check is not None and other.is_like(plan) and check.accepts(other):
+                    self._describe(str(other))
+                    return other
+        return None
+
+    def doubt(self, plan: AutoPlan, reason: str) -> None:
+        """Says that a generation left its plan; the next one like it is recorded anew."""
+        text = f"{reason}; the rest of this generation is computed, and the next one recorded"
+        logger.warning("pabc.auto: %s", text)
+        self._describe(text)
+        with self._lock:
+            self._doubted = plan
+
+    def learn(
+        self,
+        hearing: Hearing,
+        kind: Kind,
+        calls: Sequence[PlannedCall],
+        path: ArgPath | None = None,
+    ) -> None:
+        """Makes the plan for generations like one that was recorded."""
+        n = hearing.num_steps
+        if n < FEWEST:
+            return
+        start = perf_counter()
+        nbytes = hearing.nbytes
+        try:
+            heard = hearing.finish(kind.timesteps)
+        except ValueError as error:
+            self.refuse(str(error))
+            return
+        with self._lock:
+            plan = self._make(heard, kind, calls, path)
+            if plan is None:
+                return
+            self._doubted = None
+            self._is_trusted = self._is_trusted or self._is_known_sampler(plan)
+            self._plans = [p for p in self._plans or [] if not _is_replaced(p, plan)] + [plan]
+            self._describe(str(plan), recorded=1)
+            logger.info(
+                "pabc.auto: %s; planned in %.1f s, %d bytes were kept for it",
+                plan,
+                perf_counter() - start,
+                nbytes,
+            )
+            if self._store is not None:
+                self._store.save(plan)
+
+    def _make(
+        self,
+        heard: HeardGeneration,
+        kind: Kind,
+        calls: Sequence[PlannedCall],
+        path: ArgPath | None,
+    ) -> AutoPlan | None:
+        runs = ReplayedRuns(heard, self.models, {_spell(c): c for c in calls})
+        if not runs.can_run:
+            self.refuse("arguments of its calls were written to after them")
+            return None
+        trial = Trial(heard.recording, runs, limit=self._candidates, floor=self._floor)
+        calibration = trial.calibrate(self.target)
+        return AutoPlan(
+            kind,
+            calibration,
+            calibration.schedule(),
+            tuple(calls),
+            path,
+            heard.streams,
+            heard.parts,
+        )
+
+    def _load(self, family: str) -> list[AutoPlan]:
+        known = [] if self._store is None else self._store.load(family)
+        return [plan for plan in known if plan.calibration.target == self.target]
+
+    def _is_known_sampler(self, plan: AutoPlan) -> bool:
+        """Returns whether a generation was recorded anew whose sampler was the recorded one: the
+        check of samplers cannot tell it from others."""
+        return any(
+            _is_replaced(other, plan) and other.kind.weights == plan.kind.weights
+            for other in self._plans or ()
+        )
+
+    def _describe(self, text: str, **counts: int) -> None:
+        for model in self.models:
+            model.describe_plan(text, **counts)
+
+
+def _is_replaced(old: AutoPlan, new: AutoPlan) -> bool:
+    """Returns whether a plan is of generations like those of another: kind and sampler."""
+    if not old.is_like(new) or old.kind.form != new.kind.form:
+        return False
+    mine, theirs = old.calibration.updates, new.calibration.updates
+    if mine.outputs.shape != theirs.outputs.shape:
+        return False
+    return np.allclose(mine.outputs[:3], theirs.outputs[:3], rtol=0.01, atol=1e-6)
+
+
+def _spell(call: PlannedCall) -> str:
+    return spell(call.name, call.order)
+
+
+def spell(name: str | None, order: int) -> str:
+    """Returns a text for the calls of one name and order in each step."""
+    shown = "model" if name is None else name
+    return f"{shown}#{order}" if order else shown

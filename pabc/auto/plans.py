@@ -1,0 +1,160 @@
+"""The plan of one kind of generation, and the facts by which later ones are known to be alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pabc.calibration.calibration import Calibration
+from pabc.calibration.hearing import Stream
+from pabc.runtime.timesteps import ArgPath
+from pabc.schedule import Schedule
+
+
+class PlannedCall(NamedTuple):
+    """A call that a generation makes.
+
+    Attributes:
+        step: the step that it is.
+        name: its name; None: it has none.
+        order: its index among the calls of this name in the step.
+    """
+
+    step: int
+    name: str | None
+    order: int
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is known of a generation.
+
+    Attributes:
+        family: a digest of the models, but for weights.
+        weights: a digest of the weights.
+        form: shapes and dtypes of the arguments of its first call.
+        sampler: a digest of the scheduler's settings; empty: not known.
+        timesteps: of its steps; before its end, those that are known: the first, or all.
+    """
+
+    family: str
+    weights: str
+    form: str
+    sampler: str
+    timesteps: tuple[float, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class AutoPlan:
+    """The plan of one kind of generation.
+
+    Attributes:
+        kind: the facts of the generation that was recorded.
+        calibration: its recording, and the plans that were run on it.
+        schedule: what generations of this kind follow.
+        calls: those of a generation, in order.
+        path: the argument that is the timestep; None: none was found.
+        streams, parts: where the latents are among the arguments; see :class:`HeardGeneration`.
+        origin: where the recording was made, for people.
+        remark: in what it differs from the generations that follow it, for people.
+    """
+
+    kind: Kind
+    calibration: Calibration
+    schedule: Schedule
+    calls: tuple[PlannedCall, ...]
+    path: ArgPath | None
+    streams: tuple[Stream, ...]
+    parts: int
+    origin: str = "recorded in this process"
+    remark: str = ""
+
+    def suits(self, kind: Kind) -> bool:
+        """Returns whether a generation that begins like `kind` may follow this plan."""
+        mine, theirs = self.kind, kind
+        known = len(theirs.timesteps)
+        return (
+            mine.family == theirs.family
+            and mine.sampler == theirs.sampler
+            and _are_close(mine.timesteps[:known], theirs.timesteps)
+            and (known == 1 or known == len(mine.timesteps))
+        )
+
+    def is_like(self, other: AutoPlan) -> bool:
+        """Returns whether generations that one is for may follow the other, by all that is known
+        before they begin."""
+        return self.suits(other.kind)
+
+    def adopt(self, kind: Kind) -> AutoPlan:
+        """Returns the plan for generations of this kind, with a remark on what differs."""
+        differing = [
+            noun
+            for noun, mine, theirs in (
+                ("weights", self.kind.weights, kind.weights),
+                ("shapes", self.kind.form, kind.form),
+            )
+            if mine != theirs
+        ]
+        remark = f", with other {' and '.join(differing)}" if differing else ""
+        return replace(self, remark=remark)
+
+    def follow(self, timesteps: tuple[float, ...]) -> Schedule:
+        """Returns the schedule for a loop that spells the timesteps like this."""
+        return replace(self.schedule, timesteps=timesteps)
+
+    def distance(self, kind: Kind) -> int:
+        """Returns in how much the recorded generation differs from `kind`; 0: in nothing known."""
+        return 2 * (self.kind.form != kind.form) + (self.kind.weights != kind.weights)
+
+    def __str__(self) -> str:
+        plan, n = self.schedule, self.schedule.num_steps
+        skipped = sum(plan.mask("model"))
+        chosen = self.calibration.chosen
+        found = next((m for m in self.calibration.measured if m.candidate == chosen), None)
+        told = "" if found is None else f", {found.mean:.1f} dB when it was run"
+        return (
+            f"{self.calibration.target}: computes {n - skipped} of {n} steps ({chosen.name}{told}); "
+            f"{self.origin}{self.remark}"
+        )
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Returns the plan as arrays by name."""
+        kind = self.kind
+        facts = [kind.family, kind.weights, kind.form, kind.sampler, self.path or ""]
+        return {
+            "facts": np.asarray(facts),
+            "calls": np.asarray([(c.step, c.order) for c in self.calls]),
+            "names": np.asarray(["" if c.name is None else f"={c.name}" for c in self.calls]),
+            "streams": np.asarray(self.streams),
+            "parts": np.asarray(self.parts),
+        }
+
+
+def from_arrays(calibration: Calibration, arrays: Mapping[str, Any], origin: str) -> AutoPlan:
+    """Returns the plan that `to_arrays` gave, for the target of its calibration."""
+    family, weights, form, sampler, path = map(str, arrays["facts"])
+    places = zip(arrays["calls"].tolist(), arrays["names"].tolist(), strict=True)
+    calls = tuple(PlannedCall(step, _name(name), order) for (step, order), name in places)
+    kind = Kind(family, weights, form, sampler, calibration.timesteps)
+    streams = tuple(Stream(*map(int, pair)) for pair in arrays["streams"])
+    schedule = calibration.schedule()
+    parts = int(arrays["parts"])
+    return AutoPlan(kind, calibration, schedule, calls, path or None, streams, parts, origin)
+
+
+def _name(text: str) -> str | None:
+    return text[1:] if text else None
+
+
+_FAR = 1e-4
+"""The largest distance of two spellings of one timestep, as a share of the largest."""
+
+
+def _are_close(mine: Sequence[float], theirs: Sequence[float]) -> bool:
+    far = _FAR * max(map(abs, mine), default=0)
+    return len(mine) == len(theirs) and all(
+        abs(a - b) <= far for a, b in zip(mine, theirs, strict=True)
+    )

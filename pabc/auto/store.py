@@ -1,0 +1,87 @@
+"""Keeps plans in a folder, so that other processes need not record what they are found from."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import time
+from pathlib import Path
+
+from pabc.auto.plans import AutoPlan, from_arrays
+from pabc.calibration.files import nest, read_arrays, unnest, write_arrays
+
+logger = logging.getLogger(__name__)
+
+MARK = "plan of pabc.auto"
+
+
+def default_folder() -> Path:
+    """Returns the folder in PABC_CACHE; without it, `pabc` in the user's folder for caches."""
+    named = os.environ.get("PABC_CACHE")
+    if named:
+        return Path(named)
+    if platform.system() == "Darwin":
+        return Path.home() / "Library" / "Caches" / "pabc"
+    if platform.system() == "Windows":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "pabc"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pabc"
+
+
+class Store:
+    """A folder of plans: one file for each kind of generation and target.
+
+    What cannot be read or written is told by the log, and does without.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def load(self, family: str) -> list[AutoPlan]:
+        """Returns the plans for a family of models, the latest written last."""
+        found = []
+        for path in sorted(self._folder_of(family).glob("*.npz"), key=_written):
+            try:
+                found.append(_read(path))
+            except (OSError, ValueError, KeyError) as error:
+                logger.warning("the plan in %s is left out: %s", path, error)
+        return found
+
+    def save(self, plan: AutoPlan) -> None:
+        """Writes a plan; whole or not at all."""
+        folder = self._folder_of(plan.kind.family)
+        path = folder / f"{_digest(plan)}.npz"
+        arrays = plan.calibration.to_arrays() | nest("auto", plan.to_arrays())
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_arrays(path, MARK, arrays)
+        except OSError as error:
+            logger.warning("a plan is not kept for other processes: %s", error)
+
+    def _folder_of(self, family: str) -> Path:
+        return self.folder / "plans" / family
+
+
+def _read(path: Path) -> AutoPlan:
+    from pabc.calibration.calibration import Calibration
+
+    arrays = read_arrays(path, MARK)
+    calibration = Calibration.from_arrays(arrays)
+    day = time.strftime("%Y-%m-%d", time.localtime(_written(path)))
+    return from_arrays(calibration, unnest("auto", arrays), f"recorded on {day}, from {path}")
+
+
+def _digest(plan: AutoPlan) -> str:
+    kind = plan.kind
+    target = str(plan.calibration.target)
+    text = repr((kind.weights, kind.form, kind.sampler, kind.timesteps, plan.calls[0].name, target))
+    guided = plan.calibration.updates.outputs[0].round(3).tolist()
+    return hashlib.sha256(f"{text}{guided}".encode()).hexdigest()[:20]
+
+
+def _written(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
