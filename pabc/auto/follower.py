@@ -179,9 +179,8 @@ class _Loop:
         """Returns in what a call is not the one that the plan expects; None: in nothing."""
         name = _name_of(call)
         if name != expected.name:
-            return (
-                f"expected a call named {expected.name!r} at step {expected.step}, found {name!r}"
-            )
+            at = f"step {expected.step}"
+            return f"expected a call named {expected.name!r} at {at}, found {name!r}"
         timestep = plan.kind.timesteps[expected.step]
         late, self._awaited = self._awaited, None
         if late is not None and not late[0]().is_close(late[1]):
@@ -214,10 +213,8 @@ class _Loop:
             return
         assert self._plan is not None
         other = self._planner.find_other(self._plan, self._check)
-        if (
-            other is not None
-            and other.calls[: self._position] == self._plan.calls[: self._position]
-        ):
+        past = self._plan.calls[: self._position]
+        if other is not None and other.calls[: self._position] == past:
             self._plan = other
             call.trajectory.switch(other.schedule)
             call.trajectory.at_step(other.calls[self._position].step)

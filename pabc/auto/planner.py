@@ -14,11 +14,12 @@ from torch import nn
 from pabc.auto.check import SamplerCheck
 from pabc.auto.fingerprint import describe_family, describe_weights, versions_of
 from pabc.auto.plans import AutoPlan, Kind, PlannedCall
-from pabc.auto.runs import ReplayedRuns
+from pabc.auto.runs import SEED, ReplayedRuns
 from pabc.auto.store import Store
+from pabc.calibration.calibration import Calibration
+from pabc.calibration.choice import Choice
 from pabc.calibration.hearing import HeardGeneration, Hearing
 from pabc.calibration.target import Target
-from pabc.calibration.trial import Trial
 from pabc.compiled import CompiledModel
 from pabc.runtime.timesteps import ArgPath
 
@@ -163,8 +164,18 @@ class Planner:
         if not runs.can_run:
             self.refuse("arguments of its calls were written to after them")
             return None
-        trial = Trial(heard.recording, runs, limit=self._candidates, floor=self._floor)
-        calibration = trial.calibrate(self.target)
+        choice = Choice(heard.recording, runs, limit=self._candidates, floor=self._floor)
+        chosen = choice.meet(self.target)
+        costs = runs.costs
+        calibration = Calibration(
+            heard.recording,
+            tuple(runs.measured),
+            costs.full,
+            costs.skipped,
+            ((self.target, chosen),),
+            self._floor,
+            (SEED,),
+        )
         return AutoPlan(
             kind,
             calibration,
@@ -177,7 +188,7 @@ class Planner:
 
     def _load(self, family: str) -> list[AutoPlan]:
         known = [] if self._store is None else self._store.load(family)
-        return [plan for plan in known if plan.calibration.target == self.target]
+        return [plan for plan in known if plan.target == self.target]
 
     def _is_known_sampler(self, plan: AutoPlan) -> bool:
         """Returns whether a generation was recorded anew whose sampler was the recorded one: the

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from pabc.calibration.calibration import Calibration
 from pabc.calibration.hearing import Stream
+from pabc.calibration.target import Target
 from pabc.runtime.timesteps import ArgPath
 from pabc.schedule import Schedule
 
@@ -72,6 +71,11 @@ class AutoPlan:
     origin: str = "recorded in this process"
     remark: str = ""
 
+    @property
+    def target(self) -> Target:
+        """What was asked for."""
+        return self.calibration.plans[0][0]
+
     def suits(self, kind: Kind) -> bool:
         """Returns whether a generation that begins like `kind` may follow this plan."""
         mine, theirs = self.kind, kind
@@ -116,37 +120,36 @@ class AutoPlan:
         found = next((m for m in self.calibration.measured if m.candidate == chosen), None)
         told = "" if found is None else f", {found.mean:.1f} dB when it was run"
         return (
-            f"{self.calibration.target}: computes {n - skipped} of {n} steps ({chosen.name}{told}); "
+            f"{self.target}: computes {n - skipped} of {n} steps ({chosen.name}{told}); "
             f"{self.origin}{self.remark}"
         )
 
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """Returns the plan as arrays by name."""
-        kind = self.kind
-        facts = [kind.family, kind.weights, kind.form, kind.sampler, self.path or ""]
+    def to_content(self) -> dict[str, Any]:
+        """Returns what is known beside the calibration, as plain values."""
         return {
-            "facts": np.asarray(facts),
-            "calls": np.asarray([(c.step, c.order) for c in self.calls]),
-            "names": np.asarray(["" if c.name is None else f"={c.name}" for c in self.calls]),
-            "streams": np.asarray(self.streams),
-            "parts": np.asarray(self.parts),
+            "kind": asdict(self.kind),
+            "calls": self.calls,
+            "path": self.path,
+            "streams": self.streams,
+            "parts": self.parts,
         }
 
-
-def from_arrays(calibration: Calibration, arrays: Mapping[str, Any], origin: str) -> AutoPlan:
-    """Returns the plan that `to_arrays` gave, for the target of its calibration."""
-    family, weights, form, sampler, path = map(str, arrays["facts"])
-    places = zip(arrays["calls"].tolist(), arrays["names"].tolist(), strict=True)
-    calls = tuple(PlannedCall(step, _name(name), order) for (step, order), name in places)
-    kind = Kind(family, weights, form, sampler, calibration.timesteps)
-    streams = tuple(Stream(*map(int, pair)) for pair in arrays["streams"])
-    schedule = calibration.schedule()
-    parts = int(arrays["parts"])
-    return AutoPlan(kind, calibration, schedule, calls, path or None, streams, parts, origin)
-
-
-def _name(text: str) -> str | None:
-    return text[1:] if text else None
+    @classmethod
+    def from_content(
+        cls, content: Mapping[str, Any], calibration: Calibration, origin: str
+    ) -> AutoPlan:
+        """Returns the plan that `to_content` gave, and its calibration."""
+        kind = content["kind"]
+        return cls(
+            Kind(**{**kind, "timesteps": tuple(kind["timesteps"])}),
+            calibration,
+            calibration.schedule(),
+            tuple(PlannedCall(*call) for call in content["calls"]),
+            content["path"],
+            tuple(Stream(*stream) for stream in content["streams"]),
+            content["parts"],
+            origin,
+        )
 
 
 _FAR = 1e-4

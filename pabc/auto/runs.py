@@ -64,7 +64,15 @@ class ReplayedRuns:
         """True if a skipped call was measured."""
         return bool(self._skipped)
 
-    def measure(self, candidate: Candidate) -> Measurement:
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """What the recorded generation is called."""
+        return (SEED,)
+
+    def expect(self, runs: int) -> None:
+        """Does nothing: no progress is shown."""
+
+    def measure(self, candidate: Candidate, seed: int) -> Measurement:
         """Runs a plan, and returns how far its latents came from the recorded ones, in dB."""
         known = next((m for m in self.measured if m.plan == _plan(candidate)), None)
         if known is not None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import platform
 import time
 from pathlib import Path
 
-from pabc.auto.plans import AutoPlan, from_arrays
-from pabc.calibration.files import nest, read_arrays, unnest, write_arrays
+from pabc.auto.plans import AutoPlan
+from pabc.calibration.calibration import Calibration
 
 logger = logging.getLogger(__name__)
 
-MARK = "plan of pabc.auto"
+VERSION = 1
 
 
 def default_folder() -> Path:
@@ -30,7 +31,7 @@ def default_folder() -> Path:
 
 
 class Store:
-    """A folder of plans: one file for each kind of generation and target.
+    """A folder of plans: two files for each kind of generation and target.
 
     What cannot be read or written is told by the log, and does without.
     """
@@ -41,21 +42,24 @@ class Store:
     def load(self, family: str) -> list[AutoPlan]:
         """Returns the plans for a family of models, the latest written last."""
         found = []
-        for path in sorted(self._folder_of(family).glob("*.npz"), key=_written):
+        for path in sorted(self._folder_of(family).glob("*.json"), key=_written):
             try:
                 found.append(_read(path))
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 logger.warning("the plan in %s is left out: %s", path, error)
         return found
 
     def save(self, plan: AutoPlan) -> None:
-        """Writes a plan; whole or not at all."""
+        """Writes a plan, and beside it its calibration; each whole or not at all."""
         folder = self._folder_of(plan.kind.family)
-        path = folder / f"{_digest(plan)}.npz"
-        arrays = plan.calibration.to_arrays() | nest("auto", plan.to_arrays())
+        path = folder / f"{_digest(plan)}.json"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_arrays(path, MARK, arrays)
+            plan.calibration.save(path.with_suffix(".npz"))
+            beside = path.with_suffix(f".{os.getpid()}.part")
+            content = {"version": VERSION, **plan.to_content()}
+            beside.write_text(json.dumps(content, indent=1))
+            beside.replace(path)
         except OSError as error:
             logger.warning("a plan is not kept for other processes: %s", error)
 
@@ -64,17 +68,17 @@ class Store:
 
 
 def _read(path: Path) -> AutoPlan:
-    from pabc.calibration.calibration import Calibration
-
-    arrays = read_arrays(path, MARK)
-    calibration = Calibration.from_arrays(arrays)
+    content = json.loads(path.read_text())
+    if content["version"] != VERSION:
+        raise ValueError(f"version: expected {VERSION}, found {content['version']}")
+    calibration = Calibration.load(path.with_suffix(".npz"))
     day = time.strftime("%Y-%m-%d", time.localtime(_written(path)))
-    return from_arrays(calibration, unnest("auto", arrays), f"recorded on {day}, from {path}")
+    return AutoPlan.from_content(content, calibration, f"recorded on {day}, from {path}")
 
 
 def _digest(plan: AutoPlan) -> str:
     kind = plan.kind
-    target = str(plan.calibration.target)
+    target = str(plan.target)
     text = repr((kind.weights, kind.form, kind.sampler, kind.timesteps, plan.calls[0].name, target))
     guided = plan.calibration.updates.outputs[0].round(3).tolist()
     return hashlib.sha256(f"{text}{guided}".encode()).hexdigest()[:20]
