@@ -57,8 +57,10 @@ class AutoCourse:
     def begin(self, call: HeardCall, step: int) -> Schedule | None:
         """Compares the loop with the recorded one; returns what to follow where they differ."""
         plan = self._plan
-        reason = self._check and self._check.begin(step, call.leaves)
-        if reason is None or plan is None:
+        if self._check is None or plan is None:
+            return None
+        reason = self._check.begin(step, call.leaves)
+        if reason is None:
             return None
         self._plan = self._planner.find_other(plan, self._check)
         if self._plan is not None:

@@ -193,7 +193,7 @@ class _Loop:
                 )
         elif reading is not None:
             self._awaited = reading, timestep
-        return self._check and self._check.begin(expected.step, call.leaves)
+        return None if self._check is None else self._check.begin(expected.step, call.leaves)
 
     def _reading(
         self, plan: AutoPlan, structure: Structure, leaves: Sequence[Any]

@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from pabc.calibration.calibration import Calibration
+from pabc.calibration.choice import Choice
 from pabc.calibration.notes import Notes, fingerprint
 from pabc.calibration.progress import Progress
+from pabc.calibration.sampled_runs import SampledRuns
 from pabc.calibration.subject import Sample, Subject
 from pabc.calibration.target import Target
-from pabc.calibration.trial import Trial
 
 Numbers = float | Iterable[float] | None
 """A target, or several."""
@@ -81,9 +82,9 @@ def calibrate(
         raise ValueError(f"candidates: expected 1 or more, found {candidates}")
     notes = Notes.open("" if resume is None else fingerprint(model), resume)
     with Subject(model, components=components) as subject, Progress(progress) as shown:
-        trial = Trial(sample, subject, notes, shown, chosen, candidates, floor)
-        trial.record()
-        plans = tuple((target, trial.meet(target)) for target in targets)
+        runs = SampledRuns(sample, subject, notes, shown, chosen)
+        choice = Choice(runs.record(), runs, limit=candidates, floor=floor)
+        plans = tuple((target, choice.meet(target)) for target in targets)
     costs = notes.costs
     measured = tuple(each for each in notes.measured.values())
     return Calibration(

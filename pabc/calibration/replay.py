@@ -5,21 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from pabc.calibration.hearing import HeardGeneration, find_outputs
 from pabc.calibration.recording import Vector
-
-
-class LinearSampler(Protocol):
-    """How the inputs of a step follow from those before; see :class:`Updates`."""
-
-    inputs: np.ndarray
-    outputs: np.ndarray
-
+from pabc.calibration.updates import Updates
 
 MakeCall = Callable[[int, str, int, tuple[Any, ...], dict[str, Any]], Any]
 """Calls model `index` at a step, under a name: `(step, name, index, args, kwargs) -> result`."""
@@ -47,7 +40,7 @@ class Replay:
     those that clip; noise that a sampler adds is that of the recording.
     """
 
-    def __init__(self, heard: HeardGeneration, sampler: LinearSampler) -> None:
+    def __init__(self, heard: HeardGeneration, sampler: Updates) -> None:
         self._heard, self._sampler = heard, sampler
         recording = heard.recording
         self._branches = {name: i for i, name in enumerate(recording.branches)}

@@ -1,0 +1,137 @@
+"""Runs plans of a model, and compares them with full generations that it records."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+
+from pabc.calibration.candidates import Candidate
+from pabc.calibration.costs import Costs
+from pabc.calibration.measurement import Measurement, schedule_of
+from pabc.calibration.notes import Notes, Reference
+from pabc.calibration.progress import Progress
+from pabc.calibration.recording import Recording
+from pabc.calibration.results import decibels
+from pabc.calibration.subject import Run, Sample, Subject
+from pabc.calibration.updates import identify
+from pabc.calibration.watch import differ
+
+NOISY = 0.25
+"""The residual of one of the sampler's updates above which they are not known well."""
+
+
+class SampledRuns:
+    """Runs the generations of a user's function by plans, beside full ones."""
+
+    def __init__(
+        self,
+        sample: Sample,
+        subject: Subject,
+        notes: Notes,
+        progress: Progress,
+        seeds: tuple[int, ...],
+    ) -> None:
+        self._sample, self._subject, self._notes, self._progress = sample, subject, notes, progress
+        self.seeds = seeds
+        self._has_warned = False
+
+    @property
+    def measured(self) -> tuple[Measurement, ...]:
+        """What was run so far."""
+        return tuple(self._notes.measured.values())
+
+    @property
+    def costs(self) -> Costs:
+        """The seconds of full and skipped calls, as far as they were measured."""
+        return self._notes.costs
+
+    @property
+    def has_costs(self) -> bool:
+        """True if a skipped call was measured."""
+        return bool(self._notes.skipped)
+
+    def expect(self, runs: int) -> None:
+        """Shows how many more runs are to come, or, below 0, are not."""
+        self._progress.expect(runs)
+
+    def record(self) -> Recording:
+        """Records the seeds that are not recorded yet; returns the sum of all."""
+        missing = [seed for seed in self.seeds if seed not in self._notes.references]
+        self._progress.expect(len(missing))
+        for seed in missing:
+            self._progress.begin(f"recording seed {seed}")
+            run = self._subject.record(self._sample, seed)
+            assert run.recording is not None
+            reference = Reference(run.recording, run.result, run.watch.opening)
+            self._notes.full += run.watch.full if not self._notes.skipped else []
+            self._notes.add_reference(seed, reference)
+            self._progress.finish(f"recorded seed {seed}")
+        recording = self._notes.recording(self.seeds)
+        self._subject.timesteps = recording.timesteps
+        updates = identify(recording)
+        if float(updates.residual.max()) > NOISY:
+            _warn_of_noise(updates.residual)
+        self._peak, self._timesteps = recording.peak, recording.timesteps
+        return recording
+
+    def measure(self, candidate: Candidate, seed: int) -> Measurement:
+        """Runs a candidate with a seed, unless it was; returns what is known of it."""
+        notes = self._notes
+        known = notes.measured.get((candidate.computed, candidate.weights))
+        if known is not None and seed in known.decibels:
+            self._progress.drop(1)
+            return known
+        count = len(candidate.computed)
+        self._progress.begin(f"{count} steps, {candidate.name}, seed {seed}")
+        run = self._subject.run(self._sample, seed, schedule_of(candidate, self._timesteps))
+        self._check(run, candidate, seed)
+        if not notes.skipped:
+            notes.full.clear()  # those of the recording, which took longer
+        notes.full += run.watch.full
+        notes.skipped += run.watch.skipped
+        found = decibels(notes.references[seed].result, run.result)
+        notes.add_measured(candidate, candidate.decibels(self._peak), seed, found)
+        self._progress.finish(f"{count} steps, {candidate.name}: {found:.1f} dB")
+        return notes.measured[candidate.computed, candidate.weights]
+
+    def _check(self, run: Run, candidate: Candidate, seed: int) -> None:
+        """Raises ValueError, or warns, where a run is not the recorded one but for the plan."""
+        opening = self._notes.references[seed].opening
+        for step, inputs in opening.items():
+            if step in run.watch.opening and differ(inputs, run.watch.opening[step]):
+                if step == 0:
+                    raise ValueError(
+                        f"sample: expected the same inputs at step 0 whenever the seed is {seed}, "
+                        "found others: draw the noise from a generator with that seed"
+                    )
+                self._warn_of_chance(seed, step)
+        skipped = set(range(len(candidate.weights))) - set(candidate.computed)
+        lacking = [step for step in sorted(skipped) if not run.watch.num_skipped[step]]
+        if lacking:
+            raise ValueError(
+                f"sample: expected the calls of {len(skipped)} steps to be skipped, found that "
+                f"those of {len(lacking)} were computed, step {lacking[0]} first; reasons: "
+                f"{self._subject.fallbacks() or 'none'}"
+            )
+
+    def _warn_of_chance(self, seed: int, step: int) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"pabc: two generations with seed {seed} differ at step {step}, before anything "
+                "was skipped: the scheduler or the model draws random numbers that the seed does "
+                "not fix. What is measured is that difference too; pass a generator, or take a "
+                "scheduler without noise",
+                stacklevel=6,
+            )
+
+
+def _warn_of_noise(residual: np.ndarray) -> None:
+    step = int(residual.argmax())
+    warnings.warn(
+        f"pabc: up to {residual[step]:.0%} of what the sampler does (at step {step}) does not "
+        "follow from the model's outputs: it adds noise, clips, or rescales its guidance. "
+        "Predictions are less exact for that; what is measured holds as ever",
+        stacklevel=4,
+    )
