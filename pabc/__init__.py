@@ -10,7 +10,7 @@ if (Path(__file__).parents[1] / "setup.py").is_file():
 from pabc import presets
 from pabc.api import compile, explain, load
 from pabc.artifact.errors import ArtifactError
-from pabc.auto import auto
+from pabc.automatic import auto
 from pabc.calibration.calibrate import calibrate
 from pabc.calibration.calibration import Calibration
 from pabc.compiled import CompiledModel

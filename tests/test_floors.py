@@ -73,7 +73,7 @@ FLOORS = (
     ("pabc.pipelines.*",),
     ("pabc.calibration.*",),
     # Plans that make themselves.
-    ("pabc.auto.*",),
+    ("pabc.automatic.*",),
     ("pabc",),
     # Programs that use pabc as any user does.
     ("pabc.demo.*", "pabc.commands.*", "pabc.__main__"),

@@ -33,8 +33,9 @@ class FoundStep:
 
 @dataclass(slots=True)
 class _Step:
-    """One step: the numbers of its first call, and the latents of each name's first call."""
+    """One step: the name and numbers of its first call, the latents of each name's first call."""
 
+    name: str | None
     numbers: Numbers
     latents: dict[str | None, list[torch.Tensor]] = field(default_factory=dict)
     counts: dict[str | None, int] = field(default_factory=dict)
@@ -43,9 +44,9 @@ class _Step:
 class Steps:
     """Counts the steps of generations whose timesteps nobody has stated.
 
-    A call is of the same step as the one before if it has the same numbers, and either its name is
-    new in the step, or it is given the same latents, as unnamed calls of guidance are. It begins a
-    new generation if its numbers are those of the first step again, after others.
+    A call is of the same step as the one before if it is given the same latents, as the calls of
+    guidance are, or if its name is new in the step and its numbers are the same. It begins a new
+    generation if its numbers are those of the first step again, after others.
     """
 
     def __init__(self, read: Callable[[Structure, Sequence[Any]], Numbers]) -> None:
@@ -82,11 +83,11 @@ class Steps:
     def begin(self, name: str | None, leaves: Sequence[Any], structure: Structure) -> FoundStep:
         """Returns the step of a call that is about to be made."""
         numbers = self._read(structure, leaves)
-        is_new = not self._steps or self._is_first(numbers)
+        is_new = not self._steps or self._is_first(numbers, name)
         if is_new:
             self.restart()
         if is_new or not self._is_same_step(numbers, name, leaves):
-            self._steps.append(_Step(numbers))
+            self._steps.append(_Step(name, numbers))
         step = self._steps[-1]
         order = step.counts.get(name, 0)
         step.counts[name] = order + 1
@@ -109,23 +110,25 @@ class Steps:
             for earlier in self._steps[:-1][-1:]:
                 earlier.latents.clear()
 
-    def begins_again(self, leaves: Sequence[Any], structure: Structure) -> bool:
+    def begins_again(self, name: str | None, leaves: Sequence[Any], structure: Structure) -> bool:
         """Returns whether a call that is about to be made begins another generation."""
-        return bool(self._steps) and self._is_first(self._read(structure, leaves))
+        return bool(self._steps) and self._is_first(self._read(structure, leaves), name)
 
-    def _is_first(self, numbers: Numbers) -> bool:
-        first, last = self._steps[0].numbers, self._steps[-1].numbers
-        return numbers == first and last != first
+    def _is_first(self, numbers: Numbers, name: str | None) -> bool:
+        """Returns whether numbers that have moved since are those of the first step again."""
+        first, last = self._steps[0], self._steps[-1]
+        if name != first.name:
+            return False
+        moved = [p for p, x in first.numbers.items() if last.numbers.get(p, x) != x]
+        return bool(moved) and all(numbers.get(p) == first.numbers[p] for p in moved)
 
     def _is_same_step(self, numbers: Numbers, name: str | None, leaves: Sequence[Any]) -> bool:
         step = self._steps[-1]
-        if numbers != step.numbers:
-            return False
-        if name not in step.counts:
-            return True
-        earlier = step.latents.get(name)
         now = [leaves[i] for i in self._latents or ()]
-        return bool(earlier) and all(map(_are_equal, earlier or (), now))
+        if any(all(map(_are_equal, then, now)) for then in step.latents.values() if then):
+            return True
+        common = numbers.keys() & step.numbers.keys()
+        return name not in step.counts and all(numbers[p] == step.numbers[p] for p in common)
 
 
 def _are_equal(a: Any, b: Any) -> bool:

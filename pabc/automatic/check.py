@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pabc.auto.plans import AutoPlan
+from pabc.automatic.plans import AutoPlan
 from pabc.calibration.hearing import HeardGeneration, Hearing
 from pabc.calibration.recording import Vector
 

@@ -11,11 +11,11 @@ from time import perf_counter
 import numpy as np
 from torch import nn
 
-from pabc.auto.check import SamplerCheck
-from pabc.auto.fingerprint import describe_family, describe_weights, versions_of
-from pabc.auto.plans import AutoPlan, Kind, PlannedCall
-from pabc.auto.runs import SEED, ReplayedRuns
-from pabc.auto.store import Store
+from pabc.automatic.check import SamplerCheck
+from pabc.automatic.fingerprint import describe_family, describe_weights, versions_of
+from pabc.automatic.plans import AutoPlan, Kind, PlannedCall
+from pabc.automatic.runs import SEED, ReplayedRuns
+from pabc.automatic.store import Store
 from pabc.calibration.calibration import Calibration
 from pabc.calibration.choice import Choice
 from pabc.calibration.hearing import HeardGeneration, Hearing

@@ -1,5 +1,5 @@
 """Plans that make themselves: a first generation is recorded, later ones follow its plan."""
 
-from pabc.auto.request import Auto, auto
+from pabc.automatic.request import Auto, auto
 
 __all__ = ["Auto", "auto"]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pabc.auto.check import SamplerCheck
-from pabc.auto.fingerprint import describe_form
-from pabc.auto.planner import Planner, spell
-from pabc.auto.plans import AutoPlan, Kind, PlannedCall
+from pabc.automatic.check import SamplerCheck
+from pabc.automatic.fingerprint import describe_form
+from pabc.automatic.planner import Planner, spell
+from pabc.automatic.plans import AutoPlan, Kind, PlannedCall
 from pabc.calibration.hearing import Hearing
 from pabc.runtime.listening import HeardCall
 from pabc.schedule import Schedule

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pabc.auto.courses import PipelineCourses
-from pabc.auto.follower import Follower
-from pabc.auto.planner import Planner
-from pabc.auto.store import Store, default_folder
+from pabc.automatic.courses import PipelineCourses
+from pabc.automatic.follower import Follower
+from pabc.automatic.planner import Planner
+from pabc.automatic.store import Store, default_folder
 from pabc.calibration.target import Target
 from pabc.compiled import CompiledModel
 from pabc.planning import SelfPlanning

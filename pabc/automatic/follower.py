@@ -6,10 +6,10 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-from pabc.auto.check import SamplerCheck
-from pabc.auto.fingerprint import describe_form
-from pabc.auto.planner import Planner, spell
-from pabc.auto.plans import AutoPlan, Kind, PlannedCall
+from pabc.automatic.check import SamplerCheck
+from pabc.automatic.fingerprint import describe_form
+from pabc.automatic.planner import Planner, spell
+from pabc.automatic.plans import AutoPlan, Kind, PlannedCall
 from pabc.base.structure import Structure
 from pabc.calibration.hearing import Hearing
 from pabc.calibration.steps import Numbers, ReadNumbers, Steps
@@ -155,7 +155,7 @@ class _Loop:
 
     def _record(self, call: HeardCall) -> None:
         name = _name_of(call)
-        if self._steps.begins_again(call.leaves, call.structure):
+        if self._steps.begins_again(name, call.leaves, call.structure):
             self.finish()
             self._start(call)
             return

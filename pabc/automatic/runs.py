@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pabc.auto.plans import PlannedCall
+from pabc.automatic.plans import PlannedCall
 from pabc.calibration.candidates import Candidate
 from pabc.calibration.costs import Costs
 from pabc.calibration.hearing import HeardGeneration

@@ -10,7 +10,7 @@ import platform
 import time
 from pathlib import Path
 
-from pabc.auto.plans import AutoPlan
+from pabc.automatic.plans import AutoPlan
 from pabc.calibration.calibration import Calibration
 
 logger = logging.getLogger(__name__)

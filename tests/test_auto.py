@@ -1,0 +1,259 @@
+"""pabc.auto: the first generation is computed and recorded, later ones follow its plan."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sampling_loops import Loop, make_denoiser
+from torch import Tensor, nn
+
+import pabc
+from pabc.automatic.store import default_folder
+
+FORMS = ("one", "batched", "named", "unnamed")
+
+
+def compile_auto(model: nn.Module, cache: Any = False, **options: Any) -> Any:
+    request = {"calls": 7, "floor": 5.0} if not options.keys() & {"speedup", "psnr"} else {}
+    backend = options.pop("backend", "original")
+    return pabc.compile(model, pabc.auto(**request | options, cache=cache), backend=backend)
+
+
+def run(fast: Any, loop: Loop, seed: int) -> tuple[Tensor, pabc.Stats]:
+    """Runs a generation; returns its result, and what was counted before and after."""
+    with torch.no_grad():
+        result = loop(fast, seed)
+    return result, fast.stats
+
+
+def plan_of(fast: Any) -> pabc.Schedule:
+    """Returns the schedule of the last generation."""
+    return fast.current.schedule
+
+
+@pytest.mark.parametrize("backend", ["original", "eager"])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_second_generation_follows_the_plan(form: str, backend: str) -> None:
+    loop, model = Loop(form), make_denoiser()
+    fast = compile_auto(model, backend=backend)
+    branches = 2 if form in ("named", "unnamed") else 1
+    first, stats = run(fast, loop, 0)
+    assert torch.equal(first, loop(model, 0)), "the first generation is computed in full"
+    assert stats.reused == 0 and stats.recorded == 0
+    second, stats = run(fast, loop, 1)
+    assert stats.recorded == 1 and stats.reused == 5 * branches
+    assert stats.calls == 24 * branches, "plans that were tried are not counted"
+    assert "calls=7: computes 7 of 12 steps" in stats.plan_source
+    assert "recorded in this process" in stats.plan_source
+    expected = loop.by_hand(model, 1, plan_of(fast))
+    torch.testing.assert_close(second, expected, rtol=1e-5, atol=1e-5)
+    third, stats = run(fast, loop, 2)
+    assert stats.recorded == 1 and stats.reused == 10 * branches
+    full = loop(model, 2)
+    error = (third - full).square().mean().sqrt()
+    assert 0 < error < 0.05 * full.std()
+    assert not stats.fallbacks
+    assert f"plan: {stats.plan_source}" in str(fast.explain())
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_multistep_samplers(order: int) -> None:
+    loop, model = Loop("named", order=order), make_denoiser()
+    fast = compile_auto(model)
+    run(fast, loop, 0)
+    found, stats = run(fast, loop, 1)
+    assert stats.recorded == 1 and stats.reused == 10
+    full = loop(model, 1)
+    assert 0 < (found - full).square().mean().sqrt() < 0.05 * full.std()
+
+
+def test_another_guidance_scale_is_recorded_anew() -> None:
+    loop, model = Loop("batched"), make_denoiser()
+    other = loop.but(guidance=5.0)
+    fast = compile_auto(model)
+    run(fast, loop, 0)
+    run(fast, loop, 1)
+    with torch.no_grad():
+        changed = other(fast, 2)
+    assert "found at step 1 latents that differ" in fast.stats.plan_source
+    torch.testing.assert_close(changed, other(model, 2), rtol=1e-5, atol=1e-6)
+    run(fast, other, 3)  # recorded
+    reused = fast.stats.reused
+    run(fast, other, 4)
+    assert fast.stats.recorded == 2 and fast.stats.reused == reused + 5
+    run(fast, loop, 5)
+    assert fast.stats.recorded == 2 and fast.stats.reused == reused + 10, "both plans are known"
+
+
+@pytest.mark.parametrize("change", [{"order": 2}, {"num_steps": 9}, {"num_steps": 15}])
+def test_another_sampler_or_number_of_steps(change: dict[str, Any]) -> None:
+    loop, model = Loop(), make_denoiser()
+    other = loop.but(**change)
+    fast = compile_auto(model)
+    run(fast, loop, 0)
+    run(fast, loop, 1)
+    for seed in (2, 3, 4):
+        found, stats = run(fast, other, seed)
+    assert stats.recorded == 2
+    full = other(model, 4)
+    assert 0 < (found - full).square().mean().sqrt() < 0.1 * full.std()
+
+
+def test_other_weights_and_shapes_may_use_the_plan() -> None:
+    loop, model = Loop(), make_denoiser()
+    fast = compile_auto(model)
+    run(fast, loop, 0)
+    run(fast, loop, 1)
+    _, stats = run(fast, loop.but(clips=3), 2)
+    assert stats.recorded == 1 and stats.reused == 10
+    assert "with other shapes" in stats.plan_source
+    with torch.no_grad():
+        model.mix.weight.mul_(1.01)
+    _, stats = run(fast, loop, 3)
+    assert stats.recorded == 1 and stats.reused == 15
+    assert "with other weights" in stats.plan_source
+
+
+def test_a_generation_that_raises_or_stops_is_not_planned() -> None:
+    loop, model = Loop(), make_denoiser()
+    fast = compile_auto(model)
+    with pytest.raises(RuntimeError), torch.no_grad():
+        fast(torch.randn(2, 6, 4), torch.full((2,), 1000.0), text=torch.randn(2, 9))
+    run(fast, loop, 0)
+    run(fast, loop, 1)
+    assert fast.stats.recorded == 1
+    x, t, text = torch.randn(2, 6, 4), torch.full((2,), 1000.0), torch.randn(2, 3)
+    with torch.no_grad():
+        fast(x, t, text=text)  # begins a generation, and leaves it
+    found, stats = run(fast, loop, 2)
+    torch.testing.assert_close(found, loop.by_hand(model, 2, plan_of(fast)))
+    assert stats.recorded == 1
+
+
+def test_trajectories_record_and_follow_apart() -> None:
+    loop, model = Loop(), make_denoiser()
+    fast = compile_auto(model)
+    with fast.trajectory():
+        run(fast, loop, 0)
+    with fast.trajectory():
+        found, stats = run(fast, loop, 1)
+        plan = plan_of(fast)
+    assert stats.recorded == 1 and stats.reused == 5
+    torch.testing.assert_close(found, loop.by_hand(model, 1, plan))
+
+
+def test_reset_ends_a_generation() -> None:
+    fast = compile_auto(make_denoiser())
+    run(fast, Loop(), 0)
+    fast.reset()
+    run(fast, Loop(), 1)
+    assert fast.stats.recorded == 1 and fast.stats.reused == 5
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_inference_mode(inference: bool) -> None:
+    fast, loop = compile_auto(make_denoiser()), Loop("named")
+    with torch.inference_mode(inference), torch.no_grad():
+        for seed in range(2):
+            loop(fast, seed)
+    assert fast.stats.recorded == 1 and fast.stats.reused == 10
+
+
+def test_targets_and_the_floor() -> None:
+    loop, model = Loop(num_steps=20), make_denoiser()
+    fast = compile_auto(model, psnr=60.0)
+    run(fast, loop, 0)
+    found, stats = run(fast, loop, 1)
+    full = loop(model, 1)
+    peak = float(full.max() - full.min())
+    psnr = 20 * torch.log10(peak / (found - full).square().mean().sqrt())
+    assert psnr > 50 and stats.reused > 2
+    fast = pabc.compile(model, pabc.auto(calls=3, floor=90.0, cache=False), backend="original")
+    run(fast, loop, 0)
+    with pytest.warns(UserWarning, match=r"calls=3: expected 90 dB or more, found .* dB at best"):
+        run(fast, loop, 1)
+    assert fast.stats.reused < 17
+
+
+def test_too_few_steps_and_models_without_latents() -> None:
+    fast = compile_auto(make_denoiser())
+    for seed in range(3):
+        run(fast, Loop(num_steps=3), seed)
+    assert fast.stats.recorded == 0 and fast.stats.reused == 0
+
+    class Sum(nn.Module):
+        def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+            return x.sum() + timestep.sum() + text.sum()
+
+    fast = compile_auto(Sum().eval())
+    run(fast, Loop(num_steps=5), 0)
+    with pytest.warns(UserWarning, match="all steps are computed, since latents: expected"):
+        run(fast, Loop(num_steps=5), 1)
+    assert fast.stats.reused == 0 and "all steps are computed" in fast.stats.plan_source
+
+
+PROCESS = """
+import sys, json, torch, pabc
+sys.path.insert(0, sys.argv[1])
+from sampling_loops import Loop, make_denoiser
+fast = pabc.compile(make_denoiser(), pabc.auto(calls=7, floor=5), backend="original")
+sums = []
+with torch.no_grad():
+    for seed in range(int(sys.argv[2]), int(sys.argv[2]) + 2):
+        sums.append(float(Loop()(fast, seed).sum()))
+print(json.dumps([fast.stats.recorded, fast.stats.reused, fast.stats.plan_source, sums]))
+"""
+
+
+def test_another_process_starts_with_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PABC_CACHE", str(tmp_path))
+    assert default_folder() == tmp_path
+
+    def run_process() -> list[Any]:
+        command = [sys.executable, "-c", PROCESS, str(Path(__file__).parent), "0"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    recorded, reused, source, sums = run_process()
+    assert (recorded, reused) == (1, 5) and "in this process" in source
+    again, reused, source, others = run_process()
+    assert (again, reused) == (0, 10) and str(tmp_path) in source and "recorded on" in source
+    assert others[1] == pytest.approx(sums[1], rel=1e-4)
+    files = list(tmp_path.rglob("*.npz"))
+    assert len(files) == 1
+    calibration = pabc.Calibration.load(files[0])
+    assert calibration.num_steps == 12 and len(calibration.chosen.computed) == 7
+
+
+def test_damaged_and_foreign_files_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loop, model = Loop(), make_denoiser()
+    fast = compile_auto(model, cache=tmp_path)
+    run(fast, loop, 0)
+    run(fast, loop, 1)
+    (file,) = tmp_path.rglob("*.json")
+    for text in ("{", "{}", '{"version": 99}'):
+        file.write_text(text)
+        fast = compile_auto(model, cache=tmp_path)
+        run(fast, loop, 0)
+        assert fast.stats.reused == 0
+    assert "is left out" in caplog.text
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected one of speedup, psnr and calls, found"):
+        pabc.auto(2.0, calls=3)
+    with pytest.raises(ValueError, match="speedup: expected a number of 1 or more, found 0"):
+        pabc.auto(0.5)
+    with pytest.raises(ValueError, match="candidates: expected 1 or more, found 0"):
+        pabc.auto(candidates=0)
+    assert str(pabc.auto()) == "auto(speedup=2)"
