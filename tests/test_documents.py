@@ -127,7 +127,7 @@ PROVIDED: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     ),
     "fast": make_fast,
     "pipe": lambda _: make_pipeline(),
-    "prompt": lambda _: call_latte(1, 1),
+    "prompt": lambda _: {k: v for k, v in call_latte(1, 1).items() if k != "latents"},
 }
 """Name -> what makes it, of the names before it."""
 
@@ -245,7 +245,15 @@ def test_files_exist(document):
             assert is_file(span, document), f"{document.name}: there is no `{span}`"
 
 
-MADE = ("pabc-demo/", "metrics.json", "passes/swish.py", "tests/test_swish.py")
+MADE = (
+    "pabc-demo/",
+    "metrics.json",
+    "notes.npz",
+    "calibration.npz",
+    "frontier.svg",
+    "passes/swish.py",
+    "tests/test_swish.py",
+)
 """Paths that a reader makes."""
 
 
