@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class Loop:
         text = torch.randn(self.clips, 3, generator=generator)
         sigmas = torch.linspace(1, 0, self.num_steps + 1)
         last = None
-        for now, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for now, after in pairwise(sigmas):
             guided = self.guide(model, x, (1000 * now).expand(self.clips), text)
             mixed = guided if last is None or self.order == 1 else 1.5 * guided - 0.5 * last
             x = x + (after - now) * mixed

@@ -126,6 +126,7 @@ def test_measurements_as_arrays(calibration: pabc.Calibration) -> None:
 
 def test_a_table(calibration: pabc.Calibration) -> None:
     lines = str(calibration).splitlines()
+    assert repr(calibration) == str(calibration)
     assert lines[0].startswith(
         "calibration: 16 steps, recorded with seeds 0, 1; a call takes 1e+03"
     )
@@ -137,8 +138,8 @@ def test_a_plot(calibration: pabc.Calibration, tmp_path: Path) -> None:
     path = calibration.plot(tmp_path / "frontier.svg")
     root = ElementTree.parse(path).getroot()
     classes = [element.get("class") for element in root.iter()]
-    assert classes.count("measured") == 2 and classes.count("taken") == 1
-    assert classes.count("compute") == 10 and classes.count("skip") == NUM_STEPS - 10
+    assert classes.count("measured") == 2 and classes.count("taken") == 2
+    assert classes.count("compute") == 18 and classes.count("skip") == 2 * NUM_STEPS - 18
 
 
 def test_verify_runs_the_plan_on_other_seeds(calibration: pabc.Calibration) -> None:

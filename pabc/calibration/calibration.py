@@ -33,7 +33,7 @@ SHOWN = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 """The speedups whose rows a printed table shows, beside those that were measured."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Calibration:
     """Plans for every speed, from one recording. Made by :func:`pabc.calibrate`; printed, a table.
 
@@ -181,9 +181,10 @@ class Calibration:
         )
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the frontier, and the steps that the chosen plan computes, to a file of SVG."""
+        """Writes the frontier, and the steps that the plans taken compute, to a file of SVG."""
         target = Path(path)
-        target.write_text(draw(self.frontier(), self.chosen, self.floor))
+        plans = [candidate for _, candidate in self.plans]
+        target.write_text(draw(self.frontier(), plans, self.floor))
         return target
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -225,6 +226,8 @@ class Calibration:
     def __str__(self) -> str:
         taken = {candidate for _, candidate in self.plans}
         return "\n".join([*self._describe(), *format_rows(self._shown(), taken)])
+
+    __repr__ = __str__
 
     def _shown(self) -> list[FrontierRow]:
         rows = self.frontier()

@@ -1,4 +1,4 @@
-"""Draws a frontier as SVG: PSNR over speedup, and which steps the taken plan computes."""
+"""Draws a frontier as SVG: PSNR over speedup, and which steps the plans compute that are taken."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ from html import escape
 from pabc.calibration.candidates import Candidate
 from pabc.calibration.frontier import FrontierRow
 
-WIDTH, HEIGHT = 720, 380
-LEFT, RIGHT, TOP, BOTTOM = 52, 18, 14, 84
+WIDTH, LEFT, RIGHT, TOP = 720, 52, 18, 14
+BOTTOM = 296
+"""Where the chart ends, and its labels and the plans begin."""
+ROW = 34
+"""The height of a plan."""
+FASTEST = 4.0
+"""The speedup up to which rows are shown, if no faster plan was measured."""
 STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #444 }
 .grid { stroke: #ddd } .floor { stroke: #d55e00; stroke-dasharray: 5 4 }
@@ -22,32 +27,45 @@ text { font: 12px system-ui, sans-serif; fill: #444 }
 Scale = Callable[[float], float]
 
 
-def draw(rows: Sequence[FrontierRow], taken: Candidate, floor: float) -> str:
+def draw(rows: Sequence[FrontierRow], taken: Sequence[Candidate], floor: float) -> str:
     """Returns the text of an SVG file.
 
-    Dots are measured plans, with a line to the worst seed; the dotted line is what is predicted.
+    Dots are measured plans, with a line to the worst seed; the dotted line is what is predicted
+    between them. Below, a row of steps for each plan in `taken`.
     """
     shown = [row for row in rows if math.isfinite(row.decibels)]
-    parts = [f'<rect class="background" width="{WIDTH}" height="{HEIGHT}"/>']
+    fastest = max([FASTEST, *(row.speedup for row in shown if row.measured is not None)])
+    shown = [row for row in shown if row.speedup <= fastest]
+    plans = list(dict.fromkeys(taken))
+    height = BOTTOM + 44 + ROW * len(plans)
+    parts = [f'<rect class="background" width="{WIDTH}" height="{height}"/>']
     if shown:
-        x_of = _scale([row.speedup for row in shown], LEFT, WIDTH - RIGHT, least=1.0)
-        values = [row.decibels for row in shown]
-        values += [row.worst for row in shown if row.worst is not None]
-        y_of = _scale([*values, floor], HEIGHT - BOTTOM, TOP)
-        parts += _draw_grid(x_of, y_of, shown)
-        parts.append(_line(LEFT, y_of(floor), WIDTH - RIGHT, y_of(floor), "floor"))
-        parts.append(_text(WIDTH - RIGHT, y_of(floor) - 5, f"floor {floor:g} dB", "end"))
-        points = " ".join(f"{x_of(r.speedup):.1f},{y_of(r.decibels):.1f}" for r in shown)
-        parts.append(f'<polyline class="predicted" points="{points}"/>')
-        for row in shown:
-            if row.measured is not None:
-                parts += _draw_measured(row, x_of, y_of, is_taken=row.candidate == taken)
-    parts += _draw_steps(taken)
+        parts += _draw_chart(shown, plans, floor)
+    speedups = {row.candidate: row.speedup for row in rows}
+    for i, plan in enumerate(plans):
+        label = f"{speedups[plan]:.2f}x" if plan in speedups else "plan"
+        parts += _draw_steps(plan, label, BOTTOM + 32 + i * ROW)
     head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        f'width="{WIDTH}" height="{HEIGHT}" role="img"><title>PSNR by speedup</title>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
+        f'width="{WIDTH}" height="{height}" role="img"><title>PSNR by speedup</title>'
     )
     return "\n".join([head, f"<style>{STYLE}</style>", *parts, "</svg>\n"])
+
+
+def _draw_chart(rows: Sequence[FrontierRow], taken: Sequence[Candidate], floor: float) -> list[str]:
+    x_of = _scale([row.speedup for row in rows], LEFT, WIDTH - RIGHT, least=1.0)
+    values = [row.decibels for row in rows]
+    values += [row.worst for row in rows if row.worst is not None]
+    y_of = _scale([*values, floor], BOTTOM, TOP)
+    parts = _draw_grid(x_of, y_of, rows)
+    parts.append(_line(LEFT, y_of(floor), WIDTH - RIGHT, y_of(floor), "floor"))
+    parts.append(_text(LEFT + 6, y_of(floor) - 5, f"floor {floor:g} dB", "start"))
+    points = " ".join(f"{x_of(r.speedup):.1f},{y_of(r.decibels):.1f}" for r in rows)
+    parts.append(f'<polyline class="predicted" points="{points}"/>')
+    for row in rows:
+        if row.measured is not None:
+            parts += _draw_measured(row, x_of, y_of, is_taken=row.candidate in taken)
+    return parts
 
 
 def _scale(
@@ -63,14 +81,14 @@ def _draw_grid(x_of: Scale, y_of: Scale, rows: Sequence[FrontierRow]) -> list[st
     parts = []
     for decibels in range(0, math.ceil(max(values)) + 10, 10):
         y = y_of(decibels)
-        if TOP - 1 <= y <= HEIGHT - BOTTOM + 1:
+        if TOP - 1 <= y <= BOTTOM + 1:
             parts.append(_line(LEFT, y, WIDTH - RIGHT, y, "grid"))
             parts.append(_text(LEFT - 6, y + 4, f"{decibels}", "end"))
     fastest = max(row.speedup for row in rows)
     step = 0.25 if fastest < 2.5 else 0.5 if fastest < 6 else 2
     for i in range(int((fastest - 1) / step) + 1):
         speedup = 1 + i * step
-        parts.append(_text(x_of(speedup), HEIGHT - BOTTOM + 16, f"{speedup:g}x", "middle"))
+        parts.append(_text(x_of(speedup), BOTTOM + 16, f"{speedup:g}x", "middle"))
     parts.append(_text(LEFT - 40, TOP + 4, "dB", "start"))
     return parts
 
@@ -90,24 +108,20 @@ def _draw_measured(row: FrontierRow, x_of: Scale, y_of: Scale, *, is_taken: bool
     return parts
 
 
-def _draw_steps(taken: Candidate) -> list[str]:
-    n, computed = len(taken.weights), set(taken.computed)
+def _draw_steps(plan: Candidate, label: str, y: float) -> list[str]:
+    n, computed = len(plan.weights), set(plan.computed)
     width = (WIDTH - LEFT - RIGHT) / n
-    y = HEIGHT - 40
     parts = []
-    for step, weights in enumerate(taken.weights):
+    for step, weights in enumerate(plan.weights):
         does = "computes" if step in computed else f"forecasts by {_format(weights)}"
         name = "compute" if step in computed else "skip"
         parts.append(
             f'<rect class="{name}" x="{LEFT + step * width:.2f}" y="{y}" '
-            f'width="{max(width - 1, 0.5):.2f}" height="16">'
+            f'width="{max(width - 1, 0.5):.2f}" height="13">'
             f"<title>step {step} {does}</title></rect>"
         )
-    parts.append(_text(LEFT - 6, y + 12, "plan", "end"))
-    parts.append(_text(LEFT, y + 32, "step 0", "start"))
-    parts.append(_text(WIDTH - RIGHT, y + 32, f"step {n - 1}", "end"))
-    shown = f"{len(computed)} of {n} steps computed: {taken.name}"
-    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, y + 32, shown, "middle"))
+    parts.append(_text(LEFT - 6, y + 11, label, "end"))
+    parts.append(_text(LEFT, y + 26, f"{len(computed)} of {n} steps, {plan.name}", "start"))
     return parts
 
 
