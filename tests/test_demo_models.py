@@ -229,5 +229,6 @@ def test_the_demo_runs_with_pictures(tmp_path: Path) -> None:
         assert 0 <= row["picture_accuracy"] <= 1
         assert 0 <= row["placement_accuracy"] <= 1
     page = (tmp_path / "report.html").read_text()
+    assert sd3.Emoji.judged in page and "digit and direction" not in page
     assert "video" not in page and page.count("<img") == 1
     assert {path.name for path in tmp_path.iterdir()} == set(FILES) - {"clips.gif"}

@@ -231,9 +231,8 @@ def describe_method(content: dict[str, Any]) -> str:
         " steps) over the variant's. By other code: torch.compile's seconds over those of that"
         " code, which comes from cheaper formulas and the library of matrix products (here"
         f" {matmul['pabc']} in pabc, {matmul['torch']} in PyTorch) and differs from machine to"
-        " machine. PSNR and SSIM: against the full model's clips, means over"
-        f" {content['clips']} clips; digit and direction: share of these clips in which a"
-        " classifier reads what the caption says. Compile seconds: wall time of the first"
+        " machine. PSNR and SSIM: against the full model's samples, means over"
+        f" {content['clips']} samples; {content['judged']}. Compile seconds: wall time of the first"
         " generation, capture included, less that of a steady one, from an empty cache."
     )
 
