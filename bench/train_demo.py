@@ -16,7 +16,7 @@ import copy
 import random
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -117,20 +117,11 @@ def compute_loss(step_fn: Callable, batch: Batch, alphas: torch.Tensor) -> torch
     return F.mse_loss(step_fn(noisy, batch.timesteps, batch.tokens, batch.frame), target)
 
 
-@dataclass(slots=True)
-class Run:
-    """One training run: the state that a checkpoint contains, and the arguments."""
+class Run(training.Run):
+    """One training run."""
 
-    args: argparse.Namespace
+    progress: Progress
     trainee: Trainee
-    ema: Trainee
-    optimizers: list[torch.optim.Optimizer]
-    progress: Progress = field(default_factory=Progress)
-
-    @property
-    def path(self) -> Path:
-        """The checkpoint."""
-        return self.args.out / "checkpoint.pt"
 
     def stage_done(self) -> float:
         """The progress of the current stage in [0, 1], by its steps or minutes."""
@@ -139,28 +130,6 @@ class Run:
             return min(1.0, self.progress.steps[stage] / max(1, self.args.stage_steps[stage]))
         limit = 60 * self.args.stage_minutes[stage]
         return min(1.0, self.progress.seconds[stage] / max(1e-9, limit))
-
-    def save(self) -> None:
-        """Writes the checkpoint atomically."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        state = {
-            "trainee": self.trainee.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "progress": asdict(self.progress),
-        }
-        torch.save(state, self.path.with_suffix(".partial"))
-        self.path.with_suffix(".partial").replace(self.path)
-
-    def resume(self) -> None:
-        """Restores the state from the checkpoint."""
-        state = torch.load(self.path, map_location=self.args.device, weights_only=True)
-        self.trainee.load_state_dict(state["trainee"])
-        self.ema.load_state_dict(state["ema"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.progress = Progress(**state["progress"])
-        print(f"resumed {self.path}: {self.progress}", flush=True)
 
     def start_clips(self) -> None:
         """Begins stage 2 from stage 1's averaged weights, with identity temporal blocks."""
@@ -178,9 +147,8 @@ def train(args: argparse.Namespace) -> None:
     trainee = Trainee().to(args.device)
     ema = copy.deepcopy(trainee).requires_grad_(False)
     optimizers = training.build_optimizers(trainee, args.muon_lr, args.adamw_lr)
-    run = Run(args, trainee, ema, optimizers)
-    if args.resume and run.path.is_file():
-        run.resume()
+    run = Run(args, trainee, ema, optimizers, Progress())
+    run.resume()
     while run.progress.stage < 2:
         if run.progress.stage == 1 and run.progress.steps[1] == 0:
             run.start_clips()
@@ -243,20 +211,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, pair = parser.add_argument, ("FRAMES", "CLIPS")
-    add("--out", type=Path, default=Path("runs/demo"), help="folder of the checkpoint")
-    add("--export", type=Path, metavar="FOLDER", help="only write the checkpoint's weights there")
-    add("--resume", action=argparse.BooleanOptionalAction, default=True)
-    add("--compile", action=argparse.BooleanOptionalAction, default=True)
+    training.add_arguments(add, Path("runs/demo"))
     add("--stage-minutes", type=float, nargs=2, default=(30.0, 60.0), metavar=pair)
     add("--stage-steps", type=int, nargs=2, metavar=pair, help="instead of minutes")
     add("--batch", type=int, nargs=2, default=(128, 16), metavar=pair)
-    add("--muon-lr", type=float, default=2e-3)
-    add("--adamw-lr", type=float, default=1e-3)
-    add("--device", default="cpu")
-    add("--threads", type=int, default=2)
-    add("--seed", type=int, default=0)
-    add("--log-every", type=int, default=50)
-    add("--save-minutes", type=float, default=3.0)
     args = parser.parse_args()
     export(args.out / "checkpoint.pt", args.export) if args.export else train(args)
 

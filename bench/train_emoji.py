@@ -16,7 +16,7 @@ import copy
 import random
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,48 +100,17 @@ def compute_loss(step_fn: Callable, batch: Batch, autocast: bool) -> torch.Tenso
     return F.mse_loss(velocity.float(), batch.noise - batch.pictures)
 
 
-@dataclass(slots=True)
-class Run:
-    """One training run: the state that a checkpoint contains, and the arguments."""
+class Run(training.Run):
+    """One training run."""
 
-    args: argparse.Namespace
+    progress: Progress
     trainee: Trainee
-    ema: Trainee
-    optimizers: list[torch.optim.Optimizer]
-    progress: Progress = field(default_factory=Progress)
-
-    @property
-    def path(self) -> Path:
-        """The checkpoint."""
-        return self.args.out / "checkpoint.pt"
 
     def done(self) -> float:
         """The progress in [0, 1], by the steps or minutes."""
         if self.args.steps is not None:
             return min(1.0, self.progress.steps / max(1, self.args.steps))
         return min(1.0, self.progress.seconds / max(1e-9, 60 * self.args.minutes))
-
-    def save(self) -> None:
-        """Writes the checkpoint atomically."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        state = {
-            "trainee": self.trainee.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "progress": asdict(self.progress),
-        }
-        torch.save(state, self.path.with_suffix(".partial"))
-        self.path.with_suffix(".partial").replace(self.path)
-
-    def resume(self) -> None:
-        """Restores the state from the checkpoint."""
-        state = torch.load(self.path, map_location=self.args.device, weights_only=True)
-        self.trainee.load_state_dict(state["trainee"])
-        self.ema.load_state_dict(state["ema"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.progress = Progress(**state["progress"])
-        print(f"resumed {self.path}: {self.progress}", flush=True)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -151,9 +120,9 @@ def train(args: argparse.Namespace) -> None:
     pictures = emoji.Pictures.load()
     trainee = Trainee(pictures.words).to(args.device)
     ema = copy.deepcopy(trainee).requires_grad_(False)
-    run = Run(args, trainee, ema, training.build_optimizers(trainee, args.muon_lr, args.adamw_lr))
-    if args.resume and run.path.is_file():
-        run.resume()
+    optimizers = training.build_optimizers(trainee, args.muon_lr, args.adamw_lr)
+    run = Run(args, trainee, ema, optimizers, Progress())
+    run.resume()
     train_steps(run, pictures)
     run.save()
 
@@ -209,21 +178,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/emoji"), help="folder of the checkpoint")
-    add("--export", type=Path, metavar="FOLDER", help="only write the checkpoint's weights there")
-    add("--resume", action=argparse.BooleanOptionalAction, default=True)
-    add("--compile", action=argparse.BooleanOptionalAction, default=True)
+    training.add_arguments(add, Path("runs/emoji"))
     add("--autocast", action=argparse.BooleanOptionalAction, default=True, help="to bfloat16")
     add("--minutes", type=float, default=95.0)
     add("--steps", type=int, help="instead of minutes")
     add("--batch", type=int, default=128)
-    add("--muon-lr", type=float, default=2e-3)
-    add("--adamw-lr", type=float, default=1e-3)
-    add("--device", default="cpu")
-    add("--threads", type=int, default=2)
-    add("--seed", type=int, default=0)
-    add("--log-every", type=int, default=50)
-    add("--save-minutes", type=float, default=3.0)
     args = parser.parse_args()
     export(args.out / "checkpoint.pt", args.export) if args.export else train(args)
 

@@ -1,6 +1,12 @@
-"""Shares what the training of the demo's models has in common: optimizers, rates and averages."""
+"""What the training of the demo's models shares: checkpoints, optimizers, rates and averages."""
 
 from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,6 +14,64 @@ from torch import nn
 EMA_DECAY = 0.999
 WARMUP_STEPS = 100
 DECAY_FRACTION = 0.4
+
+
+@dataclass(slots=True)
+class Run:
+    """One training run: the arguments, and the state that a checkpoint contains.
+
+    `progress` is a dataclass of numbers.
+    """
+
+    args: argparse.Namespace
+    trainee: nn.Module
+    ema: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    progress: Any
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint."""
+        return self.args.out / "checkpoint.pt"
+
+    def save(self) -> None:
+        """Writes the checkpoint atomically."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        state = {
+            "trainee": self.trainee.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "progress": asdict(self.progress),
+        }
+        torch.save(state, self.path.with_suffix(".partial"))
+        self.path.with_suffix(".partial").replace(self.path)
+
+    def resume(self) -> None:
+        """Restores the state from the checkpoint, if there is one and the arguments ask for it."""
+        if not (self.args.resume and self.path.is_file()):
+            return
+        state = torch.load(self.path, map_location=self.args.device, weights_only=True)
+        self.trainee.load_state_dict(state["trainee"])
+        self.ema.load_state_dict(state["ema"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.progress = type(self.progress)(**state["progress"])
+        print(f"resumed {self.path}: {self.progress}", flush=True)
+
+
+def add_arguments(add: Callable[..., Any], out: Path) -> None:
+    """Adds the arguments that all runs have; `add` is a parser's `add_argument`."""
+    add("--out", type=Path, default=out, help=f"folder of the checkpoint ({out})")
+    add("--export", type=Path, metavar="FOLDER", help="only write the checkpoint's weights there")
+    add("--resume", action=argparse.BooleanOptionalAction, default=True)
+    add("--compile", action=argparse.BooleanOptionalAction, default=True)
+    add("--muon-lr", type=float, default=2e-3)
+    add("--adamw-lr", type=float, default=1e-3)
+    add("--device", default="cpu")
+    add("--threads", type=int, default=2)
+    add("--seed", type=int, default=0)
+    add("--log-every", type=int, default=50)
+    add("--save-minutes", type=float, default=3.0)
 
 
 def build_optimizers(
