@@ -43,8 +43,9 @@ class Calibration:
     Attributes:
         recording: the inner products of what was recorded.
         measured: the plans that were really run.
-        seconds_full: median seconds of a call of the model, on the device it was recorded on.
-        seconds_skipped: median seconds of a forecast in its place.
+        seconds_full: seconds of a call of the model, on the device it was recorded on; see
+            :class:`Costs`.
+        seconds_skipped: seconds of a forecast in its place.
         plans: each target that was asked for, with the plan taken for it.
         floor: the PSNR in dB below which no plan is taken, unless asked for by `psnr`.
         seeds: those that were recorded.
