@@ -6,15 +6,14 @@ import ast
 import contextlib
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
 import diffusers
-from case import Case, Ready
+from case import Ready
 from diffusers import hooks
 from torch import Tensor, nn
-from workloads import denoise
 
 
 @dataclass
@@ -34,9 +33,8 @@ class Clock:
             yield
 
 
-def with_cache(case: Case, config: Any, note: str = "") -> Ready:
+def with_cache(model: Any, config: Any, note: str = "") -> Ready:
     """Enables a cache of diffusers; adds diffusers' mixin to a model that does not have it."""
-    model: Any = case.model
     if not isinstance(model, diffusers.CacheMixin):
         model.__class__ = type(type(model).__name__, (type(model), diffusers.CacheMixin), {})
     clock = Clock(model=model)
@@ -52,13 +50,18 @@ def hooked(model: nn.Module, clock: Clock, note: str = "") -> Ready:
     return Ready(model, clock.on_step, registry.reset_stateful_hooks, note)
 
 
-def calibrate_mag_cache(case: Case) -> list[float]:
-    """Returns the ratios that MagCache prints after a generation in which it calibrates."""
-    config = hooks.MagCacheConfig(calibrate=True, num_inference_steps=case.num_steps)
-    calibrated = with_cache(case, config)
+def calibrate_mag_cache(
+    model: Any, num_steps: int, generate: Callable[[Ready], Any]
+) -> list[float]:
+    """Returns the ratios that MagCache prints after a generation in which it calibrates.
+
+    `generate` runs one generation of `num_steps` calls of what it is given.
+    """
+    config = hooks.MagCacheConfig(calibrate=True, num_inference_steps=num_steps)
+    calibrated = with_cache(model, config)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        denoise(case.workload, calibrated.call, case.start, case.num_steps, calibrated.on_step)
+        generate(calibrated)
     found = re.search(r"^\[[\d., e+-]+\]$", printed.getvalue(), re.MULTILINE)
     if found is None:
         raise RuntimeError("calibration: expected ratios, found none: MagCache knows no block list")

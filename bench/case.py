@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from workloads import OnStep, Start, Workload, no_context
+from torch import Tensor, nn
+from workloads import OnStep, Start, Workload, denoise, no_context
 
 import pabc
 
@@ -31,6 +31,11 @@ class Case:
     def num_steps(self) -> int:
         """The number of steps of the loop."""
         return self.schedule.num_steps
+
+    def generate(self, ready: Ready) -> Tensor:
+        """Runs one generation of a model that is ready; returns its last latents."""
+        steps = ready.num_steps or self.num_steps
+        return denoise(self.workload, ready.call, self.start, steps, ready.on_step)
 
     @property
     def example(self) -> dict[str, Any]:

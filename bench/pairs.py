@@ -1,7 +1,9 @@
-"""Makes one list of Latte's blocks, in which each takes the output of the one before.
+"""Makes one list of a model's blocks, in which each takes the outputs of the one before.
 
 FirstBlockCache and MagCache of diffusers expect that. Latte has two lists, spatial and temporal
 blocks, between which its forward changes the layout: here a spatial and a temporal block are one.
+The last block of SD3 has no output for the text, which caches take the difference of: here it
+returns the text as it was.
 """
 
 from __future__ import annotations
@@ -67,3 +69,35 @@ def pair_blocks(model: Any, num_frames: int) -> nn.Module:
 def is_paired(model: Any) -> bool:
     """Returns True for a model that `pair_blocks` changed: it is called without temporal blocks."""
     return isinstance(getattr(model, "temporal_transformer_blocks", None), list)
+
+
+class Last(nn.Module):
+    """The last block of SD3, which also returns the text that it was given."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Maps hidden states and text to text and hidden states."""
+        _, found = self.block(hidden_states, encoder_hidden_states, temb, joint_attention_kwargs)
+        return encoder_hidden_states, found
+
+
+def complete_blocks(model: Any) -> nn.Module:
+    """Replaces SD3's last block by one that returns text; leaves other models as they are."""
+    blocks = getattr(model, "transformer_blocks", None)
+    if blocks is None or not getattr(blocks[-1], "context_pre_only", False):
+        return model
+    both = TransformerBlockMetadata(
+        return_hidden_states_index=1, return_encoder_hidden_states_index=0
+    )
+    TransformerBlockRegistry.register(Last, both)
+    blocks[-1] = Last(blocks[-1])
+    return model

@@ -21,10 +21,19 @@ class Rows:
     """
 
     def __init__(
-        self, out: Path | None, facts: Mapping[str, Any], settings: Mapping[str, Any], resume: bool
+        self,
+        out: Path | None,
+        facts: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        resume: bool,
+        *,
+        is_same_commit: bool = True,
     ) -> None:
-        """Begins a run; with `resume`, keeps rows of `out` with the same settings and commit."""
-        found = _read(out, settings) if resume else {}
+        """Begins a run; with `resume`, keeps rows of `out` with the same settings and commit.
+
+        With `is_same_commit` False, the commit may be another: each row should then name its own.
+        """
+        found = _read(out, settings, is_same_commit) if resume else {}
         self._out = out
         self.content: dict[str, Any] = {**facts, "settings": dict(settings), "rows": found}
 
@@ -54,11 +63,13 @@ class Rows:
             report.write_json(self._out, self.content)
 
 
-def _read(out: Path | None, settings: Mapping[str, Any]) -> dict[str, Row]:
+def _read(out: Path | None, settings: Mapping[str, Any], is_same_commit: bool) -> dict[str, Row]:
     if out is None or not out.exists():
         return {}
     content = json.loads(out.read_text())
-    is_same = content.get("settings") == settings and content["commit"] == report.read_commit()
+    is_same = content.get("settings") == json.loads(json.dumps(settings)) and (
+        not is_same_commit or content["commit"] == report.read_commit()
+    )
     return content["rows"] if is_same else {}
 
 

@@ -67,9 +67,9 @@ def counting(model: nn.Module) -> Iterator[list[int]]:
 
 def try_config(case: Case, config: Any, reference: Tensor) -> Trial:
     """Generates once with a cache, and disables it."""
-    ready = with_cache(case, config)
+    ready = with_cache(case.model, config)
     with counting(case.model) as calls:
-        latents = denoise(case.workload, ready.call, case.start, case.num_steps, ready.on_step)
+        latents = case.generate(ready)
     ready.on_end()
     case.model.disable_cache()  # type: ignore[operator]
     error = float((latents - reference).float().square().mean())
@@ -96,7 +96,7 @@ def choose(case: Case, trials: Iterable[Trial]) -> Ready:
     best = min(trials, key=lambda trial: (abs(trial.computed - case.computed), trial.error))
     settings = [f"{name} {value:g}" for name, value in vars(best.config).items() if is_shown(value)]
     note = f"{best.computed} of {case.num_steps} calls computed: {', '.join(settings)}"
-    return with_cache(case, best.config, note)
+    return with_cache(case.model, best.config, note)
 
 
 def is_shown(value: Any) -> bool:
@@ -141,7 +141,7 @@ def compile_skip(case: Case, schedule: pabc.Schedule, backend: str) -> Ready:
 def run_chosen_skip(case: Case) -> Ready:
     """Compiles the model with pabc; steps and weights are chosen as TaylorSeer's are."""
     reference, trials = run_full(case), []
-    for pattern in find_patterns(case):
+    for pattern in find_patterns(case.num_steps, case.computed):
         steps = [i for i in range(case.num_steps) if pattern.computes(i)]
         rules = {
             "linear": "linear",
@@ -212,16 +212,15 @@ class Pattern:
         return f"all to step {self.warm_up - 1}, then every {self.interval} steps{last}"
 
 
-def find_patterns(case: Case) -> list[Pattern]:
-    """Returns the patterns with as many computed steps as the case says."""
-    steps = case.num_steps
+def find_patterns(steps: int, computed: int) -> list[Pattern]:
+    """Returns the patterns of that many steps with as many computed ones."""
     found = [
         Pattern(warm_up, interval, end, steps)
         for interval in range(2, 6)
         for end in (steps, steps - round(0.15 * steps))
         for warm_up in range(1, end)
     ]
-    return [each for each in found if sum(map(each.computes, range(steps))) == case.computed]
+    return [each for each in found if sum(map(each.computes, range(steps))) == computed]
 
 
 def run_taylorseer(case: Case) -> Ready:
@@ -236,7 +235,7 @@ def run_taylorseer(case: Case) -> Ready:
             max_order=order,
             taylor_factors_dtype=torch.float32,
         )
-        for pattern in find_patterns(case)
+        for pattern in find_patterns(case.num_steps, case.computed)
         for order in (1, 2)
     ]
     return choose(case, [try_config(case, config, reference) for config in configs])
@@ -257,7 +256,7 @@ def run_mag_cache(case: Case) -> Ready:
     It is tried with other limits of how many steps it may skip in a row.
     """
     reference, paired = run_full(case), prepare_paired(case)
-    ratios = calibrate_mag_cache(paired)
+    ratios = calibrate_mag_cache(paired.model, paired.num_steps, paired.generate)
     trials: list[Trial] = []
     for limit in (2, 3, 5):
 

@@ -84,7 +84,9 @@ def run_diffusers_pab(case: Case) -> Ready:
             options[f"{kind}_attention_timestep_skip_range"] = case.window
             options[f"{kind}_attention_block_identifiers"] = (case.workload.names[kind],)
     config = hooks.PyramidAttentionBroadcastConfig(**options)
-    return with_cache(case, config, "kinds stated by name; its own names tell Latte's wrongly")
+    return with_cache(
+        case.model, config, "kinds stated by name; its own names tell Latte's wrongly"
+    )
 
 
 def _hook_pab_by_name(case: Case) -> Ready:
@@ -107,7 +109,7 @@ def _hook_pab_by_name(case: Case) -> Ready:
 def run_first_block_cache(case: Case) -> Ready:
     """Enables FirstBlockCache with the threshold of its documentation."""
     config = hooks.FirstBlockCacheConfig(threshold=0.2)
-    return with_cache(case, config)
+    return with_cache(case.model, config)
 
 
 def run_taylorseer(case: Case) -> Ready:
@@ -120,14 +122,14 @@ def run_taylorseer(case: Case) -> Ready:
         # The default patterns match whole names, and thus none of these models' attentions.
         cache_identifiers=[pattern.strip("^$") for pattern in case.workload.names.values()],
     )
-    return with_cache(case, config, "identifiers stated")
+    return with_cache(case.model, config, "identifiers stated")
 
 
 def run_mag_cache(case: Case) -> Ready:
     """Enables MagCache with its own settings, after the calibration that it documents."""
-    ratios = calibrate_mag_cache(case)
+    ratios = calibrate_mag_cache(case.model, case.num_steps, case.generate)
     config = hooks.MagCacheConfig(mag_ratios=ratios, num_inference_steps=case.num_steps)
-    return with_cache(case, config)
+    return with_cache(case.model, config)
 
 
 def run_faster_cache(case: Case) -> Ready:
@@ -150,7 +152,7 @@ def run_faster_cache(case: Case) -> Ready:
         ],
     )
     note = "" if is_known else "guidance only: the model's attentions are not diffusers' classes"
-    return with_cache(case, config, note)
+    return with_cache(case.model, config, note)
 
 
 def run_cache_dit(case: Case) -> Ready:

@@ -134,7 +134,7 @@ def test_blocks_in_pairs_give_the_models_bits(skips, workloads, name):
 
 def test_patterns_of_steps_are_those_that_taylorseer_computes(skips, workloads):
     case = make_case(skips, workloads, "latte")
-    patterns = skips.find_patterns(case)
+    patterns = skips.find_patterns(7, 4)
     assert patterns and {type(each) for each in patterns} == {skips.Pattern}
     ready = skips.run_taylorseer(case)
     assert ready.note.startswith("4 of 7 calls computed")
