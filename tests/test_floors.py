@@ -65,6 +65,8 @@ FLOORS = (
         "pabc.calibration.growth",
         "pabc.calibration.fit",
         "pabc.calibration.paths",
+        "pabc.calibration.compensation",
+        "pabc.calibration.refinement",
         "pabc.calibration.candidates",
         "pabc.calibration.search",
     ),

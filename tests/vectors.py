@@ -26,11 +26,10 @@ def draw_smooth(num_steps: int, *, elements: int = 40, seed: int = 0) -> np.ndar
     """Returns vectors [num_steps, elements] that change smoothly, and faster at both ends."""
     random = np.random.default_rng(seed)
     times = np.linspace(0, 1, num_steps)[:, None]
-    rates = np.array([0.5, 3.0, 9.0, 25.0])
-    waves = np.cos(rates * times + random.uniform(0, 6, rates.shape)) * 0.6 ** np.arange(4)
-    return (waves + np.exp(-12 * times) + np.exp(-9 * (1 - times))) @ random.normal(
-        size=(4, elements)
-    )
+    rates = np.geomspace(0.5, 30.0, 10)
+    waves = np.cos(rates * times + random.uniform(0, 6, rates.shape)) * 0.6 ** np.arange(10)
+    waves[:, :5] += np.exp(-12 * times) + np.exp(-9 * (1 - times))
+    return waves @ random.normal(size=(10, elements))
 
 
 def make_model(elements: int = 64, seed: int = 0) -> Callable[..., torch.Tensor]:

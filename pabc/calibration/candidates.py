@@ -12,6 +12,8 @@ import numpy as np
 from pabc.schedule import Schedule
 
 Cost = Literal["flat", "direct", "propagated"]
+Rows = tuple[tuple[float, ...], ...]
+"""Weights per step, those of the newest source first; () at computed steps."""
 
 LEAST = 1e-12
 """The smallest error that is predicted: rounding leaves more."""
@@ -23,21 +25,23 @@ class Kind:
 
     Attributes:
         name: for people.
-        sources: how many of the last computed outputs a forecast is the weighted sum of, at most; 1
-            with a fixed weight of 1 is `is_fitted=False`.
+        sources: how many of the last computed outputs a forecast is the weighted sum of, at most.
         is_fitted: False: the last output is held as it is.
+        is_compensated: True: forecasts make up for the errors of those before them, and computed
+            steps are moved while this helps.
         cost: what an error of a forecast counts: `"flat"`, the same at all steps; `"direct"`, the
             coefficient of the output in the sampler's update; `"propagated"`, its coefficient in
             the final result, while later outputs stay as they are.
         is_guided: True: the error is that of the guided output; False: those of all branches alike.
         has_growth: True: costs are multiplied by the share of an error that is left at the end.
-        noise: of the sources in the fit, relative to the error of the weights without it: weights
-            become smaller, and errors of the sources are amplified less.
+        noise: of the sources in the fit, relative to their norms: weights become smaller, and
+            errors of the sources count less.
     """
 
     name: str
     sources: int = 3
     is_fitted: bool = True
+    is_compensated: bool = False
     cost: Cost = "direct"
     is_guided: bool = True
     has_growth: bool = False
@@ -45,8 +49,13 @@ class Kind:
 
 
 KINDS = (
+    Kind("6 weights, compensated", sources=6, is_compensated=True),
+    Kind("4 weights, compensated", sources=4, is_compensated=True),
+    Kind("3 weights, compensated", is_compensated=True),
+    Kind("6 weights, compensated, growth", sources=6, is_compensated=True, has_growth=True),
     Kind("3 weights"),
     Kind("3 weights, flat", cost="flat"),
+    Kind("3 weights, growth", has_growth=True),
     Kind("2 weights", sources=2),
     Kind("hold", sources=1, is_fitted=False),
 )
@@ -67,7 +76,7 @@ class Candidate:
 
     name: str
     computed: tuple[int, ...]
-    weights: tuple[tuple[float, ...], ...]
+    weights: Rows
     error: float
 
     def schedule(self, timesteps: Sequence[float], label: str | None = None) -> Schedule:

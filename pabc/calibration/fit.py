@@ -32,7 +32,6 @@ def fit_weights(
         noise: relative error of each source; larger ones make smaller weights.
     """
     target, sources = np.asarray(target), np.asarray(sources)
-    k = sources.shape[-1]
     known = sources >= 0
     steps = np.concatenate([target[..., None], np.where(known, sources, target[..., None])], -1)
     products = _gather(gram, target, steps)
@@ -40,22 +39,35 @@ def fit_weights(
         weights = np.zeros(sources.shape)
         weights[..., 0] = 1.0
         return weights, _error(products, weights)
-    basis = _build_basis(sources, known)
-    inner = np.einsum("...ra,...ab,...sb->...rs", basis, products[..., 1:, 1:], basis)
-    # The target less the newest source: what is to be added to holding it.
-    to_target = products[..., 1:, 0] - products[..., 1:, 1]
-    found = np.einsum("...ra,...a->...r", basis, to_target)
-    diagonal = np.einsum("...rr->...r", inner)
-    penalty = RIDGE * diagonal
-    regular = inner + penalty[..., None] * np.eye(k)
-    if noise:
-        spread = noise**2 * np.einsum("...aa->...a", products[..., 1:, 1:]) * known
-        regular = regular + np.einsum("...ra,...a,...sa->...rs", basis, spread, basis)
-        found = found - np.einsum("...ra,...a->...r", basis[..., :, :1], spread[..., :1])
-    solution = _solve(regular, found)
-    weights = np.einsum("...r,...ra->...a", solution, basis)
-    weights[..., 0] += 1.0
+    weights = solve_weights(products[..., 1:, 1:], products[..., 1:, 0], sources, noise=noise)
     return weights, _error(products, weights)
+
+
+def solve_weights(
+    inner: np.ndarray, cross: np.ndarray, sources: np.ndarray, *, noise: float = 0.0
+) -> np.ndarray:
+    """Returns the weights [..., k] of sources in the sum that is nearest to a wanted vector.
+
+    Args:
+        inner: [..., k, k] inner products of the sources.
+        cross: [..., k] inner products of the sources with the wanted vector.
+        sources: [..., k] their steps, the newest first; -1 for none, whose products do not count.
+        noise: as in `fit_weights`.
+    """
+    known = sources >= 0
+    basis = _build_basis(sources, known)
+    # What is wanted less the newest source: what is to be added to holding it.
+    found = np.einsum("...ra,...a->...r", basis, cross - inner[..., :, 0])
+    regular = basis @ inner @ np.swapaxes(basis, -1, -2)
+    diagonal = np.einsum("...rr->...r", regular)
+    regular = regular + RIDGE * diagonal[..., None] * np.eye(sources.shape[-1])
+    if noise:
+        spread = noise**2 * np.einsum("...aa->...a", inner) * known
+        regular = regular + np.einsum("...ra,...a,...sa->...rs", basis, spread, basis)
+        found = found - basis[..., 0] * spread[..., :1]
+    weights = np.einsum("...r,...ra->...a", _solve(regular, found), basis)
+    weights[..., 0] += 1.0
+    return weights
 
 
 def _gather(gram: np.ndarray, target: np.ndarray, steps: np.ndarray) -> np.ndarray:

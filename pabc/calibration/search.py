@@ -3,36 +3,87 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
-from pabc.calibration.candidates import KINDS, LEAST, Candidate, Kind
+from pabc.calibration.candidates import KINDS, LEAST, Candidate, Kind, Rows
+from pabc.calibration.compensation import Outputs, compensate, predict
 from pabc.calibration.fit import fit_weights
 from pabc.calibration.paths import Grid, Paths, choose_gaps, find_history, find_paths, find_skipped
 from pabc.calibration.recording import Recording
+from pabc.calibration.refinement import refine
 from pabc.calibration.updates import CLEAR, Updates, check_finite
 
 MAX_GAPS = {1: 1000, 2: 40, 3: 16}
 """Sources -> the longest gap between computed steps, where none is given."""
 
 
-@dataclass(frozen=True)
 class _Found:
     """The best paths of one kind, and what the weights of a plan follow from."""
 
-    kind: Kind
-    gram: np.ndarray
-    paths: Paths
+    def __init__(
+        self,
+        kind: Kind,
+        paths: Paths,
+        *,
+        gram: np.ndarray,
+        outputs: Outputs,
+        effects: np.ndarray,
+        max_gap: int | None,
+    ) -> None:
+        self.kind, self.paths = kind, paths
+        self._gram, self._outputs, self._effects = gram, outputs, effects
+        self._max_gap = max_gap
+        self._plans: dict[int, Candidate | None] = {}
 
     def plan(self, computed: int) -> Candidate | None:
         """Returns the best plan with this number of computed steps, None if there is none."""
-        path = self.paths.trace(computed)
+        if computed not in self._plans:
+            self._plans[computed] = self._find(computed)
+        return self._plans[computed]
+
+    def _find(self, computed: int) -> Candidate | None:
+        path, starts = self.paths.trace(computed), self.paths.grid.starts
         if path is None:
             return None
-        weights = find_weights(self.gram, path, self.kind, self.paths.grid.starts)
-        error = max(LEAST, float(self.paths.costs[computed]))
-        return Candidate(self.kind.name, path, weights, error)
+        if self.kind.is_compensated:
+            how: dict[str, Any] = {
+                "sources": self.kind.sources,
+                "starts": starts,
+                "noise": self.kind.noise,
+            }
+            path = refine(self._outputs, path, self._effects, max_gap=self._max_gap, **how)
+            found, _ = compensate(self._outputs, _mask(path, self._outputs), self._effects, **how)
+            weights = _as_rows(found[0], path, starts)
+        else:
+            weights = find_weights(self._gram, path, self.kind, starts)
+        return Candidate(self.kind.name, path, weights, self._predict(path, weights))
+
+    def _predict(self, path: tuple[int, ...], weights: Rows) -> float:
+        rows = np.zeros((1, len(weights), max(1, *map(len, weights))))
+        for step, row in enumerate(weights):
+            rows[0, step, : len(row)] = row
+        starts = self.paths.grid.starts
+        mask = _mask(path, self._outputs)
+        norms = predict(self._outputs, mask, rows, self._effects, starts=starts)
+        return max(LEAST, float(norms[0]))
+
+
+def _mask(path: Sequence[int], outputs: Outputs) -> np.ndarray:
+    mask = np.zeros((1, outputs.num_steps), dtype=bool)
+    mask[0, list(path)] = True
+    return mask
+
+
+def _as_rows(weights: np.ndarray, path: Sequence[int], starts: Sequence[int]) -> Rows:
+    """Returns the weights [n, k] of those sources that there are; () at computed steps."""
+    sizes = [
+        0 if step in path else len(find_history(path, starts, step, weights.shape[1]))
+        for step in range(len(weights))
+    ]
+    return tuple(tuple(map(float, row[:size])) for row, size in zip(weights, sizes, strict=True))
 
 
 @dataclass(frozen=True)
@@ -109,19 +160,33 @@ def search(
     if not kinds:
         raise ValueError("kinds: expected a kind of plan that needs no growth, found none")
     starts = tuple(sorted({0, *recording.starts}))
+    root = np.sqrt(max(1, recording.elements * recording.count))
+    outputs = Outputs.from_recording(recording, updates.shares())
+    outputs = replace(outputs, gram=outputs.gram / root**2)
     grams = {is_guided: _combine(recording, updates, is_guided) for is_guided in (True, False)}
     amplitudes: dict[tuple[object, ...], np.ndarray] = {}
+    paths: dict[tuple[object, ...], Paths] = {}
     found = []
     for kind in kinds:
-        gaps = choose_gaps(n, max_gap or MAX_GAPS[kind.sources])
-        grid = Grid(n, starts, gaps, kind.sources)
-        key = (kind.sources, kind.is_fitted, kind.is_guided, kind.noise)
+        sources = min(kind.sources, len(MAX_GAPS))
+        grid = Grid(n, starts, choose_gaps(n, max_gap or MAX_GAPS[sources]), sources)
+        key = (sources, kind.is_fitted, kind.is_guided, kind.noise)
         if key not in amplitudes:
             amplitudes[key] = find_amplitudes(grams[kind.is_guided], grid, kind)
-        scale = weigh_steps(updates, kind, growth)
-        scale = scale / np.sqrt(max(1, recording.elements * recording.count))
-        paths = find_paths(grid, amplitudes[key], scale)
-        found.append(_Found(kind, grams[kind.is_guided], paths))
+        costs = (*key, kind.cost, kind.has_growth)
+        if costs not in paths:
+            scale = weigh_steps(updates, kind, growth)
+            paths[costs] = find_paths(grid, amplitudes[key], scale)
+        found.append(
+            _Found(
+                kind,
+                paths[costs],
+                gram=grams[kind.is_guided],
+                outputs=outputs,
+                effects=find_effects(updates, kind, growth),
+                max_gap=max_gap,
+            )
+        )
     return Search(n, len({*starts, n - 1}), tuple(found))
 
 
@@ -155,7 +220,7 @@ def find_amplitudes(gram: np.ndarray, grid: Grid, kind: Kind) -> np.ndarray:
 
 def find_weights(
     gram: np.ndarray, computed: Sequence[int], kind: Kind, starts: Sequence[int]
-) -> tuple[tuple[float, ...], ...]:
+) -> Rows:
     """Returns the weights of a plan per step, the newest source first; () at computed steps."""
     n = gram.shape[-1]
     rows: list[tuple[float, ...]] = [()] * n
@@ -169,13 +234,23 @@ def find_weights(
 
 
 def weigh_steps(updates: Updates, kind: Kind, growth: np.ndarray | None) -> np.ndarray:
-    """Returns what an error of the guided output at each step costs, [n].
+    """Returns what an error of the guided output at each step costs in the search, [n].
 
     Where the sampler is not known, all cost the same.
     """
-    is_known = bool(np.median(updates.residual) < CLEAR)
-    flat = np.full(updates.num_steps, np.abs(updates.direct).mean())
-    scale = flat
-    if kind.cost != "flat" and is_known:
+    scale = np.ones(updates.num_steps)
+    if kind.cost != "flat" and is_known(updates):
         scale = np.abs(updates.direct if kind.cost == "direct" else updates.propagated())
     return scale if growth is None or not kind.has_growth else scale * np.abs(growth)
+
+
+def find_effects(updates: Updates, kind: Kind, growth: np.ndarray | None) -> np.ndarray:
+    """Returns the effects of guided outputs on the final result, [n], for `compensate`."""
+    if is_known(updates):
+        return updates.effects(growth if kind.has_growth else None)
+    return np.full(updates.num_steps, np.abs(updates.direct).mean())
+
+
+def is_known(updates: Updates) -> bool:
+    """Returns True if most transitions are explained by their coefficients."""
+    return bool(np.median(updates.residual) < CLEAR)
