@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
-
-from pabc.artifact.sources import code_of_class
 
 _SAMPLED = 64
 """The values of each weight that its digest is of, evenly spaced."""
 
 
 def describe_family(models: Mapping[str, nn.Module]) -> str:
-    """Returns a digest of what models are: their classes, the code of these, and their settings.
+    """Returns a digest of what models are: their classes, with their methods, and their settings.
 
     Adapters and other weights leave it as it is.
     """
@@ -27,11 +27,19 @@ def describe_family(models: Mapping[str, nn.Module]) -> str:
         config = getattr(model, "config", None)
         settings = dict(config) if isinstance(config, Mapping) else {}
         public = {k: repr(v) for k, v in settings.items() if not k.startswith("_")}
-        code = code_of_class(kind)
-        for part in (name, kind.__qualname__, code.digest, code.versions):
+        for part in (name, kind.__module__, kind.__qualname__, *_methods(kind)):
             digest.update(repr(part).encode())
         digest.update(json.dumps(public, sort_keys=True).encode())
     return digest.hexdigest()[:16]
+
+
+def _methods(kind: type) -> Iterator[tuple[str, bytes, tuple[str, ...]]]:
+    """Yields the name, the code, and the names in it, of each method of a module's class."""
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        for name, method in sorted(vars(base).items()):
+            function = inspect.unwrap(method) if callable(method) else method
+            if isinstance(function, FunctionType):
+                yield name, function.__code__.co_code, function.__code__.co_names
 
 
 def describe_weights(models: Mapping[str, nn.Module]) -> str:
