@@ -13,8 +13,9 @@ import pytest
 from denoising import NUM_STEPS, TIMESTEPS, Denoiser, sample
 
 import pabc
-from pabc.calibration.frontier import Corrections, best_within, find_frontier
+from pabc.calibration.frontier import Corrections, best_within, find_frontier, winning_kinds
 from pabc.calibration.measurement import Measurement, from_arrays, to_arrays
+from pabc.calibration.search import search
 
 pytestmark = pytest.mark.runtime
 
@@ -73,18 +74,19 @@ def test_the_frontier(calibration: pabc.Calibration) -> None:
 
 
 def test_predictions_are_corrected_by_plans_of_their_kind(calibration: pabc.Calibration) -> None:
-    low, high = calibration.search.best(6), calibration.search.best(10)
+    found = search(calibration.recording, calibration.updates)
+    low, high = found.best(6), found.best(10)
     measured = [
         Measurement(low, 50.0, {0: 53.0}),
         Measurement(high, 70.0, {0: 71.0}),
     ]
     corrections = Corrections(measured)
-    middle = calibration.search.best(8)
+    middle = found.best(8)
     assert corrections.correct(middle, 60.0) == pytest.approx(62.0)
-    assert corrections.correct(calibration.search.best(12), 60.0) == pytest.approx(61.0)
-    other = next(c for c in calibration.search.candidates(8) if c.name != middle.name)
+    assert corrections.correct(found.best(12), 60.0) == pytest.approx(61.0)
+    other = next(c for c in found.candidates(8) if c.name != middle.name)
     assert not corrections.knows(other) and corrections.correct(other, 60.0) == 60.0
-    rows = find_frontier(calibration.search, measured, calibration.costs, 1.0)
+    rows = find_frontier(found, measured, calibration.costs, 1.0)
     assert {row.name for row in rows[:-1]} == {middle.name}
 
 
@@ -97,6 +99,14 @@ def test_a_plan_of_fewer_calls_is_taken_where_it_is_better(calibration: pabc.Cal
     measured = [*rows[:3], replace(rows[3], measured=43.0)]
     assert best_within(measured, 5) == measured[3]
     assert best_within(rows, 1) is None
+
+
+def test_only_kinds_that_were_measured_best_are_searched(calibration: pabc.Calibration) -> None:
+    rows = calibration.frontier()[:-1]
+    best = {row.name for row in rows if row.measured is not None}
+    assert {row.name for row in rows} <= best
+    assert {kind.name for kind in winning_kinds(calibration.measured)} == best
+    assert len(winning_kinds(())) == 1
 
 
 def test_files_hold_all_of_it(calibration: pabc.Calibration, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_speedups_from_seconds() -> None:
     assert costs.most_computed(50, 1.0) == 50
     assert costs.most_computed(50, 9.0) == 0
     assert Costs().most_computed(50, 2.0) == 25
-    assert Costs.of([3.0, 1.0, 2.0], [0.5]) == Costs(2.0, 0.5)
+    assert Costs.of([5.0, 1.0, 2.0, 3.0, 4.0], [0.5]) == Costs(2.0, 0.5)
     assert Costs.of([], []) == Costs()
 
 

@@ -17,7 +17,7 @@ from pabc.calibration import measurement
 from pabc.calibration.candidates import Candidate
 from pabc.calibration.costs import Costs
 from pabc.calibration.files import nest, read_arrays, unnest, write_arrays
-from pabc.calibration.frontier import FrontierRow, best_within, find_frontier
+from pabc.calibration.frontier import FrontierRow, best_within, find_frontier, winning_kinds
 from pabc.calibration.measurement import Measurement, schedule_of
 from pabc.calibration.plot import draw
 from pabc.calibration.recording import Recording
@@ -86,8 +86,8 @@ class Calibration:
 
     @cached_property
     def search(self) -> Search:
-        """The candidates for every number of computed steps."""
-        return search(self.recording, self.updates)
+        """The plans for every number of computed steps, of the kinds that were measured best."""
+        return search(self.recording, self.updates, kinds=winning_kinds(self.measured))
 
     def schedule(
         self,
@@ -126,14 +126,14 @@ class Calibration:
         return self._choose(target).candidate if known is None else known
 
     def _choose(self, target: Target) -> FrontierRow:
-        rows = self.frontier()
         if target.measure == "psnr":
-            return next(row for row in rows if row.decibels >= target.value)
+            return next(row for row in self._frontier if row.decibels >= target.value)
         limit = self._most_computed(target)
-        row = best_within(rows, limit)
+        numbers = {limit, *(each.num_computed for each in self.measured)}
+        row = best_within(self._find_rows(numbers), limit)
         if row is not None and row.decibels >= self.floor:
             return row
-        above = next(r for r in rows if r.decibels >= self.floor)
+        above = next(row for row in self._frontier if row.decibels >= self.floor)
         warnings.warn(_explain_floor(target, row, above, self.floor), stacklevel=4)
         return above
 
@@ -147,9 +147,18 @@ class Calibration:
 
         A row that was not measured holds a prediction: of the plan's error as it follows from the
         recording, corrected by what the measured plans of the same kind showed. It is no promise:
-        give its speedup to :func:`pabc.calibrate`, which runs it, or see :meth:`verify`.
+        give its speedup to :func:`pabc.calibrate`, which runs it, or see :meth:`verify`. The
+        search takes some seconds when this is first called.
         """
-        return find_frontier(self.search, self.measured, self.costs, self.recording.peak)
+        return list(self._frontier)
+
+    @cached_property
+    def _frontier(self) -> list[FrontierRow]:
+        return self._find_rows(None)
+
+    def _find_rows(self, numbers: Iterable[int] | None) -> list[FrontierRow]:
+        peak = self.recording.peak
+        return find_frontier(self.search, self.measured, self.costs, peak, numbers)
 
     def verify(
         self,
@@ -231,10 +240,10 @@ class Calibration:
     __repr__ = __str__
 
     def _shown(self) -> list[FrontierRow]:
-        rows = self.frontier()
         limits = {self.costs.most_computed(self.num_steps, speedup) for speedup in SHOWN}
         limits |= {len(candidate.computed) for _, candidate in self.plans} | {self.num_steps}
-        return [row for row in rows if row.measured is not None or row.computed in limits]
+        limits |= {each.num_computed for each in self.measured}
+        return self._find_rows(limits)
 
     def _describe(self) -> list[str]:
         asked = ", ".join(str(target) for target, _ in self.plans)

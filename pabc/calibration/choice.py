@@ -141,12 +141,18 @@ class Choice:
     def _guess(self, psnr: float, low: int, high: int) -> int:
         """Returns the number of computed steps between these that is predicted to suffice first."""
         corrections = Corrections(tuple(self._runs.measured))
-        for computed in range(low + 1, high):
-            candidates = self._search.candidates(computed, limit=self._limit)
-            known = [each for each in candidates if corrections.knows(each)]
-            predicted = [
-                corrections.correct(each, each.decibels(self._peak)) for each in known or candidates
-            ]
-            if max(predicted) >= psnr:
-                return computed
-        return high - 1
+        while high - low > 2:
+            middle = (low + high) // 2
+            if self._predict(middle, corrections) >= psnr:
+                high = middle
+            else:
+                low = middle
+        return low + 1
+
+    def _predict(self, computed: int, corrections: Corrections) -> float:
+        """Returns the highest corrected PSNR of the candidates with a number of computed steps."""
+        candidates = self._search.candidates(computed, limit=self._limit)
+        known = [each for each in candidates if corrections.knows(each)]
+        return max(
+            corrections.correct(each, each.decibels(self._peak)) for each in known or candidates
+        )

@@ -7,12 +7,12 @@ kinds. So they are corrected by what the measured plans of the same kind showed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from pabc.calibration.candidates import Candidate
+from pabc.calibration.candidates import KINDS, Candidate, Kind
 from pabc.calibration.costs import Costs
 from pabc.calibration.measurement import Measurement, full_plan
 from pabc.calibration.search import Search
@@ -77,15 +77,20 @@ class Corrections:
 
 
 def find_frontier(
-    search: Search, measured: Sequence[Measurement], costs: Costs, peak: float
+    search: Search,
+    measured: Sequence[Measurement],
+    costs: Costs,
+    peak: float,
+    numbers: Iterable[int] | None = None,
 ) -> list[FrontierRow]:
-    """Returns a row for each number of computed steps for which there is a plan, fewest first.
+    """Returns a row for each of these numbers of computed steps, fewest first.
 
-    The last row is the full generation.
+    By default, for all for which there is a plan. The last row is the full generation.
     """
     n = search.num_steps
     rows = []
-    for computed in range(search.min_computed, n):
+    known_numbers = range(search.min_computed, n)
+    for computed in known_numbers if numbers is None else sorted({*known_numbers} & {*numbers}):
         known = [each for each in measured if each.num_computed == computed]
         row = (
             _measured_row(known, measured)
@@ -131,6 +136,17 @@ def _predicted_row(
 def best_of(measured: Sequence[Measurement]) -> Measurement:
     """Returns the measurement with the highest mean of those that were run on the most seeds."""
     return max(measured, key=lambda each: (len(each.decibels), each.mean))
+
+
+def winning_kinds(measured: Sequence[Measurement]) -> tuple[Kind, ...]:
+    """Returns the kinds of the best measured plans; without any, the one that is most often best.
+
+    Others need not be searched again: predictions of unlike kinds do not compare.
+    """
+    numbers = {each.num_computed for each in measured}
+    groups = ([each for each in measured if each.num_computed == number] for number in numbers)
+    names = {best_of(group).candidate.name for group in groups}
+    return tuple(kind for kind in KINDS if kind.name in names) or KINDS[:1]
 
 
 def best_within(rows: Sequence[FrontierRow], limit: int) -> FrontierRow | None:
