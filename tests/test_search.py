@@ -140,9 +140,14 @@ def test_predicted_errors_are_those_of_the_vectors(kind: Kind) -> None:
 
 def test_each_ingredient_reduces_the_error() -> None:
     """Hold, weights, more of them, compensation: in this order, on a smooth generation."""
-    names = ["hold", "2 weights", "3 weights", "3 weights, compensated", "6 weights, compensated"]
     recording = record_outputs(draw_smooth(30, elements=500))
-    kinds = [next(kind for kind in KINDS if kind.name == name) for name in names]
+    kinds = [
+        Kind("hold", sources=1, is_fitted=False),
+        Kind("2 weights", sources=2),
+        Kind("3 weights", sources=3),
+        Kind("3 weights, compensated", sources=3, is_compensated=True),
+        Kind("6 weights, compensated", sources=6, is_compensated=True),
+    ]
     updates = identify(recording)
     for computed in (10, 15):
         errors = [search(recording, updates, kinds=[kind]).best(computed).error for kind in kinds]
@@ -198,7 +203,7 @@ def test_where_the_sampler_is_unknown_all_steps_cost_the_same() -> None:
         ({"growth": np.ones(3)}, "growth: expected 8 finite numbers"),
         ({"growth": np.full(8, np.nan)}, "growth: expected 8 finite numbers"),
         ({"max_gap": 0}, "max_gap: expected a positive number, found 0"),
-        ({"kinds": [Kind("a", has_growth=True)]}, "kinds: expected a kind of plan that needs no"),
+        ({"kinds": []}, "kinds: expected at least one, found none"),
     ],
 )
 def test_bad_values_are_refused(settings: dict[str, Any], message: str) -> None:

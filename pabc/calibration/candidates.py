@@ -34,6 +34,7 @@ class Kind:
             the final result, while later outputs stay as they are.
         is_guided: True: the error is that of the guided output; False: those of all branches alike.
         has_growth: True: costs are multiplied by the share of an error that is left at the end.
+            Most often, errors decay: plans compute fewer of the early steps.
         noise: of the sources in the fit, relative to their norms: weights become smaller, and
             errors of the sources count less.
     """
@@ -50,14 +51,13 @@ class Kind:
 
 KINDS = (
     Kind("6 weights, compensated", sources=6, is_compensated=True),
-    Kind("4 weights, compensated", sources=4, is_compensated=True),
-    Kind("3 weights, compensated", is_compensated=True),
-    Kind("6 weights, compensated, growth", sources=6, is_compensated=True, has_growth=True),
+    Kind("3 weights, compensated, decay", is_compensated=True, has_growth=True),
     Kind("3 weights"),
-    Kind("3 weights, flat", cost="flat"),
-    Kind("3 weights, growth", has_growth=True),
-    Kind("2 weights", sources=2),
-    Kind("hold", sources=1, is_fitted=False),
+    Kind("2 weights, decay", sources=2, has_growth=True),
+    Kind("4 weights, compensated, decay", sources=4, is_compensated=True, has_growth=True),
+    Kind("hold, decay", sources=1, is_fitted=False, has_growth=True),
+    Kind("4 weights, compensated", sources=4, is_compensated=True),
+    Kind("3 weights, decay", has_growth=True),
 )
 """Those that are searched, the ones that are most often best first."""
 

@@ -6,8 +6,8 @@ import numpy as np
 
 RIDGE = 1e-5
 """Relative to the squared norm of each regressor: the prior is to hold the last output."""
-SINGULAR = 1e-12
-"""Pivots below it, relative to the diagonal, are those of dependent regressors."""
+NULL = 1e-13
+"""A regressor with a smaller square, relative to its sources', is what rounding left of 0."""
 
 
 def fit_weights(
@@ -60,7 +60,11 @@ def solve_weights(
     found = np.einsum("...ra,...a->...r", basis, cross - inner[..., :, 0])
     regular = basis @ inner @ np.swapaxes(basis, -1, -2)
     diagonal = np.einsum("...rr->...r", regular)
-    regular = regular + RIDGE * diagonal[..., None] * np.eye(sources.shape[-1])
+    squares = np.einsum("...ra,...a->...r", basis**2, np.einsum("...aa->...a", inner))
+    kept = diagonal > NULL * squares
+    regular = regular * (kept[..., :, None] & kept[..., None, :])
+    found, basis = found * kept, basis * kept[..., None]
+    np.einsum("...rr->...r", regular)[...] *= 1.0 + RIDGE
     if noise:
         spread = noise**2 * np.einsum("...aa->...a", inner) * known
         regular = regular + np.einsum("...ra,...a,...sa->...rs", basis, spread, basis)
@@ -79,44 +83,27 @@ def _gather(gram: np.ndarray, target: np.ndarray, steps: np.ndarray) -> np.ndarr
 
 
 def _build_basis(sources: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Returns the regressors as sums of sources, [..., k, k]; those that lack a source are 0."""
-    k = sources.shape[-1]
-    basis = np.zeros((*sources.shape, k))
-    basis[..., 0, 0] = known[..., 0]
-    for order in range(1, k):
-        for point in range(order + 1):
-            weight = np.ones(sources.shape[:-1])
-            for other in range(order + 1):
-                if other != point:
-                    gap = sources[..., point] - sources[..., other]
-                    weight = weight / np.where(gap == 0, 1, gap)
-            basis[..., order, point] = weight * known[..., order]
-    return basis
+    """Returns the regressors as sums of sources, [..., k, k]; those that lack a source are 0.
+
+    Regressor r is the divided difference of the sources 0 to r, in which source p has the weight
+    1 / product over the other sources q up to r of (step of p - step of q).
+    """
+    gaps = (sources[..., :, None] - sources[..., None, :]).astype(np.float64)
+    gaps[gaps == 0] = 1.0
+    weights = np.swapaxes(1.0 / np.cumprod(gaps, -1), -1, -2)
+    return np.tril(weights) * known[..., None]
 
 
 def _solve(matrix: np.ndarray, vector: np.ndarray) -> np.ndarray:
-    """Returns the solutions of small positive semidefinite systems, [..., k].
+    """Returns the solutions of small positive definite systems, [..., k].
 
-    Where rows depend on rows before, or are 0, the solution is 0.
+    Where a row is 0, so is the solution.
     """
-    k = vector.shape[-1]
-    scale = np.sqrt(np.maximum(np.einsum("...rr->...r", matrix), 0.0))
-    scale = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)
+    diagonal = np.einsum("...rr->...r", matrix)
+    scale = np.divide(1.0, np.sqrt(diagonal), out=np.zeros_like(vector), where=diagonal > 0)
     scaled = matrix * (scale[..., :, None] * scale[..., None, :])
-    lower, pivots, inverse = np.zeros(matrix.shape), np.zeros(vector.shape), np.zeros(vector.shape)
-    values = vector * scale
-    for r in range(k):
-        for c in range(r):
-            inner = (lower[..., r, :c] * lower[..., c, :c] * pivots[..., :c]).sum(-1)
-            lower[..., r, c] = (scaled[..., r, c] - inner) * inverse[..., c]
-        pivot = scaled[..., r, r] - (lower[..., r, :r] ** 2 * pivots[..., :r]).sum(-1)
-        pivots[..., r] = np.where(pivot > SINGULAR, pivot, 0.0)
-        inverse[..., r] = np.divide(1.0, pivot, out=np.zeros_like(pivot), where=pivot > SINGULAR)
-        values[..., r] -= (lower[..., r, :r] * values[..., :r]).sum(-1)
-    values *= inverse
-    for r in reversed(range(k)):
-        values[..., r] -= (lower[..., r + 1 :, r] * values[..., r + 1 :]).sum(-1)
-    return values * scale
+    np.einsum("...rr->...r", scaled)[...] = 1.0
+    return np.linalg.solve(scaled, (vector * scale)[..., None])[..., 0] * scale
 
 
 def _error(products: np.ndarray, weights: np.ndarray) -> np.ndarray:

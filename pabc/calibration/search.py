@@ -11,6 +11,7 @@ import numpy as np
 from pabc.calibration.candidates import KINDS, LEAST, Candidate, Kind, Rows
 from pabc.calibration.compensation import Outputs, compensate, predict
 from pabc.calibration.fit import fit_weights
+from pabc.calibration.growth import expect_growth
 from pabc.calibration.paths import Grid, Paths, choose_gaps, find_history, find_paths, find_skipped
 from pabc.calibration.recording import Recording
 from pabc.calibration.refinement import refine
@@ -140,8 +141,8 @@ def search(
     Args:
         recording: of one generation, or the sum of several.
         updates: of its sampler.
-        growth: [n] of an error made at a step, the share that is left at the end; None: unknown,
-            and kinds that need it are left out.
+        growth: [n] of an error made at a step, the share that is left at the end; None: as
+            `expect_growth` tells.
         max_gap: the longest gap between computed steps: a gap of 2 skips one step. None: 16 with
             three sources, 40 with two, no limit with one.
         kinds: of plans, those that are most often best first.
@@ -156,9 +157,9 @@ def search(
         raise ValueError(f"growth: expected {n} finite numbers, found {growth!r}")
     if max_gap is not None and max_gap < 1:
         raise ValueError(f"max_gap: expected a positive number, found {max_gap}")
-    kinds = [kind for kind in kinds if growth is not None or not kind.has_growth]
     if not kinds:
-        raise ValueError("kinds: expected a kind of plan that needs no growth, found none")
+        raise ValueError("kinds: expected at least one, found none")
+    growth = expect_growth(recording) if growth is None else np.asarray(growth, dtype=np.float64)
     starts = tuple(sorted({0, *recording.starts}))
     root = np.sqrt(max(1, recording.elements * recording.count))
     outputs = Outputs.from_recording(recording, updates.shares())
@@ -233,7 +234,7 @@ def find_weights(
     return tuple(rows)
 
 
-def weigh_steps(updates: Updates, kind: Kind, growth: np.ndarray | None) -> np.ndarray:
+def weigh_steps(updates: Updates, kind: Kind, growth: np.ndarray) -> np.ndarray:
     """Returns what an error of the guided output at each step costs in the search, [n].
 
     Where the sampler is not known, all cost the same.
@@ -241,10 +242,10 @@ def weigh_steps(updates: Updates, kind: Kind, growth: np.ndarray | None) -> np.n
     scale = np.ones(updates.num_steps)
     if kind.cost != "flat" and is_known(updates):
         scale = np.abs(updates.direct if kind.cost == "direct" else updates.propagated())
-    return scale if growth is None or not kind.has_growth else scale * np.abs(growth)
+    return scale * np.abs(growth) if kind.has_growth else scale
 
 
-def find_effects(updates: Updates, kind: Kind, growth: np.ndarray | None) -> np.ndarray:
+def find_effects(updates: Updates, kind: Kind, growth: np.ndarray) -> np.ndarray:
     """Returns the effects of guided outputs on the final result, [n], for `compensate`."""
     if is_known(updates):
         return updates.effects(growth if kind.has_growth else None)

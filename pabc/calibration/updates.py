@@ -77,15 +77,14 @@ class Updates:
     def effects(self, growth: np.ndarray | None = None) -> np.ndarray:
         """Returns what changes of the guided outputs make of the final result, [n], at a guess.
 
-        With `growth`, [n] of what is left at the end of a change at a step, these are the
-        coefficients in the sampler's own update times that. Without it, changes are taken to be
-        propagated as by the sampler alone, but never to grow: samplers of models that predict
-        noise amplify them (x_{i+1} has a multiple of x_i), and the models' next outputs undo it.
+        Without `growth`, changes are taken to be propagated as by the sampler alone, but never to
+        grow: samplers of models that predict noise amplify them (x_{i+1} has a multiple of x_i),
+        and the models' next outputs undo it. `growth`, [n], is what the model leaves at the end of
+        a change at a step.
         """
-        if growth is not None:
-            return self.direct * growth
         left = np.append(np.abs(self._propagate_inputs())[1:], 1.0)
-        return self.propagated() / np.maximum(left, 1.0)
+        effects = self.propagated() / np.maximum(left, 1.0)
+        return effects if growth is None else effects * growth
 
     def _propagate_inputs(self) -> np.ndarray:
         """Returns what a change of x_i alone makes of x_n, [n], while outputs stay."""

@@ -1,0 +1,63 @@
+"""Growth: how much of an error that is made at a step is left at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from pabc.calibration.recording import Recording
+
+FLOOR = 0.1
+"""What is left of an error that is made in pure noise, relative to one at the end."""
+LEAST = 1e-3
+"""The smallest factor by which an error is taken to change from step to step; `1 / LEAST` is the
+largest."""
+
+
+def measure_growth(errors: np.ndarray, computed: Iterable[int] | None = None) -> np.ndarray:
+    """Returns what is left at the end of an error that is made at each step, [n].
+
+    A step that is computed makes no error, so what it changes is growth; between such steps, growth
+    is interpolated. An error that is made at step i is first there in x_{i+1}.
+
+    Args:
+        errors: [n + 1] norms of the differences of inputs and result from those of the full run
+            from the same noise (or, if all steps are computed, from noise a little different).
+        computed: steps that were computed; None: all.
+
+    Raises ValueError if a norm is negative or not finite.
+    """
+    norms = np.asarray(errors, dtype=np.float64)
+    if norms.ndim != 1 or len(norms) < 2 or not (np.isfinite(norms) & (norms >= 0)).all():
+        raise ValueError(f"errors: expected [n + 1] finite norms, found {errors!r}")
+    n = len(norms) - 1
+    rates = np.full(n, np.nan)
+    for step in range(n) if computed is None else computed:
+        if norms[step] > 0 and norms[step + 1] > 0:
+            rates[step] = np.log(norms[step + 1] / norms[step])
+    known = np.flatnonzero(np.isfinite(rates))
+    if not len(known):
+        return np.ones(n)
+    limit = -np.log(LEAST)
+    rates = np.clip(np.interp(np.arange(n), known, rates[known]), -limit, limit)
+    left = np.cumsum(rates[::-1])[::-1]
+    return np.exp(np.append(left[1:], 0.0))
+
+
+def expect_growth(recording: Recording, floor: float = FLOOR) -> np.ndarray:
+    """Returns what is expected to be left at the end of an error made at each step, [n].
+
+    A model that denoises well forgets what differs from its data: from nearly the same noise it
+    comes to nearly the same result. So differences shrink like the noise in the latents, down to a
+    floor. How much noise x_i has is told by its inner products with x_0, which is all noise, and
+    with the result. Measured on two models, differences follow this within a factor of 2, with
+    floors of 0.03 and 0.25.
+    """
+    n, gram = recording.num_steps, recording.inputs()
+    last = n if recording.has_result else n - 1
+    ends = gram[np.ix_([0, last], [0, last])]
+    noise = np.zeros(n + 1)
+    noise[: last + 1] = (np.linalg.pinv(ends, rcond=1e-10) @ gram[[0, last], : last + 1])[0]
+    levels = np.hypot(np.clip(noise, 0.0, 1.0), floor)
+    return levels[n] / levels[1:]
