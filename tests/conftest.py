@@ -45,6 +45,14 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps recordings of `pabc.auto` out of the user's folder for caches."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PABC_CACHE", str(tmp_path_factory.mktemp("recordings")))
+        yield
+
+
 @pytest.fixture
 def process_group() -> Iterator[None]:
     """Of this process alone, as a launcher would have made."""

@@ -176,10 +176,17 @@ def test_code_runs(document, monkeypatch, tmp_path):
         run(document, block, names)
 
 
-def test_the_first_example_reuses():
+def test_the_first_examples_reuse():
     (document,) = (d for d in DOCUMENTS if d.name == "README.md")
     names = provide(document)
-    run(document, document.labeled("python")[0], names)
+    first, second, *_ = document.labeled("python")
+    run(document, first, names)
+    stats = names["fast_pipe"].models["transformer"].stats
+    assert stats.recorded == 1, "calls of so small a model take too little for a sure speedup"
+    assert "speedup=2: computes" in stats.plan_source
+    assert names["video"].isfinite().all()
+    names["fast_pipe"].undo()
+    run(document, second, names)
     assert names["fast"].stats.generations == 1
     assert names["fast"].stats.reused > 0
     assert names["latents"].isfinite().all()
