@@ -21,7 +21,7 @@ from pabc.calibration.search import search
 from pabc.calibration.updates import identify
 
 SIMPLE = (
-    *(kind for kind in KINDS if not kind.is_compensated),
+    *(kind for kind in KINDS if not kind.compensation),
     Kind("flat", cost="flat"),
     Kind("propagated", cost="propagated"),
     Kind("raw", is_guided=False),
@@ -145,8 +145,8 @@ def test_each_ingredient_reduces_the_error() -> None:
         Kind("hold", sources=1, is_fitted=False),
         Kind("2 weights", sources=2),
         Kind("3 weights", sources=3),
-        Kind("3 weights, compensated", sources=3, is_compensated=True),
-        Kind("6 weights, compensated", sources=6, is_compensated=True),
+        Kind("3 weights, compensated", sources=3, compensation=1.0),
+        Kind("6 weights, compensated", sources=6, compensation=1.0),
     ]
     updates = identify(recording)
     for computed in (10, 15):

@@ -27,8 +27,8 @@ class Kind:
         name: for people.
         sources: how many of the last computed outputs a forecast is the weighted sum of, at most.
         is_fitted: False: the last output is held as it is.
-        is_compensated: True: forecasts make up for the errors of those before them, and computed
-            steps are moved while this helps.
+        compensation: how much of the error that is left of the forecasts before it a forecast makes
+            up for, 0 to 1. Above 0, computed steps are moved while this helps.
         cost: what an error of a forecast counts: `"flat"`, the same at all steps; `"direct"`, the
             coefficient of the output in the sampler's update; `"propagated"`, its coefficient in
             the final result, while later outputs stay as they are.
@@ -42,22 +42,29 @@ class Kind:
     name: str
     sources: int = 3
     is_fitted: bool = True
-    is_compensated: bool = False
+    compensation: float = 0.0
     cost: Cost = "direct"
     is_guided: bool = True
     has_growth: bool = False
     noise: float = 0.0
 
 
+COMPENSATION = 0.5
+"""Half: errors change on their way through the model. To make up for all of what they would have
+been without it is no better at many computed steps, and worse at few."""
+NOISE = 0.01
+"""More than sources differ between the plan and the recording, except at few computed steps."""
+
 KINDS = (
-    Kind("6 weights, compensated", sources=6, is_compensated=True),
-    Kind("3 weights, compensated, decay", is_compensated=True, has_growth=True),
+    Kind("6 weights, compensated", sources=6, compensation=COMPENSATION),
+    Kind("3 weights, compensated, decay", compensation=COMPENSATION, has_growth=True),
     Kind("3 weights"),
     Kind("2 weights, decay", sources=2, has_growth=True),
-    Kind("4 weights, compensated, decay", sources=4, is_compensated=True, has_growth=True),
+    Kind("4 weights, compensated, decay", sources=4, compensation=COMPENSATION, has_growth=True),
+    Kind("3 weights, compensated, noise", compensation=COMPENSATION, noise=NOISE),
     Kind("hold, decay", sources=1, is_fitted=False, has_growth=True),
-    Kind("4 weights, compensated", sources=4, is_compensated=True),
-    Kind("3 weights, decay", has_growth=True),
+    Kind("4 weights, compensated", sources=4, compensation=COMPENSATION),
+    Kind("3 weights, flat", cost="flat"),
 )
 """Those that are searched, the ones that are most often best first."""
 

@@ -93,6 +93,7 @@ def compensate(
     sources: int,
     starts: tuple[int, ...] = (0,),
     noise: float = 0.0,
+    compensation: float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the weights of plans, [p, n, k], and the norms of what they err, [p, n].
 
@@ -105,6 +106,7 @@ def compensate(
         sources: k, the last computed outputs that a forecast is the weighted sum of, at most.
         starts: steps at which another model takes over.
         noise: of the sources in the fit; see `fit_weights`.
+        compensation: the share of the error so far that a forecast makes up for.
     """
     histories = find_histories(computed, starts, sources)
     weights, norms = np.zeros(histories.shape), np.zeros(computed.shape)
@@ -117,7 +119,7 @@ def compensate(
             gram = outputs.guided(step)
             before = np.zeros((len(rows), outputs.num_steps))
             if abs(effects[step]) > 1e-6 * largest:
-                before = outputs.multiply(errors[rows], step) / effects[step]
+                before = outputs.multiply(errors[rows], step) * (compensation / effects[step])
             wanted = gram[step] - before
             known = np.where(history >= 0, history, history[:, :1])
             inner = gram[known[:, :, None], known[:, None, :]]

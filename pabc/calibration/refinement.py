@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,7 @@ def refine(
     sources: int,
     starts: tuple[int, ...] = (0,),
     noise: float = 0.0,
+    compensation: float = 1.0,
     max_gap: int | None = None,
 ) -> tuple[int, ...]:
     """Returns computed steps of the same number that leave a smaller error, or the same steps.
@@ -35,13 +37,19 @@ def refine(
     separate costs tells it. What is minimized is the error of the result together with the mean
     over the steps of what is left at each, which the model is given.
     """
+    how: dict[str, Any] = {
+        "sources": sources,
+        "starts": starts,
+        "noise": noise,
+        "compensation": compensation,
+    }
     n = outputs.num_steps
     fixed = {*starts, n - 1}
     best = np.zeros(n, dtype=bool)
     best[list(computed)] = True
 
     def measure(plans: np.ndarray) -> np.ndarray:
-        _, norms = compensate(outputs, plans, effects, sources=sources, starts=starts, noise=noise)
+        _, norms = compensate(outputs, plans, effects, **how)
         return np.sqrt(norms[:, -1] ** 2 + np.square(norms).mean(1))
 
     error = measure(best[None])[0]

@@ -49,11 +49,12 @@ class _Found:
         path, starts = self.paths.trace(computed), self.paths.grid.starts
         if path is None:
             return None
-        if self.kind.is_compensated:
+        if self.kind.compensation:
             how: dict[str, Any] = {
                 "sources": self.kind.sources,
                 "starts": starts,
                 "noise": self.kind.noise,
+                "compensation": self.kind.compensation,
             }
             path = refine(self._outputs, path, self._effects, max_gap=self._max_gap, **how)
             found, _ = compensate(self._outputs, _mask(path, self._outputs), self._effects, **how)
