@@ -16,7 +16,7 @@ accuracy of the best sampler, on finer grids; `--part guidance` at which speed a
 40 dB for other scales of guidance and shifts; `--part ablations` is `ablations.py`.
 
 The result grows by a point at a time; with `--resume`, points that are there are not measured
-again. Full runs, fine solutions and trials are kept in `--store`.
+again, but for those of the methods of `--again`. Full runs, fine solutions and trials are kept in `--store`.
 """
 
 from __future__ import annotations
@@ -64,6 +64,8 @@ def main() -> None:
     found = rows.Rows(
         options.out, report.describe_run(), settings, options.resume, is_same_commit=False
     )
+    for name in [name for name, row in found.rows.items() if row["method"] in options.again]:
+        del found.rows[name]
     for name in options.models:
         subject = load_subject(
             name,
@@ -95,6 +97,7 @@ def parse_options() -> argparse.Namespace:
     add("--part", choices=tuple(YARDSTICKS), default="fidelity")
     add("--models", type=_split, default=list(MODELS), help=f"some of {', '.join(MODELS)}")
     add("--methods", type=_split, help=f"some of {FEWER}, {', '.join(METHODS)}; default: all")
+    add("--again", type=_split, default=[], help="methods whose points are measured again")
     add("--samplers", type=_split, help="of the setups; default: some of each model's")
     add("--calls", type=_split_numbers, help="of the full runs of the setups")
     add("--judged", type=_split_numbers, default=[2, 3], help="seeds, and clips of each seed")
@@ -105,7 +108,7 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.smoke:
         options.judged = [1, 2]
-    known = {"models": MODELS, "methods": (*METHODS, FEWER)}
+    known = {"models": MODELS, "methods": (*METHODS, FEWER), "again": tuple(METHODS)}
     for name, allowed in known.items():
         if unknown := set(getattr(options, name) or ()) - set(allowed):
             expected = ", ".join(allowed)
