@@ -16,7 +16,8 @@ accuracy of the best sampler, on finer grids; `--part guidance` at which speed a
 40 dB for other scales of guidance and shifts; `--part ablations` is `ablations.py`.
 
 The result grows by a point at a time; with `--resume`, points that are there are not measured
-again, but for those of the methods of `--again`. Full runs, fine solutions and trials are kept in `--store`.
+again, but for those of the methods of `--again`. Full runs, fine solutions and trials are kept in
+`--store`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,21 +39,17 @@ import report
 import rows
 import torch
 from pareto_methods import NotReached, run_choice
-from pareto_points import FEWER, FULL, METHODS, Point, list_points
+from pareto_points import FEWER, FULL, METHODS, SPEEDS, Point, list_points
 from pareto_quality import compare
 from pareto_samplers import make_sampler
+from pareto_seconds import format_seconds, measure_seconds
 from pareto_setups import Setup, Subject, load_subject
 from torch import Tensor
 
 MODELS = ("digits", "emoji")
 FINE = "fine"
-YARDSTICKS = {"fidelity": (FULL, FINE), "grids": (FINE,), "guidance": (FULL,)}
+YARDSTICKS = {"fidelity": (FULL, FINE), "grids": (FINE,), "guidance": (FULL,), "seconds": ()}
 """What samples are compared with, by part: the full run, the fine solution."""
-FORMATS = {
-    "fidelity": pareto_table.format_tables,
-    "grids": pareto_grids.format_grids,
-    "guidance": pareto_grids.format_guidance,
-}
 Row = dict[str, Any]
 
 
@@ -75,6 +73,8 @@ def main() -> None:
             fine_calls=12 if options.smoke else 1000,
             is_trained=not options.smoke,
         )
+        if options.part == "seconds":
+            measure_times(subject, options, found)
         for point in list_points(subject, options):
             if point.name not in found:
                 begin = time.perf_counter()
@@ -103,11 +103,12 @@ def parse_options() -> argparse.Namespace:
     add("--judged", type=_split_numbers, default=[2, 3], help="seeds, and clips of each seed")
     add("--seen", type=int, default=1, help="clips by which settings are chosen")
     add("--threads", type=int, default=1)
+    add("--rounds", type=int, default=10, help="timed generations of --part seconds")
     default = Path(tempfile.gettempdir()) / "pabc-pareto"
     add("--store", type=Path, default=default, help="folder of what is kept")
     options = parser.parse_args()
     if options.smoke:
-        options.judged = [1, 2]
+        options.judged, options.rounds = [1, 2], 2
     known = {"models": MODELS, "methods": (*METHODS, FEWER), "again": tuple(METHODS)}
     for name, allowed in known.items():
         if unknown := set(getattr(options, name) or ()) - set(allowed):
@@ -122,6 +123,22 @@ def _split(text: str) -> list[str]:
 
 def _split_numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
+
+
+def measure_times(subject: Subject, options: argparse.Namespace, found: rows.Rows) -> None:
+    """Adds the seconds of a model, unless they are there."""
+    speeds = SPEEDS[:1] if options.smoke else SPEEDS
+    name = subject.model.name
+    if name not in found:
+        backend = "eager" if options.smoke else "inductor"
+        measured = measure_seconds(subject, options.rounds, show, speeds=speeds, backend=backend)
+        found.add(name, {"method": "seconds", "variants": measured})
+
+
+def format_times(found: Mapping[str, Row]) -> str:
+    """Returns the tables of seconds."""
+    tables = [f"\n{name}\n{format_seconds(row['variants'])}" for name, row in found.items()]
+    return "\n".join(tables)
 
 
 def measure(subject: Subject, point: Point, part: str) -> Row:
@@ -179,6 +196,14 @@ def describe(row: Row) -> str:
 def show(text: str) -> None:
     """Prints the state of the run."""
     print(text, file=sys.stderr, flush=True)
+
+
+FORMATS = {
+    "fidelity": pareto_table.format_tables,
+    "grids": pareto_grids.format_grids,
+    "guidance": pareto_grids.format_guidance,
+    "seconds": format_times,
+}
 
 
 if __name__ == "__main__":

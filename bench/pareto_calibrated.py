@@ -6,9 +6,10 @@ import hashlib
 import warnings
 from typing import Any
 
+from case import Ready
 from pareto_methods import Choice, Method
 from pareto_plans import format_steps, run_schedule
-from pareto_setups import Clips, Setup, Subject
+from pareto_setups import Clips, Loop, Setup, Subject
 
 import pabc
 
@@ -59,6 +60,18 @@ def choose_calibrated(
     )
 
 
+def choose_auto(subject: Subject, setup: Setup, computed: int) -> Choice:
+    """Returns `pabc.auto`, whose first generation is that of the seen clips."""
+
+    def prepare(loop: Loop) -> Ready:
+        request = pabc.auto(calls=computed, floor=0.0, cache=False)
+        fast = pabc.compile(loop.model.transformer, request, backend="original")
+        subject.loop(setup, subject.seen).run(fast)
+        return Ready(fast, on_end=fast.reset)
+
+    return Choice(f"calls={computed}", prepare)
+
+
 def choose_other_seed(seed: int) -> Any:
     """Returns `choose_calibrated` with other prompts and noise."""
 
@@ -80,3 +93,4 @@ OTHER_SEEDS = tuple(
     )
     for seed in (1, 2)
 )
+AUTO = Method("pabc auto", "pabc.auto, after a generation of the seen clips", choose_auto, False)

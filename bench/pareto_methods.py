@@ -19,12 +19,18 @@ from pareto_quality import mean_psnr
 from pareto_setups import Loop, Operations, Setup, Subject
 from torch import Tensor
 
+import pabc
+
 TOLERANCE = 1.04
 """A setting may take so many times the operations of the calls that are asked for."""
 
 
 class NotReached(Exception):
     """Raised if no setting of a method takes as few operations as asked for."""
+
+
+METHOD_ERRORS = (NotReached, ImportError)
+"""What a method raises that has no setting, or is not installed."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class Choice:
         computed: calls that it computes, where it skips whole ones.
         share: of the full run's operations; None: they are counted.
         facts: what else is worth a note, such as the predicted PSNR.
+        schedule: of pabc, where it is one.
     """
 
     setting: str
@@ -44,6 +51,7 @@ class Choice:
     computed: int | None = None
     share: float | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    schedule: pabc.Schedule | None = None
 
 
 Choose = Callable[[Subject, Setup, int], Choice]

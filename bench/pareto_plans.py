@@ -35,7 +35,8 @@ def run_schedule(schedule: pabc.Schedule, setting: str, **facts: Any) -> Choice:
         return Ready(fast, on_end=fast.reset)
 
     computed = schedule.num_steps - sum(schedule.mask("model"))
-    return Choice(setting, prepare, computed, computed / schedule.num_steps, facts)
+    share = computed / schedule.num_steps
+    return Choice(setting, prepare, computed, share, facts, schedule)
 
 
 def format_steps(steps: Sequence[int]) -> str:

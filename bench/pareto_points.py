@@ -6,14 +6,16 @@ import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from pareto_calibrated import CALIBRATED, OTHER_SEEDS
+from pareto_calibrated import AUTO, CALIBRATED, OTHER_SEEDS
 from pareto_methods import Method
 from pareto_peers import PEERS
 from pareto_plans import OWN, REFERENCES
 from pareto_samplers import is_flow, name_samplers
 from pareto_setups import Setup, Subject
 
-METHODS = {method.name: method for method in (CALIBRATED, *OWN, *PEERS, *REFERENCES, *OTHER_SEEDS)}
+METHODS = {
+    method.name: method for method in (CALIBRATED, *OWN, *PEERS, *REFERENCES, AUTO, *OTHER_SEEDS)
+}
 FULL = "full"
 FEWER = "fewer steps"
 SPEEDS = (1.5, 2.0, 3.0)
@@ -109,7 +111,7 @@ def list_fidelity(
 
 def is_measured(setup: Setup, method: Method) -> bool:
     """Returns True for methods that are measured at the setup: not all are at all setups."""
-    if method in OTHER_SEEDS:
+    if method in (AUTO, *OTHER_SEEDS):
         return setup == THOROUGH[setup.model][0]
     if setup in THOROUGH[setup.model]:
         return True

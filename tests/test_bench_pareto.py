@@ -15,8 +15,10 @@ import torch
 pytest.importorskip("diffusers")
 BENCH = Path(__file__).parents[1] / "bench"
 MODULES = (
+    "ablations",
     "pairs",
     "pareto",
+    "pareto_grids",
     "pareto_methods",
     "pareto_plans",
     "pareto_plot",
@@ -269,6 +271,48 @@ def test_predictions_are_compared_with_what_was_measured(bench):
     found = bench.pareto_table.correlate(rows)
     assert found["largest_miss"] == -5 == found["most_optimistic"] and found["plans"] == 3
     assert found["correlation"] == pytest.approx(np.corrcoef([40, 50, 60], [43, 54, 55])[0, 1])
+
+
+def make_grid_row(sampler, grid, allowed, fine_psnr, method="pabc calibrated"):
+    row = make_row(method, allowed, None, num_calls=grid)
+    return {**row, "sampler": sampler, "fine_psnr": fine_psnr, "fine_psnr_min": fine_psnr}
+
+
+def test_the_fewest_calls_that_reach_the_best_sampler_are_found(bench):
+    rows = [
+        make_grid_row("DDIM", 50, 50, 45.0, "full"),
+        make_grid_row("UniPC", 50, 50, 53.0, "full"),
+        make_grid_row("UniPC", 100, 17, 54.0),
+        make_grid_row("UniPC", 50, 17, 53.5),
+        make_grid_row("UniPC", 100, 12, 44.0),
+    ]
+    text = bench.pareto_grids.format_grids(dict(enumerate(rows)))
+    assert "best of 50 calls: UniPC, 53.0 dB; 17 calls on 100 steps of UniPC give 54.0 dB" in text
+    assert "0.34 of them, aim 0.36 met" in text
+    del rows[2:4]
+    assert "no plan reaches it" in bench.pareto_grids.format_grids(dict(enumerate(rows)))
+
+
+def test_the_floor_is_where_the_first_plan_falls_below_it(bench):
+    rows = [make_row("", calls, psnr) for calls, psnr in ((40, 60), (25, 41), (17, 39), (12, 50))]
+    assert bench.pareto_grids.find_floor(rows, "psnr") == "2.00x"
+
+
+def test_polynomials_continue_what_they_go_through(bench):
+    sources = (7, 4, 3)
+    weights = bench.ablations._extrapolate(9, sources)
+    for power in range(3):
+        assert sum(w * s**power for w, s in zip(weights, sources, strict=True)) == 9**power
+    assert bench.ablations._extrapolate(9, (7,)) == (1.0,)
+
+
+@pytest.mark.parametrize("way", ["all", "steps by rule, three fitted weights", "with growth"])
+def test_ways_to_find_a_plan_compute_as_many_calls(bench, subject, setup, way):
+    find = bench.ablations.list_ways()[way]
+    row = bench.ablations.measure(subject, setup, way, find, 2.0)
+    assert row["computed"] == 3 and row["psnr"] > 10, row
+    table = bench.ablations.format_rows({way: row})
+    assert way in table and f"{row['psnr']:.1f}" in table
 
 
 @pytest.mark.slow

@@ -1,0 +1,268 @@
+"""Switches off each ingredient of pabc's calibration in turn, and measures what is lost.
+
+    python bench/ablations.py --out bench/results/ablations.json --resume
+
+Setups are those that `pareto.py` compares most closely, clips are its own: one that is recorded
+and on which plans are chosen, others that are judged. A row is a way to find a plan for a number of
+computed calls; its figure is the PSNR to the full run, mean and worst clip.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pareto_points
+import report
+import rows
+import torch
+from pareto_methods import run_choice
+from pareto_plans import format_steps, run_schedule
+from pareto_quality import compare, mean_psnr
+from pareto_setups import Clips, Recorded, Setup, Subject, load_subject
+
+import pabc
+from pabc.calibration.candidates import KINDS, Candidate, Kind
+from pabc.calibration.fit import fit_weights
+from pabc.calibration.recording import Recorder, Recording
+from pabc.calibration.search import search
+from pabc.calibration.updates import identify
+
+LIMIT = 6
+"""Plans that are run to choose from."""
+PERTURBATION = 0.02
+"""Of the noise, to tell how much of an error is left at the end."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What plans are found from: one clip, or several."""
+
+    subject: Subject
+    setup: Setup
+
+    def record(self, clips: Clips) -> Recorded:
+        """Returns the full run of clips."""
+        key = ("recorded", clips.prompts)
+        loop = self.subject.loop(self.setup, clips)
+        return Recorded(*self.subject.keep(self.setup, key, lambda: tuple(loop.record())))
+
+    def recording(self, clips: Clips) -> Recording:
+        """Returns the recording of clips, as one generation."""
+        recorded = self.record(clips)
+        recorder = Recorder()
+        for step, (x, output) in enumerate(zip(recorded.inputs, recorded.outputs, strict=True)):
+            recorder.add_input(step, x)
+            for branch, part in enumerate(output.chunk(2)):
+                recorder.add_output(str(branch), step, part)
+        timesteps = self.subject.loop(self.setup, clips).sampler.timesteps
+        return recorder.finish(timesteps, recorded.samples)
+
+    def growth(self) -> np.ndarray:
+        """Returns how much of a change at each step is left at the end, [n]."""
+        clips = self.subject.seen
+        generator = torch.Generator().manual_seed(0)
+        change = torch.randn(clips.noise.shape, generator=generator)
+        changed = Clips(clips.prompts, clips.noise + PERTURBATION * change)
+        loop = self.subject.loop(self.setup, changed)
+        found = self.subject.keep(self.setup, "perturbed", lambda: tuple(loop.record()))
+        other, own = Recorded(*found), self.record(clips)
+        pairs = zip([*other.inputs, other.samples], [*own.inputs, own.samples], strict=True)
+        sizes = [float((a - b).norm()) for a, b in pairs]
+        return np.array([sizes[-1] / max(size, 1e-9) for size in sizes[1:]])
+
+    def measure(self, candidate: Candidate) -> float:
+        """Returns the PSNR of a plan on the seen clips."""
+        loop = self.subject.loop(self.setup, self.subject.seen)
+        choice = run_schedule(candidate.schedule(loop.sampler.timesteps), "")
+        samples, _ = run_choice(loop, choice)
+        return mean_psnr(samples, self.record(self.subject.seen).samples)
+
+
+Find = Callable[[Trial, int], Candidate]
+"""(trial, number of computed calls) -> plan."""
+
+
+def find_best(
+    kinds: Sequence[Kind] = KINDS, *, limit: int = LIMIT, num_clips: int = 1, grows: bool = False
+) -> Find:
+    """Returns a way that runs the plans of some kinds on the seen clips, and takes the best."""
+
+    def find(trial: Trial, computed: int) -> Candidate:
+        seen = trial.subject.seen if num_clips == 1 else None
+        recordings = [
+            trial.recording(seen if seen else trial.subject.draw_seen(seed))
+            for seed in range(num_clips)
+        ]
+        recording = sum(recordings[1:], start=recordings[0])
+        growth = trial.growth() if grows else None
+        found = search(recording, identify(recording), kinds=kinds, growth=growth)
+        plans = found.candidates(computed, limit=limit)
+        return plans[0] if len(plans) == 1 else max(plans, key=trial.measure)
+
+    return find
+
+
+def find_predicted(trial: Trial, computed: int) -> Candidate:
+    """Returns the plan with the least predicted error, of all kinds, without a run."""
+    recording = trial.recording(trial.subject.seen)
+    plans = search(recording, identify(recording)).candidates(computed, limit=LIMIT)
+    return min(plans, key=lambda plan: plan.error)
+
+
+def find_with_weights(order: int) -> Find:
+    """Returns a way that takes searched steps, and the polynomial of an order for weights."""
+
+    def find(trial: Trial, computed: int) -> Candidate:
+        found = find_best(_pick("3 weights"))(trial, computed)
+        n = len(found.weights)
+        weights = []
+        for step in range(n):
+            sources = [i for i in found.computed if i < step][::-1][: order + 1]
+            weights.append(() if step in found.computed else _extrapolate(step, sources))
+        return replace(found, name=f"order {order}", weights=tuple(weights))
+
+    return find
+
+
+def _extrapolate(step: int, sources: Sequence[int]) -> tuple[float, ...]:
+    """Returns the weights of the polynomial through the sources, at a step."""
+    return tuple(
+        float(np.prod([(step - other) / (source - other) for other in sources if other != source]))
+        for source in sources
+    )
+
+
+def find_with_steps(trial: Trial, computed: int) -> Candidate:
+    """Returns the steps of `Schedule.skip`, with three fitted weights."""
+    recording = trial.recording(trial.subject.seen)
+    mask = pabc.Schedule.skip(recording.timesteps, computed).mask("model")
+    steps = tuple(step for step, reuses in enumerate(mask) if not reuses)
+    gram = identify(recording).guided(recording)
+    weights: list[tuple[float, ...]] = []
+    for step, reuses in enumerate(mask):
+        sources = [i for i in steps if i < step][::-1][:3]
+        padded = np.array([*sources, *[-1] * (3 - len(sources))])
+        found, _ = fit_weights(gram, np.array(step), padded)
+        weights.append(tuple(map(float, found[: len(sources)])) if reuses else ())
+    return Candidate("steps by rule", steps, tuple(weights), 1.0)
+
+
+def _pick(*names: str) -> list[Kind]:
+    """Returns kinds by name."""
+    return [kind for kind in KINDS if kind.name in names]
+
+
+def _change(**changes: Any) -> list[Kind]:
+    """Returns kinds with something changed, each once."""
+    return list(dict.fromkeys(replace(kind, **changes) for kind in KINDS if not kind.has_growth))
+
+
+def list_ways() -> dict[str, Find]:
+    """Returns the ways to find a plan by name, the whole calibration first."""
+    plain = [kind for kind in KINDS if not kind.is_compensated]
+    one = KINDS[0]
+    ways: dict[str, Find] = {
+        "all": find_best(),
+        "without a real run: the first kind": find_best(limit=1),
+        "without a real run: least predicted error": find_predicted,
+        "without compensation": find_best(plain),
+        "without weights of the sampler: flat costs": find_best(_change(cost="flat")),
+        "branches alike, not guided": find_best(_change(is_guided=False)),
+        "with growth": find_best(grows=True),
+        "with noise of 0.1 % in the fit": find_best(_change(noise=1e-3)),
+        "recorded four clips": find_best(num_clips=4),
+        "steps by rule, three fitted weights": find_with_steps,
+        "searched steps, line": find_with_weights(1),
+        "searched steps, parabola": find_with_weights(2),
+    }
+    for sources in (1, 2, 3, 4, 6):
+        kind = replace(one, name=f"{sources}", sources=sources)
+        ways[f"compensated, at most {sources} weights, one kind"] = find_best([kind])
+        if sources in (1, 2, 3):
+            simple = replace(kind, is_compensated=False)
+            ways[f"not compensated, at most {sources} weights, one kind"] = find_best([simple])
+    return ways
+
+
+def main() -> None:
+    """Measures all ways on the models that the options name; prints a table, writes JSON."""
+    options = parse_options()
+    torch.set_num_threads(1)
+    settings = {"smoke": options.smoke, "judged": options.judged}
+    found = rows.Rows(
+        options.out, report.describe_run(), settings, options.resume, is_same_commit=False
+    )
+    for name in options.models:
+        subject = load_subject(
+            name, options.judged, 1, options.store, 12, is_trained=not options.smoke
+        )
+        setup = pareto_points.THOROUGH[name][0]
+        setup = replace(setup, calls=6) if options.smoke else setup
+        for speed in options.speeds:
+            for way, find in list_ways().items():
+                key = f"{setup} | {way} | {round(setup.calls / speed)}"
+                if key not in found:
+                    found.add(key, measure(subject, setup, way, find, speed))
+                    print(f"{key}: {found.rows[key]}", file=sys.stderr, flush=True)
+    print(format_rows(found.rows))
+
+
+def parse_options() -> argparse.Namespace:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    rows.add_options(parser)
+    add = parser.add_argument
+    add("--models", type=lambda text: text.split(","), default=["digits", "emoji"])
+    add("--speeds", type=lambda text: [float(x) for x in text.split(",")], default=[1.5, 2.0, 3.0])
+    add("--judged", type=lambda text: [int(x) for x in text.split(",")], default=[2, 3])
+    add("--store", type=Path, default=Path(tempfile.gettempdir()) / "pabc-pareto")
+    options = parser.parse_args()
+    if options.smoke:
+        options.judged, options.speeds = [1, 2], [2.0]
+    return options
+
+
+def measure(subject: Subject, setup: Setup, way: str, find: Find, speed: float) -> dict[str, Any]:
+    """Returns the row of one way; one with `error` where it finds no plan."""
+    trial, computed = Trial(subject, setup), round(setup.calls / speed)
+    facts = {"setup": str(setup), "way": way, "computed": computed}
+    facts["commit"] = report.read_commit()
+    try:
+        plan = find(trial, computed)
+        loop = subject.loop(setup, subject.judged)
+        choice = run_schedule(plan.schedule(loop.sampler.timesteps), "")
+        samples, _ = run_choice(loop, choice)
+    except Exception as error:
+        return {**facts, "error": f"{type(error).__name__}: {error}"[:200]}
+    steps = format_steps(plan.computed)
+    return {**facts, "plan": f"{plan.name}: {steps}", **compare(samples, subject.full(setup))}
+
+
+def format_rows(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns a table per setup: a line per way, a column per number of computed calls."""
+    parts = []
+    for setup in dict.fromkeys(row["setup"] for row in found.values()):
+        own = [row for row in found.values() if row["setup"] == setup]
+        counts = sorted({row["computed"] for row in own}, reverse=True)
+        cells = {(row["way"], row["computed"]): row for row in own}
+        lines = []
+        for way in dict.fromkeys(row["way"] for row in own):
+            line = [cells.get((way, count), {}) for count in counts]
+            shown = [f"{r['psnr']:.1f} ({r['psnr_min']:.1f})" if "psnr" in r else "" for r in line]
+            lines.append([way, *shown])
+        parts.append(f"\n{setup}: PSNR in dB to the full run, mean (worst)")
+        parts.append(report.format_table(["way", *(f"{c} calls" for c in counts)], lines))
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    main()
