@@ -55,7 +55,13 @@ def add_calibrate(commands: Any) -> None:
     add("--seeds", type=at_least(0), nargs="+", default=[0], help="those that are recorded (0)")
     add("--candidates", type=at_least(1), default=6, help="plans that are run for a goal (6)")
     add("--floor", type=float, default=40.0, help="no plan below this PSNR is taken (40)")
-    add("--verify", type=at_least(0), nargs="+", metavar="SEED", help="other seeds to judge by")
+    add(
+        "--verify",
+        type=at_least(0),
+        nargs="+",
+        metavar="SEED",
+        help="other seeds to judge plans by",
+    )
     add("--out", type=Path, default=Path("calibration.npz"), help="the file (calibration.npz)")
     add("--plot", type=Path, metavar="FILE", help="an SVG file for the frontier")
     add("--resume", type=Path, metavar="FILE", help="what was run so far, and is not run again")
@@ -87,8 +93,9 @@ def run_calibrate(options: argparse.Namespace) -> None:
     print(f"written: {calibration.save(options.out)}")
     if options.plot is not None:
         print(f"written: {calibration.plot(options.plot)}")
-    if options.verify:
-        print(calibration.verify(sample, model, options.verify, progress=shows))
+    for target, _ in calibration.plans if options.verify else ():
+        given = {target.measure: target.value}
+        print(calibration.verify(sample, model, options.verify, progress=shows, **given))
 
 
 Subject = tuple[Callable[[Any, int], Any], Any]
