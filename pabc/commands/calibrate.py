@@ -94,7 +94,7 @@ def run_calibrate(options: argparse.Namespace) -> None:
     if options.plot is not None:
         print(f"written: {calibration.plot(options.plot)}")
     for target, _ in calibration.plans if options.verify else ():
-        given = {target.measure: target.value}
+        given: dict[str, Any] = {target.measure: target.value}
         print(calibration.verify(sample, model, options.verify, progress=shows, **given))
 
 
