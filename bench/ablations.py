@@ -28,7 +28,7 @@ from pareto_quality import compare, mean_psnr
 from pareto_setups import Clips, Recorded, Setup, Subject, load_subject
 
 import pabc
-from pabc.calibration.candidates import KINDS, Candidate, Kind
+from pabc.calibration.candidates import COMPENSATION, KINDS, Candidate, Kind
 from pabc.calibration.fit import fit_weights
 from pabc.calibration.recording import Recorder, Recording
 from pabc.calibration.search import search
@@ -160,34 +160,32 @@ def _pick(*names: str) -> list[Kind]:
 
 
 def _change(**changes: Any) -> list[Kind]:
-    """Returns kinds with something changed, each once."""
-    return list(dict.fromkeys(replace(kind, **changes) for kind in KINDS if not kind.has_growth))
+    """Returns all kinds with something changed."""
+    return [replace(kind, **changes) for kind in KINDS]
 
 
 def list_ways() -> dict[str, Find]:
     """Returns the ways to find a plan by name, the whole calibration first."""
-    plain = [kind for kind in KINDS if not kind.is_compensated]
-    one = KINDS[0]
     ways: dict[str, Find] = {
         "all": find_best(),
-        "without a real run: the first kind": find_best(limit=1),
-        "without a real run: least predicted error": find_predicted,
-        "without compensation": find_best(plain),
-        "without weights of the sampler: flat costs": find_best(_change(cost="flat")),
+        "no real run: the first kind": find_best(limit=1),
+        "no real run: least predicted error": find_predicted,
+        "compensation: none": find_best(_change(compensation=0.0)),
+        "compensation: of all errors, not half": find_best(_change(compensation=1.0)),
+        "decay of errors: not expected": find_best(_change(has_growth=False)),
+        "decay of errors: measured": find_best(grows=True),
+        "costs of all steps alike": find_best(_change(cost="flat", has_growth=False)),
         "branches alike, not guided": find_best(_change(is_guided=False)),
-        "with growth": find_best(grows=True),
-        "with noise of 0.1 % in the fit": find_best(_change(noise=1e-3)),
+        "noise in the fit: none": find_best(_change(noise=0.0)),
         "recorded four clips": find_best(num_clips=4),
         "steps by rule, three fitted weights": find_with_steps,
         "searched steps, line": find_with_weights(1),
         "searched steps, parabola": find_with_weights(2),
     }
     for sources in (1, 2, 3, 4, 6):
-        kind = replace(one, name=f"{sources}", sources=sources)
-        ways[f"compensated, at most {sources} weights, one kind"] = find_best([kind])
-        if sources in (1, 2, 3):
-            simple = replace(kind, is_compensated=False)
-            ways[f"not compensated, at most {sources} weights, one kind"] = find_best([simple])
+        for name, compensation in (("plain", 0.0), ("compensated", COMPENSATION)):
+            kind = Kind(f"{sources}", sources=sources, compensation=compensation)
+            ways[f"one kind: {sources} weights, {name}"] = find_best([kind])
     return ways
 
 

@@ -306,7 +306,9 @@ def test_polynomials_continue_what_they_go_through(bench):
     assert bench.ablations._extrapolate(9, (7,)) == (1.0,)
 
 
-@pytest.mark.parametrize("way", ["all", "steps by rule, three fitted weights", "with growth"])
+@pytest.mark.parametrize(
+    "way", ["all", "steps by rule, three fitted weights", "decay of errors: measured"]
+)
 def test_ways_to_find_a_plan_compute_as_many_calls(bench, subject, setup, way):
     find = bench.ablations.list_ways()[way]
     row = bench.ablations.measure(subject, setup, way, find, 2.0)
