@@ -27,7 +27,7 @@ from pabc.options import Options
 from pabc.plan import Plan
 from pabc.runtime.around import call_around
 from pabc.runtime.bindings import Binding
-from pabc.runtime.listening import HeardCall, Listener
+from pabc.runtime.listening import HeardCall, Listener, Planning
 from pabc.runtime.peers import Peers, RankStep
 from pabc.runtime.program import Program
 from pabc.runtime.programs import Programs
@@ -74,6 +74,7 @@ class CompiledModel(Wrapper):
         self._options = options
         self._peers = peers
         self._listeners: list[Listener] = []
+        self._plans: Planning | None = None
         self._take_back: Callable[[], None] | None = None
         own_call = partial(inplace.find_own_call, model)
         self._selection = Selection(model, options, own_call, programs, falls_back=falls_back)
@@ -245,6 +246,11 @@ class CompiledModel(Wrapper):
         """Tells `listener` of each call from now on, within the model's hooks."""
         self._listeners.append(listener)
 
+    def follow(self, plans: Planning) -> None:
+        """Makes generations follow what `plans` states, until a schedule is set."""
+        self._plans = plans
+        self.listen(plans)
+
     def unlisten(self, listener: Listener) -> None:
         """Undoes :meth:`listen`."""
         self._listeners.remove(listener)
@@ -281,7 +287,10 @@ class CompiledModel(Wrapper):
 
     def reset(self) -> None:
         """Starts a new generation: the next call is step 0 and finds nothing stored."""
-        self.current.reset()
+        trajectory = self.current
+        trajectory.reset()
+        if self._plans is not None:
+            self._plans.end_generation(trajectory)
 
     @property
     def schedule(self) -> Schedule:
@@ -293,6 +302,11 @@ class CompiledModel(Wrapper):
         if not isinstance(schedule, Schedule):
             raise TypeError(f"schedule: expected a pabc.Schedule, found {type(schedule).__name__}")
         self._programs.check(schedule)
+        if self._plans is not None:
+            self.unlisten(self._plans)
+            self._plans.detach()
+            self._plans = None
+            self._recorder.plan_source = GIVEN
         with self._lock:
             self._schedule = schedule
             if self._last is not None:

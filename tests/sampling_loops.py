@@ -44,13 +44,14 @@ class Loop:
     guidance: float = 3.0
     order: int = 1
     clips: int = 2
+    dtype: torch.dtype = torch.float32
 
     def __call__(self, model: Callable[..., Tensor], seed: int) -> Tensor:
         """Returns the result; `order` 2 is Adams-Bashforth's multistep method."""
         generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(self.clips, 6, 4, generator=generator)
-        text = torch.randn(self.clips, 3, generator=generator)
-        sigmas = torch.linspace(1, 0, self.num_steps + 1)
+        x = torch.randn(self.clips, 6, 4, generator=generator).to(self.dtype)
+        text = torch.randn(self.clips, 3, generator=generator).to(self.dtype)
+        sigmas = torch.linspace(1, 0, self.num_steps + 1).to(self.dtype)
         last = None
         for now, after in pairwise(sigmas):
             guided = self.guide(model, x, (1000 * now).expand(self.clips), text)

@@ -20,9 +20,9 @@ FORMS = ("one", "batched", "named", "unnamed")
 
 
 def compile_auto(model: nn.Module, cache: Any = False, **options: Any) -> Any:
-    request = {"calls": 7, "floor": 5.0} if not options.keys() & {"speedup", "psnr"} else {}
+    asked = {} if options.keys() & {"speedup", "psnr"} else {"calls": 7, "floor": 5.0}
     backend = options.pop("backend", "original")
-    return pabc.compile(model, pabc.auto(**request | options, cache=cache), backend=backend)
+    return pabc.compile(model, pabc.auto(**{**asked, **options}, cache=cache), backend=backend)
 
 
 def run(fast: Any, loop: Loop, seed: int) -> tuple[Tensor, pabc.Stats]:
@@ -196,6 +196,144 @@ def test_too_few_steps_and_models_without_latents() -> None:
     with pytest.warns(UserWarning, match="all steps are computed, since latents: expected"):
         run(fast, Loop(num_steps=5), 1)
     assert fast.stats.reused == 0 and "all steps are computed" in fast.stats.plan_source
+
+
+def test_two_numbers_of_steps_in_turn() -> None:
+    model = make_denoiser()
+    fast = compile_auto(model)
+    for seed in range(8):
+        loop = Loop(num_steps=(12, 20)[seed % 2])
+        found, stats = run(fast, loop, seed)
+        reused = 0 if seed < 2 else sum((5, 13)[i % 2] for i in range(2, seed + 1))
+        assert stats.reused == reused, f"generation {seed}: {stats.plan_source}"
+    full = loop(model, seed)
+    assert 0 < (found - full).square().mean().sqrt() < 0.1 * full.std()
+
+
+def test_latents_that_something_else_changes_do_not_end_the_check() -> None:
+    loop, model = Loop("named"), make_denoiser()
+    fast = compile_auto(model)
+    run(fast, loop, 0)
+    run(fast, loop, 1)
+
+    class Disturbed(Loop):
+        def guide(self, model: Any, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+            disturbed = x + torch.randn(x.shape) if 800 < float(t[0]) < 900 else x
+            return super().guide(model, disturbed, t, text)
+
+    run(fast, Disturbed("named"), 2)
+    run(fast, loop, 3)
+    other = loop.but(guidance=9.0)
+    found, _ = run(fast, other, 4)
+    torch.testing.assert_close(found, other(model, 4), rtol=1e-5, atol=1e-6)
+
+
+def test_a_generation_longer_than_the_plan() -> None:
+    """One that was left by a `break` is planned; no later one depends on another than itself."""
+
+    def run_after(previous: int) -> tuple[Tensor, int]:
+        model, loop = make_denoiser(), Loop(num_steps=16)
+        fast = compile_auto(model, calls=5)
+        x, text = torch.randn(2, 6, 4), torch.randn(2, 3)
+        with torch.no_grad():
+            for t in torch.linspace(1000, 0, 17)[:8]:
+                x = x - fast(x, t.expand(2), text=text) / 16
+        for seed in (1, 2, previous, 9):
+            found, stats = run(fast, loop, seed)
+        assert "of 16 steps" in stats.plan_source
+        return found, stats.recorded
+
+    (one, recorded), (other, _) = run_after(3), run_after(4)
+    assert torch.equal(one, other) and recorded == 2
+
+
+def test_generations_in_turn_without_trajectories() -> None:
+    model, loop = make_denoiser(), Loop()
+    fast = compile_auto(model)
+    calls = [[] for _ in range(2)]
+    for seed in range(2):
+        loop(
+            lambda *args, _kept=calls[seed], **more: (
+                _kept.append((args, more)) or model(*args, **more)
+            ),
+            seed,
+        )
+    with torch.no_grad():
+        for _ in range(2):
+            for pair in zip(*calls, strict=True):
+                for args, more in pair:
+                    assert torch.equal(fast(*args, **more), model(*args, **more))
+    assert "needs a trajectory of its own" in fast.stats.plan_source
+
+
+def test_schedules_that_are_set_are_followed() -> None:
+    model, loop = make_denoiser(), Loop()
+    fast = compile_auto(model)
+    run(fast, loop, 0)
+    run(fast, loop, 1)
+    none = pabc.Schedule.none((1000 * torch.linspace(1, 0, 13)[:-1]).tolist())
+    with fast.trajectory(none):
+        assert torch.equal(run(fast, loop, 2)[0], loop(model, 2))
+    _, stats = run(fast, loop, 3)
+    assert stats.reused == 10, "the others follow the plan as before"
+    fast.schedule = none
+    found, stats = run(fast, loop, 4)
+    assert torch.equal(found, loop(model, 4))
+    assert stats.plan_source == "the schedule that was given"
+
+
+def test_what_is_held_is_bounded() -> None:
+    model = make_denoiser()
+    fast = compile_auto(model)
+    x, text = torch.randn(2, 6, 4), torch.randn(2, 3)
+    with torch.no_grad(), pytest.warns(UserWarning, match="no argument changes as a timestep does"):
+        for i in range(70):
+            fast(x + i, torch.tensor([900.0, 100.0]), text=text)
+
+
+def test_outputs_that_are_not_finite() -> None:
+    class Overflow(nn.Module):
+        def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+            return x / (timestep > 100).float()[:, None, None] + text.sum()
+
+    model = Overflow().eval()
+    fast = compile_auto(model)
+    run(fast, Loop(), 0)
+    with pytest.warns(UserWarning, match="all steps are computed, since .* finite"):
+        found, _ = run(fast, Loop(), 1)
+    torch.testing.assert_close(found, Loop()(model, 1), equal_nan=True)
+
+
+def test_half_precision_is_not_promised_more_than_it_has() -> None:
+    model, loop = make_denoiser().to(torch.bfloat16), Loop(num_steps=20, clips=16)
+    fast = compile_auto(model, psnr=65.0)
+    half = loop.but(dtype=torch.bfloat16)
+    run(fast, half, 0)
+    found, stats = run(fast, half, 0)
+    full = half(model, 0).double()
+    error = (found.double() - full).square().mean().sqrt()
+    said = float(stats.plan_source.partition(" dB when")[0].split()[-1])
+    assert abs(20 * torch.log10((full.max() - full.min()) / error) - said) < 4
+
+
+def test_plans_below_the_floor_are_not_taken_from_the_folder(tmp_path: Path) -> None:
+    model = make_denoiser()
+    fast = compile_auto(model, cache=tmp_path, calls=4, floor=5.0)
+    run(fast, Loop(), 0)
+    fast.reset()
+    assert fast.stats.recorded == 1 and len(list(tmp_path.rglob("*.json"))) == 1
+    for floor, reused in ((5.0, 8), (20.0, 8), (150.0, 0)):
+        fast = compile_auto(model, cache=tmp_path, calls=4, floor=floor)
+        assert run(fast, Loop(), 1)[1].reused == reused
+
+
+def test_other_models_of_one_class_have_other_plans(tmp_path: Path) -> None:
+    fast = compile_auto(make_denoiser(), cache=tmp_path)
+    run(fast, Loop(), 0)
+    fast.reset()
+    other = make_denoiser()
+    other.more = nn.Linear(2, 2)
+    assert run(compile_auto(other, cache=tmp_path), Loop(), 1)[1].reused == 0
 
 
 PROCESS = """

@@ -31,6 +31,7 @@ class Sampler:
     batched: bool
     channels: int = 2
     guidance: float = 3.0
+    is_last: bool = False
 
     def run(self, call: Callable[[int, str, tuple[Any, ...]], torch.Tensor]) -> torch.Tensor:
         torch.manual_seed(0)
@@ -38,7 +39,7 @@ class Sampler:
         more = torch.randn(2, self.channels - 2, 4)
         empty = torch.zeros_like(text)
         for i in range(STEPS):
-            given = torch.cat([x, more], 1)
+            given = torch.cat([more, x] if self.is_last else [x, more], 1)
             t = SIGMAS[i].expand(2)
             if self.batched:
                 both = torch.cat([given, given]), torch.cat([t, t]), torch.cat([empty, text])
@@ -73,13 +74,18 @@ def hear(sampler: Sampler) -> HeardGeneration:
 
 
 @pytest.mark.parametrize("batched", [True, False])
-@pytest.mark.parametrize("channels", [2, 3])
-def test_what_is_recorded(batched: bool, channels: int) -> None:
-    heard = hear(Sampler(batched, channels))
+@pytest.mark.parametrize(("channels", "order"), [(2, "first"), (3, "first"), (3, "last")])
+def test_what_is_recorded(batched: bool, channels: int, order: str) -> None:
+    """Latents alone, before a condition, and after it."""
+    heard = hear(Sampler(batched, channels, is_last=order == "last"))
     recording = heard.recording
     expected = ("[0]", "[1]") if batched else ("uncond", "cond")
     assert recording.branches == expected
-    assert heard.streams == ((0, 0),) and recording.elements == 16 and recording.has_result
+    assert (
+        heard.streams == ((0, 0, order == "last"),)
+        and recording.elements == 16
+        and recording.has_result
+    )
     rows = [heard.inputs(i)[0].flatten() for i in range(STEPS)]
     assert recording.inputs()[0, 1] == pytest.approx(float(rows[0] @ rows[1]), rel=1e-5)
     name = "" if batched else "cond"
@@ -89,10 +95,10 @@ def test_what_is_recorded(batched: bool, channels: int) -> None:
 
 
 @pytest.mark.parametrize("batched", [True, False])
-@pytest.mark.parametrize("channels", [2, 3])
-def test_a_replay_is_the_sampler(batched: bool, channels: int) -> None:
+@pytest.mark.parametrize(("channels", "order"), [(2, "first"), (3, "first"), (3, "last")])
+def test_a_replay_is_the_sampler(batched: bool, channels: int, order: str) -> None:
     """With other outputs at a step, the replay gives what the sampler itself would give."""
-    sampler = Sampler(batched, channels)
+    sampler = Sampler(batched, channels, is_last=order == "last")
     heard = hear(sampler)
 
     def changed(step: int, name: str, args: tuple[Any, ...]) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pabc.automatic.check import SamplerCheck
+from pabc.automatic.check import describe_difference, explains, find_difference, opening
 from pabc.automatic.fingerprint import describe_form
 from pabc.automatic.planner import Planner, spell
 from pabc.automatic.plans import AutoPlan, Kind, PlannedCall
@@ -27,7 +27,11 @@ class PipelineCourses:
 
 
 class AutoCourse:
-    """Records a loop, or makes it follow the plan of loops like it."""
+    """Records a loop, or makes it follow the plan of loops like it.
+
+    The first steps of one that follows a plan are computed and heard, so that, if its sampler turns
+    out to be another one, it is recorded from its start.
+    """
 
     def __init__(self, planner: Planner) -> None:
         self._planner = planner
@@ -36,56 +40,57 @@ class AutoCourse:
     def _forget(self) -> None:
         self._hearing: Hearing | None = None
         self._plan: AutoPlan | None = None
-        self._check: SamplerCheck | None = None
         self._calls: list[PlannedCall] = []
         self._kind: Kind | None = None
-        self._timesteps: tuple[float, ...] = ()
+        self._left = 0.0
+        self._step = 0
 
     def bind(self, timesteps: tuple[float, ...], call: HeardCall, sampler: str) -> Schedule:
         """Returns the schedule of a loop that begins with this call; records what has no plan."""
         self._forget()
-        self._timesteps = timesteps
         self._kind = self._planner.kind(describe_form(call.leaves), sampler, timesteps)
         self._plan = self._planner.find(self._kind)
-        if self._plan is not None:
-            self._check = SamplerCheck(self._plan) if self._planner.checks_samplers else None
-            return self._plan.follow(timesteps)
-        if not self._planner.has_given_up:
+        if self._plan is not None or not self._planner.has_given_up:
             self._hearing = Hearing()
-        return Schedule.none(timesteps)
+        return Schedule.none(timesteps) if self._plan is None else self._plan.follow(timesteps)
 
     def begin(self, call: HeardCall, step: int) -> Schedule | None:
         """Compares the loop with the recorded one; returns what to follow where they differ."""
-        plan = self._plan
-        if self._check is None or plan is None:
+        plan, hearing, kind = self._plan, self._hearing, self._kind
+        if plan is None or hearing is None or kind is None or step <= self._step:
             return None
-        reason = self._check.begin(step, call.leaves)
-        if reason is None:
+        self._step = step
+        residual = find_difference(plan, hearing, step, call.leaves)
+        if residual is None:
+            if step >= opening(plan):
+                self._hearing = None
             return None
-        self._plan = self._planner.find_other(plan, self._check)
-        if self._plan is not None:
-            self._check = None
-            return self._plan.follow(self._timesteps)
-        self._planner.doubt(plan, reason)
-        self._check = None
-        return Schedule.none(self._timesteps)
+        for other in self._planner.others(plan):
+            is_early = other.suits(kind) and opening(other) >= step
+            if is_early and explains(other, hearing, step, call.leaves):
+                self._planner.take(other)
+                self._plan = other
+                if step >= opening(other):
+                    self._hearing = None
+                return other.follow(kind.timesteps)
+        self._planner.record_rest(describe_difference(step, residual))
+        self._plan, self._left = None, residual
+        return Schedule.none(kind.timesteps)
 
     def end(self, call: HeardCall, result: Any) -> None:
         """Notes what a call came to."""
-        if call.branch is None:
+        if call.branch is None or self._hearing is None:
             return
         name, order = call.branch
+        self._calls.append(PlannedCall(call.step, name, order))
+        model = self._planner.models.index(call.model)
         key = spell(name, order)
-        if self._check is not None:
-            self._check.end(call.step, key, call.leaves, call.structure, result)
-        if self._hearing is not None:
-            self._calls.append(PlannedCall(call.step, name, order))
-            model = self._planner.models.index(call.model)
-            self._hearing.hear(call.step, key, call.leaves, call.structure, result, model=model)
+        self._hearing.hear(call.step, key, call.leaves, call.structure, result, model=model)
 
     def finish(self, *, is_complete: bool) -> None:
         """Plans what was recorded of a loop that reached its last step."""
-        hearing, kind, calls = self._hearing, self._kind, self._calls
+        hearing, kind, calls, plan = self._hearing, self._kind, self._calls, self._plan
+        left = self._left
         self._forget()
-        if is_complete and hearing is not None and kind is not None:
-            self._planner.learn(hearing, kind, calls)
+        if is_complete and plan is None and hearing is not None and kind is not None:
+            self._planner.learn(hearing, kind, calls, left=left)

@@ -24,13 +24,20 @@ def describe_family(models: Mapping[str, nn.Module]) -> str:
     digest = hashlib.sha256()
     for name, model in sorted(models.items()):
         kind = type(model)
-        config = getattr(model, "config", None)
-        settings = dict(config) if isinstance(config, Mapping) else {}
-        public = {k: repr(v) for k, v in settings.items() if not k.startswith("_")}
+        public = _describe_settings(model)
         for part in (name, kind.__module__, kind.__qualname__, *_methods(kind)):
             digest.update(repr(part).encode())
         digest.update(json.dumps(public, sort_keys=True).encode())
     return digest.hexdigest()[:16]
+
+
+def _describe_settings(model: nn.Module) -> dict[str, str]:
+    """Returns the settings of a model that has a `config`; of another, the shapes of its weights,
+    which adapters would change."""
+    config = getattr(model, "config", None)
+    if isinstance(config, Mapping):
+        return {k: repr(v) for k, v in config.items() if not k.startswith("_")}
+    return {name: f"{tuple(tensor.shape)}" for name, tensor in _tensors(model)}
 
 
 def _methods(kind: type) -> Iterator[tuple[str, bytes, tuple[str, ...]]]:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
-from pabc.automatic.check import SamplerCheck
+from pabc.automatic.check import describe_difference, explains, find_difference, opening
 from pabc.automatic.fingerprint import describe_form
 from pabc.automatic.planner import Planner, spell
 from pabc.automatic.plans import AutoPlan, Kind, PlannedCall
-from pabc.base.structure import Structure
 from pabc.calibration.hearing import Hearing
-from pabc.calibration.steps import Numbers, ReadNumbers, Steps
+from pabc.calibration.steps import ReadNumbers, Steps
 from pabc.compiled import CompiledModel
 from pabc.runtime.listening import HeardCall
 from pabc.runtime.timesteps import PendingReading, Reading, TimestepArguments, read
@@ -21,27 +19,50 @@ from pabc.schedule import Schedule
 
 UNPLANNED = Schedule.none(range(64))
 """What calls follow that are computed in full: it has no timesteps, and reuses nothing."""
+NO_TIMESTEP = 64
+"""The steps within which an argument must have changed that may be a timestep."""
+MOST_STEPS = 1000
+"""The most steps of a generation that is recorded."""
 
 
 class Follower:
     """Listens to the calls of one model, and states the step of each: of a recorded generation, or
-    of a plan. Each trajectory has generations of its own."""
+    of a plan. Each trajectory has generations of its own; one that was made with a schedule
+    follows that."""
 
     def __init__(self, model: CompiledModel, planner: Planner) -> None:
         self._planner = planner
         self._known = model.timestep_arguments
-        self._loops: dict[int, tuple[weakref.ref[Trajectory], _Loop]] = {}
+        self._loops: dict[int, tuple[weakref.ref[Trajectory], _Loop | None]] = {}
 
     def begin(self, call: HeardCall) -> None:
         """States the step of a call."""
         loop = self._loop_of(call.trajectory)
-        loop.begin(call)
+        if loop is not None:
+            loop.begin(call)
 
     def end(self, call: HeardCall, result: Any) -> None:
         """Notes what a call came to."""
-        self._loop_of(call.trajectory).end(call, result)
+        loop = self._loop_of(call.trajectory)
+        if loop is not None:
+            loop.end(call, result)
 
-    def _loop_of(self, trajectory: Trajectory) -> _Loop:
+    def end_generation(self, trajectory: Trajectory) -> None:
+        """Plans what a trajectory that was reset has recorded."""
+        known = self._loops.get(id(trajectory))
+        if known is not None and known[0]() is trajectory and known[1] is not None:
+            known[1].look(trajectory)
+
+    def detach(self) -> None:
+        """Gives the trajectories back: they follow the model's schedule."""
+        for owner, loop in self._loops.values():
+            trajectory = owner()
+            if trajectory is not None and loop is not None:
+                trajectory.schedule, trajectory.checks_steps = None, True
+                trajectory.reset()
+        self._loops.clear()
+
+    def _loop_of(self, trajectory: Trajectory) -> _Loop | None:
         """Returns the loop of a trajectory; what those that are gone have recorded is planned."""
         known = self._loops.get(id(trajectory))
         if known is not None and known[0]() is trajectory:
@@ -49,8 +70,10 @@ class Follower:
         for key, (owner, loop) in tuple(self._loops.items()):
             if owner() is None:
                 del self._loops[key]
-                loop.finish()
-        loop = _Loop(self._planner, self._known, trajectory)
+                if loop is not None:
+                    loop.finish()
+        is_given = trajectory.schedule is not None
+        loop = None if is_given else _Loop(self._planner, self._known, trajectory)
         self._loops[id(trajectory)] = weakref.ref(trajectory), loop
         return loop
 
@@ -58,14 +81,16 @@ class Follower:
 class _Loop:
     """The generations of one trajectory, one after the other.
 
-    One is recorded (`_hearing` is there), or follows a plan (`_plan` is there), or is computed in
-    full without being recorded, since it has left its plan.
+    One follows a plan (`_plan` is there), or is recorded, or is computed in full without being
+    recorded. The first steps of one that follows a plan are computed and heard (`_hearing` is there
+    as well), so that, if it turns out to be another generation, it is recorded from its start.
     """
 
     def __init__(self, planner: Planner, known: TimestepArguments, trajectory: Trajectory) -> None:
         self._planner, self._known = planner, known
         self._read = ReadNumbers(known)
         self._resets, self._failures = trajectory.num_resets, trajectory.num_failures
+        self._ended: AutoPlan | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -74,21 +99,16 @@ class _Loop:
         self._steps = Steps(self._read)
         self._hearing: Hearing | None = None
         self._plan: AutoPlan | None = None
-        self._check: SamplerCheck | None = None
         self._calls: list[PlannedCall] = []
-        self._first: Numbers = {}
         self._kind: Kind | None = None
-        self._position = self._count = 0
+        self._position = 0
+        self._left = 0.0
         self._awaited: tuple[PendingReading, float] | None = None
 
     def begin(self, call: HeardCall) -> None:
         """States the step of a call."""
         trajectory = call.trajectory
-        if trajectory.num_failures != self._failures:
-            self._forget()
-        elif trajectory.num_resets != self._resets:
-            self.finish()
-        self._resets, self._failures = trajectory.num_resets, trajectory.num_failures
+        self.look(trajectory)
         trajectory.checks_steps = False
         if not self._is_begun:
             self._start(call)
@@ -99,59 +119,87 @@ class _Loop:
         else:
             self._compute(call)
 
+    def look(self, trajectory: Trajectory) -> None:
+        """Ends the generation if the trajectory was reset since: plans what was recorded of it,
+        unless an exception ended it."""
+        if trajectory.num_failures != self._failures:
+            self._forget()
+            self._ended = None
+        elif trajectory.num_resets != self._resets:
+            self.finish()
+            self._ended = None
+        self._resets, self._failures = trajectory.num_resets, trajectory.num_failures
+
     def end(self, call: HeardCall, result: Any) -> None:
         """Notes what a call came to."""
-        name = _name_of(call)
+        if self._hearing is not None:
+            step, name, order = self._calls[-1]
+            self._steps.end(name, call.leaves, result)
+            self._hearing.hear(step, spell(name, order), call.leaves, call.structure, result)
         if self._plan is not None:
-            step, _, order = self._plan.calls[self._position]
-            if self._check is not None:
-                key = spell(name, order)
-                self._check.end(step, key, call.leaves, call.structure, result)
             self._position += 1
             if self._position == len(self._plan.calls):
+                ended = self._plan
                 self._forget()
-        elif self._hearing is not None:
-            step, _, order = self._calls[-1]
-            self._steps.end(name, call.leaves, result)
-            key = spell(name, order)
-            self._hearing.hear(step, key, call.leaves, call.structure, result)
+                self._ended = ended
 
     def finish(self) -> None:
         """Ends the generation; plans what was recorded of it."""
-        hearing, kind = self._hearing, self._kind
-        if hearing is not None and kind is not None and hearing.num_steps:
+        hearing, kind, left = self._hearing, self._kind, self._left
+        if self._plan is None and hearing is not None and kind is not None and hearing.num_steps:
             timesteps, path = self._steps.timesteps, self._steps.path
-            whole = Kind(kind.family, kind.weights, kind.form, kind.sampler, timesteps)
-            self._planner.learn(hearing, whole, self._calls, path)
+            if path is not None and timesteps[:1] == timesteps[1:2]:
+                self._planner.refuse(
+                    "its first timestep came twice, with other latents: each of several "
+                    "generations at a time needs a trajectory of its own, `with fast.trajectory():`"
+                )
+            else:
+                whole = Kind(kind.family, kind.weights, kind.form, kind.sampler, timesteps)
+                self._planner.learn(hearing, whole, self._calls, path, left=left)
         self._forget()
 
-    def _start(self, call: HeardCall, *, is_known: bool = True) -> None:
-        """Begins a generation; `is_known`: whether a plan may be found for it."""
+    def _start(self, call: HeardCall) -> None:
+        """Begins a generation, by a plan or as a recording."""
+        ended, self._ended = self._ended, None
+        if ended is not None and not self._is_first_of(ended, call):
+            n = ended.schedule.num_steps
+            self._planner.doubt(ended, f"expected a generation of {n} steps, found a longer one")
+            self._begin_unplanned(call, ended)
+            return
         self._is_begun = True
-        self._first = self._read(call.structure, call.leaves)
         form = describe_form(call.leaves)
-        plan = self._find(form) if is_known else None
-        if plan is not None:
-            self._plan = plan
-            self._check = SamplerCheck(plan) if self._planner.checks_samplers else None
-            call.trajectory.schedule = plan.schedule
-            self._follow(call, plan)
-            return
-        call.trajectory.schedule = UNPLANNED
-        if self._planner.has_given_up:
-            self._compute(call)
-            return
         self._kind = self._planner.kind(form, "", ())
-        self._hearing = Hearing()
-        self._record(call)
+        self._plan = self._find(call, form)
+        if self._plan is not None:
+            self._hearing = Hearing()
+            call.trajectory.schedule = self._plan.schedule
+            self._follow(call, self._plan)
+        elif self._planner.has_given_up:
+            self._begin_unplanned(call, None)
+        else:
+            self._hearing = Hearing()
+            call.trajectory.schedule = UNPLANNED
+            self._record(call)
 
-    def _find(self, form: str) -> AutoPlan | None:
-        """Returns the plan for a generation whose first call has the numbers read of it."""
-        for number in (*dict.fromkeys(self._first.values()), 0.0):
+    def _find(self, call: HeardCall, form: str) -> AutoPlan | None:
+        """Returns the plan for a generation whose first call this is."""
+        numbers = self._read(call.structure, call.leaves)
+        for number in (*dict.fromkeys(numbers.values()), 0.0):
             plan = self._planner.find(self._planner.kind(form, "", (number,)))
-            if plan is not None and number == self._first.get(plan.path or "", 0.0):
+            if plan is not None and self._is_first_of(plan, call):
                 return plan
         return None
+
+    def _is_first_of(self, plan: AutoPlan, call: HeardCall) -> bool:
+        """Returns whether a call may be the first one of generations like those of a plan."""
+        return _name_of(call) == plan.calls[0].name and self._is_at(plan, 0, call)
+
+    def _is_at(self, plan: AutoPlan, step: int, call: HeardCall) -> bool:
+        reading = self._reading(plan, call)
+        if reading is None:
+            return plan.path is None
+        known = reading if isinstance(reading, Reading) else reading()
+        return known.is_close(plan.kind.timesteps[step])
 
     def _record(self, call: HeardCall) -> None:
         name = _name_of(call)
@@ -160,6 +208,17 @@ class _Loop:
             self._start(call)
             return
         found = self._steps.begin(name, call.leaves, call.structure)
+        if found.index == NO_TIMESTEP and self._steps.path is None:
+            self._planner.refuse(
+                f"no argument changes as a timestep does in {NO_TIMESTEP} steps; end each "
+                "generation by fast.reset()"
+            )
+            self._begin_unplanned(call, None)
+            return
+        if found.index == MOST_STEPS:
+            self._planner.refuse(f"a generation does not end within {MOST_STEPS} steps")
+            self._begin_unplanned(call, None)
+            return
         if not self._calls or self._calls[-1].step != found.index:
             call.trajectory.at_step(found.index % UNPLANNED.num_steps)
         self._calls.append(PlannedCall(found.index, name, found.order))
@@ -168,12 +227,21 @@ class _Loop:
         expected = plan.calls[self._position]
         reason = self._find_fault(call, plan, expected)
         if reason is not None:
-            self._leave(call, reason)
+            self._leave(call, plan, reason)
             return
-        if expected.step == 0 and self._position == 0:
-            call.trajectory.at_step(0)
-        elif plan.calls[self._position - 1].step != expected.step:
+        self._hear_opening(call, plan, expected)
+        if self._position == 0 or plan.calls[self._position - 1].step != expected.step:
             call.trajectory.at_step(expected.step)
+
+    def _hear_opening(self, call: HeardCall, plan: AutoPlan, expected: PlannedCall) -> None:
+        """Notes a call of the first steps, as if the generation were recorded."""
+        if self._hearing is None:
+            return
+        if expected.step >= opening(plan):
+            self._hearing = None
+            return
+        self._steps.begin(expected.name, call.leaves, call.structure)
+        self._calls.append(expected)
 
     def _find_fault(self, call: HeardCall, plan: AutoPlan, expected: PlannedCall) -> str | None:
         """Returns in what a call is not the one that the plan expects; None: in nothing."""
@@ -185,7 +253,9 @@ class _Loop:
         late, self._awaited = self._awaited, None
         if late is not None and not late[0]().is_close(late[1]):
             return f"expected timestep {late[1]:g} at the call before, found {late[0]().number}"
-        reading = self._reading(plan, call.structure, call.leaves)
+        reading = self._reading(plan, call)
+        if self._hearing is not None and reading is not None and not isinstance(reading, Reading):
+            reading = reading()  # at the first steps, what follows from them is checked too
         if isinstance(reading, Reading):
             if not reading.is_close(timestep):
                 return f"expected timestep {timestep:g} at step {expected.step}, found " + (
@@ -193,45 +263,77 @@ class _Loop:
                 )
         elif reading is not None:
             self._awaited = reading, timestep
-        return None if self._check is None else self._check.begin(expected.step, call.leaves)
+        return self._compare(call, plan, expected.step)
 
-    def _reading(
-        self, plan: AutoPlan, structure: Structure, leaves: Sequence[Any]
-    ) -> Reading | PendingReading | None:
-        position = None if plan.path is None else self._known.position(structure, plan.path)
-        return None if position is None else read(leaves[position])
+    def _compare(self, call: HeardCall, plan: AutoPlan, step: int) -> str | None:
+        """Compares the latents of a step with what the sampler of the plan makes."""
+        if self._hearing is None or self._hearing.num_steps != step:
+            return None
+        residual = find_difference(plan, self._hearing, step, call.leaves)
+        if residual is None:
+            return None
+        self._left = residual
+        return describe_difference(step, residual)
 
-    def _leave(self, call: HeardCall, reason: str) -> None:
-        """Goes on without the plan, or begins the generation that this call is the first of."""
-        if self._position and self._read(call.structure, call.leaves) == self._first:
+    def _reading(self, plan: AutoPlan, call: HeardCall) -> Reading | PendingReading | None:
+        path = plan.path
+        position = None if path is None else self._known.position(call.structure, path)
+        return None if position is None else read(call.leaves[position])
+
+    def _leave(self, call: HeardCall, plan: AutoPlan, reason: str) -> None:
+        """Goes on by another plan, or records the generation, or begins another one."""
+        if self._position and self._is_first_of(plan, call):
             self._forget()
             self._start(call)
             return
-        if self._position == 0:
-            self._forget()
-            self._start(call, is_known=False)
+        hearing = self._hearing
+        if hearing is None:
+            self._planner.doubt(plan, reason)
+            self._begin_unplanned(call, plan)
             return
-        assert self._plan is not None
-        other = self._planner.find_other(self._plan, self._check)
-        past = self._plan.calls[: self._position]
-        if other is not None and other.calls[: self._position] == past:
-            self._plan = other
-            call.trajectory.switch(other.schedule)
-            call.trajectory.at_step(other.calls[self._position].step)
-            return
-        self._planner.doubt(self._plan, reason)
-        self._plan = self._check = None
+        step = plan.calls[self._position].step
+        for other in self._planner.others(plan):
+            if self._may_follow(other, call, hearing):
+                self._planner.take(other)
+                self._plan, self._left = other, 0.0
+                call.trajectory.switch(other.schedule)
+                self._hear_opening(call, other, other.calls[self._position])
+                call.trajectory.at_step(step)
+                return
+        self._planner.record_rest(reason)
+        self._plan = None
+        call.trajectory.switch(UNPLANNED)
+        self._record(call)
+
+    def _may_follow(self, other: AutoPlan, call: HeardCall, hearing: Hearing) -> bool:
+        """Returns whether the generation so far, and this call, are those of another plan."""
+        past, position = tuple(self._calls), self._position
+        if other.calls[:position] != past or position >= len(other.calls):
+            return False
+        expected = other.calls[position]
+        is_next = expected.name == _name_of(call) and self._is_at(other, expected.step, call)
+        is_early = opening(other) >= hearing.num_steps and other.path == self._known_path
+        return is_next and is_early and explains(other, hearing, expected.step, call.leaves)
+
+    @property
+    def _known_path(self) -> str | None:
+        return None if self._plan is None else self._plan.path
+
+    def _begin_unplanned(self, call: HeardCall, plan: AutoPlan | None) -> None:
+        """Computes the calls of a generation that neither follows a plan nor is recorded, until
+        one is like the first one of `plan`; without it, for good."""
+        self._forget()
+        self._is_begun, self._ended = True, plan
         call.trajectory.schedule = UNPLANNED
-        self._compute(call)
+        call.trajectory.at_step(0)
 
     def _compute(self, call: HeardCall) -> None:
         """Makes a call be computed that is no part of a plan or recording."""
-        if self._count and self._read(call.structure, call.leaves) == self._first:
-            self._forget()
+        if self._ended is not None and self._is_first_of(self._ended, call):
+            self._is_begun = False
             self._start(call)
             return
         call.trajectory.at_step(0)
-        self._count += 1
 
 
 def _name_of(call: HeardCall) -> str | None:

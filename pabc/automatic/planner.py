@@ -6,12 +6,13 @@ import logging
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from time import perf_counter
 
 import numpy as np
 from torch import nn
 
-from pabc.automatic.check import SamplerCheck
+from pabc.automatic.check import NOISY, TRANSITIONS
 from pabc.automatic.fingerprint import describe_family, describe_weights, versions_of
 from pabc.automatic.plans import AutoPlan, Kind, PlannedCall
 from pabc.automatic.runs import SEED, ReplayedRuns
@@ -49,7 +50,6 @@ class Planner:
         self._lock = threading.RLock()
         self._weights: tuple[int, str] = 0, ""
         self._family = ""
-        self._is_trusted = False
         self._doubted: AutoPlan | None = None
         self._refusals = 0
 
@@ -84,11 +84,6 @@ class Planner:
             return plan
 
     @property
-    def checks_samplers(self) -> bool:
-        """True if the first steps of generations are compared with the recorded sampler."""
-        return not self._is_trusted
-
-    @property
     def has_given_up(self) -> bool:
         """True if nothing is recorded any more, since nothing could be planned."""
         return self._refusals >= _MOST_REFUSALS
@@ -100,15 +95,21 @@ class Planner:
         if self._refusals == 1:
             warnings.warn(f"pabc.auto: all steps are computed, since {reason}", stacklevel=2)
 
-    def find_other(self, plan: AutoPlan, check: SamplerCheck | None) -> AutoPlan | None:
-        """Returns another plan for the generations that `plan` is for, of the sampler that the
-        generation under way turned out to have."""
+    def others(self, plan: AutoPlan) -> list[AutoPlan]:
+        """Returns other plans of the same models and scheduler, the latest first."""
         with self._lock:
-            for other in reversed(self._plans or []):
-                if check is not None and other.is_like(plan) and check.accepts(other):
-                    self._describe(str(other))
-                    return other
-        return None
+            known = reversed(self._plans or [])
+            return [each for each in known if each is not plan and each.is_related(plan)]
+
+    def take(self, plan: AutoPlan) -> None:
+        """Says that a generation goes on by another plan."""
+        self._describe(str(plan))
+
+    def record_rest(self, reason: str) -> None:
+        """Says that a generation leaves its plan, and is recorded."""
+        text = f"{reason}; this generation is computed and recorded"
+        logger.info("pabc.auto: %s", text)
+        self._describe(text)
 
     def doubt(self, plan: AutoPlan, reason: str) -> None:
         """Says that a generation left its plan; the next one like it is recorded anew."""
@@ -124,8 +125,14 @@ class Planner:
         kind: Kind,
         calls: Sequence[PlannedCall],
         path: ArgPath | None = None,
+        *,
+        left: float = 0.0,
     ) -> None:
-        """Makes the plan for generations like one that was recorded."""
+        """Makes the plan for generations like one that was recorded.
+
+        `left`: by how much its latents differed from what the sampler of another plan makes, which
+        it began to follow; 0: it followed none.
+        """
         n = hearing.num_steps
         if n < FEWEST:
             return
@@ -137,11 +144,19 @@ class Planner:
             self.refuse(str(error))
             return
         with self._lock:
-            plan = self._make(heard, kind, calls, path)
+            try:
+                plan = self._make(heard, kind, calls, path)
+            except ValueError as error:
+                self.refuse(str(error))
+                return
             if plan is None:
                 return
             self._doubted = None
-            self._is_trusted = self._is_trusted or self._is_known_sampler(plan)
+            known = next((p for p in self._plans or () if _is_replaced(p, plan)), None)
+            if left and known is not None:
+                if float(plan.calibration.updates.residual[:TRANSITIONS].max()) > NOISY:
+                    return  # of a known sampler, but something else has changed the latents
+                plan = replace(plan, slack=max(known.slack, 1.5 * left))
             self._plans = [p for p in self._plans or [] if not _is_replaced(p, plan)] + [plan]
             self._describe(str(plan), recorded=1)
             logger.info(
@@ -188,15 +203,12 @@ class Planner:
 
     def _load(self, family: str) -> list[AutoPlan]:
         known = [] if self._store is None else self._store.load(family)
-        return [plan for plan in known if plan.target == self.target]
+        return [plan for plan in known if plan.target == self.target and self._is_above(plan)]
 
-    def _is_known_sampler(self, plan: AutoPlan) -> bool:
-        """Returns whether a generation was recorded anew whose sampler was the recorded one: the
-        check of samplers cannot tell it from others."""
-        return any(
-            _is_replaced(other, plan) and other.kind.weights == plan.kind.weights
-            for other in self._plans or ()
-        )
+    def _is_above(self, plan: AutoPlan) -> bool:
+        """Returns whether a plan was chosen with this floor, or is known to be above it."""
+        found = plan.measured
+        return plan.calibration.floor == self._floor or (found is not None and found >= self._floor)
 
     def _describe(self, text: str, **counts: int) -> None:
         for model in self.models:

@@ -59,6 +59,8 @@ class AutoPlan:
         streams, parts: where the latents are among the arguments; see :class:`HeardGeneration`.
         origin: where the recording was made, for people.
         remark: in what it differs from the generations that follow it, for people.
+        slack: the relative difference of latents from what the recorded sampler makes that was seen
+            with this very sampler.
     """
 
     kind: Kind
@@ -70,11 +72,18 @@ class AutoPlan:
     parts: int
     origin: str = "recorded in this process"
     remark: str = ""
+    slack: float = 0.0
 
     @property
     def target(self) -> Target:
         """What was asked for."""
         return self.calibration.plans[0][0]
+
+    @property
+    def measured(self) -> float | None:
+        """The PSNR in dB with which it was run; None: it computes all steps, or was not run."""
+        chosen, measured = self.calibration.chosen, self.calibration.measured
+        return next((each.mean for each in measured if each.candidate == chosen), None)
 
     def suits(self, kind: Kind) -> bool:
         """Returns whether a generation that begins like `kind` may follow this plan."""
@@ -86,6 +95,11 @@ class AutoPlan:
             and _are_close(mine.timesteps[:known], theirs.timesteps)
             and (known == 1 or known == len(mine.timesteps))
         )
+
+    def is_related(self, other: AutoPlan) -> bool:
+        """Returns whether both are for the same models, and the same settings of the scheduler."""
+        a, b = self.kind, other.kind
+        return (a.family, a.sampler) == (b.family, b.sampler)
 
     def is_like(self, other: AutoPlan) -> bool:
         """Returns whether generations that one is for may follow the other, by all that is known
@@ -116,9 +130,8 @@ class AutoPlan:
     def __str__(self) -> str:
         plan, n = self.schedule, self.schedule.num_steps
         skipped = sum(plan.mask("model"))
-        chosen = self.calibration.chosen
-        found = next((m for m in self.calibration.measured if m.candidate == chosen), None)
-        told = "" if found is None else f", {found.mean:.1f} dB when it was run"
+        found, chosen = self.measured, self.calibration.chosen
+        told = "" if found is None else f", {found:.1f} dB when it was run"
         return (
             f"{self.target}: computes {n - skipped} of {n} steps ({chosen.name}{told}); "
             f"{self.origin}{self.remark}"
@@ -132,6 +145,7 @@ class AutoPlan:
             "path": self.path,
             "streams": self.streams,
             "parts": self.parts,
+            "slack": self.slack,
         }
 
     @classmethod
@@ -149,6 +163,7 @@ class AutoPlan:
             tuple(Stream(*stream) for stream in content["streams"]),
             content["parts"],
             origin,
+            slack=content["slack"],
         )
 
 

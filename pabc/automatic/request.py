@@ -34,7 +34,7 @@ class Auto(SelfPlanning):
 
     def attach(self, model: CompiledModel) -> None:
         """Plans the generations of a model from now on. Raises ValueError for a sharded model."""
-        model.listen(Follower(model, self._planner({"": model})))
+        model.follow(Follower(model, self._planner({"": model})))
 
     def plans_for(self, models: Mapping[str, CompiledModel]) -> PipelineCourses:
         """Returns what plans the generations of a pipeline with these models."""

@@ -25,10 +25,13 @@ class Stream(NamedTuple):
     Attributes:
         leaf: the index of the latents among the flattened arguments.
         output: the index of the output among the floating-point tensors of the result.
+        is_trailing: whether the latents are the last channels of the argument, which has more than
+            the output; else they are the first.
     """
 
     leaf: int
     output: int
+    is_trailing: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,14 +78,14 @@ class HeardGeneration:
 
     def inputs(self, step: int) -> Vector:
         """Returns the latents that the model is given at a step."""
-        call = next(iter(self.calls[step].values()))
-        return [_part(call.leaves[s.leaf], call.outputs[s.output], self) for s in self.streams]
+        leaves = next(iter(self.calls[step].values())).leaves
+        return [self.latents_of(leaves, stream) for stream in range(len(self.streams))]
 
     def latents_of(self, leaves: Sequence[Any], stream: int) -> torch.Tensor:
         """Returns the latents in the arguments of another call, as :meth:`inputs` does."""
         found = self.streams[stream]
         output = next(iter(self.calls[0].values())).outputs[found.output]
-        return _part(leaves[found.leaf], output, self)
+        return _latents(leaves[found.leaf], output, found, self)
 
     def outputs(self, step: int, name: str, outputs: Sequence[torch.Tensor]) -> dict[str, Vector]:
         """Returns the vectors of each branch in the result of a call, by branch."""
@@ -101,7 +104,7 @@ class HeardGeneration:
         for stream, x in zip(self.streams, latents, strict=True):
             whole = leaves[stream.leaf] = leaves[stream.leaf].clone()
             for part in range(self.parts):
-                _part(whole, call.outputs[stream.output], self, part).copy_(x)
+                _latents(whole, call.outputs[stream.output], stream, self, part).copy_(x)
         args, kwargs = call.structure.unflatten(leaves)
         return args, kwargs
 
@@ -122,6 +125,11 @@ class Hearing:
         """The bytes of the copies that are held."""
         calls = chain.from_iterable(each.values() for each in self._calls.values())
         return sum(_copied_bytes(call) for call in calls)
+
+    def first_leaves(self, step: int) -> list[Any] | None:
+        """Returns the arguments of the first call of a step; None: it was not heard."""
+        calls = self._calls.get(step)
+        return None if calls is None else next(iter(calls.values())).leaves
 
     def hear(
         self,
@@ -208,7 +216,8 @@ def find_streams(calls: Sequence[KeptCall]) -> tuple[Stream, ...]:
         moving = (k for k in alike if _moves([call.leaves[k] for call in calls]))
         leaf = next(moving, None)
         if leaf is not None:
-            found.append(Stream(leaf, i))
+            values = [call.leaves[leaf] for call in calls]
+            found.append(Stream(leaf, i, _are_last(values, output)))
     if not found:
         shapes = ", ".join(str(tuple(output.shape)) for output in first.outputs) or "no tensor"
         raise ValueError(
@@ -245,6 +254,19 @@ def _moves(values: Sequence[Any]) -> bool:
     return all(a.shape == b.shape and not torch.equal(a, b) for a, b in pairwise(values))
 
 
+def _are_last(values: Sequence[torch.Tensor], output: torch.Tensor) -> bool:
+    """Returns whether latents are the last channels of an argument that has more than the output:
+    a condition that stays as it is comes first."""
+    first, second = values[0], values[min(1, len(values) - 1)]
+    for dim in range(1, output.ndim):
+        size, wanted = first.shape[dim], output.shape[dim]
+        if size > wanted:
+            others = [d for d in range(first.ndim) if d != dim]
+            stays = (first == second).all(dim=others) if others else first == second
+            return bool(stays[:wanted].any() and not stays[size - wanted :].any())
+    return False
+
+
 def _part(
     x: torch.Tensor, other: torch.Tensor, heard: HeardGeneration, part: int = 0
 ) -> torch.Tensor:
@@ -254,6 +276,17 @@ def _part(
     for dim in range(1, x.ndim):
         view = view.narrow(dim, 0, min(x.shape[dim], other.shape[dim]))
     return view
+
+
+def _latents(
+    x: torch.Tensor, output: torch.Tensor, stream: Stream, heard: HeardGeneration, part: int = 0
+) -> torch.Tensor:
+    """Returns the latents in a part of the batch of an argument, as a view."""
+    if stream.is_trailing:
+        for dim in range(1, x.ndim):
+            size = min(x.shape[dim], output.shape[dim])
+            x = x.narrow(dim, x.shape[dim] - size, size)
+    return _part(x, output, heard, part)
 
 
 def _keep(leaf: Any, outputs: Sequence[torch.Tensor]) -> Any:

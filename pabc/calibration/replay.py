@@ -60,10 +60,13 @@ class Replay:
             [torch.zeros_like(x, dtype=torch.float32) for x in heard.inputs(0)]
         ]
         history: list[dict[str, Vector]] = []
+        generator = torch.Generator(strayed[0][0].device).manual_seed(0)
         for step in range(n):
-            latents = [
-                x + d.to(x.dtype) for x, d in zip(heard.inputs(step), strayed[0], strict=True)
-            ]
+            recorded = heard.inputs(step)
+            pairs = zip(recorded, strayed[0], strict=True)
+            latents = [_add_rounded(x, d, generator) for x, d in pairs]
+            both = zip(latents, recorded, strict=True)
+            strayed[0] = [a.float() - b.float() for a, b in both]
             found: dict[str, Vector] = {}
             for name, kept in heard.calls[step].items():
                 args, kwargs = heard.with_inputs(step, name, latents)
@@ -71,9 +74,9 @@ class Replay:
                 outputs = find_outputs(call(step, name, kept.model, args, kwargs))
                 seconds[step] += _now(latents) - start
                 made = heard.outputs(step, name, outputs)
-                recorded = heard.outputs(step, name, kept.outputs)
+                before = heard.outputs(step, name, kept.outputs)
                 for branch, vector in made.items():
-                    pairs = zip(vector, recorded[branch], strict=True)
+                    pairs = zip(vector, before[branch], strict=True)
                     found[branch] = [a.float() - b.float() for a, b in pairs]
             history.insert(0, found)
             strayed.insert(0, self._update(step, strayed, history))
@@ -97,6 +100,20 @@ def _add(total: Vector, weight: float, vector: Vector) -> Vector:
     if not weight:
         return total
     return [d + weight * v for d, v in zip(total, vector, strict=True)]
+
+
+def _add_rounded(x: torch.Tensor, difference: torch.Tensor, generator: Any) -> torch.Tensor:
+    """Returns the sum in the dtype of `x`, rounded at random where that has few digits.
+
+    Latents that are kept in such a dtype are rounded at every step, and a small difference decides
+    which way: on average it is kept, though it is less than a digit.
+    """
+    exact = x.float() + difference
+    if x.dtype.itemsize > 2 or not difference.any():
+        return exact.to(x.dtype)
+    noise = torch.rand(exact.shape, generator=generator, device=exact.device) - 0.5
+    digit = torch.ldexp(torch.full_like(exact, torch.finfo(x.dtype).eps / 2), exact.frexp()[1])
+    return (exact + noise * digit).to(x.dtype)
 
 
 def _rms(vector: Vector) -> float:

@@ -46,3 +46,13 @@ class Listener(Protocol):
 
     def end(self, call: HeardCall, result: Any) -> None:
         """Is told of a call that ran to its end, and of its result."""
+
+
+class Planning(Listener, Protocol):
+    """A listener that states what generations follow."""
+
+    def end_generation(self, trajectory: Trajectory) -> None:
+        """Is told that a trajectory was reset by its user."""
+
+    def detach(self) -> None:
+        """Leaves generations to the model's schedule."""
