@@ -150,9 +150,10 @@ class Choice:
         return low + 1
 
     def _predict(self, computed: int, corrections: Corrections) -> float:
-        """Returns the highest corrected PSNR of the candidates with a number of computed steps."""
+        """Returns the highest corrected PSNR of the candidates with a number of computed steps, or
+        that of the first, the most often best, while no such plan was measured."""
         candidates = self._search.candidates(computed, limit=self._limit)
         known = [each for each in candidates if corrections.knows(each)]
         return max(
-            corrections.correct(each, each.decibels(self._peak)) for each in known or candidates
+            corrections.correct(each, each.decibels(self._peak)) for each in known or candidates[:1]
         )
