@@ -139,9 +139,6 @@ def load(weights: Path | None = None, device: str | torch.device = "cpu") -> Emo
     Raises FileNotFoundError if files are missing.
     """
     place = Path(weights) if weights is not None else WEIGHTS
-    if not (place / "transformer").is_dir():
-        torch.manual_seed(0)
-        return build().freeze(device)  # until the trained weights are here
     folder.check_files(place, "bench/train_emoji.py")
     transformer = SD3Transformer2DModel.from_pretrained(
         place / "transformer", low_cpu_mem_usage=False
