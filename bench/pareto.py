@@ -72,6 +72,7 @@ def main() -> None:
             options.store,
             fine_calls=12 if options.smoke else 1000,
             is_trained=not options.smoke,
+            weights=options.weights,
         )
         if options.part == "seconds":
             measure_times(subject, options, found)
@@ -102,6 +103,7 @@ def parse_options() -> argparse.Namespace:
     add("--calls", type=_split_numbers, help="of the full runs of the setups")
     add("--judged", type=_split_numbers, default=[2, 3], help="seeds, and clips of each seed")
     add("--seen", type=int, default=1, help="clips by which settings are chosen")
+    add("--weights", type=Path, help="folder of the one model, in place of the package's")
     add("--threads", type=int, default=1)
     add("--rounds", type=int, default=10, help="timed generations of --part seconds")
     default = Path(tempfile.gettempdir()) / "pabc-pareto"

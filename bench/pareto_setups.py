@@ -233,6 +233,7 @@ def load_subject(
     fine_calls: int,
     *,
     is_trained: bool = True,
+    weights: Path | None = None,
 ) -> Subject:
     """Loads a demo model; draws clips, judged ones of several seeds.
 
@@ -243,8 +244,9 @@ def load_subject(
         store: the folder of what is kept.
         fine_calls: of the solution that counts as exact.
         is_trained: False: random weights, to see that everything runs.
+        weights: the folder of the trained model; None: the one in the package.
     """
-    model = models.load(name) if is_trained else build_random(name)
+    model = models.load(name, weights) if is_trained else build_random(name)
     seeds, count = judged
     parts = [(model.prompts(seed, count), model.noise(seed, count)) for seed in range(1, seeds + 1)]
     prompts = [prompt for some, _ in parts for prompt in some]
