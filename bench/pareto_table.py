@@ -61,6 +61,19 @@ def find_counts(rows: Iterable[Row]) -> list[int]:
     return sorted({row["allowed"] for row in rows if row["method"] != "full"}, reverse=True)
 
 
+def format_documents(rows: Mapping[str, Row]) -> str:
+    """Returns the tables of the first setup as Markdown, with what its aims came to."""
+    name, own = next(iter(group(rows).items()))
+    full = next(row for row in own if row["method"] == "full")
+    fine = f"{name}, to the fine solution; the full run: {format_cell(full, 'fine_')}:"
+    parts = [f"{name}, PSNR in dB to the full run, mean (worst clip):"]
+    parts += [report.format_markdown(*make_table(own, "")), fine]
+    parts += [report.format_markdown(*make_table(own, "fine_"))]
+    verdicts = [line for each in group(rows).values() for line in list_verdicts(each)]
+    parts += ["\n".join(f"- {line}" for line in verdicts)]
+    return "\n\n".join(parts)
+
+
 def format_setup(rows: Sequence[Row], prefix: str) -> str:
     """Returns the table of one setup: a line per method, a column per number of calls."""
     return report.format_table(*make_table(rows, prefix))
@@ -117,7 +130,9 @@ def list_verdicts(rows: Sequence[Row]) -> list[str]:
         own = next((r for r in rows if r["method"] == OWN and r["allowed"] == allowed), None)
         if own is None or "psnr" not in own or rows[0].get("guidance") or rows[0].get("shift"):
             continue
-        words = [f"{speed:g}x: {own['psnr']:.1f} ({own['psnr_min']:.1f})"]
+        words = [
+            f"{name_setup(own)}, {speed:g}x, {allowed} calls: {own['psnr']:.1f} ({own['psnr_min']:.1f})"
+        ]
         if speed in aims:
             words.append(f"aim {aims[speed]:.0f} {mark(own['psnr'] >= aims[speed])}")
         if aims and speed == 2.0:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pareto_table
 import report
 
 RESULTS = report.ROOT / "bench" / "results"
@@ -153,6 +154,11 @@ def write_equal_calls(content: Content) -> str:
     return _with_date(content, report.format_markdown(header, lines), note)
 
 
+def write_frontier(content: Content) -> str:
+    """Returns the tables of the setup that is compared most closely, and the aims of all."""
+    return _with_date(content, pareto_table.format_documents(content["rows"]))
+
+
 def _with_date(content: Content, table: str, *notes: str) -> str:
     facts = [content["date"][:10], content["cpu"], f"{content['threads']} threads", *notes]
     return f"{', '.join(facts)}:\n\n{table}"
@@ -166,6 +172,8 @@ TABLES: dict[str, tuple[str, Callable[[Content], str]]] = {
     "bytes": ("communication.json", write_bytes),
     "skipped bytes": ("communication_skips.json", write_bytes),
     "equal calls": ("peers_skips.json", write_equal_calls),
+    "frontier, digits": ("pareto_digits.json", write_frontier),
+    "frontier, emoji": ("pareto_emoji.json", write_frontier),
 }
 """Name of a table -> its file, and what makes it."""
 

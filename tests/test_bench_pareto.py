@@ -257,11 +257,13 @@ def test_verdicts_compare_with_what_costs_no_more(bench):
         make_row("pabc skip", 25, 80.0),
     ]
     (line,) = bench.pareto_table.list_verdicts(rows)
-    assert line.startswith("2x: 69.0 (47.0); aim 68 met; worst MISSED")
+    assert line.startswith("digits, DDIM 50, 2x, 25 calls: 69.0 (47.0); aim 68 met; worst MISSED")
     assert "+5.0 dB to best peer, TaylorSeer MISSED" in line
     assert "+24.0 dB to fewer steps, DDIM met" in line
     named = {f"{row['method']} {row['allowed']}": row for row in rows}
     assert "69.0 (47.0)" in bench.pareto_table.format_tables(named)
+    text = bench.pareto_table.format_documents(named)
+    assert line in text and "| TaylorSeer |" in text
     picture = bench.pareto_plot.draw("digits", rows)
     assert picture.startswith("<svg") and picture.count("<circle") == 2 * 5
 
