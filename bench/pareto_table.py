@@ -130,9 +130,8 @@ def list_verdicts(rows: Sequence[Row]) -> list[str]:
         own = next((r for r in rows if r["method"] == OWN and r["allowed"] == allowed), None)
         if own is None or "psnr" not in own or rows[0].get("guidance") or rows[0].get("shift"):
             continue
-        words = [
-            f"{name_setup(own)}, {speed:g}x, {allowed} calls: {own['psnr']:.1f} ({own['psnr_min']:.1f})"
-        ]
+        found = f"{own['psnr']:.1f} ({own['psnr_min']:.1f})"
+        words = [f"{name_setup(own)}, {speed:g}x, {allowed} calls: {found}"]
         if speed in aims:
             words.append(f"aim {aims[speed]:.0f} {mark(own['psnr'] >= aims[speed])}")
         if aims and speed == 2.0:
