@@ -7,7 +7,7 @@ import pytest
 import torch
 from vectors import record_outputs
 
-from pabc.calibration.growth import expect_growth, measure_growth
+from pabc.calibration.growth import amplify_early, expect_growth, measure_growth
 from pabc.calibration.recording import Recorder, Recording
 
 
@@ -61,3 +61,10 @@ def test_errors_are_expected_to_shrink_with_the_noise() -> None:
 def test_constant_latents_have_finite_growth(num_steps: int, value: float) -> None:
     growth = expect_growth(record_outputs(np.full((num_steps, 5), value)))
     assert np.isfinite(growth).all() and (growth > 0).all()
+
+
+def test_early_errors_count_more() -> None:
+    growth = amplify_early(50)
+    assert growth[0] == 4.0
+    assert (np.diff(growth) < 0).all()
+    assert growth[25] < 1.05

@@ -15,6 +15,7 @@ from vectors import draw_smooth, record_outputs
 import pabc
 from pabc.calibration.candidates import KINDS, Candidate, Kind
 from pabc.calibration.fit import fit_weights
+from pabc.calibration.growth import amplify_early
 from pabc.calibration.paths import choose_gaps
 from pabc.calibration.recording import Recording
 from pabc.calibration.search import search
@@ -22,11 +23,12 @@ from pabc.calibration.updates import identify
 
 SIMPLE = (
     *(kind for kind in KINDS if not kind.compensation),
+    Kind("no growth", growth="none"),
     Kind("flat", cost="flat"),
     Kind("propagated", cost="propagated"),
     Kind("raw", is_guided=False),
     Kind("noise", noise=0.02),
-    Kind("growth", has_growth=True),
+    Kind("growth", growth="decay"),
 )
 
 
@@ -37,7 +39,7 @@ def test_no_plan_is_cheaper(kind: Kind, starts: tuple[int, ...]) -> None:
     vectors = draw_smooth(n, seed=4)
     recording = record_outputs(vectors, starts=starts)
     found = search(recording, identify(recording), growth=growth, kinds=[kind])
-    scale = growth if kind.has_growth else np.ones(n)
+    scale = {"none": np.ones(n), "early": amplify_early(n), "decay": growth}[kind.growth]
     for computed in range(len({*starts, n - 1}), n + 1):
         plan = found.best(computed)
         costs = {
@@ -134,7 +136,8 @@ def test_predicted_errors_are_those_of_the_vectors(kind: Kind) -> None:
             sources = [s for s in reversed(plan.computed) if first <= s < i]
             sources = sources[: kind.sources]
             assert len(sources) == len(plan.weights[i])
-            total += plan.weights[i] @ vectors[sources] - vectors[i]
+            scale = amplify_early(n)[i] if kind.growth == "early" else 1.0
+            total += scale * (plan.weights[i] @ vectors[sources] - vectors[i])
         assert plan.error == pytest.approx(float(np.sqrt(np.square(total).mean())), rel=1e-3)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from pabc.schedule import Schedule
 
 Cost = Literal["flat", "direct", "propagated"]
+Growth = Literal["none", "early", "decay"]
 Rows = tuple[tuple[float, ...], ...]
 """Weights per step, those of the newest source first; () at computed steps."""
 
@@ -33,8 +34,9 @@ class Kind:
             coefficient of the output in the sampler's update; `"propagated"`, its coefficient in
             the final result, while later outputs stay as they are.
         is_guided: True: the error is that of the guided output; False: those of all branches alike.
-        has_growth: True: costs are multiplied by the share of an error that is left at the end.
-            Most often, errors decay: plans compute fewer of the early steps.
+        growth: what becomes of errors on their way to the result: `"none"`, nothing; `"early"`,
+            those of the first steps grow (see `amplify_early`); `"decay"`, they decay with the
+            noise (see `expect_growth`), and fewer of the early steps are computed.
         noise: of the sources in the fit, relative to their norms: weights become smaller, and
             errors of the sources count less.
     """
@@ -45,7 +47,7 @@ class Kind:
     compensation: float = 0.0
     cost: Cost = "direct"
     is_guided: bool = True
-    has_growth: bool = False
+    growth: Growth = "early"
     noise: float = 0.0
 
 
@@ -57,12 +59,12 @@ NOISE = 0.01
 
 KINDS = (
     Kind("6 weights, compensated", sources=6, compensation=COMPENSATION),
-    Kind("3 weights, compensated, decay", compensation=COMPENSATION, has_growth=True),
+    Kind("3 weights, compensated, decay", compensation=COMPENSATION, growth="decay"),
     Kind("3 weights"),
-    Kind("2 weights, decay", sources=2, has_growth=True),
-    Kind("4 weights, compensated, decay", sources=4, compensation=COMPENSATION, has_growth=True),
-    Kind("3 weights, compensated, noise", compensation=COMPENSATION, noise=NOISE),
-    Kind("hold, decay", sources=1, is_fitted=False, has_growth=True),
+    Kind("2 weights, decay", sources=2, growth="decay"),
+    Kind("4 weights, compensated, decay", sources=4, compensation=COMPENSATION, growth="decay"),
+    Kind("4 weights, compensated, noise", sources=4, compensation=COMPENSATION, noise=NOISE),
+    Kind("hold, decay", sources=1, is_fitted=False, growth="decay"),
     Kind("4 weights, compensated", sources=4, compensation=COMPENSATION),
     Kind("3 weights, flat", cost="flat"),
 )

@@ -11,7 +11,7 @@ import numpy as np
 from pabc.calibration.candidates import KINDS, LEAST, Candidate, Kind, Rows
 from pabc.calibration.compensation import Outputs, compensate, predict
 from pabc.calibration.fit import fit_weights
-from pabc.calibration.growth import expect_growth
+from pabc.calibration.growth import amplify_early, expect_growth
 from pabc.calibration.paths import Grid, Paths, choose_gaps, find_history, find_paths, find_skipped
 from pabc.calibration.recording import Recording
 from pabc.calibration.refinement import refine
@@ -142,8 +142,8 @@ def search(
     Args:
         recording: of one generation, or the sum of several.
         updates: of its sampler.
-        growth: [n] of an error made at a step, the share that is left at the end; None: as
-            `expect_growth` tells.
+        growth: [n] of an error made at a step, the share that is left at the end, for kinds whose
+            errors decay; None: as `expect_growth` tells.
         max_gap: the longest gap between computed steps: a gap of 2 skips one step. None: 16 with
             three sources, 40 with two, no limit with one.
         kinds: of plans, those that are most often best first.
@@ -160,7 +160,11 @@ def search(
         raise ValueError(f"max_gap: expected a positive number, found {max_gap}")
     if not kinds:
         raise ValueError("kinds: expected at least one, found none")
-    growth = expect_growth(recording) if growth is None else np.asarray(growth, dtype=np.float64)
+    growths = {
+        "none": np.ones(n),
+        "early": amplify_early(n),
+        "decay": expect_growth(recording) if growth is None else np.abs(growth),
+    }
     starts = tuple(sorted({0, *recording.starts}))
     root = np.sqrt(max(1, recording.elements * recording.count))
     outputs = Outputs.from_recording(recording, updates.shares())
@@ -175,9 +179,9 @@ def search(
         key = (sources, kind.is_fitted, kind.is_guided, kind.noise)
         if key not in amplitudes:
             amplitudes[key] = find_amplitudes(grams[kind.is_guided], grid, kind)
-        costs = (*key, kind.cost, kind.has_growth)
+        costs = (*key, kind.cost, kind.growth)
         if costs not in paths:
-            scale = weigh_steps(updates, kind, growth)
+            scale = weigh_steps(updates, kind, growths[kind.growth])
             paths[costs] = find_paths(grid, amplitudes[key], scale)
         found.append(
             _Found(
@@ -185,7 +189,7 @@ def search(
                 paths[costs],
                 gram=grams[kind.is_guided],
                 outputs=outputs,
-                effects=find_effects(updates, kind, growth),
+                effects=find_effects(updates, growths[kind.growth]),
                 max_gap=max_gap,
             )
         )
@@ -243,14 +247,14 @@ def weigh_steps(updates: Updates, kind: Kind, growth: np.ndarray) -> np.ndarray:
     scale = np.ones(updates.num_steps)
     if kind.cost != "flat" and is_known(updates):
         scale = np.abs(updates.direct if kind.cost == "direct" else updates.propagated())
-    return scale * np.abs(growth) if kind.has_growth else scale
+    return scale * growth
 
 
-def find_effects(updates: Updates, kind: Kind, growth: np.ndarray) -> np.ndarray:
+def find_effects(updates: Updates, growth: np.ndarray) -> np.ndarray:
     """Returns the effects of guided outputs on the final result, [n], for `compensate`."""
     if is_known(updates):
-        return updates.effects(growth if kind.has_growth else None)
-    return np.full(updates.num_steps, np.abs(updates.direct).mean())
+        return updates.effects(growth)
+    return np.abs(updates.direct).mean() * growth
 
 
 def is_known(updates: Updates) -> bool:
