@@ -10,7 +10,9 @@ import numpy as np
 from pabc.calibration.compensation import Outputs, compensate
 
 REACH = 3
-"""How far a computed step is moved at once."""
+"""How far a computed step is moved at once, at most."""
+MANY = 150
+"""Steps over which moves of 1 are tried; with half as many steps, moves of 2, and so on."""
 MOST = 30
 """Rounds of moves, at most; few take more than ten."""
 TOGETHER = 8
@@ -75,12 +77,13 @@ def refine(
 
 def find_moves(computed: np.ndarray, fixed: set[int]) -> list[tuple[int, int]]:
     """Returns the moves of a computed step to one nearby that is not computed."""
-    steps = np.flatnonzero(computed)
+    steps, n = np.flatnonzero(computed), len(computed)
+    reach = min(REACH, max(1, MANY // n))
     return [
         (int(step), int(to))
         for step in steps
         if step not in fixed
-        for to in range(max(0, step - REACH), min(len(computed), step + REACH + 1))
+        for to in range(max(0, step - reach), min(n, step + reach + 1))
         if not computed[to]
     ]
 
