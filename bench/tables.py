@@ -78,7 +78,7 @@ def write_demo(content: Content) -> str:
     header += ("by less work x by other code", "cache", "compile")
     matmul = content["matmul"]
     about = (
-        f"{content['date'][:10]}, {content['processor']}, {content['threads']} threads: the"
+        f"{content['date'][:10]}, {content['processor']}, threads: {content['threads']}; the"
         f" {content['model']} model, {content['steps']} steps, batches of {content['batch']} with"
         f" guidance {content['guidance']}, medians of {content['rounds']} interleaved rounds,"
         f" {content['clips']} samples; matrix products by {matmul['torch']} in PyTorch, by"
@@ -167,6 +167,7 @@ def _with_date(content: Content, table: str, *notes: str) -> str:
 TABLES: dict[str, tuple[str, Callable[[Content], str]]] = {
     "headline": ("demo/metrics.json", write_headline),
     "demo": ("demo/metrics.json", write_demo),
+    "emoji": ("demo/metrics_emoji.json", write_demo),
     "one clip": ("demo/metrics_one_clip.json", write_one_clip),
     "skips": ("efficiency.json", write_skips),
     "bytes": ("communication.json", write_bytes),
