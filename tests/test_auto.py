@@ -47,6 +47,7 @@ def test_the_second_generation_follows_the_plan(form: str, backend: str) -> None
     first, stats = run(fast, loop, 0)
     assert torch.equal(first, loop(model, 0)), "the first generation is computed in full"
     assert stats.reused == 0 and stats.recorded == 0
+    assert "no generation is recorded yet" in stats.plan_source
     second, stats = run(fast, loop, 1)
     assert stats.recorded == 1 and stats.reused == 5 * branches
     assert stats.calls == 24 * branches, "plans that were tried are not counted"
@@ -313,6 +314,38 @@ def test_outputs_that_are_not_finite() -> None:
     torch.testing.assert_close(found, Loop()(model, 1), equal_nan=True)
 
 
+def test_errors_while_plans_are_tried_lose_nothing() -> None:
+    """A model that keeps state cannot be skipped; its results are those of eager mode."""
+
+    class Counting(nn.Module):
+        count = 0
+
+        def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+            self.count += 1
+            return torch.tanh(x) + text.sum() / 9 + timestep.mean() / 1000
+
+    model = Counting().eval()
+    fast = compile_auto(model)
+    run(fast, Loop(), 0)
+    with pytest.warns(UserWarning, match="no plan could be made: .* leave nothing behind"):
+        found, _ = run(fast, Loop(), 1)
+    assert torch.equal(found, Loop()(model, 1))
+    for seed in range(2, 5):
+        assert torch.equal(run(fast, Loop(), seed)[0], Loop()(model, seed))
+    assert fast.stats.reused == 0
+
+
+def test_samplers_that_are_not_linear_are_told_of() -> None:
+    class Noisy(Loop):
+        def guide(self, model: Any, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+            return super().guide(model, x, t, text) + torch.randn(x.shape)
+
+    fast = compile_auto(make_denoiser())
+    run(fast, Noisy(), 0)
+    with pytest.warns(UserWarning, match="does not follow from the model's outputs"):
+        run(fast, Noisy(), 1)
+
+
 def test_half_precision_is_not_promised_more_than_it_has() -> None:
     model, loop = make_denoiser().to(torch.bfloat16), Loop(num_steps=20, clips=16)
     fast = compile_auto(model, psnr=65.0)
@@ -403,4 +436,10 @@ def test_what_is_refused() -> None:
         pabc.auto(0.5)
     with pytest.raises(ValueError, match="candidates: expected 1 or more, found 0"):
         pabc.auto(candidates=0)
+    with pytest.raises(ValueError, match="calls: expected an integer of 1 or more, found inf"):
+        pabc.auto(calls=float("inf"))
+    with pytest.raises(ValueError, match="floor: expected a number of dB, found nan"):
+        pabc.auto(floor=float("nan"))
+    with pytest.raises(ValueError, match="cache: expected a folder, True or False, found None"):
+        pabc.auto(cache=None)
     assert str(pabc.auto()) == "auto(speedup=2)"

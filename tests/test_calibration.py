@@ -161,7 +161,7 @@ def test_verify_runs_the_plan_on_other_seeds(calibration: pabc.Calibration) -> N
     assert found.decibels[1] == pytest.approx(taken.decibels[1], abs=1e-3)
     assert found.worst <= min(found.mean, found.median)
     assert "(recorded)" in str(found) and "worst" in str(found)
-    with pytest.raises(ValueError, match="seeds: expected at least one"):
+    with pytest.raises(ValueError, match="seeds: expected one integer or more"):
         calibration.verify(sample, model, seeds=())
 
 
@@ -171,3 +171,19 @@ def test_progress_is_told(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "pabc: 1/1: recorded seed 0"
     assert lines[-1].startswith("pabc: 3/3: 8 steps, ")
+
+
+def test_verify_checks_what_it_runs() -> None:
+    made = pabc.calibrate(sample, Denoiser().eval(), calls=6, floor=1.0, progress=False)
+    model = Denoiser().eval()
+
+    def ignores(_: Any, seed: int) -> Any:
+        return sample(model, seed)
+
+    with pytest.raises(ValueError, match="sample: expected it to call the model"):
+        made.verify(ignores, model, (5,), progress=False)
+    drawn = iter(range(100))
+    with pytest.raises(ValueError, match="sample: expected the same inputs at step 0"):
+        made.verify(lambda m, _: sample(m, next(drawn)), model, (5,), progress=False)
+    with pytest.raises(ValueError, match=r"seeds: expected one integer or more, .* found 3"):
+        made.verify(sample, model, 3, progress=False)

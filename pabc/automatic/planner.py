@@ -47,6 +47,7 @@ class Planner:
         self._floor, self._candidates, self._store = floor, candidates, store
         self._modules: dict[str, nn.Module] = {n: m._orig_mod for n, m in models.items()}
         self._plans: list[AutoPlan] | None = None
+        self._describe(f"{target}: no generation is recorded yet, all steps are computed")
         self._lock = threading.RLock()
         self._weights: tuple[int, str] = 0, ""
         self._family = ""
@@ -146,8 +147,9 @@ class Planner:
         with self._lock:
             try:
                 plan = self._make(heard, kind, calls, path)
-            except ValueError as error:
-                self.refuse(str(error))
+            except Exception as error:  # the generation itself is done, and its result is not lost
+                logger.info("pabc.auto: no plan could be made", exc_info=True)
+                self.refuse(f"no plan could be made: {error}")
                 return
             if plan is None:
                 return
@@ -191,6 +193,14 @@ class Planner:
             self._floor,
             (SEED,),
         )
+        rest = float(calibration.updates.residual.max())
+        if rest > NOISY:
+            warnings.warn(
+                f"pabc.auto: up to {rest:.0%} of what the sampler does does not follow from the "
+                "model's outputs: it adds noise, clips, or rescales its guidance. The fidelity of "
+                "plans is estimated without that; pabc.calibrate measures it",
+                stacklevel=2,
+            )
         return AutoPlan(
             kind,
             calibration,

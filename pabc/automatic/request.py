@@ -11,7 +11,7 @@ from pabc.automatic.courses import PipelineCourses
 from pabc.automatic.follower import Follower
 from pabc.automatic.planner import Planner
 from pabc.automatic.store import Store, default_folder
-from pabc.calibration.target import Target
+from pabc.calibration.target import Target, as_count, as_floor
 from pabc.compiled import CompiledModel
 from pabc.planning import SelfPlanning
 
@@ -94,7 +94,7 @@ def auto(
     if speedup is None and psnr is None and calls is None:
         speedup = 2.0
     target = Target.of(speedup=speedup, psnr=psnr, calls=calls)
-    if candidates < 1:
-        raise ValueError(f"candidates: expected 1 or more, found {candidates}")
+    if not isinstance(cache, bool | str | os.PathLike):
+        raise ValueError(f"cache: expected a folder, True or False, found {cache!r}")
     folder = default_folder() if cache is True else None if cache is False else Path(cache)
-    return Auto(target, float(floor), candidates, folder)
+    return Auto(target, as_floor(floor), as_count(candidates), folder)

@@ -12,7 +12,7 @@ from pabc.calibration.notes import Notes, fingerprint
 from pabc.calibration.progress import Progress
 from pabc.calibration.sampled_runs import SampledRuns
 from pabc.calibration.subject import Sample, Subject
-from pabc.calibration.target import Target
+from pabc.calibration.target import Target, as_count, as_floor, as_seeds
 
 Numbers = float | Iterable[float] | None
 """A target, or several."""
@@ -75,18 +75,14 @@ def calibrate(
             for the same seed; a file for `resume` that is of another model.
     """
     targets = Target.all_of(speedup=speedup, psnr=psnr, calls=calls)
-    chosen = tuple(dict.fromkeys(map(int, seeds)))
-    if not chosen:
-        raise ValueError("seeds: expected at least one, found none")
-    if candidates < 1:
-        raise ValueError(f"candidates: expected 1 or more, found {candidates}")
+    chosen, limit, least = as_seeds(seeds), as_count(candidates), as_floor(floor)
     notes = Notes.open("" if resume is None else fingerprint(model), resume)
     with Subject(model, components=components) as subject, Progress(progress) as shown:
         runs = SampledRuns(sample, subject, notes, shown, chosen)
-        choice = Choice(runs.record(), runs, limit=candidates, floor=floor)
+        choice = Choice(runs.record(), runs, limit=limit, floor=least)
         plans = tuple((target, choice.meet(target)) for target in targets)
     costs = notes.costs
     measured = tuple(each for each in notes.measured.values())
     return Calibration(
-        notes.recording(chosen), measured, costs.full, costs.skipped, plans, floor, chosen
+        notes.recording(chosen), measured, costs.full, costs.skipped, plans, least, chosen
     )

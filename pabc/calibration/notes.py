@@ -67,6 +67,8 @@ class Notes:
         Raises ValueError for a file of another kind, or of another model.
         """
         notes = cls(model, None if path is None else Path(path))
+        if notes.path is not None and not notes.path.parent.is_dir():
+            raise ValueError(f"resume: expected a file in a folder, found no {notes.path.parent}")
         if notes.path is not None and notes.path.exists():
             notes._read(read_arrays(notes.path, KIND))
         return notes

@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 
 from pabc.calibration.candidates import Candidate
+from pabc.calibration.checks import check_noise, check_skips, warn_of_chance
 from pabc.calibration.costs import Costs
 from pabc.calibration.measurement import Measurement, schedule_of
 from pabc.calibration.notes import Notes, Reference
@@ -15,7 +16,6 @@ from pabc.calibration.recording import Recording
 from pabc.calibration.results import decibels
 from pabc.calibration.subject import Run, Sample, Subject
 from pabc.calibration.updates import identify
-from pabc.calibration.watch import differ
 
 NOISY = 0.25
 """The residual of one of the sampler's updates above which they are not known well."""
@@ -97,34 +97,13 @@ class SampledRuns:
 
     def _check(self, run: Run, candidate: Candidate, seed: int) -> None:
         """Raises ValueError, or warns, where a run is not the recorded one but for the plan."""
-        opening = self._notes.references[seed].opening
-        for step, inputs in opening.items():
-            if step in run.watch.opening and differ(inputs, run.watch.opening[step]):
-                if step == 0:
-                    raise ValueError(
-                        f"sample: expected the same inputs at step 0 whenever the seed is {seed}, "
-                        "found others: draw the noise from a generator with that seed"
-                    )
-                self._warn_of_chance(seed, step)
-        skipped = set(range(len(candidate.weights))) - set(candidate.computed)
-        lacking = [step for step in sorted(skipped) if not run.watch.num_skipped[step]]
-        if lacking:
-            raise ValueError(
-                f"sample: expected the calls of {len(skipped)} steps to be skipped, found that "
-                f"those of {len(lacking)} were computed, step {lacking[0]} first; reasons: "
-                f"{self._subject.fallbacks() or 'none'}"
-            )
-
-    def _warn_of_chance(self, seed: int, step: int) -> None:
-        if not self._has_warned:
+        step = check_noise(run, self._notes.references[seed].opening, seed)
+        if step is not None and not self._has_warned:
             self._has_warned = True
-            warnings.warn(
-                f"pabc: two generations with seed {seed} differ at step {step}, before anything "
-                "was skipped: the scheduler or the model draws random numbers that the seed does "
-                "not fix. What is measured is that difference too; pass a generator, or take a "
-                "scheduler without noise",
-                stacklevel=6,
-            )
+            warn_of_chance(seed, step)
+        check_skips(
+            run, set(range(len(candidate.weights))) - set(candidate.computed), self._subject
+        )
 
 
 def _warn_of_noise(residual: np.ndarray) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal
 
 Measure = Literal["speedup", "psnr", "calls"]
@@ -61,7 +63,7 @@ def _is_valid(measure: str, value: Any) -> bool:
         number = float(value)
     except (TypeError, ValueError):
         return False
-    if isinstance(value, bool | str):
+    if isinstance(value, bool | str) or not math.isfinite(number):
         return False
     if measure == "psnr":
         return number > 0
@@ -71,3 +73,34 @@ def _is_valid(measure: str, value: Any) -> bool:
 def _spell(given: dict[str, Any]) -> str:
     named = [name for name, value in given.items() if value is not None]
     return " and ".join(named) or "none"
+
+
+def as_seeds(seeds: Iterable[int]) -> tuple[int, ...]:
+    """Returns the distinct seeds, in order. Raises ValueError for what are none."""
+    wanted = "seeds: expected one integer or more, from -2**63 up to 2**63"
+    if not isinstance(seeds, Iterable) or isinstance(seeds, str | bytes):
+        raise ValueError(f"{wanted}, found {seeds!r}; a single one is (0,)")
+    found = tuple(dict.fromkeys(seeds))
+    for seed in found:
+        is_number = isinstance(seed, Integral) and not isinstance(seed, bool)
+        if not is_number or not -(2**63) <= seed < 2**63:
+            raise ValueError(f"{wanted}, found {seed!r}")
+    if not found:
+        raise ValueError(f"{wanted}, found none")
+    return tuple(int(seed) for seed in found)
+
+
+def as_floor(floor: float) -> float:
+    """Returns a PSNR in dB below which no plan is taken. Raises ValueError for what is none."""
+    is_number = isinstance(floor, Real) and not isinstance(floor, bool)
+    if not is_number or math.isnan(floor):
+        raise ValueError(f"floor: expected a number of dB, found {floor!r}")
+    return float(floor)
+
+
+def as_count(candidates: int) -> int:
+    """Returns a number of plans that are run. Raises ValueError for what is none."""
+    is_number = isinstance(candidates, Integral) and not isinstance(candidates, bool)
+    if not is_number or candidates < 1:
+        raise ValueError(f"candidates: expected 1 or more, found {candidates!r}")
+    return int(candidates)

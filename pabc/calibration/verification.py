@@ -8,9 +8,11 @@ from statistics import mean, median
 from typing import Any
 
 from pabc.base.format import format_table
+from pabc.calibration.checks import check_calls, check_noise, check_skips, warn_of_chance
 from pabc.calibration.progress import Progress
 from pabc.calibration.results import decibels
 from pabc.calibration.subject import Sample, Subject
+from pabc.calibration.target import as_seeds
 from pabc.schedule import Schedule
 
 
@@ -63,11 +65,11 @@ def verify(
 ) -> Verification:
     """Runs the full model and the schedule with each seed, and returns the PSNR of each.
 
-    Raises ValueError for no seed.
+    Raises ValueError for no seed, or a `sample` that does not call the model, or not with the same
+    inputs for the same seed.
     """
-    chosen = tuple(dict.fromkeys(map(int, seeds)))
-    if not chosen:
-        raise ValueError("seeds: expected at least one, found none")
+    chosen = as_seeds(seeds)
+    skipped = {step for step, skips in enumerate(schedule.mask("model")) if skips}
     found = {}
     subject = Subject(model, components=components, timesteps=schedule.timesteps)
     with subject, Progress(progress) as shown:
@@ -75,9 +77,14 @@ def verify(
         for seed in chosen:
             shown.begin(f"full, seed {seed}")
             full = subject.run(sample, seed, None)
+            check_calls(full)
             shown.finish("done")
             shown.begin(f"plan, seed {seed}")
             fast = subject.run(sample, seed, schedule)
+            step = check_noise(fast, full.watch.opening, seed)
+            if step is not None:
+                warn_of_chance(seed, step)
+            check_skips(fast, skipped, subject)
             found[seed] = decibels(full.result, fast.result)
             shown.finish(f"{found[seed]:.1f} dB")
     known = set(recorded)
