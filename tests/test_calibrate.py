@@ -9,6 +9,7 @@ from typing import Any
 
 import diffusers
 import pytest
+import sampling_loops
 import torch
 from denoising import NUM_STEPS, TIMESTEPS, Denoiser, draw_noise, sample, sample_guided
 from loops import Loop, loop_call, make_denoiser
@@ -282,3 +283,12 @@ def test_bad_models_and_results_are_named() -> None:
         calibrate(sample, 3, calls=8)
     with pytest.raises(TypeError, match="sample: expected it to return a tensor, an array"):
         calibrate(lambda model, seed: str(sample(model, seed)), Denoiser().eval(), calls=8)
+
+
+def test_resuming_with_another_guidance_scale_is_refused(tmp_path: Path) -> None:
+    notes, model = tmp_path / "notes.npz", sampling_loops.make_denoiser()
+    loop = sampling_loops.Loop("batched")
+    options = {"calls": 7, "floor": 1.0, "progress": False, "resume": notes}
+    pabc.calibrate(loop, model, **options)
+    with pytest.raises(ValueError, match="seeds 0 and 1 were recorded with different ones"):
+        pabc.calibrate(loop.but(guidance=9.0), model, seeds=(0, 1), **options)

@@ -154,11 +154,17 @@ class AutoPlan:
     ) -> AutoPlan:
         """Returns the plan that `to_content` gave, and its calibration."""
         kind = content["kind"]
+        calls = tuple(PlannedCall(*call) for call in content["calls"])
+        steps = list(dict.fromkeys(call.step for call in calls))
+        if steps != list(range(calibration.num_steps)) or not content["streams"]:
+            raise ValueError(
+                f"calls: expected those of {calibration.num_steps} steps, found {len(steps)} steps"
+            )
         return cls(
             Kind(**{**kind, "timesteps": tuple(kind["timesteps"])}),
             calibration,
             calibration.schedule(),
-            tuple(PlannedCall(*call) for call in content["calls"]),
+            calls,
             content["path"],
             tuple(Stream(*stream) for stream in content["streams"]),
             content["parts"],

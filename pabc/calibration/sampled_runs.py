@@ -17,6 +17,8 @@ from pabc.calibration.results import decibels
 from pabc.calibration.subject import Run, Sample, Subject
 from pabc.calibration.updates import identify
 
+EXACT = 0.01
+"""The residual up to which a sampler is known well enough to be told from another."""
 NOISY = 0.25
 """The residual of one of the sampler's updates above which they are not known well."""
 
@@ -67,6 +69,7 @@ class SampledRuns:
             self._notes.full += run.watch.full if not self._notes.skipped else []
             self._notes.add_reference(seed, reference)
             self._progress.finish(f"recorded seed {seed}")
+        self._check_samplers()
         recording = self._notes.recording(self.seeds)
         self._subject.timesteps = recording.timesteps
         updates = identify(recording)
@@ -74,6 +77,23 @@ class SampledRuns:
             _warn_of_noise(updates.residual)
         self._peak, self._timesteps = recording.peak, recording.timesteps
         return recording
+
+    def _check_samplers(self) -> None:
+        """Raises ValueError where seeds were recorded with different samplers, or guidance scales,
+        as an older file for `resume` may hold."""
+        first, *others = (self._notes.references[seed].recording for seed in self.seeds)
+        mine = identify(first)
+        for seed, other in zip(self.seeds[1:], others, strict=True):
+            if (other.timesteps, other.branches) != (first.timesteps, first.branches):
+                continue  # which the sum of them refuses
+            theirs = identify(other)
+            is_exact = max(mine.residual[:3].max(), theirs.residual[:3].max()) < EXACT
+            if is_exact and not np.allclose(mine.outputs[:3], theirs.outputs[:3], 0.05, 1e-6):
+                raise ValueError(
+                    f"sample: expected one sampler and guidance scale, found that seeds "
+                    f"{self.seeds[0]} and {seed} were recorded with different ones; use another "
+                    "file for resume"
+                )
 
     def measure(self, candidate: Candidate, seed: int) -> Measurement:
         """Runs a candidate with a seed, unless it was; returns what is known of it."""

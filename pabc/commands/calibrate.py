@@ -74,6 +74,10 @@ def run_calibrate(options: argparse.Namespace) -> None:
     goals = {name: getattr(options, name) for name in ("speedup", "psnr", "calls")}
     if not any(goals.values()):
         goals["speedup"] = [2.0]
+    for name in ("out", "plot"):
+        path: Path | None = getattr(options, name)
+        if path is not None and not path.parent.is_dir():
+            raise UsageError(f"--{name}: expected a file in a folder, found no {path.parent}")
     sample, model = _find_subject(options)
     shows = not options.quiet
     try:
