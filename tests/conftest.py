@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,11 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
-@pytest.fixture(scope="session", autouse=True)
-def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keeps recordings of `pabc.auto` out of the user's folder for caches."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PABC_CACHE", str(tmp_path_factory.mktemp("recordings")))
-        yield
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives each test a folder of its own for recordings of `pabc.auto`, made where it is used."""
+    folder = tmp_path_factory.getbasetemp() / "recordings" / uuid.uuid4().hex
+    monkeypatch.setenv("PABC_CACHE", str(folder))
 
 
 @pytest.fixture
