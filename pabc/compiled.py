@@ -369,7 +369,16 @@ class CompiledModel(Wrapper):
         with self._lock:
             last, _ = self._captured("save()")
             assert isinstance(last, Program)
-            write_artifact(path, self._orig_mod, self._schedule, self._programs, last=last)
+            write_artifact(path, self._orig_mod, self._planned(), self._programs, last=last)
+
+    def _planned(self) -> Schedule:
+        """Returns the schedule to save: what was set, or, with pabc.auto, what was planned last."""
+        schedule = self._schedule if self._plans is None else self._plans.schedule()
+        if schedule is None:
+            raise ArtifactError(
+                "expected a plan to save, found none yet: run a generation, and reset() after it"
+            )
+        return schedule
 
     def warn_once(self, schedule: Schedule | None, text: str) -> None:
         """Warns once for this schedule; for None, once for this model."""

@@ -413,6 +413,22 @@ def test_another_process_starts_with_the_plan(
     assert calibration.num_steps == 12 and len(calibration.chosen.computed) == 7
 
 
+@pytest.mark.slow
+def test_the_plan_is_saved_with_the_code(tmp_path: Path) -> None:
+    loop, model = Loop(), make_denoiser()
+    fast = compile_auto(model, backend="inductor")
+    run(fast, loop, 0)
+    with pytest.raises(pabc.ArtifactError, match="expected a plan to save, found none yet"):
+        fast.save(tmp_path / "model.pabc")
+    fast.reset()
+    found, _ = run(fast, loop, 1)
+    fast.save(tmp_path / "model.pabc")
+    loaded = pabc.load(tmp_path / "model.pabc", model)
+    again, stats = run(loaded, loop, 1)
+    assert stats.reused == 5 and stats.captures == 0
+    torch.testing.assert_close(again, found, rtol=1e-4, atol=1e-5)
+
+
 def test_damaged_and_foreign_files_are_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

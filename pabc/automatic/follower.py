@@ -47,6 +47,11 @@ class Follower:
         if loop is not None:
             loop.end(call, result)
 
+    def schedule(self) -> Schedule | None:
+        """Returns the schedule of the plan that was made, or taken, last."""
+        plan = self._planner.latest
+        return None if plan is None else plan.schedule
+
     def end_generation(self, trajectory: Trajectory) -> None:
         """Plans what a trajectory that was reset has recorded."""
         known = self._loops.get(id(trajectory))

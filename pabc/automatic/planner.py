@@ -52,6 +52,7 @@ class Planner:
         self._weights: tuple[int, str] = 0, ""
         self._family = ""
         self._doubted: AutoPlan | None = None
+        self._latest: AutoPlan | None = None
         self._refusals = 0
 
     def kind(self, form: str, sampler: str, timesteps: Sequence[float]) -> Kind:
@@ -81,8 +82,13 @@ class Planner:
             if self._doubted is not None and plan.is_like(self._doubted):
                 return None
             plan = plan.adopt(kind)
-            self._describe(str(plan))
+            self.take(plan)
             return plan
+
+    @property
+    def latest(self) -> AutoPlan | None:
+        """The plan that was made, or taken, last; None: there is none yet."""
+        return self._latest
 
     @property
     def has_given_up(self) -> bool:
@@ -103,7 +109,8 @@ class Planner:
             return [each for each in known if each is not plan and each.is_related(plan)]
 
     def take(self, plan: AutoPlan) -> None:
-        """Says that a generation goes on by another plan."""
+        """Says that a generation follows a plan."""
+        self._latest = plan
         self._describe(str(plan))
 
     def record_rest(self, reason: str) -> None:
@@ -160,6 +167,7 @@ class Planner:
                     return  # of a known sampler, but something else has changed the latents
                 plan = replace(plan, slack=max(known.slack, 1.5 * left))
             self._plans = [p for p in self._plans or [] if not _is_replaced(p, plan)] + [plan]
+            self._latest = plan
             self._describe(str(plan), recorded=1)
             logger.info(
                 "pabc.auto: %s; planned in %.1f s, %d bytes were kept for it",

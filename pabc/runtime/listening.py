@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pabc.base.structure import Structure
 from pabc.runtime.where import Where
+from pabc.schedule import Schedule
 
 if TYPE_CHECKING:
     from pabc.runtime.trajectory import BranchKey, Trajectory
@@ -50,6 +51,9 @@ class Listener(Protocol):
 
 class Planning(Listener, Protocol):
     """A listener that states what generations follow."""
+
+    def schedule(self) -> Schedule | None:
+        """Returns what the last generation was planned to follow; None: nothing is planned yet."""
 
     def end_generation(self, trajectory: Trajectory) -> None:
         """Is told that a trajectory was reset by its user."""
