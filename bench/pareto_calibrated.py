@@ -61,12 +61,16 @@ def choose_calibrated(
 
 
 def choose_auto(subject: Subject, setup: Setup, computed: int) -> Choice:
-    """Returns `pabc.auto`, whose first generation is that of the seen clips."""
+    """Returns `pabc.auto`, whose first generations are those of the seen clips.
+
+    The first is recorded, and before the second, plans are run to choose from: neither is judged.
+    """
 
     def prepare(loop: Loop) -> Ready:
         request = pabc.auto(calls=computed, floor=0.0, cache=False)
         fast = pabc.compile(loop.model.transformer, request, backend="original")
-        subject.loop(setup, subject.seen).run(fast)
+        for _ in range(2):
+            subject.loop(setup, subject.seen).run(fast)
         return Ready(fast, on_end=fast.reset)
 
     return Choice(f"calls={computed}", prepare)

@@ -231,6 +231,14 @@ def test_what_cannot_be_run_says_why(bench, subject, setup, monkeypatch):
     assert row["error"] == "RuntimeError: no such cache" and "psnr" not in row
 
 
+@pytest.mark.parametrize("name", ["pabc calibrated", "pabc auto", "DPCache"])
+def test_what_is_calibrated_computes_as_many_calls_as_it_may(bench, subject, setup, name):
+    point = bench.pareto_points.Point(setup, name, 3)
+    row = bench.pareto.measure(subject, point, "fidelity")
+    assert row["share"] == 0.5 and 10 < row["psnr"] < 149, row
+    assert name != "pabc calibrated" or row["predicted"] > 10
+
+
 def make_row(method, allowed, psnr, worst=None, num_calls=50):
     return {
         "model": "digits",
