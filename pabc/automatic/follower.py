@@ -74,7 +74,7 @@ class Follower:
             return known[1]
         for key, (owner, loop) in tuple(self._loops.items()):
             if owner() is None:
-                del self._loops[key]
+                self._loops.pop(key, None)
                 if loop is not None:
                     loop.finish()
         is_given = trajectory.schedule is not None
