@@ -21,17 +21,21 @@ import report
 RESULTS = report.ROOT / "bench" / "results"
 DOCUMENTS = ("README.md", "bench/README.md")
 Content = dict[str, Any]
+HEADLINE = "calibrated 2x"
+"""The variant that sentences about the demo are about, if it is there."""
 
 
 def write_headline(content: Content) -> str:
     """Returns the sentence about the demo in the main README."""
     rows, steps = content["variants"], content["steps"]
-    skip, fewer = rows[content["headline"]], rows[f"{content['steps'] // 2} steps"]
+    fast = rows[find_headline(content)]
+    fewer = rows[f"{round(steps / 2)} step{'s' * (steps > 2)}"]
     matmul = content["matmul"]
     text = (
-        f"On {content['cpus']} CPU cores, the demo computes {skip['calls']} of {steps} calls and"
-        f" forecasts the others {skip['speedup_by_less_work']:.2f} times as fast as the same code"
-        f" computes all of them, at {skip['psnr']:.1f} dB PSNR from the full model's clips;"
+        f"On {content['cpus']} CPU cores, the demo computes {fast['calls']} of {steps} calls and"
+        f" forecasts the others {fast['speedup_by_less_work']:.2f} times as fast as the same code"
+        f" computes all of them, at {fast['psnr']:.1f} dB PSNR from the full model's clips"
+        f"{_describe_choice(content)};"
         f" {fewer['calls']} steps of the same sampler are {fewer['psnr']:.1f} dB from them. The"
         " compiled code itself is"
         f" {rows['pabc, no reuse']['speedup_vs_torch_compile']:.2f} times as fast as"
@@ -42,11 +46,26 @@ def write_headline(content: Content) -> str:
     return textwrap.fill(text, 120, break_on_hyphens=False)
 
 
+def find_headline(content: Content) -> str:
+    """Returns the variant that sentences are about: the calibrated one, or that of older results
+    and of few steps."""
+    return HEADLINE if HEADLINE in content["variants"] else content["headline"]
+
+
+def _describe_choice(content: Content) -> str:
+    """Returns the rest of a sentence on how calls are chosen: nothing if they are by the rule."""
+    if find_headline(content) != HEADLINE:
+        return ""
+    rule = [row for name, row in content["variants"].items() if name.startswith("skip ")]
+    by_rule = f" (by `Schedule.skip`'s own rule: {rule[0]['psnr']:.1f} dB)" if rule else ""
+    return f", with calls and weights that `pabc.calibrate` found on other prompts{by_rule}"
+
+
 def write_demo(content: Content) -> str:
     """Returns the tables of work and of time of one of the demo's models."""
     rows = content["variants"]
     end = "_accuracy"
-    judged = [key for key in rows[content["headline"]] if key.endswith(end)]
+    judged = [key for key in rows[find_headline(content)] if key.endswith(end)]
     work = [
         [
             name,
@@ -85,13 +104,26 @@ def write_demo(content: Content) -> str:
         f" {matmul['pabc']} in pabc."
     )
     second = report.format_markdown(header, time)
+    about += _describe_calibration(content.get("calibration"))
     return "\n\n".join([textwrap.fill(about, 120, break_on_hyphens=False), first, second])
+
+
+def _describe_calibration(found: Content | None) -> str:
+    """Returns sentences on the calibration; nothing for results without one."""
+    if not found or found["correlation"] is None:
+        return ""
+    return (
+        f" Calibration: {found['seconds']:.0f} s, on {len(found['captions'])} prompts and noise"
+        f" that are not judged; predicted and measured PSNR of the {len(found['runs'])} plans that"
+        f" were run correlate with {found['correlation']:.2f}, and differ by"
+        f" {found['largest_miss']:.1f} dB at most."
+    )
 
 
 def write_one_clip(content: Content) -> str:
     """Returns a sentence about the demo with one clip at a time."""
     rows = content["variants"]
-    names = (content["headline"], "pabc 2/4/6")
+    names = (find_headline(content), "pabc 2/4/6")
     found = [
         f"{rows[name]['speedup_by_less_work']:.2f}x by less work and {rows[name]['psnr']:.1f} dB"
         f" for {name}"

@@ -65,6 +65,21 @@ def test_tables_of_documents_follow_the_results(monkeypatch, tmp_path):
     assert tables.fill(found, tmp_path) == found
 
 
+def test_the_headline_is_about_the_calibrated_variant_if_there_is_one(monkeypatch):
+    monkeypatch.syspath_prepend(str(FILE.parent))
+    import tables
+
+    row = {"calls": 25, "speedup_by_less_work": 1.9, "speedup_vs_torch_compile": 1.5, "psnr": 50.0}
+    names = ("25 steps", "skip 2x", "pabc, no reuse")
+    content = {"steps": 50, "cpus": 2, "matmul": {"pabc": "A", "torch": "B"}, "headline": "skip 2x"}
+    content["variants"] = dict.fromkeys(names, row)
+    found = tables.write_headline(content)
+    assert "25 of 50 calls" in found and "at 50.0 dB" in found and "calibrate" not in found
+    content["variants"]["calibrated 2x"] = {**row, "psnr": 70.0}
+    found = " ".join(tables.write_headline(content).split())
+    assert "at 70.0 dB" in found and "`Schedule.skip`'s own rule: 50.0 dB" in found
+
+
 def test_documents_name_tables_that_there_are(monkeypatch):
     monkeypatch.syspath_prepend(str(FILE.parent))
     import tables

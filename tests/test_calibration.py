@@ -149,6 +149,8 @@ def test_a_plot(calibration: pabc.Calibration, tmp_path: Path) -> None:
     root = ElementTree.parse(path).getroot()
     classes = [element.get("class") for element in root.iter()]
     assert classes.count("measured") == 2 and classes.count("taken") == 2
+    style = next(each.text for each in root.iter() if each.tag.endswith("style"))
+    assert all(rule.startswith(".frontier ") for rule in style.split("\n")), "in a page, its own"
     assert classes.count("compute") == 18 and classes.count("skip") == 2 * NUM_STEPS - 18
 
 

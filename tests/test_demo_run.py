@@ -21,14 +21,15 @@ pytest.importorskip("tqdm")
 from PIL import Image
 
 from pabc.__main__ import main
-from pabc.demo import charts, digits, latte, machine, metrics, variants
-from pabc.demo.run import FILES, DemoOptions, plan_rounds
+from pabc.demo import calibrated, charts, digits, latte, machine, metrics, timing, variants, worst
+from pabc.demo.files import FILES
+from pabc.demo.run import DemoOptions, plan_rounds
 from pabc.demo.timing import Run
 from pabc.plan import Plan, SlotSpec
 
 BASELINES = ("full", "torch.compile", "3 steps", "2 steps")
-PYRAMIDS = ("pabc 2/3/6", "pabc 2/4/6")
-REUSE = (*PYRAMIDS, "skip 2x")
+CALIBRATED = ("calibrated 1.5x", "calibrated 2x")  # 3x of 4 steps computes as many as 2x
+REUSE = ("pabc 2/4/6", "skip 2x", *CALIBRATED)
 VARIANTS = (*BASELINES, "pabc, no reuse", *REUSE)
 PROMPTS = ("a bold seven moving left, fast", "a <three> & moving up, slow")
 
@@ -83,13 +84,11 @@ def test_full_equals_itself_and_reuse_does_not(content: dict[str, Any]) -> None:
         assert rows[name]["flop_share"] < 1
         assert rows[name]["cache_bytes"] > 0
         assert rows[name]["phases"] >= 2
-    for name in PYRAMIDS:
-        assert rows[name]["schedule"].startswith("pyramid spatial=2")
+    assert rows["pabc 2/4/6"]["schedule"].startswith("pyramid spatial=2")
 
 
 def test_half_of_the_calls_are_skipped(content: dict[str, Any]) -> None:
     row = content["variants"]["skip 2x"]
-    assert content["headline"] == "skip 2x"
     assert (row["steps"], row["calls"], row["call_share"], row["phases"]) == (4, 2, 0.5, 2)
     assert row["flop_share"] == 0.5
     assert row["timesteps"] == [content["variants"]["full"]["timesteps"][i] for i in (0, 3)]
@@ -97,14 +96,96 @@ def test_half_of_the_calls_are_skipped(content: dict[str, Any]) -> None:
 
 
 def test_the_headline_is_what_holds_on_all_machines(out: Path, content: dict[str, Any]) -> None:
-    page, row = (out / "report.html").read_text(), content["variants"]["skip 2x"]
+    page, row = (out / "report.html").read_text(), content["variants"]["calibrated 2x"]
     headline = re.search(r"<h1>(.*)</h1>", page)
     assert headline is not None
     assert (
-        f"skip 2x: {row['speedup_by_less_work']:.2f}x by less work (2 of 4 calls, 50%"
+        f"calibrated 2x: {row['speedup_by_less_work']:.2f}x by less work (2 of 4 calls, 50%"
         in (headline[1])
     )
     assert "torch.compile" not in headline[1]
+
+
+def test_calibrated_variants_follow_their_plans(content: dict[str, Any]) -> None:
+    """And compute no more calls than variants by rule that are as fast."""
+    rows, found = content["variants"], content["calibration"]
+    assert tuple(found["plans"]) == CALIBRATED
+    for name, calls in zip(CALIBRATED, (3, 2), strict=True):
+        row, plan = rows[name], found["plans"][name]
+        assert (row["steps"], row["calls"], row["flop_share"]) == (4, calls, calls / 4)
+        assert row["timesteps"] == [rows["full"]["timesteps"][i] for i in plan["computed"]]
+        assert row["schedule"] == f"calibrated: {calls} of 4 steps, {plan['plan']}"
+        assert (plan["judged"], plan["judged_worst"]) == (row["psnr"], row["psnr_min"])
+
+
+def test_the_frontier_and_predictions_are_kept(content: dict[str, Any]) -> None:
+    found = content["calibration"]
+    assert [row["computed"] for row in found["frontier"]] == [2, 3]
+    for row in found["frontier"]:
+        runs = [run for run in found["runs"] if run["computed"] == row["computed"]]
+        assert row["measured"] == max(run["measured"] for run in runs)
+        assert row["speedup"] <= 4 / row["computed"]
+    assert {run["computed"] for run in found["runs"]} == {2, 3}
+    misses = [abs(run["predicted"] - run["measured"]) for run in found["runs"]]
+    assert found["largest_miss"] == pytest.approx(max(misses))
+    assert -1 <= found["correlation"] <= 1
+
+
+def test_calibration_sees_no_judged_caption(
+    content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor noise that a judged sample starts from."""
+    recorded = content["calibration"]["captions"]
+    assert len(set(recorded)) == calibrated.NUM_CAPTIONS
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(calibrated.pabc, "calibrate", lambda *args, **kwargs: given.update(kwargs))
+    model = latte.build()
+    found = calibrated.calibrate(model, steps=4, judged=set(recorded[:3]), seed=0)
+    assert found is not None and not set(recorded[:3]) & set(found.captions)
+    assert recorded[3] == found.captions[0]
+    rounds = plan_rounds(model, DemoOptions(clips=400))
+    assert not {batch.seed for batch in rounds} & set(given["seeds"])
+
+
+def test_calls_of_calibrated_variants() -> None:
+    names = [f"calibrated {target}x" for target in ("1.5", "2", "3")]
+    counts = {50: [34, 25, 17], 28: [19, 14, 10], 5: [4, 3, 2], 4: [3, 2], 3: [2], 2: [], 1: []}
+    for steps, expected in counts.items():
+        assert calibrated.count_calls(steps) == dict(zip(names, expected, strict=False))
+
+
+def test_predictions_are_compared_where_there_are_enough() -> None:
+    right = [(10.0, 11.0), (20.0, 21.0), (30.0, 33.0), (None, 40.0)]
+    found = calibrated.compare(right)
+    assert found["largest_miss"] == 3 and 0.99 < found["correlation"] < 1
+    assert calibrated.compare(right[:2]) == {"correlation": None, "largest_miss": 1}
+    assert calibrated.compare([]) == {"correlation": None, "largest_miss": None}
+    svg = charts.draw_predictions({"a": (20.0, 40.0)}, {"b": (20.0, 20.0), "c": (40.0, 40.0)})
+    places = re.findall(r'cx="([\d.]+)" cy="([\d.]+)" r="(\d)"', svg)
+    (left, up, _), (left_too, down, _), (right_side, up_too, _) = places
+    assert (left, up, [each[2] for each in places]) == (left_too, up_too, ["4", "7", "7"])
+    assert float(up) < float(down) and float(left) < float(right_side)
+    assert "b: predicted 20.0 dB, measured 20.0 dB" in svg
+
+
+def test_the_worst_sample_is_shown_beside_the_full_one(
+    out: Path, content: dict[str, Any], weights: Path
+) -> None:
+    model = latte.load(weights)
+    rows = content["variants"]
+    first, second = (torch.zeros(4, 1, 8, 16, 16) for _ in range(2))
+    second[2] = 0.1
+    runs = {name: Run(batches=[second if name in REUSE else first]) for name in VARIANTS}
+    table = {name: {**row, "worst_sample": 2 * (name in REUSE)} for name, row in rows.items()}
+    rounds = [timing.Round(PROMPTS, 0), timing.Round(PROMPTS, 1)]
+    assert worst.save_worst(out / "again.png", model, table, runs, rounds)
+    with Image.open(out / "again.png") as found, Image.open(out / "worst.png") as written:
+        assert found.size == written.size
+        grays = {color for _, color in found.getcolors(2**16)}
+    (out / "again.png").unlink()
+    full, variant = (int(model.pictures(each)[2, 0, 0, 0, 0]) for each in (first, second))
+    for gray in (full, variant, 128, 128 + worst.GAIN * (variant - full)):
+        assert (gray,) * 3 in grays
 
 
 def test_skips_are_named_by_what_they_save() -> None:
@@ -172,14 +253,16 @@ def test_pictures_show_every_frame(out: Path) -> None:
 
 def test_report_needs_nothing_beside_itself(out: Path) -> None:
     page = (out / "report.html").read_text()
-    assert page.count('src="data:image/gif') == page.count('src="data:image/png') == 1
+    assert page.count('src="data:image/gif') == 1
+    assert page.count('src="data:image/png') == 2  # what was generated, and the worst of it
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     page = re.sub(r'"data:[^"]*"', '""', page)  # encoded pictures may spell anything
     assert "http" not in page
     assert not re.findall(r"\$\w+", page)
-    assert page.count("<svg") == 4 + 1 + 1 + 4  # plans, calls, means, kinds of branches
+    assert page.count("<svg") == 5 + 1 + 1 + 4 + 2  # plans, calls, means, kinds, calibration
     for name in VARIANTS:
-        assert page.count(f"<td>{name}</td>") == 2  # work, time
+        tables = 3 if name in CALIBRATED else 2  # work, time, and what was predicted
+        assert page.count(f"<td>{name}</td>") == tables
 
 
 @pytest.mark.parametrize(("prompts", "clips", "rounds"), [(4, 40, 10), (3, 40, 14), (4, 4, 5)])

@@ -16,14 +16,21 @@ ROW = 34
 """The height of a plan."""
 FASTEST = 4.0
 """The speedup up to which rows are shown, if no faster plan was measured."""
-STYLE = """
-text { font: 12px system-ui, sans-serif; fill: #444 }
-.grid { stroke: #ddd } .floor { stroke: #d55e00; stroke-dasharray: 5 4 }
-.predicted { fill: none; stroke: #0072b2; stroke-width: 1.5; stroke-dasharray: 2 3 }
-.measured { fill: #0072b2 } .taken { fill: none; stroke: #0072b2; stroke-width: 2 }
-.range { stroke: #0072b2 } .compute { fill: #4b4b4b } .skip { fill: #dce6ee }
-.background { fill: #fff }
-"""
+STYLE = "\n".join(
+    f".frontier {rule}"  # leaves the rest of a page that includes the chart as it is
+    for rule in (
+        "text { font: 12px system-ui, sans-serif; fill: #444 }",
+        ".grid { stroke: #ddd }",
+        ".floor { stroke: #d55e00; stroke-dasharray: 5 4 }",
+        ".predicted { fill: none; stroke: #0072b2; stroke-width: 1.5; stroke-dasharray: 2 3 }",
+        ".measured { fill: #0072b2 }",
+        ".taken { fill: none; stroke: #0072b2; stroke-width: 2 }",
+        ".range { stroke: #0072b2 }",
+        ".compute { fill: #4b4b4b }",
+        ".skip { fill: #dce6ee }",
+        ".background { fill: #fff }",
+    )
+)
 Scale = Callable[[float], float]
 
 
@@ -47,7 +54,8 @@ def draw(rows: Sequence[FrontierRow], taken: Sequence[Candidate], floor: float) 
         parts += _draw_steps(plan, label, BOTTOM + 32 + i * ROW)
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
-        f'width="{WIDTH}" height="{height}" role="img"><title>PSNR by speedup</title>'
+        f'width="{WIDTH}" height="{height}" class="frontier" role="img">'
+        "<title>PSNR by speedup</title>"
     )
     return "\n".join([head, f"<style>{STYLE}</style>", *parts, "</svg>\n"])
 

@@ -40,6 +40,8 @@ _WORDS = {
 }
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
+Pairs = Mapping[str, tuple[float, float]]
+"""Label -> predicted and measured dB."""
 Curves = Mapping[str, npt.NDArray[np.float64]]
 """Kind -> [num_layers, num_steps - 1], from :meth:`pabc.differences.Differences.curves`."""
 
@@ -105,6 +107,44 @@ def draw_calls(calls: Mapping[str, Sequence[float]]) -> str:
         parts.append(_text(left + part / 5 * width + 2, y, f"{t:.0f}", "middle", "faint"))
     parts.append(_text(left - 14, y, "timestep", "end", "faint"))
     return _svg(left + width + 44, y + 8, parts, "calls")
+
+
+def draw_predictions(runs: Pairs, judged: Pairs) -> str:
+    """Returns a chart of measured over predicted dB, in which right predictions are on a line.
+
+    Args:
+        runs: label -> predicted and measured dB of a plan, on the noise that was recorded: a dot.
+        judged: the same on the samples that are judged: a ring.
+    """
+    size, left, bottom = 380, 44, 40
+    points = [*runs.values(), *judged.values()]
+    if not points:
+        return ""
+    low = 10 * math.floor(min(map(min, points)) / 10)
+    high = max(low + 10, 10 * math.ceil(max(map(max, points)) / 10))
+
+    def x_of(value: float) -> float:
+        return left + (value - low) / (high - low) * (size - left - 12)
+
+    def y_of(value: float) -> float:
+        return size - bottom - (value - low) / (high - low) * (size - bottom - 12)
+
+    parts = [f'<path d="M{x_of(low):.1f} {y_of(low):.1f}L{x_of(high):.1f} {y_of(high):.1f}"']
+    parts[0] += ' class="grid"/>'
+    for value in range(low, high + 1, 10 * math.ceil((high - low) / 100)):
+        parts.append(f'<path d="M{left} {y_of(value):.1f}H{size - 12}" class="grid"/>')
+        parts.append(_text(left - 6, y_of(value) + 4, f"{value}", "end", "faint"))
+        parts.append(_text(x_of(value), size - bottom + 16, f"{value}", "middle", "faint"))
+    parts.append(_text((left + size) / 2, size - 6, "predicted dB", "middle", "faint"))
+    parts.append(_text(left + 6, 20, "measured dB", "start", "faint"))
+    for name, radius, found in (("store", 4, runs), ("ring", 7, judged)):
+        for label, (predicted, measured) in found.items():
+            parts.append(
+                f'<circle cx="{x_of(predicted):.1f}" cy="{y_of(measured):.1f}" r="{radius}"'
+                f' class="{name}"><title>{escape(label)}: predicted {predicted:.1f} dB, measured'
+                f" {measured:.1f} dB</title></circle>"
+            )
+    return _svg(size, size, parts, "predictions")
 
 
 def draw_means(curves: Curves, window: tuple[float, float]) -> str:

@@ -47,6 +47,7 @@ def measure(
         similarity = judge.psnr(samples, full)
         table[variant.name] = {
             "about": variant.about,
+            "ranks": variant.ranks,
             **_describe_work(variant, num_steps),
             "whole": variant.whole,
             "speedup_by_less_work": _speedup(whole, run),
@@ -56,6 +57,7 @@ def measure(
             "seconds_per_clip": _summarize(run, len(rounds[0].captions)),
             "psnr": _finite(similarity.mean()),
             "psnr_min": _finite(similarity.min()),
+            "worst_sample": int(similarity.argmin()),
             "ssim": _finite(judge.ssim(samples, full).mean()),
             **_judge(model, run.samples, captions),
             "compile_seconds": run.compile_seconds if variant.is_compiled else 0.0,

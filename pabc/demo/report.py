@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from pabc.demo import charts, metrics
+from pabc.calibration.calibration import Calibration
+from pabc.demo import charts, metrics, predictions
+from pabc.demo.table import draw_table
 from pabc.explanation import Explanation
 from pabc.plan import Plan
 
@@ -36,8 +38,10 @@ def render(
     method: str,
     pictures: Mapping[str, bytes],
     plans: Mapping[str, tuple[Plan, Explanation]],
+    worst: bytes | None,
     curves: charts.Curves,
     window: tuple[float, float],
+    calibration: Calibration | None,
 ) -> str:
     """Returns the page.
 
@@ -46,20 +50,26 @@ def render(
         method: a description of how the figures were measured.
         pictures: file name -> the bytes of what was generated, `clips.gif` or `clips.png`.
         plans: variant -> its plan, and the explanation of its model.
+        worst: the bytes of `worst.png`; None: there is none.
         curves: differences from step to step, see `pabc.differences`.
         window: the first and last step of the shaded range in charts of curves.
+        calibration: the plans of the calibrated variants; None: there are none.
     """
     found = next(found for _, found in plans.values())
     panels = charts.draw_kinds(curves, window)
+    work_header, work = metrics.format_work(content["variants"])
+    times_header, times = metrics.format_time(content["variants"])
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         headline=escape(_headline(content)),
         subtitle=escape(_subtitle(content)),
         warnings="".join(f'<p class="warning">{escape(w)}</p>' for w in content["warnings"]),
-        work=_draw_table(*metrics.format_work(content["variants"]), content["headline"]),
-        time=_draw_table(*metrics.format_time(content["variants"]), content["headline"]),
+        work=draw_table(work, work_header, content["headline"]),
+        time=draw_table(times, times_header, content["headline"]),
         about="".join(["<ul>", *_list_variants(content["variants"]), "</ul>"]),
         method=escape(method),
         figures="".join(_draw_figure(name, data) for name, data in pictures.items()),
+        worst=_draw_figure("worst.png", worst) if worst else "<p>None leaves anything out.</p>",
+        calibration=predictions.draw(content["calibration"], calibration) if calibration else "",
         calls=charts.draw_calls(
             {name: row["timesteps"] for name, row in content["variants"].items()}
         ),
@@ -70,7 +80,7 @@ def render(
         kinds="".join(f"<div><h3>{escape(kind)}</h3>{svg}</div>" for kind, svg in panels.items()),
         found=escape(_describe_found(found)),
         explanation=escape(_explain_model(found)),
-        machine=_draw_rows([[key, _format_fact(content[key])] for key in _FACTS]),
+        machine=draw_table([[key, _format_fact(content[key])] for key in _FACTS]),
     )
 
 
@@ -96,17 +106,6 @@ def _subtitle(content: Mapping[str, Any]) -> str:
     )
 
 
-def _draw_table(header: Sequence[str], rows: Sequence[Sequence[str]], best: str) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join(
-        f'<tr class="{"best" if row[0] == best else "plain"}">'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in row)
-        + "</tr>"
-        for row in rows
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
 def _list_variants(table: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [
         f"<li><b>{escape(name)}</b>: {escape(row['about'])}</li>" for name, row in table.items()
@@ -124,7 +123,7 @@ def _draw_plan(name: str, about: str, plan: Plan, found: Explanation) -> str:
         f'<h3>{escape(name)}</h3><p class="faint">{escape(about)};'
         f" {len(plan.phases)} phases, at most {plan.peak_bytes / 2**20:.1f} MiB stored</p>"
         f'<div class="wide">{charts.draw_timeline(plan)}</div>'
-        f"<details><summary>Its phases</summary>{_draw_rows(rows[1:], rows[0])}</details>"
+        f"<details><summary>Its phases</summary>{draw_table(rows[1:], rows[0])}</details>"
     )
 
 
@@ -140,14 +139,6 @@ def _describe_found(found: Explanation) -> str:
 def _explain_model(found: Explanation) -> str:
     lines = str(found).splitlines()
     return "\n".join(line for line in lines[: len(found.regions) + 2])
-
-
-def _draw_rows(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _format_fact(value: Any) -> str:

@@ -1,12 +1,11 @@
 """Runs the demo: one trained model in full, with torch.compile, and with pabc.
 
-:func:`run` generates the same samples with each variant, times the variants in turn, compares what
-they generate, and writes `metrics.json`, `clips.gif`, `clips.png` and `report.html`.
+:func:`run` calibrates the model, generates the same samples with each variant, times the variants
+in turn, compares what they generate, and writes figures, pictures and a report.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -19,11 +18,12 @@ import torch
 from tqdm import tqdm
 
 from pabc.api import CompiledModel
-from pabc.demo import digits, latte, machine, metrics, models, pictures, report
+from pabc.demo import calibrated, digits, files, latte, machine, metrics, models
+from pabc.demo.calibrated import HEADLINE, Calibrated
 from pabc.demo.launch import Launch, launch
-from pabc.demo.model import FRACTION, Model
-from pabc.demo.timing import Round, Run, Variant, race
-from pabc.demo.variants import FULL, make_variants, name_skip
+from pabc.demo.model import Model
+from pabc.demo.timing import Round, Variant, race
+from pabc.demo.variants import make_variants, name_skip
 from pabc.differences import Differences
 
 
@@ -78,15 +78,23 @@ def run(options: DemoOptions) -> dict[str, Any]:
     with launch(options.mesh, options.device) as processes:
         model = models.load(options.model, options.weights, processes.device)
         rounds = plan_rounds(model, options)
+        steps = options.steps or model.num_steps
+        judged = {caption for batch in rounds for caption in batch.captions}
+        found = (
+            calibrated.calibrate(model, steps=steps, judged=judged, seed=options.seed)
+            if processes.is_first
+            else None
+        )
         variants = make_variants(
             model,
-            steps=options.steps or model.num_steps,
+            steps=steps,
             backend=options.backend,
             mlp=options.mlp,
             mesh=processes.mesh,
+            calibrated=found,
         )
         if processes.is_first:
-            return _run_first(options, processes, model, variants, rounds)
+            return _run_first(options, processes, model, variants, rounds, found)
         race(model, variants, rounds, processes=processes)
         processes.wait()
         return {}
@@ -98,9 +106,11 @@ def _run_first(
     model: Model,
     variants: Sequence[Variant],
     rounds: list[Round],
+    found: Calibrated | None,
 ) -> dict[str, Any]:
     options.out.mkdir(parents=True, exist_ok=True)
     warnings = machine.find_busy_machine()
+    warnings += found.warnings if found else ()
     if options.backend == "eager":
         warnings.append("backend eager: nothing is compiled to kernels, so speeds are only a hint")
     _warn(warnings)
@@ -115,8 +125,9 @@ def _run_first(
         "model": model.name,
         "about": model.about,
         "judged": model.judged,
-        "headline": name_skip(steps),
+        "headline": HEADLINE if HEADLINE in table else name_skip(steps),
         "variants": table,
+        "calibration": calibrated.describe(found, table) if found else None,
         "steps": steps,
         "batch": len(rounds[0].captions),
         "clips": len(rounds) * len(rounds[0].captions),
@@ -130,7 +141,17 @@ def _run_first(
         **machine.describe_machine(torch.device(processes.device)),
         "warnings": [*warnings, *concerns],
     }
-    written = _write(options.out, model, content, variants, runs, differences)
+    written = files.write(
+        options.out,
+        model,
+        content,
+        method=describe_method(content),
+        variants=variants,
+        runs=runs,
+        rounds=rounds,
+        curves=differences.curves(),
+        calibration=found.calibration if found else None,
+    )
     print(format_text(content))
     for variant in variants:
         if variant.ranks > 1:
@@ -157,10 +178,6 @@ def _describe_ranks(transformer: CompiledModel) -> list[str]:
     found = transformer.explain()
     assert found.communication is not None
     return found.communication.lines(found.plan)
-
-
-FILES = ("metrics.json", "clips.gif", "clips.png", "report.html")
-"""The files that are written; pictures that do not move have no `clips.gif`."""
 
 
 def plan_rounds(model: Model, options: DemoOptions) -> list[Round]:
@@ -202,9 +219,22 @@ def format_text(content: dict[str, Any]) -> str:
             "",
             *about,
             "",
+            *_format_calibration(content["calibration"]),
             *textwrap.wrap(describe_method(content), 100),
         ]
     )
+
+
+def _format_calibration(content: dict[str, Any] | None) -> list[str]:
+    """Returns the lines on what was predicted, with an empty one behind; none without any."""
+    if content is None:
+        return []
+    plans = [f"{name}: {plan['plan']}" for name, plan in content["plans"].items()]
+    text = (
+        f"Calibration: {content['seconds']:.0f} s, on {len(content['captions'])} captions and noise"
+        f" that are not judged. Plans taken: {'; '.join(plans)}. {calibrated.say_misses(content)}"
+    )
+    return [*textwrap.wrap(text, 100), ""]
 
 
 def _format_table(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -235,51 +265,6 @@ def describe_method(content: dict[str, Any]) -> str:
         f" {content['clips']} samples; {content['judged']}. Compile seconds: wall time of the first"
         " generation, capture included, less that of a steady one, from an empty cache."
     )
-
-
-def _write(
-    out: Path,
-    model: Model,
-    content: dict[str, Any],
-    variants: Sequence[Variant],
-    runs: dict[str, Run],
-    differences: Differences,
-) -> tuple[str, ...]:
-    """Writes the files, and returns their names."""
-    (out / "metrics.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    columns = [
-        pictures.Column(
-            v.name, _note(content["variants"][v.name]), model.pictures(runs[v.name].batches[0])
-        )
-        for v in variants
-        if v.name == FULL or v.whole != v.name  # the others look like the first
-    ]
-    pictures.save_still(out / "clips.png", content["prompts"], columns)
-    is_moving = columns[0].frames.shape[1] > 1
-    if is_moving:
-        pictures.save_gif(out / "clips.gif", content["prompts"], columns)
-    shown = ("clips.gif", "clips.png") if is_moving else ("clips.png",)
-    plans = {
-        v.name: (v.transformer.plan, v.transformer.explain())
-        for v in variants
-        if isinstance(v.transformer, CompiledModel)
-    }
-    page = report.render(
-        content,
-        method=describe_method(content),
-        pictures={name: (out / name).read_bytes() for name in shown},
-        plans=plans,
-        curves=differences.curves(),
-        window=(FRACTION[0] * content["steps"], FRACTION[1] * content["steps"]),
-    )
-    (out / "report.html").write_text(page, encoding="utf-8")
-    return ("metrics.json", *shown, "report.html")
-
-
-def _note(row: dict[str, Any]) -> str:
-    if row["psnr"] is None:
-        return f"{row['calls']} calls"
-    return f"{row['speedup_by_less_work']:.2f}x, {row['psnr']:.0f} dB"
 
 
 def make_bar(length: int, label: str) -> Any:

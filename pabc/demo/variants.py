@@ -1,4 +1,4 @@
-"""Makes the variants that the demo compares: the full model, fewer steps, and reuse."""
+"""Makes the variants that the demo compares: the full model, fewer steps, reuse, and forecasts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 import pabc
+from pabc.demo.calibrated import Calibrated, count_calls
 from pabc.demo.model import Model, Reuse
 from pabc.demo.timing import Variant
 from pabc.schedule import Schedule
@@ -37,14 +38,16 @@ def make_variants(
     backend: Literal["inductor", "eager"],
     mlp: bool = False,
     mesh: DeviceMesh | None = None,
+    calibrated: Calibrated | None = None,
 ) -> list[Variant]:
     """Returns the variants, the full model first.
 
     They are the full model, torch.compile of it with all and with fewer steps, and pabc without
     reuse and with some schedules. With a mesh, there are more, which run on all its processes.
+    Without `calibrated`, calibrated variants compute all steps: for processes that do not run them.
     """
     timesteps = model.timesteps(steps)
-    reuse = make_schedules(model, timesteps, mlp=mlp)
+    reuse = make_schedules(model, timesteps, mlp=mlp, calibrated=calibrated)
     variants = make_baselines(model, timesteps, backend)
     variants += [
         Variant(
@@ -91,21 +94,35 @@ def make_baselines(model: Model, timesteps: tuple[float, ...], backend: str) -> 
     ]
 
 
-def make_schedules(model: Model, timesteps: tuple[float, ...], *, mlp: bool) -> dict[str, Reuse]:
+def make_schedules(
+    model: Model,
+    timesteps: tuple[float, ...],
+    *,
+    mlp: bool,
+    calibrated: Calibrated | None = None,
+) -> dict[str, Reuse]:
     """Returns the schedules of pabc's variants by name, first the one that reuses nothing."""
+    none, steps, half = Schedule.none(timesteps), len(timesteps), count_half(len(timesteps))
+    pyramids = model.pyramids(timesteps, mlp=mlp)
+    own = list(model.pyramids(timesteps, mlp=False))
     found = {
         NO_REUSE: Reuse(
-            Schedule.none(timesteps),
+            none,
             "everything runs: pabc's formulas and products, against which reuse is measured",
         ),
-        **model.pyramids(timesteps, mlp=mlp),
+        **{name: each for name, each in pyramids.items() if name not in own[:-1]},
     }
-    steps, half = len(timesteps), count_half(len(timesteps))
     found[name_skip(steps)] = Reuse(
         Schedule.skip(timesteps, half),
         f"{half} of {steps} calls are computed, the first and the last ones among them; the others"
         " are skipped, and their outputs forecast by lines",
     )
+    for name, calls in count_calls(steps).items():
+        found[name] = Reuse(
+            calibrated.schedule(name) if calibrated else none,
+            f"{calls} of {steps} calls, as pabc.calibrate chose them on other captions and noise;"
+            " the others are forecast by fitted weights",
+        )
     return found
 
 
