@@ -23,7 +23,7 @@ TARGETS = (1.5, 2, 3)
 HEADLINE = "calibrated 2x"
 NUM_CAPTIONS = 4
 """The captions of the generation that is recorded, as one batch."""
-NUM_CANDIDATES = 3
+NUM_CANDIDATES = 4
 """The plans that are run for each target."""
 SEEDS_APART = 1_000_000
 """What separates the seeds of captions and noise from those of the judged ones."""
