@@ -90,7 +90,7 @@ CALIBRATED = Method(
 )
 OTHER_SEEDS = tuple(
     Method(
-        f"pabc calibrated, seed {seed}",
+        f"pabc calibrated (seed {seed})",
         "the same with other calibration clips",
         choose_other_seed(seed),
         False,
