@@ -31,7 +31,7 @@ def draw_all(out: Path, rows: Mapping[str, Row]) -> list[Path]:
         words = "".join(c if c.isalnum() else "_" for c in name).lower()
         while "__" in words:
             words = words.replace("__", "_")
-        path = out.with_name(f"{out.stem}_{words}.svg")
+        path = out.with_name(f"{out.stem.split('_')[0]}_{words}.svg")
         path.write_text(draw(name, own) + "\n")
         found.append(path)
     return found
