@@ -59,16 +59,21 @@ NOISE = 0.01
 
 KINDS = (
     Kind("6 weights, compensated", sources=6, compensation=COMPENSATION),
-    Kind("3 weights, compensated, decay", compensation=COMPENSATION, growth="decay"),
-    Kind("3 weights"),
     Kind("2 weights, decay", sources=2, growth="decay"),
-    Kind("4 weights, compensated, decay", sources=4, compensation=COMPENSATION, growth="decay"),
-    Kind("4 weights, compensated, noise", sources=4, compensation=COMPENSATION, noise=NOISE),
     Kind("hold, decay", sources=1, is_fitted=False, growth="decay"),
+    Kind("3 weights"),
+    Kind("4 weights, compensated, noise", sources=4, compensation=COMPENSATION, noise=NOISE),
     Kind("4 weights, compensated", sources=4, compensation=COMPENSATION),
     Kind("3 weights, flat", cost="flat"),
+    Kind("3 weights, compensated, decay", compensation=COMPENSATION, growth="decay"),
+    Kind("4 weights, compensated, decay", sources=4, compensation=COMPENSATION, growth="decay"),
 )
-"""Those that are searched, the ones that are most often best first."""
+"""Those that are searched, the ones that are most often best first.
+
+Kinds of few weights are right where few steps are computed, and compensated ones where many are.
+Where both compensation and decay are assumed, plans are often the best on the recorded noise, and
+15 dB worse on other noise: they come last.
+"""
 
 
 @dataclass(frozen=True)
