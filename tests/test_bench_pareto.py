@@ -317,7 +317,7 @@ def test_polynomials_continue_what_they_go_through(bench):
 
 
 @pytest.mark.parametrize(
-    "way", ["all", "steps by rule, three fitted weights", "decay of errors: measured"]
+    "way", ["all", "steps by rule, three fitted weights", "growth of errors: measured"]
 )
 def test_ways_to_find_a_plan_compute_as_many_calls(bench, subject, setup, way):
     find = bench.ablations.list_ways()[way]
