@@ -20,8 +20,8 @@ import diffusers
 from pabc.__main__ import main
 from pabc.demo import models, nearest, sd3
 from pabc.demo.emoji import PLACES, Caption, Pictures
+from pabc.demo.files import FILES
 from pabc.demo.model import Model
-from pabc.demo.run import FILES
 from pabc.demo.text import CaptionError
 
 VARIANTS = ("full", "torch.compile", "3 steps", "2 steps", "pabc, no reuse", "pabc joint 2")
@@ -237,12 +237,13 @@ def test_the_demo_runs_with_pictures(tmp_path: Path) -> None:
     options += ["--backend", "eager", "--out", str(tmp_path), "--prompts", "a cat", "a taco"]
     assert main(["demo", *options]) == 0
     content = json.loads((tmp_path / "metrics.json").read_text())
-    assert tuple(content["variants"]) == (*VARIANTS, "skip 2x")
+    calibrated = ("calibrated 1.5x", "calibrated 2x")
+    assert tuple(content["variants"]) == (*VARIANTS, "skip 2x", *calibrated)
     assert content["guidance"] == sd3.Emoji.guidance
     for row in content["variants"].values():
         assert 0 <= row["picture_accuracy"] <= 1
         assert 0 <= row["placement_accuracy"] <= 1
     page = (tmp_path / "report.html").read_text()
     assert sd3.Emoji.judged in page and "digit and direction" not in page
-    assert "video" not in page and page.count("<img") == 1
+    assert "video" not in page and page.count("<img") == 2
     assert {path.name for path in tmp_path.iterdir()} == set(FILES) - {"clips.gif"}
