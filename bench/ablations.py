@@ -37,12 +37,12 @@ from pabc.calibration.updates import identify
 LIMIT = 6
 """Plans that are run to choose from."""
 PERTURBATION = 0.02
-"""Of the noise, to tell how much of an error is left at the end."""
+"""The share of noise that tells how much of an error is left at the end."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What plans are found from: one clip, or several."""
+    """Finds plans from one clip, or from several."""
 
     subject: Subject
     setup: Setup

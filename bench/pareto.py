@@ -49,7 +49,7 @@ from torch import Tensor
 MODELS = ("digits", "emoji")
 FINE = "fine"
 YARDSTICKS = {"fidelity": (FULL, FINE), "grids": (FINE,), "guidance": (FULL,), "seconds": ()}
-"""What samples are compared with, by part: the full run, the fine solution."""
+"""The references that samples are compared with, by part: the full run, the fine solution."""
 Row = dict[str, Any]
 
 

@@ -30,7 +30,7 @@ class NotReached(Exception):
 
 
 METHOD_ERRORS = (NotReached, ImportError)
-"""What a method raises that has no setting, or is not installed."""
+"""The errors of a method that has no setting, or is not installed."""
 
 
 @dataclass(frozen=True)

@@ -215,4 +215,4 @@ def _iterate() -> Iterator[Method]:
 
 
 PEERS = tuple(_iterate())
-"""What others offer as code."""
+"""The methods that others offer as code."""

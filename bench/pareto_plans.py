@@ -154,4 +154,4 @@ OWN = (
     Method("pabc pyramid", "regions, without calibration", choose_pyramid, False, True),
     Method("pabc skip", "Schedule.skip by its rule", choose_skip, False),
 )
-"""What pabc offers without calibration."""
+"""The methods of pabc without calibration."""

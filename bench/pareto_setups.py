@@ -32,7 +32,7 @@ def no_context(index: int, timestep: float) -> AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class Setup:
-    """What is compared in one table.
+    """The setup of one table.
 
     Attributes:
         model: a demo model's name.

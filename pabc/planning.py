@@ -1,4 +1,4 @@
-"""What takes the place of a schedule, and makes schedules itself."""
+"""Interfaces of what is given in the place of a schedule, and makes schedules itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pabc.schedule import Schedule
 
 
 class Course(Protocol):
-    """What one run of a pipeline's denoising loop, or several in turn, follow."""
+    """Gives the schedules of one run of a pipeline's denoising loop, or of several in turn."""
 
     def bind(self, timesteps: tuple[float, ...], call: HeardCall, sampler: str) -> Schedule:
         """Returns the schedule of a loop that begins with this call.
@@ -40,7 +40,7 @@ class PipelinePlans(Protocol):
 
 
 class SelfPlanning(ABC):
-    """What is given in the place of a schedule, and makes schedules of what it sees."""
+    """Takes the place of a schedule, and makes schedules from the calls that it hears."""
 
     @abstractmethod
     def attach(self, model: CompiledModel) -> None:

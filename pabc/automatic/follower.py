@@ -18,7 +18,7 @@ from pabc.runtime.trajectory import Trajectory
 from pabc.schedule import Schedule
 
 UNPLANNED = Schedule.none(range(64))
-"""What calls follow that are computed in full: it has no timesteps, and reuses nothing."""
+"""The schedule of calls that are computed in full: it has no timesteps, and reuses nothing."""
 NO_TIMESTEP = 64
 """The steps within which an argument must have changed that may be a timestep."""
 MOST_STEPS = 1000

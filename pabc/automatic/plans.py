@@ -29,7 +29,7 @@ class PlannedCall(NamedTuple):
 
 @dataclass(frozen=True)
 class Kind:
-    """What is known of a generation.
+    """The facts that are known of a generation.
 
     Attributes:
         family: a digest of the models, but for weights.
@@ -76,7 +76,7 @@ class AutoPlan:
 
     @property
     def target(self) -> Target:
-        """What was asked for."""
+        """The target that was asked for."""
         return self.calibration.plans[0][0]
 
     @property

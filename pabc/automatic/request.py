@@ -1,4 +1,4 @@
-"""What is asked of plans that make themselves: :func:`auto`."""
+"""Requests plans that make themselves: :func:`auto`."""
 
 from __future__ import annotations
 

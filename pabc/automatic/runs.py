@@ -20,7 +20,7 @@ from pabc.compiled import CompiledModel
 from pabc.schedule import Schedule
 
 SEED = 0
-"""What stands for the recorded generation where generations are told apart by seeds."""
+"""The seed that stands for the recorded generation."""
 
 
 class ReplayedRuns:
@@ -66,7 +66,7 @@ class ReplayedRuns:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """What the recorded generation is called."""
+        """The seed that stands for the recorded generation, alone."""
         return (SEED,)
 
     def expect(self, runs: int) -> None:

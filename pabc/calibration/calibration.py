@@ -1,4 +1,4 @@
-"""What a calibration found: a plan for each number of computed steps, to be kept in a file."""
+"""The result of a calibration: a plan for each number of computed steps, kept in a file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from pabc.calibration.verification import Verification, verify
 from pabc.schedule import Schedule
 
 KIND = "calibration"
-"""What its files are marked as."""
+"""The mark of its files."""
 SHOWN = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 """The speedups whose rows a printed table shows, beside those that were measured."""
 

@@ -68,7 +68,7 @@ KINDS = (
     Kind("3 weights, compensated, decay", compensation=COMPENSATION, growth="decay"),
     Kind("4 weights, compensated, decay", sources=4, compensation=COMPENSATION, growth="decay"),
 )
-"""Those that are searched, the ones that are most often best first.
+"""The kinds that are searched, those that are most often best first.
 
 Kinds of few weights are right where few steps are computed, and compensated ones where many are.
 Where both compensation and decay are assumed, plans are often the best on the recorded noise, and

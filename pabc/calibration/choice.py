@@ -26,7 +26,7 @@ class Runs(Protocol):
 
     @property
     def measured(self) -> Sequence[Measurement]:
-        """What was run so far."""
+        """The plans that were run so far."""
 
     @property
     def costs(self) -> Costs:

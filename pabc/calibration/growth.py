@@ -9,7 +9,7 @@ import numpy as np
 from pabc.calibration.recording import Recording
 
 FLOOR = 0.1
-"""What is left of an error that is made in pure noise, relative to one at the end."""
+"""The share that is left of an error made in pure noise, relative to one at the end."""
 EARLY = 3.0
 """By how much more an error of the first step counts than one of the others."""
 EXTENT = 0.1

@@ -49,7 +49,7 @@ class Measurement:
 
     @property
     def plan(self) -> Plan:
-        """What tells it from other plans."""
+        """The computed steps and the weights, which tell it from other plans."""
         return self.candidate.computed, self.candidate.weights
 
 

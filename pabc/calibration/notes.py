@@ -1,4 +1,4 @@
-"""What a calibration has learned so far, kept in a file from which it resumes."""
+"""Keeps what a calibration has run so far in a file, from which it resumes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pabc.calibration.measurement import Measurement, Plan
 from pabc.calibration.recording import Recording
 
 KIND = "calibration in progress"
-"""What the files are marked as."""
+"""The mark of the files."""
 SAMPLED = 1024
 """The values of a weight that its fingerprint depends on, at most, evenly spaced."""
 

@@ -20,7 +20,7 @@ MakeCall = Callable[[int, str, int, tuple[Any, ...], dict[str, Any]], Any]
 
 @dataclass(frozen=True)
 class Replayed:
-    """What a generation under a plan came to.
+    """The outcome of a generation that was run by a plan.
 
     Attributes:
         errors: [n + 1] root mean squared difference of the inputs, and of the result, from those

@@ -40,7 +40,7 @@ class SampledRuns:
 
     @property
     def measured(self) -> tuple[Measurement, ...]:
-        """What was run so far."""
+        """The plans that were run so far."""
         return tuple(self._notes.measured.values())
 
     @property

@@ -1,4 +1,4 @@
-"""What is asked of a plan: a speedup, a fidelity, or a number of calls."""
+"""Targets of a plan: a speedup, a fidelity, or a number of calls."""
 
 from __future__ import annotations
 

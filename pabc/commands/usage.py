@@ -1,4 +1,4 @@
-"""What commands share: errors in what the user asked for, parsers of values, targets."""
+"""Errors, parsers of values and targets that commands share."""
 
 from __future__ import annotations
 

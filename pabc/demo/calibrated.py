@@ -26,7 +26,7 @@ NUM_CAPTIONS = 4
 NUM_CANDIDATES = 4
 """The plans that are run for each target."""
 SEEDS_APART = 1_000_000
-"""What separates the seeds of captions and noise from those of the judged ones."""
+"""The distance of the seeds of captions and noise from those of the judged ones."""
 
 
 @dataclass(frozen=True)
