@@ -27,7 +27,7 @@ Sample = Callable[[Any, int], Any]
 """`sample(model, seed)` runs one full generation with the model, and returns its result."""
 
 UNKNOWN = Schedule.none((0,))
-"""The schedule of a model whose timesteps are not known yet: each call is a generation of its own."""
+"""The schedule of a model with unknown timesteps: each call is a generation of its own."""
 
 
 @dataclass
