@@ -64,7 +64,7 @@ LEFT_OUT = (
     "wheel",
     "wing",
 )
-"""What is no animal, food or vehicle, or shows the same as another picture."""
+"""The pictures of no animal, food or vehicle, and those that show the same as another."""
 NAMES = {
     "ear of maize": ["corn", "maize"],
     "aubergine": ["eggplant", "aubergine"],

@@ -1,4 +1,4 @@
-"""What the training of the demo's models shares: checkpoints, optimizers, rates and averages."""
+"""Trains the demo's models: the checkpoints, optimizers, rates and averages that they share."""
 
 from __future__ import annotations
 

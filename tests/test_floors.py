@@ -58,6 +58,7 @@ FLOORS = (
     # What follows from recorded generations: data alone.
     (
         "pabc.calibration.recording",
+        "pabc.calibration.digests",
         "pabc.calibration.hearing",
         "pabc.calibration.steps",
         "pabc.calibration.replay",

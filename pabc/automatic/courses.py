@@ -6,9 +6,9 @@ from typing import Any
 
 from pabc.automatic.check import describe_difference, explains, find_difference, opening
 from pabc.automatic.fingerprint import describe_form
-from pabc.automatic.planner import Planner, spell
+from pabc.automatic.planner import Planner
 from pabc.automatic.plans import AutoPlan, Kind, PlannedCall
-from pabc.calibration.hearing import Hearing
+from pabc.calibration.hearing import Hearing, name_call
 from pabc.runtime.listening import HeardCall
 from pabc.schedule import Schedule
 
@@ -84,7 +84,7 @@ class AutoCourse:
         name, order = call.branch
         self._calls.append(PlannedCall(call.step, name, order))
         model = self._planner.models.index(call.model)
-        key = spell(name, order)
+        key = name_call(name, order)
         self._hearing.hear(call.step, key, call.leaves, call.structure, result, model=model)
 
     def finish(self, *, is_complete: bool) -> None:

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_SAMPLED = 64
-"""The values of each weight that its digest is of, evenly spaced."""
+from pabc.calibration.digests import find_weights
 
 
 def describe_family(models: Mapping[str, nn.Module]) -> str:
@@ -37,7 +36,7 @@ def _describe_settings(model: nn.Module) -> dict[str, str]:
     config = getattr(model, "config", None)
     if isinstance(config, Mapping):
         return {k: repr(v) for k, v in config.items() if not k.startswith("_")}
-    return {name: f"{tuple(tensor.shape)}" for name, tensor in _tensors(model)}
+    return {name: f"{tuple(tensor.shape)}" for name, tensor in find_weights(model)}
 
 
 def _methods(kind: type) -> Iterator[tuple[str, bytes, tuple[str, ...]]]:
@@ -49,19 +48,9 @@ def _methods(kind: type) -> Iterator[tuple[str, bytes, tuple[str, ...]]]:
                 yield name, function.__code__.co_code, function.__code__.co_names
 
 
-def describe_weights(models: Mapping[str, nn.Module]) -> str:
-    """Returns a digest of the names, shapes and dtypes of all weights, and of values of each."""
-    digest = hashlib.sha256()
-    for name, model in sorted(models.items()):
-        for key, tensor in _tensors(model):
-            digest.update(f"{name}.{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(_sample(tensor))
-    return digest.hexdigest()[:16]
-
-
 def versions_of(models: Iterable[nn.Module]) -> int:
     """Returns a number that changes in this process where a weight is replaced or written to."""
-    tensors = (x for model in models for _, x in _tensors(model))
+    tensors = (x for model in models for _, x in find_weights(model))
     return hash(tuple((id(x), -1 if x.is_inference() else x._version) for x in tensors))
 
 
@@ -69,16 +58,3 @@ def describe_form(leaves: Sequence[Any]) -> str:
     """Returns the shapes and dtypes of the tensors among the arguments of a call."""
     tensors = (x for x in leaves if isinstance(x, torch.Tensor))
     return ", ".join(f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in tensors)
-
-
-def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
-
-
-def _sample(tensor: torch.Tensor) -> bytes:
-    """Returns some values of a tensor; none of one that has no values here."""
-    if tensor.is_meta or not tensor.numel() or type(tensor) not in (torch.Tensor, nn.Parameter):
-        return b""
-    flat = tensor.detach().flatten()
-    values = flat[:: -(-len(flat) // _SAMPLED)].to("cpu", torch.float64)
-    return values.numpy().tobytes()

@@ -7,9 +7,9 @@ from typing import Any
 
 from pabc.automatic.check import describe_difference, explains, find_difference, opening
 from pabc.automatic.fingerprint import describe_form
-from pabc.automatic.planner import Planner, spell
+from pabc.automatic.planner import Planner
 from pabc.automatic.plans import AutoPlan, Kind, PlannedCall
-from pabc.calibration.hearing import Hearing
+from pabc.calibration.hearing import Hearing, name_call
 from pabc.calibration.steps import ReadNumbers, Steps
 from pabc.compiled import CompiledModel
 from pabc.runtime.listening import HeardCall
@@ -140,7 +140,7 @@ class _Loop:
         if self._hearing is not None:
             step, name, order = self._calls[-1]
             self._steps.end(name, call.leaves, result)
-            self._hearing.hear(step, spell(name, order), call.leaves, call.structure, result)
+            self._hearing.hear(step, name_call(name, order), call.leaves, call.structure, result)
         if self._plan is not None:
             self._position += 1
             if self._position == len(self._plan.calls):

@@ -13,13 +13,14 @@ import numpy as np
 from torch import nn
 
 from pabc.automatic.check import NOISY, TRANSITIONS
-from pabc.automatic.fingerprint import describe_family, describe_weights, versions_of
+from pabc.automatic.fingerprint import describe_family, versions_of
 from pabc.automatic.plans import AutoPlan, Kind, PlannedCall
 from pabc.automatic.runs import SEED, ReplayedRuns
 from pabc.automatic.store import Store
 from pabc.calibration.calibration import Calibration
 from pabc.calibration.choice import Choice
-from pabc.calibration.hearing import HeardGeneration, Hearing
+from pabc.calibration.digests import describe_weights
+from pabc.calibration.hearing import HeardGeneration, Hearing, name_call
 from pabc.calibration.target import Target
 from pabc.compiled import CompiledModel
 from pabc.runtime.timesteps import ArgPath
@@ -244,10 +245,4 @@ def _is_replaced(old: AutoPlan, new: AutoPlan) -> bool:
 
 
 def _spell(call: PlannedCall) -> str:
-    return spell(call.name, call.order)
-
-
-def spell(name: str | None, order: int) -> str:
-    """Returns a text for the calls of one name and order in each step."""
-    shown = "model" if name is None else name
-    return f"{shown}#{order}" if order else shown
+    return name_call(call.name, call.order)

@@ -22,7 +22,7 @@ LEAST = 1e-12
 
 @dataclass(frozen=True)
 class Kind:
-    """How a plan is found.
+    """A way to find plans.
 
     Attributes:
         name: for people.

@@ -51,7 +51,7 @@ class FrontierRow:
 
 
 class Corrections:
-    """How many decibels predictions of each kind of plan are off, from measured plans."""
+    """Corrects predictions by how far those of measured plans of the same kind were off."""
 
     def __init__(self, measured: Sequence[Measurement]) -> None:
         self._offsets: dict[str, dict[int, list[float]]] = {}

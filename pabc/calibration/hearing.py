@@ -190,6 +190,12 @@ class Hearing:
         return HeardGeneration(empty, calls, streams, parts, None)
 
 
+def name_call(name: str | None, order: int) -> str:
+    """Returns a text for the calls of one name and order in each step."""
+    shown = "model" if name is None else name
+    return f"{shown}#{order}" if order else shown
+
+
 def branch_of(name: str, part: int, parts: int) -> str:
     """Returns the name of the branch that a part of the batch of a call is."""
     return name if parts == 1 else f"{name}[{part}]"

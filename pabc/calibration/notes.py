@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -16,14 +15,13 @@ from torch import nn
 from pabc.calibration import measurement
 from pabc.calibration.candidates import Candidate
 from pabc.calibration.costs import Costs
+from pabc.calibration.digests import describe_weights
 from pabc.calibration.files import Arrays, nest, read_arrays, unnest, write_arrays
 from pabc.calibration.measurement import Measurement, Plan
 from pabc.calibration.recording import Recording
 
 KIND = "calibration in progress"
 """The mark of the files."""
-SAMPLED = 1024
-"""The values of a weight that its fingerprint depends on, at most, evenly spaced."""
 
 
 @dataclass(frozen=True)
@@ -147,25 +145,8 @@ def _tensors(arrays: Arrays) -> list[torch.Tensor]:
 
 
 def fingerprint(model: Any) -> str:
-    """Returns a digest of the weights of a model, or of all modules of a pipeline: of names,
-    shapes, dtypes, and a few values of each."""
+    """Returns a digest of the weights of a model, or of all modules of a pipeline."""
     if isinstance(model, nn.Module):
-        modules = {"": model}
-    else:
-        parts = getattr(model, "components", None) or vars(model)
-        modules = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
-    digest = hashlib.sha256()
-    for name in sorted(modules):
-        for key, tensor in sorted(modules[name].state_dict().items()):
-            if isinstance(tensor, torch.Tensor):
-                digest.update(f"{name}.{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
-                digest.update(_sample(tensor))
-    return digest.hexdigest()
-
-
-def _sample(tensor: torch.Tensor) -> bytes:
-    if tensor.device.type == "meta" or not tensor.numel():
-        return b""
-    flat = tensor.detach().reshape(-1)
-    values = flat[:: -(-len(flat) // SAMPLED)].to(device="cpu", dtype=torch.float64)
-    return values.numpy().tobytes()
+        return describe_weights({"": model})
+    parts = getattr(model, "components", None) or vars(model)
+    return describe_weights({n: part for n, part in parts.items() if isinstance(part, nn.Module)})

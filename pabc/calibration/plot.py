@@ -11,7 +11,7 @@ from pabc.calibration.frontier import FrontierRow
 
 WIDTH, LEFT, RIGHT, TOP = 720, 52, 18, 14
 BOTTOM = 296
-"""Where the chart ends, and its labels and the plans begin."""
+"""The positions at which the chart ends, and its labels and the plans begin."""
 ROW = 34
 """The height of a plan."""
 FASTEST = 4.0

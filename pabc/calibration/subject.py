@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pabc.api import compile
-from pabc.calibration.hearing import Hearing
+from pabc.calibration.hearing import Hearing, name_call
 from pabc.calibration.recording import Recording
 from pabc.calibration.results import as_tensors
 from pabc.calibration.steps import ReadNumbers, Steps
@@ -197,7 +197,7 @@ class _Ear:
         elif call.branch is None:
             return  # a call that is no step
         else:
-            self._place = call.step, _spell(*call.branch)
+            self._place = call.step, name_call(*call.branch)
         step, name = self._place
         self.watch.note(step, seconds, call.leaves, was_reused=call.was_reused)
         if self._hearing is not None:
@@ -218,14 +218,9 @@ class _Ear:
                 f"{'without' if name is None else f'named {name!r}'}: call it within "
                 '`with model.cache_context("cond"):`'
             )
-        self._place = found.index, _spell(name, 0)
+        self._place = found.index, name_call(name, 0)
         call.trajectory.at_step(0)
 
 
 def _name_of(call: HeardCall) -> str | None:
     return None if call.where is None else call.where.name
-
-
-def _spell(name: str | None, order: int) -> str:
-    shown = "model" if name is None else name
-    return f"{shown}#{order}" if order else shown
