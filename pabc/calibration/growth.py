@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 
 from pabc.calibration.recording import Recording
@@ -14,39 +12,6 @@ EARLY = 3.0
 """By how much more an error of the first step counts than one of the others."""
 EXTENT = 0.1
 """The share of the steps within which that decreases to a third."""
-LEAST = 1e-3
-"""The smallest factor by which an error is taken to change from step to step; `1 / LEAST` is the
-largest."""
-
-
-def measure_growth(errors: np.ndarray, computed: Iterable[int] | None = None) -> np.ndarray:
-    """Returns what is left at the end of an error that is made at each step, [n].
-
-    A step that is computed makes no error, so what it changes is growth; between such steps, growth
-    is interpolated. An error that is made at step i is first there in x_{i+1}.
-
-    Args:
-        errors: [n + 1] norms of the differences of inputs and result from those of the full run
-            from the same noise (or, if all steps are computed, from noise a little different).
-        computed: steps that were computed; None: all.
-
-    Raises ValueError if a norm is negative or not finite.
-    """
-    norms = np.asarray(errors, dtype=np.float64)
-    if norms.ndim != 1 or len(norms) < 2 or not (np.isfinite(norms) & (norms >= 0)).all():
-        raise ValueError(f"errors: expected [n + 1] finite norms, found {errors!r}")
-    n = len(norms) - 1
-    rates = np.full(n, np.nan)
-    for step in range(n) if computed is None else computed:
-        if norms[step] > 0 and norms[step + 1] > 0:
-            rates[step] = np.log(norms[step + 1] / norms[step])
-    known = np.flatnonzero(np.isfinite(rates))
-    if not len(known):
-        return np.ones(n)
-    limit = -np.log(LEAST)
-    rates = np.clip(np.interp(np.arange(n), known, rates[known]), -limit, limit)
-    left = np.cumsum(rates[::-1])[::-1]
-    return np.exp(np.append(left[1:], 0.0))
 
 
 def expect_growth(recording: Recording, floor: float = FLOOR) -> np.ndarray:
