@@ -35,6 +35,8 @@ from typing import (
 import torch
 from torch import Tensor
 
+from pabc.internals.ops import OpOverload
+
 from .arithmetic import INTERPRETED
 
 NAMESPACE = "pabc"
@@ -163,7 +165,7 @@ class KernelSignature(Generic[P, A]):
         launch: Callable[P, R],
         reference: Callable[P, R],
         allocate: Callable[[A], R],
-    ) -> torch._ops.OpOverload:
+    ) -> OpOverload:
         """Registers the op and returns it.
 
         Args:
@@ -179,7 +181,7 @@ class KernelSignature(Generic[P, A]):
         )
         op.register_kernel("cuda")(launch)
         op.register_fake(self.checked(allocate))
-        overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        overload: OpOverload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         return overload
 
     def _spell_parameters(self) -> str:

@@ -16,13 +16,13 @@ from pabc.base.forward import inner_forward
 from pabc.compiled import CompiledModel
 from pabc.explanation import Explanation, describe
 from pabc.inplace import check_place
+from pabc.internals.dynamo import compile_lock
 from pabc.options import Backend, DisabledStage, Offload, Options
 from pabc.passes import refuse_hooks
 from pabc.pipeline import analyze, trace_phase
 from pabc.planning import SelfPlanning
 from pabc.runtime.bindings import Bindings
 from pabc.runtime.peers import Peers
-from pabc.runtime.phases import compiling
 from pabc.runtime.whole_calls import advise
 from pabc.schedule import Schedule
 
@@ -255,7 +255,7 @@ def explain_call(
     `traces_phase`: the stages of the phase that reuses nothing are run, and listed, as well.
     """
     bound = bind_call(inner_forward(model), args, kwargs)
-    with compiling():
+    with compile_lock():
         guarded, records = analyze(model, *bound, options)
         if traces_phase:
             records += trace_phase(guarded, options)

@@ -23,6 +23,7 @@ from pabc.base.kinds import COARSE
 from pabc.base.structure import Structure
 from pabc.dumps import write_dump, write_plan
 from pabc.explanation import Explanation
+from pabc.internals.modules import children_of
 from pabc.options import Options
 from pabc.plan import Plan
 from pabc.runtime.around import call_around
@@ -98,7 +99,7 @@ class CompiledModel(Wrapper):
         """
         if self._programs.runs_hooks:
             return self._run(None, False, *args, **kwargs)
-        model: Any = self._modules["_orig_mod"]
+        model: Any = children_of(self)["_orig_mod"]
         if self._peers is None:
             return call_around(model, partial(self._run, None, True), args, kwargs, self.reset)
         with self._peers.step() as step:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from pabc.internals.modules import COMPILED_CALL, call_within_hooks, children_of
 from pabc.runtime.around import call_around
 from pabc.wrapper import Wrapper
 
@@ -35,7 +36,7 @@ class InPlace:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the module."""
         model = self.current
-        if model._modules["_orig_mod"] is self._module:
+        if children_of(model)["_orig_mod"] is self._module:
             return model.forward(*args, **kwargs)
         return call_around(self._module, model.forward, args, kwargs, model.reset)
 
@@ -80,7 +81,7 @@ class _CacheContext:
 
 def check_place(module: nn.Module) -> None:
     """Raises ValueError if another compiler has compiled the module in place."""
-    found = vars(module).get("_compiled_call_impl")
+    found = vars(module).get(COMPILED_CALL)
     if found is not None and not isinstance(found, InPlace):
         raise ValueError(
             "inplace: expected a model that is not compiled in place, found one that "
@@ -92,9 +93,9 @@ def check_place(module: nn.Module) -> None:
 def install(model: Wrapper, module: nn.Module) -> Callable[[], None]:
     """Makes the calls of `module` those of `model`; returns what takes that back."""
     state = vars(module)
-    place = state.get("_compiled_call_impl")
+    place = state.get(COMPILED_CALL)
     if not isinstance(place, InPlace):
-        place = state["_compiled_call_impl"] = InPlace(module, place)
+        place = state[COMPILED_CALL] = InPlace(module, place)
         if hasattr(type(module), "cache_context"):
             replaced = state.get("cache_context")
             state["cache_context"] = _CacheContext(module, place, replaced)
@@ -112,24 +113,24 @@ def install(model: Wrapper, module: nn.Module) -> Callable[[], None]:
 
 def find_own_call(module: nn.Module) -> Callable[..., Any]:
     """Returns what a call of a module runs, hooks included, were it not compiled in place here."""
-    place = vars(module).get("_compiled_call_impl")
+    place = vars(module).get(COMPILED_CALL)
     if not isinstance(place, InPlace):
         return module
-    return place.replaced or module._call_impl
+    return place.replaced or call_within_hooks(module)
 
 
 def prefer(model: Wrapper, module: nn.Module) -> None:
     """Makes calls of `module` those of `model`, where several are in its place."""
-    place = vars(module).get("_compiled_call_impl")
+    place = vars(module).get(COMPILED_CALL)
     if isinstance(place, InPlace):
         place.prefer(model)
 
 
 def _leave(state: dict[str, Any], place: InPlace) -> None:
-    if state.get("_compiled_call_impl") is place:
-        del state["_compiled_call_impl"]
+    if state.get(COMPILED_CALL) is place:
+        del state[COMPILED_CALL]
         if place.replaced is not None:
-            state["_compiled_call_impl"] = place.replaced
+            state[COMPILED_CALL] = place.replaced
     named = state.get("cache_context")
     if isinstance(named, _CacheContext):
         del state["cache_context"]

@@ -13,10 +13,10 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, GraphModule
 
 from pabc import passes
+from pabc.internals.fakes import unset_fake_temporarily
 from pabc.options import Options
 from pabc.stages import Compilation, Stage, StageRecord, run_stages
 

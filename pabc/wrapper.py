@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from pabc.internals.modules import children_of, compiled_call, forward_hooks, forward_pre_hooks
+
 
 class Wrapper(nn.Module):
     """Holds a model as `_orig_mod`; attributes are read from it, set on it and deleted from it.
@@ -27,13 +29,13 @@ class Wrapper(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls `forward` within hooks that were registered on this object, if there are any."""
-        hooked = self._compiled_call_impl or self._forward_hooks or self._forward_pre_hooks
+        hooked = compiled_call(self) or forward_hooks(self) or forward_pre_hooks(self)
         return super().__call__(*args, **kwargs) if hooked else self.forward(*args, **kwargs)
 
     @property
     def training(self) -> bool:
         """The model's own mode."""
-        return self._modules["_orig_mod"].training  # type: ignore[union-attr]
+        return children_of(self)["_orig_mod"].training  # type: ignore[union-attr]
 
     @training.setter
     def training(self, mode: bool) -> None:

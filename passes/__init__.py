@@ -3,6 +3,8 @@
 Code outside of this folder imports only this module (`tests/test_floors.py`).
 """
 
+from pabc.internals.onednn import lowering_onednn
+
 from .attention_ops import register_attention_op
 from .axes import name_axes_pass, verify_axes
 from .blocks import split_blocks_pass, verify_blocks
@@ -72,7 +74,7 @@ from .lower import Kernels, lower_pass, summarize
 from .nest import nest_regions_pass, verify_nest
 from .nesting.skips import find_skipped
 from .offload import offload_cuts_pass
-from .onednn import lowering_onednn, onednn_is_faster, use_onednn_pass
+from .onednn import onednn_is_faster, use_onednn_pass
 from .outline import outline_regions_pass, verify_outline
 from .regions import Cut, mark_regions_pass, verify_marks
 from .repeats import keep_one, keep_unrepeated_pass, verify_repeats

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.fx import Node
 
 from pabc.base.flops import count_attention_flops
+from pabc.internals.ops import HigherOrderOperator, find_schema, schema_of
 
 from .attention_ops import AttentionLayout, AttentionOp, is_attention, registered_op
 from .ir import GETITEM, is_tensor, value
@@ -50,7 +50,7 @@ def _functionalized(node: Node) -> Any:
     Functionalization wraps ops that write to an argument.
     """
     target = node.target
-    if isinstance(target, torch._ops.HigherOrderOperator) and target.name() in _FUNCTIONALIZED:
+    if isinstance(target, HigherOrderOperator) and target.name() in _FUNCTIONALIZED:
         return node.args[0]
     return target
 
@@ -69,7 +69,7 @@ def attention_call(node: Node) -> AttentionCall:
     """
     op = _functionalized(node)
     facts = registered_op(op)
-    schema = getattr(op, "_schema", None)
+    schema = find_schema(op)
     names = [a.name for a in schema.arguments] if schema is not None else []
     args = node.args[1:] if op is not node.target else node.args
     given = {**dict(enumerate(args)), **dict(zip(names, args, strict=False)), **node.kwargs}
@@ -106,7 +106,7 @@ def _output_position(facts: AttentionOp, op: Any, node: Node) -> int:
     """
     if isinstance(facts.output, int):
         return facts.output
-    written = [a.name for a in op._schema.arguments if a.alias_info and a.alias_info.is_write]
+    written = [a.name for a in schema_of(op).arguments if a.alias_info and a.alias_info.is_write]
     first = len(node.meta["val"]) - len(written)
     return first + written.index(facts.output)
 

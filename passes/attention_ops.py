@@ -14,6 +14,16 @@ from typing import Any
 
 import torch
 
+from pabc.internals.ops import (
+    HigherOrderOperator,
+    OpOverload,
+    OpOverloadPacket,
+    find_schema,
+    packet_name,
+    registered,
+    schema_of,
+)
+
 _SEQUENCE, _PACKED, _FEATURES, _OTHER = "smnl", "t", "dkc", "bhg"
 _LAYOUT_PATTERN = re.compile(rf"(\.\.\.)?[{_SEQUENCE}{_PACKED}{_FEATURES}{_OTHER}]+")
 
@@ -137,12 +147,12 @@ def _identify(op: Any) -> tuple[str, torch.FunctionSchema | None]:
             return op, _schema(getattr(found, overload) if overload else found)
         except AttributeError:
             return op, None  # not loaded yet
-    op = getattr(op, "_opoverload", op)  # of a torch.library.custom_op
-    if isinstance(op, torch._ops.OpOverload):
-        return op.name(), op._schema
-    if isinstance(op, torch._ops.OpOverloadPacket):
-        return op._qualified_op_name, _schema(op)
-    if isinstance(op, torch._ops.HigherOrderOperator):
+    op = registered(op)  # of a torch.library.custom_op
+    if isinstance(op, OpOverload):
+        return op.name(), schema_of(op)
+    if isinstance(op, OpOverloadPacket):
+        return packet_name(op), _schema(op)
+    if isinstance(op, HigherOrderOperator):
         return _name(op), None
     raise TypeError(
         "op: expected an operator (of torch.library.custom_op or torch.ops) or its name "
@@ -152,9 +162,9 @@ def _identify(op: Any) -> tuple[str, torch.FunctionSchema | None]:
 
 
 def _schema(op: Any) -> torch.FunctionSchema | None:
-    overloads: list[str] = op.overloads() if isinstance(op, torch._ops.OpOverloadPacket) else []
+    overloads: list[str] = op.overloads() if isinstance(op, OpOverloadPacket) else []
     found = getattr(op, overloads[0]) if len(overloads) == 1 else op
-    return getattr(found, "_schema", None)
+    return find_schema(found)
 
 
 def _parse(name: str, text: object) -> AttentionLayout:
@@ -197,9 +207,9 @@ def _check_arguments(facts: AttentionOp, schema: torch.FunctionSchema) -> None:
 
 def _name(target: Any) -> str:
     """Returns the name that an op is registered under: its overload's, or else the packet's."""
-    if isinstance(target, torch._ops.OpOverload):
-        return target.name() if target.name() in _REGISTRY else target._schema.name
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, OpOverload):
+        return target.name() if target.name() in _REGISTRY else schema_of(target).name
+    if isinstance(target, HigherOrderOperator):
         return f"{target.namespace}::{target.name()}"
     return ""
 

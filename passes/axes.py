@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from pabc.internals.ops import HigherOrderOperator
+
 from .facts import Captured, Denoised, Signature
 from .ir import (
     GETITEM,
@@ -291,7 +293,7 @@ def _several(node: Node, known: Callable[[Node], Any], relate: Relate) -> tuple[
     relations = relate(node)
     if isinstance(relations, tuple):
         return tuple(follow(each, known, _lost(node)) for each in relations)
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if isinstance(node.target, HigherOrderOperator):
         reason = f"{node.name} ({node.target}) has no rule for axes"
         return tuple(unknown(val.shape if _has_shape(val) else (), reason) for val in vals)
     first = known(next(n for n in nodes_in(node.args) if is_tensor(n)))

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from pabc.internals.ops import OpOverload, schema_of
+from pabc.internals.tensors import storage_address
+
 from .facts import Block, Blocks
 from .ir import (
     GETITEM,
@@ -180,16 +183,16 @@ def _is_view(node: Node) -> bool:
         return False
     if node.target is GETITEM:
         return _is_view(node.args[0])
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return False
-    aliases = [r.alias_info for r in node.target._schema.returns]
+    aliases = [r.alias_info for r in schema_of(node.target).returns]
     if len(aliases) != 1 or aliases[0] is None or aliases[0].is_write:
         return False
     operand = value(node.args[0])
     given = torch.empty_strided(operand.shape, operand.stride(), dtype=operand.dtype, device="meta")
     viewed = node.target(given, *node.args[1:], **node.kwargs)
     first = viewed[0] if isinstance(viewed, (tuple, list)) else viewed
-    return first.untyped_storage()._cdata == given.untyped_storage()._cdata
+    return storage_address(first) == storage_address(given)
 
 
 def block_key(gm: GraphModule) -> Hashable:

@@ -12,7 +12,10 @@ import torch
 from torch import nn
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 from torch.fx import GraphModule, Node
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from pabc.internals.dispatch import is_traceable_wrapper_subclass
+from pabc.internals.graphs import reserve_names
+from pabc.internals.modules import buffers_of, parameters_of
 
 from .facts import Captured, Signature
 from .ir import make_module, output_node
@@ -170,7 +173,7 @@ def _take_names(graph: torch.fx.Graph) -> None:
 
     torch.export renames inputs without telling the graph.
     """
-    graph._graph_namespace._used_names.update(node.name for node in graph.nodes)
+    reserve_names(graph, (node.name for node in graph.nodes))
 
 
 def _split_off_tensors(
@@ -294,8 +297,8 @@ def _find_aliases(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str
         (f"{path}.{name}" if path else name, value)
         for path, module in model.named_modules(remove_duplicate=False)
         for name, value in (
-            *module._parameters.items(),
-            *module._buffers.items(),
+            *parameters_of(module).items(),
+            *buffers_of(module).items(),
             *vars(module).items(),
         )
         if isinstance(value, torch.Tensor)

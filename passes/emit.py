@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from pabc.internals.onednn import lowering_onednn
+
 from .ir import is_collective, is_effect, user_inputs
-from .onednn import lowering_onednn
 from .tracing.lean import without_garbage_collection
 
 CompiledBlock = Callable[[list[Any]], Sequence[torch.Tensor]]

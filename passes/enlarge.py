@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx import GraphModule
 
 from pabc.base.forward import inner_forward
 from pabc.base.structure import Structure, flatten
+from pabc.internals.fakes import LOG, FakeTensorMode, unset_fake_temporarily
 
 from .facts import Denoised, ModelCall, Signature
 from .single_axes import find_single_axes, hinges_on_single_axes
@@ -106,7 +106,7 @@ def _takes(model: nn.Module, structure: Structure) -> Iterator[Callable[[Leaves]
             return False
         return True
 
-    log = logging.getLogger("torch._subclasses.fake_tensor")  # logs what it raises
+    log = logging.getLogger(LOG)  # logs what it raises
     level = log.level
     log.setLevel(logging.CRITICAL)
     try:

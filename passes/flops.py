@@ -6,10 +6,11 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
-from torch.utils import _pytree as pytree
 
 from pabc.base.flops import count_op_flops
 from pabc.base.kinds import COARSE
+from pabc.internals import pytree
+from pabc.internals.ops import OpOverload
 
 from .attention_calls import attention_call, is_attention_op
 from .facts import Guarded
@@ -48,7 +49,7 @@ class FlopCounter:
     def _count(self, node: Node) -> int:
         if is_attention_op(node):  # PyTorch has no formula for some
             return attention_call(node).flops
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        if node.op != "call_function" or not isinstance(node.target, OpOverload):
             return 0
         operands = [n.meta.get("val") for n in node.all_input_nodes]
         if sum(isinstance(val, torch.Tensor) for val in operands) < 2:

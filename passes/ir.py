@@ -17,7 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
-from torch.fx._lazy_graph_module import _LazyGraphModule
+
+from pabc.internals.collectives import NAMESPACES
+from pabc.internals.graphs import LazyGraphModule
+from pabc.internals.ops import OpOverload, schema_of, split_name
 
 from .relations.groups import CONTRACTIONS
 
@@ -25,8 +28,6 @@ aten = torch.ops.aten
 
 MASKS = (torch.bool, torch.uint8)
 """Dtypes of an index tensor that is a mask, not a list of positions."""
-COLLECTIVES = ("_c10d_functional", "c10d", "c10d_functional")
-"""Namespaces of collective ops."""
 OPAQUE = "pabc_opaque"
 """Namespace of the ops that call opaque modules."""
 EFFECT = "effect"
@@ -175,18 +176,18 @@ def is_call(node: Any, targets: Iterable[Any]) -> bool:
 def is_opaque(node: Any) -> bool:
     """Returns True if `node` calls an opaque module."""
     target = node.target if isinstance(node, Node) else None
-    return isinstance(target, torch._ops.OpOverload) and target.namespace == OPAQUE
+    return isinstance(target, OpOverload) and target.namespace == OPAQUE
 
 
 def is_effect(node: Any) -> bool:
     """Returns True if `node` has side effects, so that it must run at every step, in order."""
-    return is_opaque(node) and str(node.target._opname).startswith(EFFECT)
+    return is_opaque(node) and split_name(node.target)[0].startswith(EFFECT)
 
 
 def is_collective(node: Any) -> bool:
     """Returns True if `node` is a collective op, or waits for one."""
     target = node.target if isinstance(node, Node) else None
-    return isinstance(target, torch._ops.OpOverload) and target.namespace in COLLECTIVES
+    return isinstance(target, OpOverload) and target.namespace in NAMESPACES
 
 
 def cannot_be_recorded(node: Node) -> bool:
@@ -227,7 +228,7 @@ def is_random(node: Node) -> bool:
     """
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
-    for i, argument in enumerate(node.target._schema.arguments):
+    for i, argument in enumerate(schema_of(node.target).arguments):
         if argument.name == "dropout_p":
             given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name, 0)
             return given != 0
@@ -254,9 +255,9 @@ def viewed(node: Node) -> Node:
 
 
 def _may_be_view(node: Node) -> bool:
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.all_input_nodes:
+    if not isinstance(node.target, OpOverload) or not node.all_input_nodes:
         return False
-    returns = node.target._schema.returns
+    returns = schema_of(node.target).returns
     return any(r.alias_info is not None for r in returns) and isinstance(node.args[0], Node)
 
 
@@ -310,7 +311,7 @@ def make_module(root: nn.Module | dict[str, Any], graph: Graph) -> GraphModule:
 
     Each pass makes a graph module, and most of them never run.
     """
-    return _LazyGraphModule(root, graph)
+    return LazyGraphModule(root, graph)
 
 
 GETITEM = operator.getitem

@@ -6,15 +6,15 @@ also contains oneDNN, which an op of its own calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from time import perf_counter
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+
+from pabc.internals.onednn import projection
 
 from .ir import aten, copy_into, is_call, make_module, value
 
@@ -41,7 +41,7 @@ def use_onednn_pass(gm: GraphModule) -> GraphModule:
     copy_into(graph, gm.graph.nodes, mapping)
     for node in filter(_fits, gm.graph.nodes):
         x, weight, bias = (*mapping[node].args, None)[:3]
-        mapping[node].target = torch.ops.mkldnn._linear_pointwise.default
+        mapping[node].target = projection.default
         mapping[node].args = (x, weight, bias, "none", [], "")
     return make_module(gm, graph)
 
@@ -62,13 +62,13 @@ def onednn_is_faster() -> bool:
     Measured once per process, in about 0.1 s. The two alternate, and the minimum of each counts, so
     that other load on the machine does not decide.
     """
-    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+    is_on = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    if not is_on or projection is None:
         return False
     x, weight, bias = torch.randn(512, 512), torch.randn(512, 512), torch.randn(512)
-    onednn = torch.ops.mkldnn._linear_pointwise
     own, theirs = [], []
     for _ in range(16):
-        own.append(_time(lambda: onednn(x, weight, bias, "none", [], "")))
+        own.append(_time(lambda: projection(x, weight, bias, "none", [], "")))
         theirs.append(_time(lambda: torch.nn.functional.linear(x, weight, bias)))
     return min(own) < _GAIN * min(theirs)
 
@@ -77,22 +77,3 @@ def _time(call: Callable[[], Any]) -> float:
     start = perf_counter()
     call()
     return perf_counter() - start
-
-
-@contextmanager
-def lowering_onednn() -> Iterator[None]:
-    """Makes Inductor compile oneDNN's op, alone or fused with a sum, for weights that are inputs.
-
-    By default, Inductor compiles it for constant weights only.
-    """
-    from torch._inductor.ir import TensorBox
-    from torch._inductor.lowering import lowerings
-    from torch._inductor.mkldnn_ir import LinearBinary, LinearUnary
-
-    op = torch.ops.mkldnn._linear_pointwise
-    kernels: dict[Any, Callable[..., Any]] = {
-        op.default: lambda *args: TensorBox.create(LinearUnary.create(*args)),
-        op.binary: lambda *args: TensorBox.create(LinearBinary.create(*args)),
-    }
-    with patch.dict(lowerings, kernels):
-        yield

@@ -20,8 +20,9 @@ FOLDERS = {"pabc": "pabc", "passes": "pabc.passes", "kernels": "pabc.kernels"}
 """Folder of the checkout -> the package that it is installed as."""
 PASSES = "pabc.passes"
 FLOORS = (
-    # Data and formulas that everything above shares; models that pabc brings along.
-    ("pabc.base.*", "pabc.models.*"),
+    # What is used of PyTorch beyond its public names; data and formulas that everything above
+    # shares; models that pabc brings along.
+    ("pabc.internals.*", "pabc.base.*", "pabc.models.*"),
     # Kernels, one a module.
     ("pabc.kernels.*",),
     # From a model to graphs; knows neither schedules nor what runs.

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
 from pabc.artifact.errors import ArtifactError
 from pabc.artifact.tensors import TensorWriter
 from pabc.artifact.values import Json, decode, encode
+from pabc.internals.fakes import FakeTensorMode
+from pabc.internals.ops import HigherOrderOperator, OpOverload, split_name
 from pabc.passes import (
     CONSTANTS,
     GUARD_OPS,
@@ -78,9 +79,9 @@ class GraphWriter:
             return target
         if is_opaque(node):
             return {"outside": self._opaque[target]}
-        if isinstance(target, torch._ops.OpOverload):
-            return {"op": [target.namespace, target._opname, target._overloadname]}
-        if isinstance(target, torch._ops.HigherOrderOperator):
+        if isinstance(target, OpOverload):
+            return {"op": [target.namespace, *split_name(target)]}
+        if isinstance(target, HigherOrderOperator):
             return {"higher": target.name()}
         if target in _NAMES:
             return {"function": _NAMES[target]}
@@ -148,7 +149,7 @@ class GraphReader:
         found: Any = torch.ops
         for part in name if kind == "op" else ("higher_order", name):
             found = getattr(found, part, None)
-        if not isinstance(found, (torch._ops.OpOverload, torch._ops.HigherOrderOperator)):
+        if not isinstance(found, (OpOverload, HigherOrderOperator)):
             raise ArtifactError(
                 f"op {name}: expected a registered op, found none; import what defines it first"
             )

@@ -18,6 +18,7 @@ from pabc.artifact.code import compile_code, load_code, used_inputs
 from pabc.artifact.errors import ArtifactError
 from pabc.artifact.values import Json, decode, encode
 from pabc.base.arguments import leaf_key
+from pabc.internals.dynamo import compile_lock
 from pabc.options import Options
 from pabc.passes import Lifted, PhaseSlots, ResultIndex, is_opaque, user_inputs
 from pabc.pipeline import STAGES
@@ -25,7 +26,6 @@ from pabc.runtime.bindings import Binding
 from pabc.runtime.chain import BlockCall, BlockChain
 from pabc.runtime.executables import LoweredPhase
 from pabc.runtime.lifted_scalars import CallKey
-from pabc.runtime.phases import compiling
 from pabc.runtime.program import Program
 from pabc.runtime.stats import Recorder
 from pabc.stages import StageRecord
@@ -149,7 +149,7 @@ def _packages(program: Program, binding: Binding) -> Packages:
     for phase in dict.fromkeys((*binding.phases, binding.whole, *program.phases.compiled)):
         if phase not in known.phases and not program.phases.runs_op_by_op(phase):
             start = perf_counter()
-            with compiling(), torch.no_grad():
+            with compile_lock(), torch.no_grad():
                 _compile(program, phase, known)
             logger.info("code of phase %s: %.1f s", phase, perf_counter() - start)
     return known

@@ -11,6 +11,7 @@ import torch
 from pabc.artifact.errors import ArtifactError
 from pabc.artifact.graphs import GraphReader, GraphWriter
 from pabc.artifact.values import Json, decode, encode
+from pabc.internals.dispatch import VARIABLE_FUNCTIONS
 from pabc.passes import (
     CallAgain,
     Checked,
@@ -25,7 +26,7 @@ from pabc.passes import (
 
 _NAMESPACES: dict[str, Any] = {
     "Tensor": torch.Tensor,
-    "op": torch._C._VariableFunctions,
+    "op": VARIABLE_FUNCTIONS,
     "functional": torch.functional,
 }
 """Namespaces of the functions that read values from tensors; none of these loads or runs code."""

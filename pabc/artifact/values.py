@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch.fx.immutable_collections import immutable_dict, immutable_list
-from torch.utils import _pytree as pytree
 
 from pabc.artifact.errors import ArtifactError
 from pabc.base.structure import DataclassForm, Structure
+from pabc.internals import pytree
 from pabc.passes import (
     Attention,
     Axis,
@@ -139,7 +139,7 @@ def _read_float(content: Json) -> float:
 def _write_spec(spec: pytree.TreeSpec) -> Json:
     if spec.is_leaf():
         return None
-    return [encode(spec.type), encode(spec.context), [_write_spec(c) for c in _children(spec)]]
+    return [encode(spec.type), encode(spec.context), [_write_spec(c) for c in spec.children()]]
 
 
 def _read_spec(content: Json) -> pytree.TreeSpec:
@@ -150,12 +150,6 @@ def _read_spec(content: Json) -> pytree.TreeSpec:
     if kind not in pytree.SUPPORTED_NODES:
         raise ArtifactError(f"artifact: expected a container, found {kind}")
     return pytree.TreeSpec(kind, decode(context), [_read_spec(child) for child in children])
-
-
-def _children(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
-    """Returns the children of a TreeSpec, an attribute that newer PyTorch releases renamed."""
-    found: list[pytree.TreeSpec] | None = getattr(spec, "_children", None)
-    return spec.children_specs if found is None else found
 
 
 def _read_enum(content: Json) -> enum.Enum:

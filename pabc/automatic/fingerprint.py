@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from pabc.calibration.digests import find_weights
+from pabc.internals.tensors import version_of
 
 
 def describe_family(models: Mapping[str, nn.Module]) -> str:
@@ -51,7 +52,7 @@ def _methods(kind: type) -> Iterator[tuple[str, bytes, tuple[str, ...]]]:
 def versions_of(models: Iterable[nn.Module]) -> int:
     """Returns a number that changes in this process where a weight is replaced or written to."""
     tensors = (x for model in models for _, x in find_weights(model))
-    return hash(tuple((id(x), -1 if x.is_inference() else x._version) for x in tensors))
+    return hash(tuple((id(x), -1 if x.is_inference() else version_of(x)) for x in tensors))
 
 
 def describe_form(leaves: Sequence[Any]) -> str:

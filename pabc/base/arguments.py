@@ -9,10 +9,10 @@ from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from pabc.base.numbers import as_tensor
 from pabc.base.structure import flatten, holds_tensors
+from pabc.internals import pytree
 
 Bound = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional arguments, and those by keyword."""

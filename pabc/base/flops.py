@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.flop_counter import FlopCounterMode
+
+from pabc.internals.fakes import detect_fake_mode, unset_fake_temporarily
 
 
 def count_op_flops(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -12,16 +12,14 @@ from typing import Any
 
 from torch import nn
 
+from pabc.internals.modules import COMPILED_CALL, HOOKS
+
 AROUND = frozenset(
     (
-        "_forward_hooks",
-        "_forward_pre_hooks",
-        "_forward_hooks_with_kwargs",
-        "_forward_hooks_always_called",
-        "_forward_pre_hooks_with_kwargs",
+        *HOOKS,
         "_hf_hook",
         "_old_forward",
-        "_compiled_call_impl",
+        COMPILED_CALL,
         "cache_context",
     )
 )

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
+
+from pabc.internals import pytree
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 
 from pabc.base.structure import Structure, flatten
 from pabc.calibration.recording import Recorder, Recording, Vector
+from pabc.internals.tensors import version_of
 
 _SMALL = 4096
 """The most elements of a tensor that is copied, in case the caller's loop fills it anew."""
@@ -310,4 +311,4 @@ def _copied_bytes(call: KeptCall) -> int:
 
 def _versions(leaves: Iterable[Any]) -> tuple[int, ...]:
     tensors = (x for x in leaves if isinstance(x, torch.Tensor))
-    return tuple(-1 if x.is_inference() else x._version for x in tensors)
+    return tuple(-1 if x.is_inference() else version_of(x) for x in tensors)

@@ -161,6 +161,6 @@ class _Silent:
 def _empty_cache(wanted: bool) -> contextlib.AbstractContextManager[Any]:
     if not wanted:
         return contextlib.nullcontext()
-    from torch._inductor.utils import fresh_cache
+    from pabc.internals.inductor import fresh_cache
 
     return fresh_cache()

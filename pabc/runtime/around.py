@@ -9,9 +9,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
 
 from pabc.base.forward import hook_around
+from pabc.internals.modules import (
+    FORWARD_HOOKS,
+    FORWARD_PRE_HOOKS,
+    GLOBAL_FORWARD_HOOKS,
+    GLOBAL_FORWARD_HOOKS_ALWAYS_CALLED,
+    GLOBAL_FORWARD_HOOKS_WITH_KWARGS,
+    GLOBAL_FORWARD_PRE_HOOKS,
+    forward_hooks,
+    forward_hooks_always_called,
+    forward_hooks_with_kwargs,
+    forward_pre_hooks,
+    forward_pre_hooks_with_kwargs,
+)
 from pabc.runtime.guards import GuardError
 
 Forward = Callable[..., Any]
@@ -27,9 +39,9 @@ def call_around(
     which would run in each module of the model: a graph calls none.
     """
     state = vars(model)
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+    if GLOBAL_FORWARD_HOOKS or GLOBAL_FORWARD_PRE_HOOKS:
         _refuse_hooks_on_all_modules()
-    elif not (state["_forward_hooks"] or state["_forward_pre_hooks"] or "_hf_hook" in state):
+    elif not (state[FORWARD_HOOKS] or state[FORWARD_PRE_HOOKS] or "_hf_hook" in state):
         return forward(*args, **kwargs)
     try:
         return _Hooks(model).call(forward, args, kwargs)
@@ -61,8 +73,8 @@ class _Hooks:
 
     def _before(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         model = self._model
-        for number, hook in _both(torch_module._global_forward_pre_hooks, model._forward_pre_hooks):
-            if number not in model._forward_pre_hooks_with_kwargs:
+        for number, hook in _both(GLOBAL_FORWARD_PRE_HOOKS, forward_pre_hooks(model)):
+            if number not in forward_pre_hooks_with_kwargs(model):
                 found = hook(model, args)
                 if found is not None:
                     args = found if isinstance(found, tuple) else (found,)
@@ -79,17 +91,17 @@ class _Hooks:
         return args, kwargs
 
     def _after(self, args: Any, kwargs: Any) -> None:
-        for number, hook in _both(torch_module._global_forward_hooks, self._model._forward_hooks):
+        for number, hook in _both(GLOBAL_FORWARD_HOOKS, forward_hooks(self._model)):
             self._called.add(number)
             self._call_one(number, hook, args, kwargs)
 
     def _call_rest(self, args: Any, kwargs: Any) -> None:
         model = self._model
         always = {
-            **torch_module._global_forward_hooks_always_called,
-            **model._forward_hooks_always_called,
+            **GLOBAL_FORWARD_HOOKS_ALWAYS_CALLED,
+            **forward_hooks_always_called(model),
         }
-        for number, hook in _both(torch_module._global_forward_hooks, model._forward_hooks):
+        for number, hook in _both(GLOBAL_FORWARD_HOOKS, forward_hooks(model)):
             if number not in always or number in self._called:
                 continue
             try:
@@ -104,8 +116,7 @@ class _Hooks:
     def _call_one(self, number: int, hook: Any, args: Any, kwargs: Any) -> None:
         model = self._model
         with_kwargs = (
-            number in model._forward_hooks_with_kwargs
-            or number in torch_module._global_forward_hooks_with_kwargs
+            number in forward_hooks_with_kwargs(model) or number in GLOBAL_FORWARD_HOOKS_WITH_KWARGS
         )
         given = (args, kwargs) if with_kwargs else (args,)
         found = hook(model, *given, self._result)
@@ -131,8 +142,8 @@ def _call_forward(model: nn.Module, forward: Forward, args: Any, kwargs: Any) ->
 def _refuse_hooks_on_all_modules() -> None:
     """Raises ValueError for hooks on all modules, except PyTorch's own, which only observe."""
     for hook in (
-        *torch_module._global_forward_pre_hooks.values(),
-        *torch_module._global_forward_hooks.values(),
+        *GLOBAL_FORWARD_PRE_HOOKS.values(),
+        *GLOBAL_FORWARD_HOOKS.values(),
     ):
         function = getattr(hook, "__func__", getattr(hook, "func", hook))
         name = getattr(function, "__qualname__", type(hook).__qualname__)

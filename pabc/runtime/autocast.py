@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 
+from pabc.internals.dispatch import is_any_autocast_enabled
+
 Autocast = tuple[tuple[str, torch.dtype], ...]
 """Pairs of a device type for which autocast is enabled, and the dtype."""
 
 
 def active_autocast(inputs: Sequence[Any]) -> Autocast:
     """Returns the autocast that a call with these inputs runs under."""
-    if not torch._C._is_any_autocast_enabled():
+    if not is_any_autocast_enabled():
         return ()
     devices = {leaf.device.type for leaf in inputs if isinstance(leaf, torch.Tensor)}
     return tuple(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from pabc.internals.modules import buffers_of, parameters_of
 from pabc.passes import Description, HolderKey
 from pabc.runtime.state import Watch
 
@@ -86,7 +87,7 @@ class Configurations:
 
     def _find_holders(self) -> None:
         modules = list(self._model.modules())
-        registers = (r for m in modules for r in (m._parameters, m._buffers))
+        registers = (r for m in modules for r in (parameters_of(m), buffers_of(m)))
         self._holders = tuple(register for register in registers if register)
         self._tensors = gc.get_referents(*self._holders)
 

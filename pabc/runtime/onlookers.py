@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
+from pabc.internals import pytree
+from pabc.internals.modules import forward_hooks, forward_pre_hooks
+from pabc.internals.tensors import version_of
 from pabc.passes import MISSING, Change, Holder
 
 _Entry = tuple[int, Any]
@@ -57,7 +59,7 @@ class HookWatch:
 def watching_hooks(model: nn.Module, holders: Sequence[Holder]) -> Iterator[HookWatch]:
     """Watches the hooks of a model's modules within the context, if there are holders to watch."""
     watch, replaced = HookWatch(holders), []
-    registers = [r for m in model.modules() for r in (m._forward_pre_hooks, m._forward_hooks)]
+    registers = [r for m in model.modules() for r in (forward_pre_hooks(m), forward_hooks(m))]
     for register in registers if holders else ():
         for key, hook in register.items():
             replaced.append((register, key, hook))
@@ -72,4 +74,4 @@ def watching_hooks(model: nn.Module, holders: Sequence[Holder]) -> Iterator[Hook
 def _versions(given: Any) -> list[int]:
     leaves = pytree.tree_leaves(given)
     tensors = [x for x in leaves if isinstance(x, torch.Tensor) and not x.is_inference()]
-    return [tensor._version for tensor in tensors]
+    return [version_of(tensor) for tensor in tensors]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from pabc.internals.tensors import version_of
 from pabc.options import Options
 from pabc.passes import forecast_cut
 from pabc.runtime.branch import Branch
@@ -123,4 +124,4 @@ def _forecast(values: Sequence[torch.Tensor], weights: torch.Tensor | None) -> t
 def _version(leaf: Any) -> int:
     """Returns a number that a write to a tensor changes; -1 if there is none."""
     is_tracked = isinstance(leaf, torch.Tensor) and not leaf.is_inference()
-    return leaf._version if is_tracked else -1
+    return version_of(leaf) if is_tracked else -1

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _get_default_store
+
+from pabc.internals.collectives import default_store, timeout_of
 
 BEAT = 0.5
 """Seconds between two heartbeats of a rank."""
@@ -45,7 +46,7 @@ class Peers:
         self._rank = members.index(dist.get_rank())
         self._size = len(members)
         self._group = _cpu_group(mesh, members)
-        self._store = dist.PrefixStore(f"pabc/{self._group.group_name}", _get_default_store())
+        self._store = dist.PrefixStore(f"pabc/{self._group.group_name}", default_store())
         self._names = [f"rank {member}" for member in members]
         self._lock = threading.RLock()
         self._lost: str | None = None
@@ -254,8 +255,7 @@ def _cpu_group(mesh: DeviceMesh, members: list[int]) -> dist.ProcessGroup:
 
 def _timeout(mesh: DeviceMesh) -> timedelta | None:
     """Returns how long the mesh's own collectives wait."""
-    backend = mesh.get_group(0)._get_backend(torch.device(mesh.device_type))
-    return getattr(getattr(backend, "options", None), "_timeout", None)
+    return timeout_of(mesh.get_group(0), torch.device(mesh.device_type))
 
 
 def _send_heartbeats(peers: weakref.ref[Peers], store: dist.Store, rank: int) -> None:

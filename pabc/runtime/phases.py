@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager
 from time import perf_counter
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch.fx import GraphModule
 
 from pabc import passes
+from pabc.internals.dynamo import compile_lock
 from pabc.options import Options
 from pabc.passes import PhaseSlots
 from pabc.pipeline import lower_phase, specialize_phase, trace_phase
@@ -32,13 +32,6 @@ from pabc.stages import Compilation, StageRecord
 
 FP8_CAPABILITY = (8, 9)
 """The least CUDA compute capability for which Triton converts to float8_e4m3fn."""
-
-
-def compiling() -> AbstractContextManager[Any]:
-    """PyTorch's own lock: it traces and compiles for one thread at a time."""
-    from torch._dynamo.convert_frame import compile_lock
-
-    return compile_lock
 
 
 def check_fp8(devices: Collection[torch.device]) -> None:
@@ -156,7 +149,7 @@ class Phases:
 
     def _compile(self, phases: Sequence[PhaseSlots], inputs: Sequence[Any]) -> list[CompiledPhase]:
         start = perf_counter()
-        with compiling():
+        with compile_lock():
             simple = {phase for phase in phases if self.runs_op_by_op(phase)}
             chains = self._compile_chains([p for p in phases if p not in simple], inputs)
             made = [

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
 from pabc import passes
 from pabc.explanation import Explanation, describe
+from pabc.internals import pytree
+from pabc.internals.dispatch import DisableTorchFunctionSubclass
+from pabc.internals.dynamo import compile_lock
 from pabc.options import Options
 from pabc.passes import Cuts, has_functions_of_its_own
 from pabc.pipeline import analyze
@@ -23,7 +25,7 @@ from pabc.runtime.chain import BlockCode
 from pabc.runtime.cudagraphs import Workspaces, find_device
 from pabc.runtime.hoisted import Prologue
 from pabc.runtime.inputs import ProgramInputs
-from pabc.runtime.phases import Phases, check_fp8, compiling
+from pabc.runtime.phases import Phases, check_fp8
 from pabc.runtime.reads import ReadCheck
 from pabc.runtime.samples import hash_values
 from pabc.runtime.serving import Contexts
@@ -97,7 +99,7 @@ class Program:
         """Captures the model for a call with these arguments, whatever their strides are."""
         args, kwargs = without_overlaps(args, kwargs)
         prepared = _prepare_inductor(args, kwargs) if options.backend == "inductor" else None
-        with compiling():
+        with compile_lock():
             guarded, records = analyze(model, args, kwargs, options, lifted)
         if prepared is not None:
             prepared()
@@ -213,7 +215,7 @@ class Program:
     def with_plain_weights(self) -> AbstractContextManager[object]:
         """Returns a context in which weights of tensor subclasses act as plain tensors, as they did
         at capture."""
-        return _AS_THEY_ARE if self._has_plain_weights else torch._C.DisableTorchFunctionSubclass()
+        return _AS_THEY_ARE if self._has_plain_weights else DisableTorchFunctionSubclass()
 
     @property
     def calls_modules(self) -> bool:

@@ -11,10 +11,10 @@ from torch import nn
 
 from pabc.base.forward import inner_forward
 from pabc.base.structure import Structure
+from pabc.internals.dynamo import compile_lock
 from pabc.options import Options
 from pabc.runtime.arguments import Arguments
 from pabc.runtime.originals import OriginalPrograms
-from pabc.runtime.phases import compiling
 from pabc.runtime.programs import Programs
 from pabc.runtime.serving import ServingProgram, ServingPrograms
 from pabc.runtime.stats import Recorder
@@ -140,7 +140,7 @@ class Selection:
     def arguments(self) -> Arguments:
         """The arguments of the model's forward, as it is now."""
         if self._find_forwards() != self._forwards:
-            with compiling():  # in another thread, a capture may have one of its own there
+            with compile_lock():  # in another thread, a capture may have one of its own there
                 forwards = self._find_forwards()
                 if forwards != self._forwards:
                     self._arguments = Arguments.of(inner_forward(self._model))

@@ -8,9 +8,9 @@ from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from torch._C._dynamo.guards import dict_version
 from torch.utils.hooks import RemovableHandle
 
+from pabc.internals.dynamo import dict_version
 from pabc.passes import (
     Description,
     FrozenObject,

@@ -10,6 +10,7 @@ import torch
 
 from pabc import passes
 from pabc.base.structure import flatten
+from pabc.internals.tensors import version_of
 from pabc.passes import (
     user_inputs,
 )
@@ -68,7 +69,7 @@ class Strides:
     def _copy(self, i: int, tensor: torch.Tensor, strides: _Stride) -> torch.Tensor:
         if i not in self._conditions or tensor.is_inference():
             return _copy(tensor, strides)
-        version = tensor._version, tensor.data_ptr()
+        version = version_of(tensor), tensor.data_ptr()
         known = self._copies.get(i)
         if known is None or known[0]() is not tensor or known[1] != version:
             known = self._copies[i] = weakref.ref(tensor), version, _copy(tensor, strides)

@@ -9,10 +9,11 @@ from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils import _pytree as pytree
 
 from pabc.base.numbers import is_number
 from pabc.base.structure import Structure
+from pabc.internals import pytree
+from pabc.internals.tensors import version_of
 
 ArgPath = str
 """The path of an argument in a call; the same in calls of different structures."""
@@ -122,11 +123,11 @@ class Reader:
         if not isinstance(leaf, torch.Tensor) or leaf.is_inference():
             return read(leaf)
         known = self._known.get(path)
-        if known is not None and known[0]() is leaf and known[1] == leaf._version:
+        if known is not None and known[0]() is leaf and known[1] == version_of(leaf):
             return known[2]
         reading = read(leaf)
         if isinstance(reading, Reading):
-            self._known[path] = weakref.ref(leaf), leaf._version, reading
+            self._known[path] = weakref.ref(leaf), version_of(leaf), reading
         return reading
 
 

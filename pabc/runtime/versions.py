@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import attrgetter, is_
+from operator import is_
 
 import torch
+
+from pabc.internals.tensors import version_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,4 @@ class TensorVersions:
 
 def _versions_of(tensors: Sequence[torch.Tensor]) -> tuple[list[int], list[int]]:
     """Returns versions and addresses, without Python code per tensor."""
-    return list(map(_VERSION, tensors)), list(map(torch.Tensor.data_ptr, tensors))
-
-
-_VERSION = attrgetter("_version")
+    return list(map(version_of, tensors)), list(map(torch.Tensor.data_ptr, tensors))

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from pabc.internals.modules import buffers_of, parameters_of
 from pabc.passes import CONSTANTS, Captured, attribute, find_tensor
 from pabc.runtime.state import StateCheck, Watch
 
@@ -156,7 +157,9 @@ class _TensorHolders:
                 holder = inner
             _add_place(places, holder, leaf, tensor)
             if isinstance(holder, nn.Module):
-                registers.update({id(d): d for d in (holder._parameters, holder._buffers) if d})
+                registers.update(
+                    {id(d): d for d in (parameters_of(holder), buffers_of(holder)) if d}
+                )
         self._all = _Entries(list(places.values()))
         self._others = _Entries([p for p in places.values() if not _is_told(p, registers)])
         self._registers = tuple(registers.values())
@@ -215,7 +218,7 @@ def _add_place(
     """Notes the dictionary in which a module, or a tensor, holds `value`; an empty one if none."""
     dictionaries = [vars(holder)] if hasattr(holder, "__dict__") else []
     if isinstance(holder, nn.Module):
-        dictionaries = [holder._parameters, holder._buffers, *dictionaries]
+        dictionaries = [parameters_of(holder), buffers_of(holder), *dictionaries]
     found: dict[str, Any] = next((d for d in dictionaries if name in d), {})
     places[id(found), name] = (found, name, value)
 
@@ -233,5 +236,5 @@ def _rebind(gm: GraphModule, name: str, tensor: torch.Tensor) -> None:
             holder = module.get_submodule(owner)
         except AttributeError:
             continue
-        if leaf in holder._parameters or leaf in holder._buffers:
+        if leaf in parameters_of(holder) or leaf in buffers_of(holder):
             setattr(holder, leaf, tensor)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from pabc.internals.onednn import PROJECTIONS
+
 aten = torch.ops.aten
 
 STRICT_VIEWS = (aten.view.default, aten._unsafe_view.default)
@@ -46,7 +48,7 @@ CONTRACTIONS = frozenset(
         aten.inner.default,
         aten.linear.default,
         aten.tensordot.default,
-        torch.ops.mkldnn._linear_pointwise.default,
+        *PROJECTIONS,
     }
 )
 """Ops that sum over products of two tensors."""

@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Graph, Node
 
+from pabc.internals.collectives import ALL_GATHER, ALL_TO_ALL, WAIT
+
 from ..ir import aten, value
 from .places import AxisPlace, Ranks
 
-ALL_TO_ALL = torch.ops._c10d_functional.all_to_all_single.default
-ALL_GATHER = torch.ops._c10d_functional.all_gather_into_tensor.default
-WAIT = torch.ops._c10d_functional.wait_tensor.default
 UNPACKS = (
     aten.permute.default,
     aten.reshape.default,

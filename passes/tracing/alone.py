@@ -10,22 +10,24 @@ from typing import Any
 
 from torch import nn
 
+from pabc.internals.modules import COMPILED_CALL, call_within_hooks
+
 
 @contextmanager
 def calling_forward_alone(model: nn.Module) -> Iterator[None]:
     """While active, a call of `model` in this thread runs its forward, and nothing around it."""
     state = vars(model)
-    before = state.get("_compiled_call_impl")
-    state["_compiled_call_impl"] = partial(
-        _call_forward_alone, model, get_ident(), before or model._call_impl
+    before = state.get(COMPILED_CALL)
+    state[COMPILED_CALL] = partial(
+        _call_forward_alone, model, get_ident(), before or call_within_hooks(model)
     )
     try:
         yield
     finally:
         if before is None:
-            del state["_compiled_call_impl"]
+            del state[COMPILED_CALL]
         else:
-            state["_compiled_call_impl"] = before
+            state[COMPILED_CALL] = before
 
 
 def _call_forward_alone(

@@ -7,15 +7,14 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
+from pabc.internals.fakes import detect_fake_mode
+
 from ..ir import GETITEM, output_node
 from ..keys import arguments_key, layout_key
-
-COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
 def call_key(node: Node) -> Hashable:

@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from pabc.base.arguments import pack
 from pabc.base.forward import inner_forward
 from pabc.base.structure import Structure, flatten, holds_tensors
+from pabc.internals import pytree
+from pabc.internals.modules import buffers_of
 
 from . import numbers
 from .alone import calling_forward_alone
@@ -241,7 +242,7 @@ def _registering_unseen(model: nn.Module) -> Iterator[None]:
         if tensor is None or hasattr(model, name):
             register(name, tensor, persistent)
         else:
-            model._buffers[name] = tensor
+            buffers_of(model)[name] = tensor
             fresh.append(name)
 
     vars(model)["register_buffer"] = register_unseen
@@ -252,4 +253,4 @@ def _registering_unseen(model: nn.Module) -> Iterator[None]:
         if own is not None:
             vars(model)["register_buffer"] = own
         for name in fresh:
-            model._buffers.pop(name, None)
+            buffers_of(model).pop(name, None)

@@ -15,13 +15,21 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from pabc.internals import pytree
+from pabc.internals.dispatch import (
+    COMPOSITE,
+    TorchDispatchMode,
+    is_any_autocast_enabled,
+    parse_key,
+    private_device,
+)
+from pabc.internals.ops import OpOverload, run_composite
 
 from ..ir import GETITEM, output_node
-from .bodies import COMPOSITE, call_key, trace_body
+from .bodies import call_key, trace_body
 
-_DEVICES = ("cpu", "cuda", "hpu", "mps", "xpu", torch._C._get_privateuse1_backend_name())
+_DEVICES = ("cpu", "cuda", "hpu", "mps", "xpu", private_device())
 
 
 @contextmanager
@@ -47,7 +55,7 @@ def write_out_casts_within(gm: GraphModule) -> None:
     known: dict[Hashable, GraphModule | None] = {}
     for node in list(gm.graph.nodes):
         _descend(gm, node)
-        if not _is_composite(node) or not torch._C._is_any_autocast_enabled():
+        if not _is_composite(node) or not is_any_autocast_enabled():
             continue
         key = call_key(node)
         if key not in known:
@@ -104,7 +112,7 @@ def _descend(gm: GraphModule, node: Node) -> None:
 
 def _is_composite(node: Node) -> bool:
     op = node.target
-    return isinstance(op, torch._ops.OpOverload) and op.has_kernel_for_dispatch_key(COMPOSITE)
+    return isinstance(op, OpOverload) and op.has_kernel_for_dispatch_key(COMPOSITE)
 
 
 def _has_casts_within(node: Node) -> bool:
@@ -114,7 +122,7 @@ def _has_casts_within(node: Node) -> bool:
     devices = {t.device.type for t in tensors}
     if any(_is_listed(node.target, device) for device in devices):
         return False
-    run = partial(node.target._op_dk, COMPOSITE, *args, **kwargs)
+    run = partial(run_composite(node.target), *args, **kwargs)
     with _Dtypes() as under_autocast:
         run()
     with without_autocast(), _Dtypes() as without:
@@ -122,11 +130,10 @@ def _has_casts_within(node: Node) -> bool:
     return under_autocast.seen != without.seen
 
 
-def _is_listed(op: torch._ops.OpOverload, device: str) -> bool:
+def _is_listed(op: OpOverload, device: str) -> bool:
     """Returns True if autocast casts the arguments of the op itself, and is then off within it."""
-    parse = torch._C._parse_dispatch_key
     return op.has_kernel_for_dispatch_key(
-        parse(f"Autocast{device.upper()}") or parse("AutocastPrivateUse1")  # type: ignore[arg-type]
+        parse_key(f"Autocast{device.upper()}") or parse_key("AutocastPrivateUse1")  # type: ignore[arg-type]
     )
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
-from torch._higher_order_ops import utils
+
+from pabc.internals.dynamo import replacing_in_hop_compile
 
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__))
 
@@ -24,21 +25,19 @@ def noting_compiled(model: nn.Module) -> Iterator[list[str]]:
     """
     noted: list[str] = []
     paths = {id(module): name for name, module in model.named_modules()}
-    # The function that torch.compile returns calls this right before it calls the one beneath.
-    own = utils._in_hop_compile
 
-    def note() -> bool:
-        of_pytorch = own()
-        if not of_pytorch:
-            found = _describe(paths, sys._getframe(1))
-            noted.extend(() if found is None else (found,))
-        return of_pytorch
+    def noting(is_compiling: Callable[[], bool]) -> Callable[[], bool]:
+        def note() -> bool:
+            of_pytorch = is_compiling()
+            if not of_pytorch:
+                found = _describe(paths, sys._getframe(1))
+                noted.extend(() if found is None else (found,))
+            return of_pytorch
 
-    utils._in_hop_compile = note
-    try:
+        return note
+
+    with replacing_in_hop_compile(noting):
         yield noted
-    finally:
-        utils._in_hop_compile = own
 
 
 def _describe(paths: dict[int, str], frame: FrameType) -> str | None:

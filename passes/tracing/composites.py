@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
+
+from pabc.internals.dispatch import (
+    COMPOSITE,
+    is_any_autocast_enabled,
+    is_traceable_wrapper_subclass,
+)
+from pabc.internals.ops import OpOverload, run_composite, schema_of
+from pabc.internals.pytree import tree_leaves
 
 from ..attention_calls import is_attention_op
 from ..ir import GETITEM, aten, is_tensor
 from ..keys import layout_key
 from ..relations.groups import SOFTMAXES
-from .bodies import COMPOSITE, call_key, splice_body, trace_body
+from .bodies import call_key, splice_body, trace_body
 from .casts import without_autocast, write_out_casts_within
 from .sizes import has_free_sizes
 
@@ -83,11 +88,11 @@ def decompose_unknown_composites(program: ExportedProgram) -> ExportedProgram:
         program.graph_module.recompile()
         return program
     write_out_casts_within(program.graph_module)
-    table: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+    table: dict[OpOverload, Callable[..., Any]] = {}
     fresh = find_unknown_composites(program.graph)
     with ExitStack() as stack:
         while True:
-            table.update((op, partial(op._op_dk, COMPOSITE)) for op in fresh)
+            table.update((op, run_composite(op)) for op in fresh)
             # Not the default table: it would break fused attention into its parts.
             program = program.run_decompositions(dict(table))
             fresh = find_unknown_composites(program.graph) - table.keys()
@@ -101,7 +106,7 @@ def _needs_whole_trace(program: ExportedProgram) -> bool:
     """Returns whether the whole graph has to be traced again: for autocast's casts, or for tensors
     that are made of others."""
     tensors = (*program.state_dict.values(), *program.constants.values())
-    return torch._C._is_any_autocast_enabled() or any(map(is_traceable_wrapper_subclass, tensors))
+    return is_any_autocast_enabled() or any(map(is_traceable_wrapper_subclass, tensors))
 
 
 def _drop_dropouts(graph: Graph) -> None:
@@ -125,7 +130,7 @@ def _has_plain_ops(graph: Graph) -> bool:
 
 
 def _is_plain(node: Node) -> bool:
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return False
     arguments = tree_leaves((node.args, node.kwargs))
     return (
@@ -136,13 +141,13 @@ def _is_plain(node: Node) -> bool:
     )
 
 
-def _functional_form(node: Node) -> torch._ops.OpOverload | None:
+def _functional_form(node: Node) -> OpOverload | None:
     """Returns the op that computes what this one writes to its first operand.
 
     None if another node reads that operand, or a part of it.
     """
     op, operand = node.target, node.args[0]
-    assert isinstance(op, torch._ops.OpOverload)
+    assert isinstance(op, OpOverload)
     name, _, overload = op.name().partition("::")[2].partition(".")
     form = getattr(getattr(aten, name.removesuffix("_"), None), overload or "default", None)
     if form is None or not name.endswith("_") or not isinstance(operand, Node):
@@ -155,9 +160,9 @@ def _functional_form(node: Node) -> torch._ops.OpOverload | None:
 
 def _takes_memory(op: Any) -> bool:
     """Returns whether an op's results are new memory: no view, and none of its operands."""
-    if not isinstance(op, torch._ops.OpOverload):
+    if not isinstance(op, OpOverload):
         return False
-    may_alias = any(result.alias_info is not None for result in op._schema.returns)
+    may_alias = any(result.alias_info is not None for result in schema_of(op).returns)
     return not may_alias and (op in KEPT or not op.has_kernel_for_dispatch_key(COMPOSITE))
 
 
@@ -186,25 +191,25 @@ def _expand(graph: Graph) -> bool:
 
 def _is_taken_apart(node: Node) -> bool:
     op = node.target
-    if not isinstance(op, torch._ops.OpOverload) or is_attention_op(node):
+    if not isinstance(op, OpOverload) or is_attention_op(node):
         return False
-    may_alias = any(result.alias_info is not None for result in op._schema.returns)
+    may_alias = any(result.alias_info is not None for result in schema_of(op).returns)
     composite = op.has_kernel_for_dispatch_key(COMPOSITE)
     return composite and (_is_unknown(op) or may_alias)
 
 
 def _is_write(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return isinstance(node.target, OpOverload) and schema_of(node.target).is_mutable
 
 
-def find_unknown_composites(graph: Graph) -> set[torch._ops.OpOverload]:
+def find_unknown_composites(graph: Graph) -> set[OpOverload]:
     """Returns the composite ops called in a graph that are neither pointwise nor kept."""
     calls = [n for n in graph.nodes if n.op == "call_function" and not is_attention_op(n)]
     targets = {node.target for node in calls}
-    return {op for op in targets if isinstance(op, torch._ops.OpOverload) and _is_unknown(op)}
+    return {op for op in targets if isinstance(op, OpOverload) and _is_unknown(op)}
 
 
-def _is_unknown(op: torch._ops.OpOverload) -> bool:
+def _is_unknown(op: OpOverload) -> bool:
     return (
         op not in KEPT
         and torch.Tag.pointwise not in op.tags

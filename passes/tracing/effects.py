@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
+
+from pabc.internals.fakes import FakeTensor
 
 from .calls import TracedCall
 from .holders import MISSING, Change, Holder, HolderKind

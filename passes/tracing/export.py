@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
+
+from pabc.internals import pytree
 
 from ..ir import is_tensor, module_path
 from .calls import TracedCall

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils import _pytree as pytree
+
+from pabc.internals import pytree
+from pabc.internals.fakes import FakeTensor, FakeTensorMode
 
 
 def share_fake_mode(args: Any) -> Any:

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from pabc.internals.modules import buffers_of, parameters_of
+
 from .opaque import OpaqueCall
 from .python_state import Snapshot
 from .tensor_call import TensorCall
@@ -129,7 +131,7 @@ class HookTracer:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {**vars(module), **module._parameters, **module._buffers}
+    return {**vars(module), **parameters_of(module), **buffers_of(module)}
 
 
 class _WriteWatch(TorchFunctionMode):

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from pabc.internals.ops import OpOverload, schema_of
+
 from ..ir import GETITEM, MASKS, aten, is_call
 
 _INDEX = (aten.index.Tensor, aten._unsafe_index.Tensor)
@@ -145,9 +147,9 @@ def _is_position_node(index: Any) -> bool:
 
 def _written(node: Node) -> list[Node]:
     op = node.target
-    if not isinstance(op, torch._ops.OpOverload):
+    if not isinstance(op, OpOverload):
         return []
-    named = zip(op._schema.arguments, node.args, strict=False)
+    named = zip(schema_of(op).arguments, node.args, strict=False)
     written = [value for arg, value in named if arg.alias_info and arg.alias_info.is_write]
     return [value for value in written if isinstance(value, Node)]
 
@@ -157,8 +159,8 @@ def _bases(node: Node) -> Iterator[Node]:
     while True:
         yield node
         op = node.target
-        is_view = isinstance(op, torch._ops.OpOverload) and any(
-            result.alias_info is not None for result in op._schema.returns
+        is_view = isinstance(op, OpOverload) and any(
+            result.alias_info is not None for result in schema_of(op).returns
         )
         if not (is_view or op is GETITEM) or not node.all_input_nodes:
             return

@@ -14,7 +14,8 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import map_arg
-from torch.utils import _pytree as pytree
+
+from pabc.internals import pytree
 
 from ..ir import MASKS, aten, is_call, is_tensor, value
 

@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from pabc.internals.dispatch import DisableTorchFunction, EnableTorchFunction, TorchDispatchMode
+from pabc.internals.tensors import version_of
 
 from ..attention_ops import is_attention
 from ..ir import EFFECT, OPAQUE
@@ -68,7 +70,7 @@ class OpaqueCall:
 
         Raises: RuntimeError if its results are laid out otherwise than when captured.
         """
-        with torch._C._EnableTorchFunction():
+        with EnableTorchFunction():
             result = self.call.run(self.model.get_submodule(self.path).forward, tensors)
         results, found = TensorCall.of((result,), {})
         layouts = tuple(map(ResultLayout.of, found))
@@ -121,16 +123,16 @@ class OpaqueRecorder:
         if self._is_within:
             return forward(*args, **kwargs)  # called by another opaque module
         call, inputs = TensorCall.of(args, kwargs)
-        versions = [tensor._version for tensor in inputs]
+        versions = [version_of(tensor) for tensor in inputs]
         module = self._model.get_submodule(path)
         before = Snapshot([(path, path, module)], values="all")
         self._is_within = True
         try:
-            with torch._C.DisableTorchFunction(), _AttentionCounter() as counter:
+            with DisableTorchFunction(), _AttentionCounter() as counter:
                 result = forward(*args, **kwargs)  # its reads need no check: it runs at every call
         finally:
             self._is_within = False
-        if versions != [tensor._version for tensor in inputs]:
+        if versions != [version_of(tensor) for tensor in inputs]:
             raise ValueError(
                 f"{path} cannot be traced ({self._reasons[path]}), nor run outside of a graph: it "
                 "writes to its arguments"

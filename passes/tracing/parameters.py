@@ -14,11 +14,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from pabc.internals import pytree
+from pabc.internals.dispatch import disabled_torch_function, is_traceable_wrapper_subclass
+from pabc.internals.modules import APPLY, apply, buffers_of, parameters_of
+from pabc.internals.tensors import Make, make_wrapper, replacing_make_subclass
 
 _PLAIN = (torch.Tensor, nn.Parameter)
-_PLAIN_FUNCTIONS = (torch._C._disabled_torch_function_impl, torch.Tensor.__torch_function__)
+_PLAIN_FUNCTIONS = (disabled_torch_function, torch.Tensor.__torch_function__)
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
@@ -44,13 +47,13 @@ class Parameters:
             if traced is not original:
                 tensors[name] = _dress(traced, original)
         for module in modules:
-            vars(module)["_apply"] = partial(_apply, module)
+            vars(module)[APPLY] = partial(_apply, module)
         try:
             with _making_stand_ins() if self._originals else nullcontext():
                 yield
         finally:
             for module in modules:
-                vars(module).pop("_apply", None)
+                vars(module).pop(APPLY, None)
             for tensors, before in held:
                 if any(tensors.get(name) is not tensor for name, tensor in before.items()):
                     tensors.update(before)
@@ -62,7 +65,7 @@ def _registers(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _registers_of(module: nn.Module) -> list[dict[str, Any]]:
-    found: list[Any] = [module._parameters, module._buffers]
+    found: list[Any] = [parameters_of(module), buffers_of(module)]
     return [held for held in found if held]
 
 
@@ -86,7 +89,7 @@ def _apply(module: nn.Module, function: Callable[[Any], Any], recurse: bool = Tr
     """:meth:`torch.nn.Module._apply` for tensors that are traced, which cannot be written to."""
     if recurse:
         for child in module.children():
-            child._apply(function)
+            apply(child)(function)
     for tensors in _registers_of(module):
         for name, tensor in tensors.items():
             if tensor is not None:
@@ -144,7 +147,7 @@ def _class_of(kind: type[torch.Tensor]) -> Any:
 
 
 def _stand_in(kind: type[torch.Tensor], traced: torch.Tensor) -> Any:
-    made = torch.Tensor._make_wrapper_subclass(
+    made = make_wrapper(
         _class_of(kind),
         traced.shape,
         strides=traced.stride(),
@@ -168,19 +171,14 @@ def _as(kind: type[torch.Tensor], value: Any) -> Any:
 @contextmanager
 def _making_stand_ins() -> Iterator[None]:
     """While active, subclasses that are made of stand-ins are stand-ins."""
-    make = torch.Tensor._make_subclass
 
-    def make_subclass(cls: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(data, _StandIn) or issubclass(cls, _StandIn):
-            return _as(cls, data)
-        return make(cls, data, *args, **kwargs)
+    def change(make: Make) -> Make:
+        def make_subclass(cls: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(data, _StandIn) or issubclass(cls, _StandIn):
+                return _as(cls, data)
+            return make(cls, data, *args, **kwargs)
 
-    before = vars(torch.Tensor).get("_make_subclass")
-    torch.Tensor._make_subclass = staticmethod(make_subclass)  # type: ignore[method-assign]
-    try:
+        return make_subclass
+
+    with replacing_make_subclass(change):
         yield
-    finally:
-        if before is None:
-            del torch.Tensor._make_subclass
-        else:
-            torch.Tensor._make_subclass = before  # type: ignore[method-assign]

@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from pabc.internals.tensors import version_of
+
 from .holders import MISSING, Change, Holder
 from .walk import walk_from
 
@@ -45,10 +47,10 @@ class Snapshot:
         self._versions: dict[int, tuple[torch.Tensor, int]] = {}
         self._values: list[tuple[torch.Tensor, int, torch.Tensor]] = []
         if values == "all":
-            self._versions = {id(t): (t, t._version) for t in self.tensors(registered=True)}
+            self._versions = {id(t): (t, version_of(t)) for t in self.tensors(registered=True)}
         elif values == "unregistered":
             tensors = self.tensors(registered=False)
-            self._values = [(t, t._version, t.detach().clone()) for t in tensors]
+            self._values = [(t, version_of(t), t.detach().clone()) for t in tensors]
 
     @classmethod
     def of(
@@ -78,14 +80,14 @@ class Snapshot:
             if old.keys() != now.keys() or not all(_is_same(now[key], old[key]) for key in old):
                 holder.write(old)
         for tensor, version, value in self._values:
-            if tensor._version != version:
+            if version_of(tensor) != version:
                 with torch.no_grad():
                     tensor.copy_(value)
 
     def _is_written(self, value: Any) -> bool:
         """Returns True for a tensor that was written to."""
         known = self._versions.get(id(value))
-        return known is not None and known[0]._version != known[1]
+        return known is not None and version_of(known[0]) != known[1]
 
     def tensors(self, *, registered: bool) -> Iterator[torch.Tensor]:
         """Yields the tensors that are held, with `registered` also parameters and buffers."""

@@ -18,8 +18,9 @@ import torch
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from pabc.internals import pytree
+from pabc.internals.dispatch import TorchDispatchMode
 
 from ..ir import MASKS, aten
 from .call_sites import CallSites

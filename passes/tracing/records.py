@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
+
+from pabc.internals import pytree
 
 from .tensor_call import TensorCall
 

@@ -15,9 +15,10 @@ from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
+
+from pabc.internals.fakes import FakeTensorMode
 
 from ..ir import make_module, user_inputs
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
+
+from pabc.internals import pytree
+from pabc.internals.tensors import version_of
 
 from .calls import TracedCall
 from .frozen import Same
@@ -141,7 +143,7 @@ def _value(change: Change) -> list[Any]:
 def _mark(value: Any) -> Any:
     """Returns a mark that differs once a value was replaced, or a tensor written to."""
     is_tensor = isinstance(value, torch.Tensor) and not value.is_inference()
-    return Same(value), value._version if is_tensor else 0
+    return Same(value), version_of(value) if is_tensor else 0
 
 
 def devices_of(tensors: Sequence[torch.Tensor]) -> list[torch.device]:

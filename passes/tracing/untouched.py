@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from pabc.internals.dispatch import TorchDispatchMode
+from pabc.internals.ops import OpOverload, schema_of
 
 from .frozen import is_library
 from .python_state import Snapshot
@@ -62,8 +64,8 @@ class SavedWrites(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
-            for i, argument in enumerate(func._schema.arguments):
+        if isinstance(func, OpOverload) and schema_of(func).is_mutable:
+            for i, argument in enumerate(schema_of(func).arguments):
                 given = args[i] if i < len(args) else kwargs.get(argument.name)
                 if argument.is_write and isinstance(given, torch.Tensor):
                     self._save(_storage(given))

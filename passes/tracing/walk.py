@@ -16,12 +16,13 @@ import torch
 from torch import nn
 
 from pabc.base.forward import AROUND
+from pabc.internals.modules import BUFFERS, CHILDREN, FORWARD_HOOKS, FORWARD_PRE_HOOKS, PARAMETERS
 
 from .frozen import is_library, slots_of
 from .globals import ENTRIES, CodeScan, is_of_library
 from .holders import Holder, HolderKind
 
-HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+HOOKS = (FORWARD_PRE_HOOKS, FORWARD_HOOKS)
 _PLAIN_OBJECTS = (
     SimpleNamespace,
     argparse.Namespace,
@@ -136,12 +137,12 @@ class StateWalk:
         for name, item in vars(value).items():
             if not path and name in AROUND:
                 continue
-            if name == "_modules":
+            if name == CHILDREN:
                 self._add(Holder(path, own, item, "children"))
                 for child, inner in item.items():
                     inner_path = _join(path, child)
                     self._later((inner_path, None if own is None else inner_path, inner))
-            elif name in ("_parameters", "_buffers"):
+            elif name in (PARAMETERS, BUFFERS):
                 self._add(Holder(path, own, item, "tensors"))
             elif name in HOOKS:
                 self._add(Holder(_join(path, name), own, item, "hooks"))
