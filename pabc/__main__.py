@@ -1,4 +1,4 @@
-"""The command line: `pabc demo`, `explain` and `calibrate`, also as `python -m pabc`."""
+"""The command line: `pabc demo`, `explain`, `calibrate` and `comfyui`, also as `python -m pabc`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import pabc
 from pabc.api import explain_call
 from pabc.base.kinds import FINE
 from pabc.commands.calibrate import add_calibrate
+from pabc.commands.comfyui import add_comfyui
 from pabc.commands.usage import UsageError, at_least, check_extra, find_callable, parse_device
 from pabc.options import Options
 from pabc.passes import Cut
@@ -67,6 +68,7 @@ def _make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="command")
     _add_demo(commands.add_parser("demo", help="generate, time and compare clips; write a report"))
     add_calibrate(commands)
+    add_comfyui(commands)
     explain = commands.add_parser(
         "explain",
         help="print what is found in a model",

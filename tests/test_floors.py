@@ -78,6 +78,8 @@ FLOORS = (
     ("pabc.calibration.*",),
     # Plans that make themselves.
     ("pabc.automatic.*",),
+    # Nodes for a host that runs models and samplers of its own.
+    ("pabc.comfyui.*",),
     ("pabc",),
     # Programs that use pabc as any user does.
     ("pabc.demo.*", "pabc.commands.*", "pabc.__main__"),

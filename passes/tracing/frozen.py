@@ -30,6 +30,7 @@ _OWN = tuple(
         "kernels",
         "runtime",
         "pipelines",
+        "comfyui",
         "artifact",
         "compiled",
         "inplace",
