@@ -35,6 +35,8 @@ class Target:
         backend: pabc's backend in parts that measure Inductor.
         steps: the number of steps of timed generations.
         rounds: the number of timed generations of each variant.
+        folder: where results are written.
+        seconds: the time that a task has.
     """
 
     device: str
@@ -42,6 +44,14 @@ class Target:
     backend: str
     steps: int
     rounds: int
+    folder: Path
+    seconds: float = float("inf")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What rows depend on."""
+        names = ("device", "is_smoke", "backend", "steps", "rounds")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def is_cuda(self) -> bool:
@@ -176,8 +186,12 @@ def check_compiled(
     schedule: pabc.Schedule,
     target: Target,
     eager: Sequence[Tensor],
+    **options: Any,
 ) -> Row:
-    """Checks that the error of compiled phases is at most twice that of `eager`'s results."""
+    """Checks that the error of compiled phases is at most twice that of `eager`'s results.
+
+    `options` are those of `pabc.compile`; the backend is the target's, if they name none.
+    """
     dtype = eager[0].dtype
     exact = [
         {name: _as_double(x) for name, x in call.items()}
@@ -185,7 +199,7 @@ def check_compiled(
     ]
     double = copy.deepcopy(model).double()
     reference = run(pabc.compile(double, schedule, backend="eager"), exact)
-    fast = pabc.compile(model, schedule, backend=target.backend)  # type: ignore[arg-type]
+    fast = pabc.compile(model, schedule, **{"backend": target.backend, **options})
     found = run(fast, make_calls(workload, schedule.timesteps, target.device, dtype))
     error, own = find_error(found, reference), find_error(eager, reference)
     allowed = 2 * own + 4 * torch.finfo(dtype).eps

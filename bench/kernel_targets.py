@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def main() -> None:
     add = parser.add_argument
     add("--kernel", help="one kernel; default: all")
     add("--only", default="", help="configurations whose label has this in it")
+    add("--target", choices=[target.name for target in TARGETS], help="one target; default: all")
     add("--workers", type=int, default=2, help="processes; default: %(default)s")
     add("--out", type=Path)
     options = parser.parse_args()
@@ -46,22 +48,24 @@ def main() -> None:
     rows, problems = [], 0
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.workers, mp_context=spawn) as pool:
-        for row in pool.map(compile_for_all, *zip(*work, strict=True)):
+        compile_one = partial(compile_for_all, only=options.target)
+        for row in pool.map(compile_one, *zip(*work, strict=True)):
             rows.append(row)
             problems += sum(bool(row[t.name]["problems"]) for t in TARGETS if t.name in row)
             print(format_row(row), flush=True)
-    print(f"{len(rows)} configurations, {len(TARGETS)} targets, {problems} problems")
+    num_targets = len(TARGETS) if options.target is None else 1
+    print(f"{len(rows)} configurations, {num_targets} targets, {problems} problems")
     if options.out is not None:
         report.write_json(options.out, {**report.describe_run(), "rows": rows})
     sys.exit(problems > 0)
 
 
-def compile_for_all(kernel: str, index: int) -> dict[str, Any]:
-    """Returns the row of one configuration of a kernel."""
+def compile_for_all(kernel: str, index: int, *, only: str | None = None) -> dict[str, Any]:
+    """Returns the row of one configuration of a kernel, for all targets or `only` one."""
     what = list(SPECIALIZATIONS[kernel]())[index]
     row: dict[str, Any] = {"kernel": kernel, "configuration": what.label}
     for target in TARGETS:
-        if what.targets and target.name not in what.targets:
+        if only not in (None, target.name) or (what.targets and target.name not in what.targets):
             continue
         usage = compile_for(target, what)
         row[target.name] = {

@@ -15,7 +15,7 @@ import argparse
 import copy
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -75,16 +75,31 @@ class Batch(NamedTuple):
 
 def draw_batch(pictures: emoji.Pictures, text: Text, size: int, seed: int) -> Batch:
     """Draws captions, their pictures and noise; noise levels are stratified."""
-    generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
+    captions, words = draw_captions(pictures, size, seed)
+    generator = torch.Generator().manual_seed(seed)
+    return add_noise(pictures.render(captions), text.tokenize(words), generator)
+
+
+def draw_captions(
+    pictures: emoji.Pictures, size: int, seed: int
+) -> tuple[list[emoji.Caption], list[str]]:
+    """Draws captions, and their words, of which some are left out."""
+    rng = random.Random(seed)
     captions = [pictures.draw_caption(rng) for _ in range(size)]
     words = [
         "" if rng.random() < NULL_CAPTION else pictures.phrase(caption, rng) for caption in captions
     ]
-    clean = pictures.render(captions)
-    noise = torch.randn(clean.shape, generator=generator)
-    strata = (torch.arange(size) + torch.rand(size, generator=generator)) / size
+    return captions, words
+
+
+def add_noise(clean: torch.Tensor, tokens: torch.Tensor, generator: torch.Generator) -> Batch:
+    """Returns the batch of pictures and tokens; noise and its levels are of the generator."""
+    size, new = len(clean), {"generator": generator, "device": clean.device}
+    noise = torch.randn(clean.shape, **new)  # type: ignore[call-overload]
+    strata = torch.arange(size, device=clean.device) + torch.rand(size, **new)  # type: ignore[call-overload]
+    strata = strata / size
     sigmas = SHIFT * strata / (1 + (SHIFT - 1) * strata)
-    return Batch(clean, noise, sigmas, text.tokenize(words))
+    return Batch(clean, noise, sigmas, tokens)
 
 
 def compute_loss(step_fn: Callable, batch: Batch, autocast: bool) -> torch.Tensor:
@@ -123,32 +138,39 @@ def train(args: argparse.Namespace) -> None:
     optimizers = training.build_optimizers(trainee, args.muon_lr, args.adamw_lr)
     run = Run(args, trainee, ema, optimizers, Progress())
     run.resume()
-    train_steps(run, pictures)
+
+    def draw(seed: int) -> Batch:
+        drawn = draw_batch(pictures, trainee.text, args.batch, seed)
+        return Batch(*(part.to(args.device) for part in drawn))
+
+    for progress, loss in train_steps(run, draw):
+        report(progress, loss)
     run.save()
 
 
-def train_steps(run: Run, pictures: emoji.Pictures) -> None:
-    """Runs the steps that are left, saving a checkpoint every few minutes."""
+def train_steps(run: Run, draw: Callable[[int], Batch]) -> Iterator[tuple[Progress, float]]:
+    """Runs the steps that are left, saving a checkpoint every few minutes.
+
+    `draw` returns the batch of a seed. Yields the progress and the mean loss, every few steps.
+    """
     args, progress = run.args, run.progress
     step_fn = torch.compile(run.trainee, dynamic=False) if args.compile else run.trainee
     saved = clock = time.perf_counter()
-    losses: list[float] = []
+    losses: list[torch.Tensor] = []
     while (done := run.done()) < 1:
-        seed = args.seed * 10_000_000 + progress.steps
-        drawn = draw_batch(pictures, run.trainee.text, args.batch, seed)
-        batch = Batch(*(part.to(args.device) for part in drawn))
+        batch = draw(args.seed * 10_000_000 + progress.steps)
         loss = compute_loss(step_fn, batch, args.autocast)
         factor = training.learning_rate_factor(done, progress.steps)
         training.take_step(run.trainee, run.optimizers, loss, factor)
         training.update_ema(run.ema, run.trainee, progress.steps)
-        losses.append(loss.item())
+        losses.append(loss.detach())  # to read it would wait for a GPU
         now = time.perf_counter()
         progress.seconds += now - clock
         progress.steps += 1
         progress.samples += args.batch
         clock = now
         if progress.steps % args.log_every == 0:
-            report(progress, sum(losses) / len(losses))
+            yield progress, float(torch.stack(losses).mean())
             losses.clear()
         if now - saved > 60 * args.save_minutes:
             run.save()
@@ -163,7 +185,7 @@ def report(progress: Progress, loss: float) -> None:
 
 def export(checkpoint: Path, weights: Path) -> None:
     """Writes the averaged weights of a checkpoint as the demo's package data, in float16."""
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    state = training.read_checkpoint(checkpoint)
     known = emoji.Pictures.load()
     trainee = Trainee(known.words)
     trainee.load_state_dict(state["ema"])

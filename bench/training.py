@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,29 +35,67 @@ class Run:
         """The checkpoint."""
         return self.args.out / "checkpoint.pt"
 
-    def save(self) -> None:
-        """Writes the checkpoint atomically."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        state = {
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint contains."""
+        return {
             "trainee": self.trainee.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "progress": asdict(self.progress),
         }
-        torch.save(state, self.path.with_suffix(".partial"))
-        self.path.with_suffix(".partial").replace(self.path)
+
+    def save(self) -> None:
+        """Writes the checkpoint."""
+        write_checkpoint(self.path, self.state, self.args.piece_mib)
 
     def resume(self) -> None:
         """Restores the state from the checkpoint, if there is one and the arguments ask for it."""
-        if not (self.args.resume and self.path.is_file()):
+        if not (self.args.resume and (self.path.is_file() or find_pieces(self.path))):
             return
-        state = torch.load(self.path, map_location=self.args.device, weights_only=True)
+        state = read_checkpoint(self.path)
         self.trainee.load_state_dict(state["trainee"])
         self.ema.load_state_dict(state["ema"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.progress = type(self.progress)(**state["progress"])
         print(f"resumed {self.path}: {self.progress}", flush=True)
+
+
+def write_checkpoint(path: Path, state: Any, piece_mib: float | None = None) -> None:
+    """Writes a checkpoint to a file, atomically, or to pieces of it of at most so many MiB."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if piece_mib is None:
+        torch.save(state, path.with_suffix(".partial"))
+        path.with_suffix(".partial").replace(path)
+        return
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content, size = buffer.getbuffer(), int(piece_mib * 2**20)
+    for piece in find_pieces(path):
+        piece.unlink()
+    for index, start in enumerate(range(0, len(content), size)):
+        path.with_name(f"{path.name}.{index}").write_bytes(content[start : start + size])
+
+
+def find_pieces(path: Path) -> list[Path]:
+    """Returns the pieces of a checkpoint that is not one file, in order."""
+    found = path.parent.glob(f"{path.name}.*")
+    return sorted(
+        (piece for piece in found if piece.suffix[1:].isdecimal()),
+        key=lambda piece: int(piece.suffix[1:]),
+    )
+
+
+def read_checkpoint(path: Path) -> Any:
+    """Returns the state in a checkpoint, which is a file or pieces of one, on the CPU.
+
+    What is loaded from it is moved to where it belongs: optimizers keep their counts on the CPU.
+    """
+    source: Any = path
+    if not path.is_file() and (pieces := find_pieces(path)):
+        source = io.BytesIO(b"".join(piece.read_bytes() for piece in pieces))
+    return torch.load(source, map_location="cpu", weights_only=True)
 
 
 def add_arguments(add: Callable[..., Any], out: Path) -> None:
@@ -72,6 +111,7 @@ def add_arguments(add: Callable[..., Any], out: Path) -> None:
     add("--seed", type=int, default=0)
     add("--log-every", type=int, default=50)
     add("--save-minutes", type=float, default=3.0)
+    add("--piece-mib", type=float, help="split the checkpoint into files of at most this size")
 
 
 def build_optimizers(

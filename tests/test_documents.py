@@ -258,6 +258,9 @@ MADE = (
     "notes.npz",
     "calibration.npz",
     "frontier.svg",
+    "checks.json",
+    "times.json",
+    "train.json",
     "passes/swish.py",
     "tests/test_swish.py",
 )

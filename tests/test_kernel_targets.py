@@ -42,5 +42,5 @@ def test_every_kernel_has_a_benchmark_and_a_test():
     }
     assert {path.stem.removeprefix("kernel_") for path in BENCHMARKS} == kernels
     assert all((Path(__file__).parent / f"test_{kernel}.py").exists() for kernel in kernels)
-    text = (BENCH / "gpu_timing.py").read_text()
+    text = (BENCH / "gpu_kernels.py").read_text()
     assert all(f"import kernel_{kernel}\n" in text for kernel in kernels)
