@@ -5,14 +5,15 @@
 Each row is a process of its own with the demo's model (2.96 M parameters, random weights) and a
 pyramid of 20 steps, which has five phases:
 
-- compiled, empty cache: `pabc.compile` with an empty Inductor cache on disk;
+- compiled, empty cache: `pabc.compile` with an empty Inductor cache on disk, and then `save`;
 - compiled, full cache: the same with the Inductor cache that the first row left;
-- saved: compiled as in the second row, then `save`, whose seconds are in `save`;
-- loaded: `pabc.load` of that file, with an empty Inductor cache.
+- loaded: `pabc.load` of the file that the first row saved, with an empty Inductor cache.
 
 `first` is the time from the start of the process to the result of the first step, `generation` to
-that of the last step; `imports` is the part of both that imports and building the model take. `cpu`
-is the CPU time of `generation`, compilers included, which is less sensitive to other processes.
+that of the last step; `imports` is the part of both that imports and building the model take.
+`compile` is how much longer this generation took than the next one, which compiles nothing. `load`
+and `save` are the seconds of these calls. `cpu` is the CPU time of `generation`, compilers
+included, and `save_cpu` that of `save`; both are less sensitive to other processes.
 """
 
 from __future__ import annotations
@@ -43,8 +44,10 @@ def measure(artifact: str, how: str, start: float) -> dict[str, float]:
 
     model, args, kwargs = example()
     row = {"imports": time.time() - start}
+    begin = time.time()
     if how == "loaded":
         fast = pabc.load(artifact, model)
+        row["load"] = time.time() - begin
     else:
         steps = range(1000, 0, -1000 // NUM_STEPS)
         schedule = pabc.Schedule.pyramid(
@@ -52,17 +55,19 @@ def measure(artifact: str, how: str, start: float) -> dict[str, float]:
         )
         fast = pabc.compile(model, schedule)
     with torch.no_grad():
-        for step in range(NUM_STEPS):
+        fast(*args, **kwargs)
+        row["first"] = time.time() - start
+        for _ in range(1, NUM_STEPS):
             fast(*args, **kwargs)
-            if step == 0:
-                row["first"] = time.time() - start
-    row["generation"] = time.time() - start
-    row["cpu"] = cpu_seconds()
-    if how == "saved":
-        begin = time.time()
+        end = time.time()
+        row |= {"generation": end - start, "cpu": cpu_seconds()}
+        for _ in range(NUM_STEPS):
+            fast(*args, **kwargs)
+    row["compile"] = (end - begin) - (time.time() - end)
+    if how != "loaded":
+        begin, cpu = time.time(), cpu_seconds()
         fast.save(artifact)
-        row["save"] = time.time() - begin
-        row["save_cpu"] = cpu_seconds() - row["cpu"]
+        row |= {"save": time.time() - begin, "save_cpu": cpu_seconds() - cpu}
     stats = fast.stats
     return {**row, "captures": stats.captures, "compiles": stats.compiles}
 
@@ -86,9 +91,7 @@ def main() -> None:
     """Measures the rows, prints them and writes them to a file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("bench/results/cold_start.json"))
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="repetitions of all rows but `saved`"
-    )
+    parser.add_argument("--repeats", type=int, default=3, help="repetitions of all rows")
     parser.add_argument("--row", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
@@ -108,18 +111,17 @@ def main() -> None:
 
 def measure_all(folder: Path, repeats: int) -> dict[str, dict[str, float]]:
     """Measures all rows; returns the medians of each."""
-    artifact = folder / "fast.pabc"
     found: dict[str, list[dict[str, float]]] = {}
     for i in range(repeats):
-        cache = folder / f"cache{i}"
-        found.setdefault("compiled, empty cache", []).append(run(artifact, "compiled", cache))
-        found.setdefault("compiled, full cache", []).append(run(artifact, "compiled", cache))
-        if i == 0:
-            found["saved"] = [run(artifact, "saved", cache)]
-        found.setdefault("loaded", []).append(run(artifact, "loaded", folder / f"other{i}"))
-    rows = {how: median(rows) for how, rows in found.items()}
-    rows["saved"]["mebibytes"] = round(artifact.stat().st_size / 2**20, 2)
-    return rows
+        artifact, cache = folder / f"fast{i}.pabc", folder / f"cache{i}"
+        for name, how, path, used in (
+            ("compiled, empty cache", "compiled", artifact, cache),
+            ("compiled, full cache", "compiled", folder / "again.pabc", cache),
+            ("loaded", "loaded", artifact, folder / f"other{i}"),
+        ):
+            found.setdefault(name, []).append(run(path, how, used))
+        found["loaded"][-1]["mebibytes"] = artifact.stat().st_size / 2**20
+    return {how: median(rows) for how, rows in found.items()}
 
 
 def median(rows: list[dict[str, float]]) -> dict[str, float]:

@@ -155,6 +155,24 @@ def write_skips(content: Content) -> str:
     return _with_date(content, report.format_markdown((*header, "of calls / computed"), lines))
 
 
+def write_cold_start(content: Content) -> str:
+    """Returns the table of seconds until results, of `cold_start.py`."""
+    lines = [
+        [
+            name,
+            *(f"{row[key]:.1f} s" for key in ("first", "generation")),
+            *(f"{row[key]:.1f} s" if key in row else "" for key in ("compile", "save", "load")),
+            f"{row['captures']:.0f}, {row['compiles']:.0f}",
+        ]
+        for name, row in content["seconds"].items()
+    ]
+    header = ("demo model, 20 steps, 5 phases", "first result", "whole generation")
+    header += ("compiling", "`save`", "`load`", "captures, compiles")
+    loaded = content["seconds"]["loaded"]
+    notes = f"{loaded['imports']:.1f} s of imports", f"a file of {loaded['mebibytes']:.1f} MiB"
+    return _with_date(content, report.format_markdown(header, lines), *notes)
+
+
 def write_bytes(content: Content) -> str:
     """Returns the table of measured bytes, of `communication.py`."""
     names = ("2/4/6", "skip 2x", "skip 3x")
@@ -202,6 +220,7 @@ TABLES: dict[str, tuple[str, Callable[[Content], str]]] = {
     "emoji": ("demo/metrics_emoji.json", write_demo),
     "one clip": ("demo/metrics_one_clip.json", write_one_clip),
     "skips": ("efficiency.json", write_skips),
+    "cold start": ("cold_start.json", write_cold_start),
     "bytes": ("communication.json", write_bytes),
     "skipped bytes": ("communication_skips.json", write_bytes),
     "equal calls": ("peers_skips.json", write_equal_calls),

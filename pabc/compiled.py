@@ -356,9 +356,10 @@ class CompiledModel(Wrapper):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes graphs, schedule and compiled code to a file, for :func:`pabc.load`; no weights.
 
-        Every phase of the schedule is compiled for the file, for each kind of call seen so far:
-        what is compiled already serves this process alone. Other threads' steps wait for it. The
-        file is written whole or not at all.
+        The file holds every phase of the schedule, for each kind of call seen so far. Phases that
+        did not run yet are compiled, and serve this process as well. Code for GPUs is compiled once
+        more: what this process runs serves it alone. Other threads' steps wait. The file is written
+        whole or not at all.
 
         Raises: ArtifactError for what cannot be saved; it names the node, argument or option.
         """

@@ -11,7 +11,8 @@ from .blocks import split_blocks_pass, verify_blocks
 from .cache import insert_cache_pass, verify_cache
 from .canonicalize import canonicalize_pass
 from .capture import CONSTANTS, capture, find_tensor
-from .emit import CompiledBlock, compile_blocks, example_inputs, prepare_inductor, run_blocks
+from .code import BlockFunction, CompiledBlock, Listing, Package
+from .emit import compile_blocks, example_inputs, prepare_inductor, run_blocks
 from .encode import CacheDtype, encode_cuts_pass, form_of
 from .encode import decode as decode_cut
 from .encode import encode as encode_cut
@@ -205,7 +206,10 @@ __all__ = [  # noqa: RUF022
     "tagged",
     "FlopCounter",
     # Code for graphs, made by Inductor.
+    "BlockFunction",
     "CompiledBlock",
+    "Listing",
+    "Package",
     "compile_blocks",
     "run_blocks",
     "example_inputs",

@@ -16,11 +16,9 @@ from torch.fx import GraphModule
 
 from pabc.internals.onednn import lowering_onednn
 
-from .ir import is_collective, is_effect, user_inputs
+from .code import BlockFunction, CompiledBlock, Listing
+from .ir import is_collective, is_effect, output_node, user_inputs
 from .tracing.lean import without_garbage_collection
-
-CompiledBlock = Callable[[list[Any]], Sequence[torch.Tensor]]
-"""The compiled code of a block: the list of inputs, which it may clear -> the results."""
 
 
 def compile_blocks(blocks: Iterable[GraphModule]) -> list[CompiledBlock]:
@@ -31,22 +29,22 @@ def compile_blocks(blocks: Iterable[GraphModule]) -> list[CompiledBlock]:
     Inductor lowers the next.
     """
     pending = _PendingCompilers()
+    made: list[tuple[BlockFunction, Any]] = []
     with without_garbage_collection():
-        code = []
         for block in blocks:
             with pending.put_off() if _is_on_cpu(block) else nullcontext():
                 has_effects = any(map(is_effect, block.graph.nodes))  # Inductor would drop these
-                code.append((_run_block if has_effects else _compile_block)(block))
+                made.append((_run_block(block), None) if has_effects else _compile_block(block))
         pending.end()
-    return code
+    return [CompiledBlock(run, None if inner is None else Listing.of(inner)) for run, inner in made]
 
 
 def run_blocks(blocks: Iterable[GraphModule]) -> list[CompiledBlock]:
     """Returns functions that run blocks op by op, without compiling them."""
-    return [_run_block(block) for block in blocks]
+    return [CompiledBlock(_run_block(block)) for block in blocks]
 
 
-def _run_block(gm: GraphModule) -> CompiledBlock:
+def _run_block(gm: GraphModule) -> BlockFunction:
     def run(inputs: list[Any]) -> Sequence[torch.Tensor]:
         given = [*inputs]
         inputs.clear()
@@ -55,13 +53,35 @@ def _run_block(gm: GraphModule) -> CompiledBlock:
     return run
 
 
-def _compile_block(gm: GraphModule) -> CompiledBlock:
-    from torch._inductor.compile_fx import compile_fx
+def _compile_block(gm: GraphModule) -> tuple[BlockFunction, Any]:
+    """Returns the code of a block, and Inductor's own result where that alone is the code.
 
-    with torch.no_grad(), lowering_onednn(), _overlapping(gm):
-        compiled: Any = compile_fx(gm, example_inputs(gm))
+    AOTAutograd wraps that result in what gradients, and inputs that share memory, need. A block on
+    the CPU with as many inputs and results as Inductor's graph has needs none of it.
+    """
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    found: list[Any] = []
+    widths = [_widths(gm)]
+
+    def compile_inner(graph: GraphModule, *args: Any, **kwargs: Any) -> Any:
+        widths.append(_widths(graph))
+        found.append(compile_fx_inner(graph, *args, **kwargs))
+        return found[-1]
+
+    with torch.no_grad(), lowering_onednn(), _overlapping(gm), _fixing_threads():
+        compiled: Any = compile_fx(gm, example_inputs(gm), inner_compile=compile_inner)
+    if len(found) == 1 and widths[0] == widths[1] and _is_on_cpu(gm):
+        (inner,) = found
+        has_parts = "self.partitions[" in inner.source_code  # which are gone when `inner` is
+        return (inner if has_parts else inner.current_callable), inner
     boxed = inspect.unwrap(compiled, stop=_takes_list)
-    return boxed if _takes_list(boxed) else lambda inputs: compiled(*inputs)
+    return (boxed if _takes_list(boxed) else lambda inputs: compiled(*inputs)), None
+
+
+def _widths(gm: GraphModule) -> tuple[int, int]:
+    """Returns the numbers of inputs and results."""
+    return len(user_inputs(gm.graph)), len(output_node(gm.graph).args[0])
 
 
 def _overlapping(gm: GraphModule) -> AbstractContextManager[object]:
@@ -75,6 +95,20 @@ def _overlapping(gm: GraphModule) -> AbstractContextManager[object]:
         return nullcontext()
     order = {"reorder_for_compute_comm_overlap_passes": ["sink_waits", "raise_comms"]}
     return config.patch({"reorder_for_compute_comm_overlap": True, **order})
+
+
+def _fixing_threads() -> AbstractContextManager[object]:
+    """Makes kernels on the CPU run on as many threads as there are now.
+
+    By default, where that is the number of cores, they run on as many as there are at the call, but
+    have room for the partial sums of as many as there are now: too little in a process that loads
+    them on a larger machine. A setting of the user wins.
+    """
+    from torch._inductor import config
+
+    if config.cpp.dynamic_threads or config.cpp.threads > 0:
+        return nullcontext()
+    return config.patch({"cpp.threads": torch.get_num_threads()})
 
 
 def example_inputs(block: GraphModule) -> list[torch.Tensor | None]:

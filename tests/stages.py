@@ -99,5 +99,6 @@ def run_graph(gm: GraphModule, call: Mapping[str, Any], *state: Any) -> torch.Te
 def compile_flat(flat: GraphModule) -> Callable[..., list[torch.Tensor]]:
     """Compiles a flat graph block by block with Inductor."""
     chain, blocks = BlockChain.of(*passes.split_blocks_pass(flat))
-    run = chain.link(passes.compile_blocks([block.graph for block in blocks]))
+    code = passes.compile_blocks([block.graph for block in blocks])
+    run = chain.link([block.run for block in code])
     return lambda *inputs: run([*inputs])

@@ -1,5 +1,6 @@
-"""Code that calls kernels, ahead of time: a second process runs it that has imported none."""
+"""Code that calls kernels: a second process runs it that has imported none."""
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -8,18 +9,21 @@ import pytest
 import torch
 from lowered_norms import CUT, LATENTS, ROWS, TEXT, X, lower, norms, plain
 
-from pabc.artifact.code import compile_code, used_inputs
+from pabc.artifact.listings import reduce_listing
+from pabc.artifact.packages import compile_package
+from pabc.passes import compile_blocks
 
 pytestmark = [pytest.mark.kernels, pytest.mark.slow]
 SECOND = """
-import sys, torch
+import pickle, sys, torch
 from pathlib import Path
-from pabc.artifact.code import load_code
+from pabc.artifact.{form}s import load_{form}
 
-used, inputs, expected = torch.load(sys.argv[2])
-assert not {"pabc.kernels.residual_norm", "pabc.kernels.joint_norm"} & set(sys.modules)
-run = load_code(Path(sys.argv[1]).read_bytes(), used, torch.device("cpu"))
-for found, each in zip(run(inputs), expected, strict=True):
+portable = pickle.loads(Path(sys.argv[1]).read_bytes())
+inputs, expected = torch.load(sys.argv[2])
+assert not {{"pabc.kernels.residual_norm", "pabc.kernels.joint_norm"}} & set(sys.modules)
+block = load_{form}(portable{device})
+for found, each in zip(block.run(inputs), expected, strict=True):
     torch.testing.assert_close(found, each, atol=1e-6, rtol=1e-5)
 """
 
@@ -29,15 +33,22 @@ def norm_and_sum(x, cut, m):
     return plain(y) * (1 + m.scale), plain(x), y
 
 
+@pytest.mark.parametrize("form", ["listing", "package"])
 @pytest.mark.parametrize(
     ("function", "inputs"), [(norm_and_sum, [X, CUT]), (norms, [TEXT, LATENTS])]
 )
-def test_a_second_process_runs_it(function, inputs, tmp_path):
+def test_a_second_process_runs_it(function, inputs, form, tmp_path):
     lowered, run = lower(function, *inputs)
     code, values = tmp_path / "code", tmp_path / "values"
-    code.write_bytes(compile_code(lowered))
-    torch.save((used_inputs(lowered), [*inputs, *ROWS], [*run()[1]]), values)
-    command = [sys.executable, "-c", SECOND, str(code), str(values)]
+    if form == "package":
+        portable = compile_package(lowered)
+    else:
+        portable = reduce_listing(compile_blocks([lowered])[0].portable)
+    code.write_bytes(pickle.dumps(portable))
+    torch.save(([*inputs, *ROWS], [*run()[1]]), values)
+    device = ', torch.device("cpu")' if form == "package" else ""
+    program = SECOND.format(form=form, device=device)
+    command = [sys.executable, "-c", program, str(code), str(values)]
     folder = Path(__file__).parents[1]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr

@@ -252,7 +252,7 @@ def test_no_fusion_is_lost(captured, monkeypatch):
     chain, blocks = BlockChain.of(*split_blocks_pass(flat))
     with torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=False):
         code = compile_blocks([block.graph for block in blocks])
-        results = chain.link(code)([*inputs])
+        results = chain.link([block.run for block in code])([*inputs])
         expected = compile_fx(flat, inputs)(*inputs)
     for result, other in zip(results, expected, strict=True):
         torch.testing.assert_close(result, other, rtol=0, atol=1e-5)

@@ -1,107 +1,122 @@
-"""Compiles a block ahead of time to a shared library, and loads such libraries.
+"""Writes and reads the code of a program's phases.
 
-AOTInductor compiles the same graph that Inductor compiles for the running process. The library
-needs neither the graph nor Inductor, calls Python only for the ops of :mod:`pabc.kernels`, and
-contains no weights: they are inputs.
+What the process compiled for itself is written where it can be: the code of blocks on CPUs. Blocks
+of other devices are compiled once more, ahead of time.
 """
 
 from __future__ import annotations
 
-import tempfile
-import threading
-from collections.abc import Sequence
-from pathlib import Path
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from time import perf_counter
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
 
-from pabc.kernels import register_all
-from pabc.passes import (
-    CompiledBlock,
-    copy_into,
-    example_inputs,
-    lowering_onednn,
-    make_module,
-    output_node,
-    user_inputs,
-)
+from pabc.artifact.listings import load_listing, reduce_listing
+from pabc.artifact.packages import compile_package, load_package
+from pabc.artifact.values import Json, decode, encode
+from pabc.internals.dynamo import compile_lock
+from pabc.passes import CompiledBlock, Lifted, Listing, Package, PhaseSlots, ResultIndex, is_opaque
+from pabc.runtime.chain import BlockCall, BlockChain
+from pabc.runtime.executables import CompiledPhase, LoweredPhase, PhaseChain
 
-_CALLS_KERNELS = b"pabc::"
-"""Occurs in a package whose code calls kernels: it lists the ops' names as plain text."""
-_ALIGNMENT = 16
-"""The alignment in bytes that code for a GPU may assume of its inputs."""
-_OPTIONS = {
-    "aot_inductor.package": True,
-    # For the wrapper, not the kernels: optimizing it doubles the compile time for no speedup.
-    "aot_inductor.compile_wrapper_opt_level": "O0",
-    "cpp.dynamic_threads": True,  # the number of threads of the process that runs the code
-}
+logger = logging.getLogger(__name__)
 
 
-def compile_code(block: GraphModule) -> bytes:
-    """Compiles a block (:func:`split_blocks_pass`); returns the package for :func:`load_code`."""
-    from torch._inductor.compile_fx import compile_fx_aot
-    from torch._inductor.package.package import package_aoti
+def write_phases(phases: Iterable[CompiledPhase], folder: str) -> tuple[Json, dict[str, bytes]]:
+    """Returns compiled phases as JSON, and the members that it refers to, named within `folder`.
 
-    graph = _with_used_inputs(block)
-    examples = example_inputs(block)
-    inputs: list[Any] = [examples[i] for i in used_inputs(block)]
-    with torch.no_grad(), lowering_onednn(), tempfile.TemporaryDirectory() as folder:
-        outputs = compile_fx_aot(graph, inputs, config_patches=_OPTIONS)
-        assert isinstance(outputs, list)
-        files = [file for file in outputs if not str(file).endswith(".cpp")]
-        path = Path(folder) / "phase.pt2"
-        package_aoti(str(path), files)
-        return path.read_bytes()
-
-
-def load_code(data: bytes, used: Sequence[int], device: torch.device) -> CompiledBlock:
-    """Returns the code in a package of :func:`compile_code`, as a function of the block's inputs.
-
-    Args:
-        data: the package.
-        used: :func:`used_inputs` of the block's graph.
-        device: the device that the code runs on.
+    Phases with opaque modules are left out, and compiled by the process that loads the file: they
+    call the op of an opaque module by a name that is valid in this process only.
     """
-    if _CALLS_KERNELS in data:
-        register_all()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "phase.pt2"
-        path.write_bytes(data)
-        index = -1 if device.index is None else device.index
-        loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, index)
-    # The library runs one call at a time; a second one would wait while it holds the GIL.
-    lock = threading.Lock()
-    needs_alignment = device.type != "cpu"
-
-    def run(inputs: list[Any]) -> list[torch.Tensor]:
-        given = [inputs[i] for i in used]
-        inputs.clear()
-        if needs_alignment:
-            given = [x if x.data_ptr() % _ALIGNMENT == 0 else x.clone() for x in given]
-        with lock:
-            results: list[torch.Tensor] = loader.boxed_run(given)
-        return results
-
-    return run
+    members: dict[str, bytes] = {}
+    blocks: dict[CompiledBlock, Json] = {}
+    written = []
+    for phase in phases:
+        if not isinstance(phase, PhaseChain) or _calls_modules(phase):
+            continue
+        _compile_missing(phase)
+        for block in phase.code:
+            if block not in blocks:
+                blocks[block] = _write_block(block, f"{folder}/code{len(blocks)}", folder, members)
+        called = [list(blocks).index(block) for block in phase.code]
+        slots = encode((phase.slots.reused, phase.slots.stored, phase.slots.depths))
+        written.append([slots, _write_lowered(phase.lowered), called])
+    return {"blocks": list(blocks.values()), "phases": written}, members
 
 
-def used_inputs(flat: GraphModule) -> list[int]:
-    """Returns the positions of the inputs that a graph reads.
+def read_phases(
+    content: Json, members: Mapping[str, bytes], device: torch.device
+) -> Iterator[tuple[PhaseSlots, LoweredPhase, list[CompiledBlock]]]:
+    """Yields the phases that :func:`write_phases` wrote; their packages run on `device`."""
+    code = [_read_block(block, members, device) for block in content["blocks"]]
+    for slots, lowered, called in content["phases"]:
+        yield PhaseSlots(*decode(slots)), _read_lowered(lowered), [code[i] for i in called]
 
-    Constants of the model are inputs of every block, whether it reads them or not.
-    """
-    return [i for i, node in enumerate(user_inputs(flat.graph)) if node.users]
+
+def _calls_modules(phase: PhaseChain) -> bool:
+    nodes = (node for block in phase.lowered.blocks for node in block.graph.graph.nodes)
+    return any(map(is_opaque, nodes))
 
 
-def _with_used_inputs(flat: GraphModule) -> GraphModule:
-    """Returns a copy of the graph without unused inputs.
+def _compile_missing(phase: PhaseChain) -> None:
+    """Compiles the blocks whose code is known in no form for other processes."""
+    for block, code in zip(phase.lowered.blocks, phase.code, strict=False):
+        if code.portable is None:
+            start = perf_counter()
+            with compile_lock():
+                code.portable = compile_package(block.graph)
+            logger.info("compiled a block for a file, in %.1f s", perf_counter() - start)
 
-    A copy, because compilers modify the graph that they are given.
-    """
-    graph, mapping = Graph(), dict[Node, Node]()
-    nodes = [n for n in flat.graph.nodes if n.op != "placeholder" or n.users]
-    copy_into(graph, [n for n in nodes if n.op != "output"], mapping)
-    graph.output(tuple(mapping[n] for n in output_node(flat.graph).args[0]))
-    return make_module(flat, graph)
+
+def _write_block(
+    block: CompiledBlock, name: str, folder: str, members: dict[str, bytes]
+) -> dict[str, Json]:
+    """Adds the code of a block to `members`; returns what refers to it."""
+    code = block.portable
+    assert code is not None
+    if isinstance(code, Package):
+        members[f"{name}.pt2"] = code.data
+        return {"package": f"{name}.pt2", "used": list(code.used)}
+    code = reduce_listing(code)
+    members[f"{name}.py"] = code.source.encode()
+    kernels = {}
+    for kernel, data in code.libraries.items():
+        kernels[kernel] = f"{folder}/{hashlib.sha256(data).hexdigest()[:32]}.so"
+        members[kernels[kernel]] = data
+    return {"listing": f"{name}.py", "kernels": kernels}
+
+
+def _read_block(content: Json, members: Mapping[str, bytes], device: torch.device) -> CompiledBlock:
+    if "package" in content:
+        return load_package(Package(members[content["package"]], tuple(content["used"])), device)
+    kernels = {name: members[member] for name, member in content["kernels"].items()}
+    return load_listing(Listing(members[content["listing"]].decode(), kernels))
+
+
+def _write_lowered(lowered: LoweredPhase) -> Json:
+    chain = lowered.chain
+    return {
+        "inputs": chain.num_inputs,
+        "calls": [[call.block, list(call.inputs), call.num_results] for call in chain.calls],
+        "results": list(chain.outputs),
+        "weights": list(lowered.lifted.weights),
+        "outputs": [_write_output(output) for output in lowered.lifted.outputs],
+    }
+
+
+def _read_lowered(content: Json) -> LoweredPhase:
+    calls = [BlockCall(block, tuple(inputs), num) for block, inputs, num in content["calls"]]
+    chain = BlockChain(content["inputs"], tuple(calls), tuple(content["results"]))
+    lifted = Lifted(tuple(content["weights"]), _read_outputs(content["outputs"]))
+    return LoweredPhase(chain, (), lifted)
+
+
+def _write_output(output: Any) -> Json:
+    return output.index if isinstance(output, ResultIndex) else {"constant": encode(output)}
+
+
+def _read_outputs(contents: list[Json]) -> tuple[Any, ...]:
+    return tuple(ResultIndex(c) if isinstance(c, int) else decode(c["constant"]) for c in contents)

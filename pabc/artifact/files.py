@@ -28,7 +28,7 @@ from pabc.runtime.programs import Programs
 from pabc.runtime.stats import Recorder
 from pabc.schedule import Schedule
 
-FORMAT = 3
+FORMAT = 4
 FilePath = str | os.PathLike[str]
 
 

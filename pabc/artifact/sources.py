@@ -19,8 +19,14 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
+_FOLDERS = ("site-packages", "dist-packages")
 _INSTALLED = tuple(
-    str(Path(sysconfig.get_path(name)).resolve()) for name in ("stdlib", "purelib", "platlib")
+    str(Path(path).resolve())
+    for path in (
+        *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")),
+        # Of the user, and of the Python that a virtual environment is based on.
+        *(path for path in sys.path if Path(path).name in _FOLDERS),
+    )
 )
 _CONSTANT_TYPES = (bool, int, float, complex, str, bytes, type(None))
 

@@ -86,7 +86,7 @@ class BlockChain:
         return cls(len(inputs), tuple(calls), outputs), blocks
 
     def link(
-        self, code: Sequence[passes.CompiledBlock]
+        self, code: Sequence[passes.BlockFunction]
     ) -> Callable[[list[Any]], list[torch.Tensor]]:
         """Returns a function from a list of the inputs, which it empties, to the outputs.
 

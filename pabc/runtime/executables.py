@@ -215,7 +215,7 @@ class PhaseChain(CompiledPhase):
         shorter = replace(chain, outputs=tensors + cuts)
         if self.workspaces is not None:
             return self._record(shorter, tensors, cuts, kept)
-        run, weights = shorter.link(self.code), self.weights
+        run, weights = shorter.link(self._functions), self.weights
 
         def execute(*args: Any) -> tuple[Sequence[Any], Sequence[torch.Tensor]]:
             results = run([*weights, *args])
@@ -227,6 +227,10 @@ class PhaseChain(CompiledPhase):
 
         return PhaseExecutable(execute, self._spans(kept))
 
+    @property
+    def _functions(self) -> list[passes.BlockFunction]:
+        return [block.run for block in self.code]
+
     def _record(
         self,
         chain: BlockChain,
@@ -235,9 +239,10 @@ class PhaseChain(CompiledPhase):
         kept: SlotIndices,
     ) -> RecordedExecutable:
         assert self.workspaces is not None
-        rest = iter(cuts)
+        rest, functions = iter(cuts), self._functions
+        pieces = chain.split(self.unrecordable)
         phase = Recordable(
-            tuple(LinkedPiece(p, p.chain.link(self.code)) for p in chain.split(self.unrecordable)),
+            tuple(LinkedPiece(piece, piece.chain.link(functions)) for piece in pieces),
             self.weights,
             self.lowered.lifted.outputs,
             tensors,

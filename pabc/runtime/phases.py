@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -124,11 +124,11 @@ class Phases:
             known = self._executables[key] = compiled.link(kept)
         return known
 
-    def prepare(self, binding: Binding, inputs: Sequence[Any]) -> None:
-        """Compiles every phase of the plan now, for inputs like these."""
+    def prepare(self, phases: Iterable[PhaseSlots], inputs: Sequence[Any]) -> None:
+        """Compiles phases now, for inputs like these, which matter for dynamic shapes alone."""
         if self.backend == "oracle":
             return
-        missing = [phase for phase in binding.phases if self._find(phase, inputs) is None]
+        missing = [phase for phase in phases if self._find(phase, inputs) is None]
         if missing:
             self._compile(list(dict.fromkeys(missing)), inputs)
 
@@ -223,9 +223,9 @@ class Phases:
         self._compiled.setdefault(_reuse_key(phase, ()), []).append(compiled)
 
     @property
-    def compiled(self) -> list[PhaseSlots]:
+    def compiled(self) -> list[CompiledPhase]:
         """The phases that were compiled so far."""
-        return [compiled.slots for known in self._compiled.values() for compiled in known]
+        return [compiled for known in self._compiled.values() for compiled in known]
 
     def _linkable(
         self, phase: PhaseSlots, lowered: LoweredPhase, code: Sequence[passes.CompiledBlock]

@@ -210,7 +210,7 @@ class Program:
 
     def prepare(self, binding: Binding, inputs: Sequence[Any]) -> None:
         """Compiles every phase now, for inputs like these."""
-        self.phases.prepare(binding, inputs)
+        self.phases.prepare(binding.phases, inputs)
 
     def with_plain_weights(self) -> AbstractContextManager[object]:
         """Returns a context in which weights of tensor subclasses act as plain tensors, as they did
