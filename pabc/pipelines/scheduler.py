@@ -74,7 +74,7 @@ def index_of(timestep: Any, timesteps: Any, expected: int) -> int | None:
         return None
     if isinstance(timesteps, torch.Tensor) and _share_memory(timestep, timesteps):
         offset = timestep.storage_offset() - timesteps.storage_offset()
-        return offset // max(timesteps.stride(0), 1)
+        return int(offset // max(timesteps.stride(0), 1))
     at_hand = timestep.device.type == "cpu"
     return _find_value(timestep.item(), timesteps, expected) if at_hand else None
 

@@ -248,9 +248,11 @@ def _cpu_group(mesh: DeviceMesh, members: list[int]) -> dist.ProcessGroup:
     """Returns a group of the mesh's ranks whose collectives do not wait for a device."""
     if mesh.ndim == 1 and dist.get_backend(mesh.get_group()) == "gloo":
         return mesh.get_group()
-    return dist.new_group(
+    group: Any = dist.new_group(
         members, timeout=_timeout(mesh), backend="gloo", use_local_synchronization=True
     )
+    assert isinstance(group, dist.ProcessGroup)  # which it is for the members
+    return group
 
 
 def _timeout(mesh: DeviceMesh) -> timedelta | None:

@@ -28,8 +28,9 @@ def with_static_sizes(graph: Graph) -> list[Node]:
     unknown = []
     for node in list(graph.nodes):
         val = node.meta.get("val")
-        if isinstance(val, torch.SymInt) and val.node.maybe_as_int() is not None:
-            _replace_by_number(node, val.node.maybe_as_int())
+        known = val.node.maybe_as_int() if isinstance(val, torch.SymInt) else None
+        if known is not None:
+            _replace_by_number(node, known)
         elif isinstance(val, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             if free_unbacked_symbols(val) and any(is_tensor(user) for user in node.users):
                 unknown.append(node)
