@@ -59,7 +59,7 @@ def _compile_block(gm: GraphModule) -> tuple[BlockFunction, Any]:
     AOTAutograd wraps that result in what gradients, and inputs that share memory, need. A block on
     the CPU with as many inputs and results as Inductor's graph has needs none of it.
     """
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from pabc.internals.inductor import compile_fx, compile_fx_inner, fixing_threads, takes_list
 
     found: list[Any] = []
     widths = [_widths(gm)]
@@ -69,14 +69,14 @@ def _compile_block(gm: GraphModule) -> tuple[BlockFunction, Any]:
         found.append(compile_fx_inner(graph, *args, **kwargs))
         return found[-1]
 
-    with torch.no_grad(), lowering_onednn(), _overlapping(gm), _fixing_threads():
+    with torch.no_grad(), lowering_onednn(), _overlapping(gm), fixing_threads():
         compiled: Any = compile_fx(gm, example_inputs(gm), inner_compile=compile_inner)
     if len(found) == 1 and widths[0] == widths[1] and _is_on_cpu(gm):
         (inner,) = found
         has_parts = "self.partitions[" in inner.source_code  # which are gone when `inner` is
         return (inner if has_parts else inner.current_callable), inner
-    boxed = inspect.unwrap(compiled, stop=_takes_list)
-    return (boxed if _takes_list(boxed) else lambda inputs: compiled(*inputs)), None
+    boxed = inspect.unwrap(compiled, stop=takes_list)
+    return (boxed if takes_list(boxed) else lambda inputs: compiled(*inputs)), None
 
 
 def _widths(gm: GraphModule) -> tuple[int, int]:
@@ -85,30 +85,11 @@ def _widths(gm: GraphModule) -> tuple[int, int]:
 
 
 def _overlapping(gm: GraphModule) -> AbstractContextManager[object]:
-    """Makes Inductor start collectives as early as possible, and wait for them as late as possible.
+    """Makes what a graph computes overlap with its communication."""
+    from pabc.internals.inductor import starting_collectives_early
 
-    By default it waits immediately, which takes the least memory. A setting of the user wins.
-    """
-    from torch._inductor import config
-
-    if config.reorder_for_compute_comm_overlap or not any(map(is_collective, gm.graph.nodes)):
-        return nullcontext()
-    order = {"reorder_for_compute_comm_overlap_passes": ["sink_waits", "raise_comms"]}
-    return config.patch({"reorder_for_compute_comm_overlap": True, **order})
-
-
-def _fixing_threads() -> AbstractContextManager[object]:
-    """Makes kernels on the CPU run on as many threads as there are now.
-
-    By default, where that is the number of cores, they run on as many as there are at the call, but
-    have room for the partial sums of as many as there are now: too little in a process that loads
-    them on a larger machine. A setting of the user wins.
-    """
-    from torch._inductor import config
-
-    if config.cpp.dynamic_threads or config.cpp.threads > 0:
-        return nullcontext()
-    return config.patch({"cpp.threads": torch.get_num_threads()})
+    has_some = any(map(is_collective, gm.graph.nodes))
+    return starting_collectives_early() if has_some else nullcontext()
 
 
 def example_inputs(block: GraphModule) -> list[torch.Tensor | None]:
@@ -135,14 +116,10 @@ class _PendingCompilers:
     @contextmanager
     def put_off(self) -> Iterator[None]:
         """Puts off the waits of Inductor within the context until :meth:`end`."""
-        from torch._inductor.async_compile import AsyncCompile
+        from pabc.internals.inductor import putting_off_waits
 
-        wait = AsyncCompile.wait
-        AsyncCompile.wait = lambda *pending: self._put_off.append(pending)  # type: ignore[method-assign]
-        try:
+        with putting_off_waits(lambda *pending: self._put_off.append(pending)):
             yield
-        finally:
-            AsyncCompile.wait = wait  # type: ignore[method-assign]
 
     def end(self) -> None:
         """Waits for all compilers that were put off."""
@@ -156,7 +133,7 @@ def prepare_inductor() -> Callable[[], None]:
     Inductor needs it once per process and caches the answer. It takes seconds, during which the
     model can be captured. Returns a function that waits for it.
     """
-    import_module("torch._inductor.compile_fx")  # in one thread, as its modules import each other
+    import_module("pabc.internals.inductor")  # in one thread, as its modules import each other
     thread = Thread(target=_try_vector_instructions, name="pabc: instructions", daemon=True)
     thread.start()
     return thread.join
@@ -169,35 +146,20 @@ def _try_vector_instructions() -> None:
     PyTorch's own kernels use the best set, it suffices that the compiler accepts the flags, which a
     tiny program tells.
     """
-    from torch._inductor import config, cpu_vec_isa
+    from pabc.internals.inductor import choose_vector_set, trusting_vector_sets, vector_sets
 
-    supported = cpu_vec_isa.x86_isa_checker()
-    known = cpu_vec_isa.supported_vec_isa_list
-    sets = [isa for isa in known if all(flag in supported for flag in str(isa).split())]
+    sets, trusting = vector_sets(), trusting_vector_sets()
     used = torch.backends.cpu.get_cpu_capability().lower()
     with ThreadPoolExecutor(max(len(sets), 1)) as pool:
         is_enough = (
-            config.cpp.vec_isa_ok is None
+            trusting is not None
             and any(used in str(isa) for isa in sets[:1])
             and all(pool.map(lambda isa: isa.check_build(_TINY), sets))
         )
-        with config.patch({"cpp.vec_isa_ok": True}) if is_enough else nullcontext():
+        with trusting if is_enough and trusting is not None else nullcontext():
             contexts = [copy_context() for _ in sets]  # carry the patch to the threads
             list(pool.map(lambda isa, context: context.run(bool, isa), sets, contexts))
-            cpu_vec_isa.valid_vec_isa_list()  # cached by Inductor
+            choose_vector_set()  # cached by Inductor
 
 
 _TINY = 'extern "C" int pabc_nothing() { return 0; }'
-
-
-def _takes_list(function: Any) -> bool:
-    """Returns True if a function takes its inputs in one list, so that it can free them.
-
-    Functions that AOTAutograd makes do.
-    """
-    code = getattr(function, "__code__", None)
-    takes_one = code is not None and code.co_argcount == 1 and not code.co_flags & _VARIADIC
-    return takes_one and getattr(function, "_boxed_call", False)
-
-
-_VARIADIC = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import copy
 import hashlib
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,13 +17,11 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from pabc.internals.kernels import EXTERN, give_tensor_address, is_function_of_torch
 from pabc.kernels import register_all
 from pabc.passes import CompiledBlock, Listing
 
 _FUNCTION = "call"
-_EXTERN = "extern_kernels"
 _CALLS_KERNELS = "torch.ops.pabc."
 
 
@@ -40,7 +37,7 @@ def reduce_listing(listing: Listing) -> Listing:
             needed.add(part)
             missing += _read(part)
     kept = [part for part in body if part in needed]
-    if all(map(_is_op_of_torch, _attributes(kept, _EXTERN))):
+    if all(map(is_function_of_torch, _attributes(kept, EXTERN))):
         kept = [_take_from_torch(part) for part in kept]
     return Listing(ast.unparse(ast.Module(kept, [])), listing.libraries)
 
@@ -87,26 +84,13 @@ def _attributes(parts: Iterable[ast.stmt], name: str) -> Iterator[str]:
     return (n.attr for n in nodes if isinstance(n.value, ast.Name) and n.value.id == name)
 
 
-def _is_op_of_torch(name: str) -> bool:
-    """Returns True if Inductor's kernel of this name is the function of `torch` of that name.
-
-    Others are functions of Inductor's own, for which the code has to import it.
-    """
-    found = sys.modules.get("torch._inductor.select_algorithm")
-    kernel = getattr(getattr(found, _EXTERN, torch), name, None)
-    return kernel is not None and kernel is getattr(torch, name, None)
-
-
 def _take_from_torch(part: ast.stmt) -> ast.stmt:
-    return ast.parse(f"{_EXTERN} = torch").body[0] if _EXTERN in _defined(part) else part
+    return ast.parse(f"{EXTERN} = torch").body[0] if EXTERN in _defined(part) else part
 
 
 def _load_kernels(libraries: Mapping[str, bytes]) -> dict[str, Callable[..., None]]:
     """Returns the kernels of extension modules that Inductor made."""
-    guards: Any = torch._C._dynamo.guards
-    # The modules get the address of a function that they call from here.
-    address = str(guards._torchinductor_pyobject_tensor_data_ptr)
-    os.environ["_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"] = address
+    give_tensor_address()
     with tempfile.TemporaryDirectory() as folder:
         return {
             name: _load_kernel(data, Path(folder) / f"{i}.so")

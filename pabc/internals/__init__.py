@@ -16,7 +16,8 @@ ImportError that tells which releases have it. A feature imports its module befo
     dynamo       the compiler's lock, versions of dictionaries  capture, runtime
     inductor     Inductor                                       `backend="inductor"`
     onednn       oneDNN's projection, and Inductor's code       `backend="inductor"` on a CPU
-    aotinductor  AOTInductor                                    `save`, `load`
+    kernels      code of Inductor, without Inductor             `load`
+    aotinductor  AOTInductor                                    `save`, `load`, on a GPU
     collectives  collective ops, process groups                 `mesh=`
 
 Some names begin with an underscore and may stand elsewhere: ops of ATen (`aten._to_copy`), which

@@ -1,8 +1,10 @@
 """inductor: compiles graphs to kernels (`torch._inductor`). To import it takes seconds.
 
-- `compile_fx`: compiles a graph, without Dynamo. Since 2.6.
+- `compile_fx`, `compile_fx_inner`: compile a graph, without Dynamo; the latter returns an object
+  with `current_callable`, `source_code` and `constants`. Since 2.6.
 - `takes_list` (`_boxed_call`): tells functions of AOTAutograd, which free their inputs. Since 2.6.
 - `starting_collectives_early`: two passes of Inductor over collectives. Since 2.6.
+- `fixing_threads`: kernels on the CPU run on as many threads as there are. Since 2.6.
 - `putting_off_waits`: the C++ compilers of several graphs run at once. Since 2.6.
 - `vector_sets`, `choose_vector_set`, `trusting_vector_sets`: which vector instructions the C++
   compiler supports, found in several threads. Since 2.6.
@@ -16,14 +18,21 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
+
 from .release import expecting
 
 with expecting("Inductor"):
     from torch._inductor import comms, config, cpu_vec_isa
     from torch._inductor.async_compile import AsyncCompile
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from torch._inductor.output_code import CompiledFxGraph
     from torch._inductor.utils import fresh_cache
 
+    for _name in ("current_callable", "source_code", "constants"):
+        if _name not in CompiledFxGraph.__dataclass_fields__:
+            raise AttributeError(f"CompiledFxGraph has no {_name}")
+    config.cpp.threads, config.cpp.dynamic_threads  # noqa: B018
     config.reorder_for_compute_comm_overlap, config.cpp.vec_isa_ok  # noqa: B018
     config.reorder_for_compute_comm_overlap_passes  # noqa: B018
     comms.sink_waits, comms.raise_comms, AsyncCompile.wait  # noqa: B018
@@ -34,6 +43,8 @@ with expecting("Inductor"):
 __all__ = [
     "choose_vector_set",
     "compile_fx",
+    "compile_fx_inner",
+    "fixing_threads",
     "fresh_cache",
     "putting_off_waits",
     "starting_collectives_early",
@@ -64,6 +75,18 @@ def starting_collectives_early() -> AbstractContextManager[object]:
         return nullcontext()
     order = {"reorder_for_compute_comm_overlap_passes": ["sink_waits", "raise_comms"]}
     return config.patch({"reorder_for_compute_comm_overlap": True, **order})
+
+
+def fixing_threads() -> AbstractContextManager[object]:
+    """Makes kernels on the CPU run on as many threads as there are now.
+
+    By default, where that is the number of cores, they run on as many as there are at the call, but
+    have room for the partial sums of as many as there are now: too little in a process that loads
+    them on a larger machine. A setting of the user wins.
+    """
+    if config.cpp.dynamic_threads or config.cpp.threads > 0:
+        return nullcontext()
+    return config.patch({"cpp.threads": torch.get_num_threads()})
 
 
 @contextmanager

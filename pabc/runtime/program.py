@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -267,4 +268,5 @@ def _prepare_inductor(*arguments: Any) -> Callable[[], None] | None:
     leaves = pytree.tree_leaves(arguments)
     if all(leaf.device.type == "cpu" for leaf in leaves if isinstance(leaf, torch.Tensor)):
         return passes.prepare_inductor()
+    import_module("pabc.internals.inductor")  # says what PyTorch lacks, before the capture
     return None
