@@ -26,12 +26,14 @@ def model(x: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Sampler:
-    """Flow Euler, with both branches of guidance as one call, or two."""
+    """Flow Euler, with both branches of guidance as one call, or two; a further term is a call of
+    its own."""
 
     batched: bool
     channels: int = 2
     guidance: float = 3.0
     is_last: bool = False
+    further: float = 0.0
 
     def run(self, call: Callable[[int, str, tuple[Any, ...]], torch.Tensor]) -> torch.Tensor:
         torch.manual_seed(0)
@@ -47,17 +49,21 @@ class Sampler:
             else:
                 uncond = call(i, "uncond", (given, t, empty))
                 cond = call(i, "cond", (given, t, text))
-            x += (SIGMAS[i + 1] - SIGMAS[i]) * (uncond + self.guidance * (cond - uncond))
+            guided = uncond + self.guidance * (cond - uncond)
+            if self.further:
+                guided += self.further * (cond - call(i, "further", (given, t, text / 2)))
+            x += (SIGMAS[i + 1] - SIGMAS[i]) * guided
         return x
 
 
 class Euler:
     """The sampler in numbers: [n, lags], and [n, branches, lags]."""
 
-    def __init__(self, guidance: float) -> None:
+    def __init__(self, guidance: float, further: float = 0.0) -> None:
         steps = SIGMAS.diff().numpy().astype(float)
+        weights = [1 - guidance, guidance + further, *([-further] if further else [])]
         self.inputs = np.ones((STEPS, 1))
-        self.outputs = np.stack([steps * (1 - guidance), steps * guidance], 1)[:, :, None]
+        self.outputs = np.stack([steps * weight for weight in weights], 1)[:, :, None]
 
 
 def hear(sampler: Sampler) -> HeardGeneration:
@@ -94,12 +100,14 @@ def test_what_is_recorded(batched: bool, channels: int, order: str) -> None:
     assert recording.outputs(1, 1)[2, 2] == pytest.approx(square, rel=1e-5)
 
 
+@pytest.mark.parametrize("further", [0.0, 0.5])
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize(("channels", "order"), [(2, "first"), (3, "first"), (3, "last")])
-def test_a_replay_is_the_sampler(batched: bool, channels: int, order: str) -> None:
+def test_a_replay_is_the_sampler(batched: bool, channels: int, order: str, further: float) -> None:
     """With other outputs at a step, the replay gives what the sampler itself would give."""
-    sampler = Sampler(batched, channels, is_last=order == "last")
+    sampler = Sampler(batched, channels, is_last=order == "last", further=further)
     heard = hear(sampler)
+    assert len(heard.recording.branches) == 2 + bool(further)
 
     def changed(step: int, name: str, args: tuple[Any, ...]) -> torch.Tensor:
         result = model(*args)
@@ -110,7 +118,7 @@ def test_a_replay_is_the_sampler(batched: bool, channels: int, order: str) -> No
         return changed(step, name, args)
 
     expected = (sampler.run(changed) - sampler.run(lambda s, n, args: model(*args))).square()
-    replay = Replay(heard, Euler(sampler.guidance))
+    replay = Replay(heard, Euler(sampler.guidance, further))
     assert replay.can_run
     errors = replay.run(replayed).errors
     assert not errors[:3].any() and errors[3] > 0

@@ -67,7 +67,8 @@ class HeardGeneration:
         recording: the inner products.
         calls: step -> name -> the call.
         streams: the latents.
-        parts: how many copies of the latents the batch of a call consists of.
+        parts: how many copies of the latents the batch of the first call of each step consists of;
+            others may have fewer, such as a further term of guidance.
         result: the final latents, if known.
     """
 
@@ -76,6 +77,16 @@ class HeardGeneration:
     streams: tuple[Stream, ...]
     parts: int
     result: Vector | None
+
+    @property
+    def batch(self) -> int:
+        """The samples of the latents."""
+        first = next(iter(self.calls[0].values()))
+        return first.leaves[self.streams[0].leaf].shape[0] // self.parts
+
+    def parts_of(self, call: KeptCall) -> int:
+        """Returns how many copies of the latents the batch of a call consists of."""
+        return call.leaves[self.streams[0].leaf].shape[0] // self.batch
 
     def inputs(self, step: int) -> Vector:
         """Returns the latents that the model is given at a step."""
@@ -92,8 +103,9 @@ class HeardGeneration:
         """Returns the vectors of each branch in the result of a call, by branch."""
         call = self.calls[step][name]
         found: dict[str, Vector] = {}
-        for part in range(self.parts):
-            found[branch_of(name, part, self.parts)] = [
+        parts = self.parts_of(call)
+        for part in range(parts):
+            found[branch_of(name, part, parts)] = [
                 _part(outputs[s.output], call.leaves[s.leaf], self, part) for s in self.streams
             ]
         return found
@@ -104,7 +116,7 @@ class HeardGeneration:
         leaves = list(call.leaves)
         for stream, x in zip(self.streams, latents, strict=True):
             whole = leaves[stream.leaf] = leaves[stream.leaf].clone()
-            for part in range(self.parts):
+            for part in range(self.parts_of(call)):
                 _latents(whole, call.outputs[stream.output], stream, self, part).copy_(x)
         args, kwargs = call.structure.unflatten(leaves)
         return args, kwargs
@@ -278,8 +290,7 @@ def _part(
     x: torch.Tensor, other: torch.Tensor, heard: HeardGeneration, part: int = 0
 ) -> torch.Tensor:
     """Returns a part of the batch, of the leading channels that `other` has too, as a view."""
-    size = x.shape[0] // heard.parts
-    view = x.narrow(0, part * size, size)
+    view = x.narrow(0, part * heard.batch, heard.batch)
     for dim in range(1, x.ndim):
         view = view.narrow(dim, 0, min(x.shape[dim], other.shape[dim]))
     return view
