@@ -126,7 +126,7 @@ def plans_itself(trial: Trial) -> Cell:
 
 
 def count_calls(trial: Trial) -> Cell:
-    """Calls of the model a step, and the samples of each where there are several."""
+    """Calls of the model a step, and the samples of each where there are several: `2`, `1 of 2`."""
     batches: list[int] = []
     num_steps, scheduler = 0, trial.plain.scheduler
     step = type(scheduler).step
@@ -145,8 +145,10 @@ def count_calls(trial: Trial) -> Cell:
         trial.row.run(trial.plain)
     for handle in handles:
         handle.remove()
-    sizes = "" if max(batches) == 1 else f" of {max(batches)}"
-    return f"{len(batches) / num_steps:g}{sizes}"
+    per_step = batches[: len(batches) // num_steps]
+    assert batches == per_step * num_steps, "not every step makes the same calls"
+    sizes = "" if max(batches) == 1 else f" of {', '.join(map(str, per_step))}"
+    return f"{len(per_step)}{sizes}"
 
 
 def offloads_models(trial: Trial) -> Cell:
