@@ -13,9 +13,10 @@ import os
 import diffusers
 import pytest
 from matrix import table
-from matrix.columns import COLUMNS, Trial
+from matrix.columns import COLUMNS
 from matrix.row import Row
 from matrix.rows import ROWS
+from matrix.trial import Trial
 
 pytestmark = pytest.mark.runtime
 CELLS = table.read()

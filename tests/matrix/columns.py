@@ -1,6 +1,6 @@
 """What is tried of each row. A column is a function from a :class:`Trial` to a cell.
 
-A value, `yes`, or `no: REASON`. What raises is a `no` with the message: `fill` sees to it.
+A value, `yes`, or `no: REASON`. What raises is a `no` with its message.
 """
 
 from __future__ import annotations
@@ -9,73 +9,18 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import pabc
 
-from . import ranks
+from . import offload, ranks
 from .lora import follows_adapters
-from .row import NUM_STEPS, Cell, Row, denoisers
-
-CPU = torch.device("cpu")
-
-
-class Trial:
-    """A row, and what several columns need of it, made once.
-
-    Attributes:
-        row: the row.
-        plain: the plain pipeline.
-    """
-
-    def __init__(self, row: Row) -> None:
-        self.row = row
-        self._outputs: dict[tuple[int, int, int], Tensor] = {}
-
-    @cached_property
-    def plain(self) -> Any:
-        return self.row.make()
-
-    def expected(self, seed: int = 0, num_steps: int = NUM_STEPS, size: int = 0) -> Tensor:
-        """Returns what the plain pipeline gives."""
-        key = seed, num_steps, size
-        if key not in self._outputs:
-            made = self.row.run(self.plain, seed=seed, num_steps=num_steps, size=size)
-            assert made.isfinite().all(), "the small pipeline's latents are not finite"
-            self._outputs[key] = made
-        return self._outputs[key]
-
-    @cached_property
-    def captured(self) -> Captured:
-        """The pipeline with captured models, after a generation that reused nothing."""
-        return Captured(self.row)
-
-
-class Captured:
-    """A compiled pipeline whose schedule is set from outside, and what it gave first."""
-
-    def __init__(self, row: Row) -> None:
-        self.row = row
-        self.make_schedule: Callable[..., pabc.Schedule] = pabc.Schedule.none
-        self.pipe = pabc.compile_pipeline(
-            row.make(), lambda ts: self.make_schedule(ts), backend="eager"
-        )
-        self.first = row.run(self.pipe)
-        self.models = list(self.pipe.models.values())
-        self.explanations = [model.explain() for model in self.models]
-
-    @property
-    def kinds(self) -> list[str]:
-        return sorted({region.kind for each in self.explanations for region in each.regions})
-
-    def run(self, make_schedule: Callable[..., pabc.Schedule], **asked: Any) -> Tensor:
-        self.make_schedule = make_schedule
-        return self.row.run(self.pipe, **asked)
+from .row import NUM_STEPS, Cell, denoisers
+from .trial import Trial, describe, is_equal
 
 
 def find_capture(trial: Trial) -> Cell:
@@ -151,69 +96,6 @@ def count_calls(trial: Trial) -> Cell:
     return f"{len(per_step)}{sizes}"
 
 
-def offloads_models(trial: Trial) -> Cell:
-    """Whole models that move between calls, which are captured as without."""
-    pipe = trial.row.make()
-    pipe.enable_model_cpu_offload(device="cpu")
-    with pabc.compile_pipeline(pipe, pabc.Schedule.none, backend="eager") as fast:
-        found = [trial.row.run(fast) for _ in range(2)]
-        captures = [model.stats.captures for model in fast.models.values()]
-    if any(captured != 1 for captured in captures):
-        return f"no: captured {max(captures)} times"
-    return is_equal(torch.cat(found), trial.expected().repeat(2))
-
-
-def offloads_groups(trial: Trial) -> Cell:
-    from diffusers.hooks import apply_group_offloading
-
-    def offload(pipe: Any) -> None:
-        for model in denoisers(pipe).values():
-            apply_group_offloading(model, CPU, CPU, "leaf_level")
-
-    return skips_calls(trial, offload)
-
-
-def offloads_layers(trial: Trial) -> Cell:
-    """What `enable_sequential_cpu_offload` does to each model. On a CPU that itself fails: it names
-    the device `cpu:0`, which accelerate then takes for another one than `cpu`."""
-    from accelerate import cpu_offload
-
-    def offload(pipe: Any) -> None:
-        for model in denoisers(pipe).values():
-            cpu_offload(model, CPU)
-            assert any(parameter.is_meta for parameter in model.parameters())
-
-    return skips_calls(trial, offload)
-
-
-def skips_calls(trial: Trial, offload: Callable[[Any], None]) -> Cell:
-    """Weights that move within a call: whole calls are skipped, as without."""
-
-    def skip(timesteps: Any) -> pabc.Schedule:
-        return pabc.Schedule.skip(timesteps, len(timesteps) // 2 + 1)
-
-    found = []
-    for put_on in (offload, lambda _: None):
-        pipe = trial.row.make()
-        put_on(pipe)
-        with pabc.compile_pipeline(pipe, skip, backend="original") as fast:
-            found.append(trial.row.run(fast))
-            if not any(model.stats.reused for model in fast.models.values()):
-                return "no: no call is skipped"
-    same = is_equal(*found)
-    return "calls" if same == "yes" else same
-
-
-def casts_layers(trial: Trial) -> Cell:
-    """Weights that are kept as float8, and cast in each layer."""
-    plain, pipe = trial.row.make(), trial.row.make()
-    for each in (plain, pipe):
-        for model in denoisers(each).values():
-            model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
-    with pabc.compile_pipeline(pipe, pabc.Schedule.none, backend="eager") as fast:
-        return is_equal(trial.row.run(fast), trial.row.run(plain))
-
-
 def changes_sizes(trial: Trial) -> Cell:
     """Another number of steps, another size, and the first ones again."""
     captured = trial.captured
@@ -234,12 +116,6 @@ def equals_oracle(trial: Trial) -> Cell:
 
     with pabc.compile_pipeline(trial.row.make(), make_schedule, backend="oracle") as oracle:
         return is_equal(captured.run(make_schedule), trial.row.run(oracle))
-
-
-def is_equal(found: Tensor, expected: Tensor) -> Cell:
-    if torch.equal(found, expected):
-        return "yes"
-    return f"no: differs by {(found - expected).abs().max().item():.1e}"
 
 
 @dataclass(frozen=True)
@@ -263,11 +139,6 @@ class Column:
             return f"no: {describe(error)}"
 
 
-def describe(error: Exception) -> str:
-    """Returns the first line of an error."""
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
-
-
 @contextmanager
 def quietly() -> Iterator[None]:
     with warnings.catch_warnings():
@@ -284,10 +155,10 @@ COLUMNS = (
     Column("guidance", "calls a step", count_calls, is_cheap=True),
     Column("oracle", "reuse as told", equals_oracle),
     Column("lora", "LoRA", follows_adapters),
-    Column("model_offload", "model offload", offloads_models),
-    Column("group_offload", "group offload", offloads_groups),
-    Column("sequential_offload", "sequential offload", offloads_layers),
-    Column("casting", "layerwise casting", casts_layers),
+    Column("model_offload", "model offload", offload.offloads_models),
+    Column("group_offload", "group offload", offload.offloads_groups),
+    Column("sequential_offload", "sequential offload", offload.offloads_layers),
+    Column("casting", "layerwise casting", offload.casts_layers),
     Column("ranks", "2 ranks", ranks.equals_one_rank),
     Column("sizes", "sizes, steps", changes_sizes),
 )

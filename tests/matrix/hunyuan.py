@@ -35,7 +35,7 @@ def make_hunyuan_video_1_5() -> Any:
         out_channels=4,
         num_attention_heads=2,
         attention_head_dim=10,
-        num_layers=1,
+        num_layers=2,
         num_refiner_layers=1,
         patch_size=2,
         text_embed_dim=8,

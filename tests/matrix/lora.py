@@ -10,6 +10,7 @@ from torch import nn
 import pabc
 
 from .row import Cell, denoisers
+from .trial import Trial
 
 LAYERS = r".*\.(to_q|to_v|to_query|to_value|to_qkv|to_qkv_mlp_proj|q_proj|v_proj)"
 """The layers that adapters are put on, as users do: projections of attentions."""
@@ -48,7 +49,7 @@ def _layers(pipe: Any) -> list[Any]:
     return [m for m in modules if isinstance(m, BaseTunerLayer)]
 
 
-def follows_adapters(trial: Any) -> Cell:
+def follows_adapters(trial: Trial) -> Cell:
     """Compares with the plain pipeline after each change, from a generation without adapters on."""
     plain, pipe = trial.row.make(), trial.row.make()
     with pabc.compile_pipeline(pipe, pabc.Schedule.none, backend="eager") as fast:

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import Timer
-from typing import Any
 
 from .row import Cell
+from .trial import Trial
 
 SCRIPT = Path(__file__).with_name("run_ranks.py")
 SECONDS = 400
@@ -19,7 +19,7 @@ MARK = "cell\t"
 """What the lines begin with that tell a cell, after a row's name and another tab."""
 
 
-def equals_one_rank(trial: Any) -> Cell:
+def equals_one_rank(trial: Trial) -> Cell:
     """Returns the cell of one row."""
     ((_, cell),) = find_cells([trial.row.name])
     return cell

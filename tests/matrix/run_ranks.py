@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import pabc
-from matrix.columns import describe
 from matrix.ranks import MARK
 from matrix.rows import find_row
+from matrix.trial import describe
 
 KINDS = ("full", "joint", "spatial", "temporal", "cross", "mlp")
 

@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from matrix import ranks, table
-from matrix.columns import COLUMNS, Column, Trial, describe
+from matrix.columns import COLUMNS, Column
 from matrix.rows import ROWS
+from matrix.trial import Trial, describe
 
 
 def parse() -> argparse.Namespace:
