@@ -51,7 +51,7 @@ def test_the_table_has_all_rows_and_columns() -> None:
 
 def test_the_documents_show_the_table() -> None:
     document = table.README.read_text()
-    assert table.with_table(document, table.format_table(CELLS)) == document
+    assert table.with_table(document, table.format_table(table.read())) == document
     assert table.RECIPES.read_text() == table.format_recipes()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,18 +36,27 @@ class Recipe:
     dtype: str = "bfloat16"
 
     def code(self, pipeline: str) -> str:
-        """Returns the lines to paste, for a class of diffusers."""
-        parts = f"{self.parts}, " if self.parts else ""
+        """Returns the lines to paste, for a class of diffusers, as ruff formats them."""
+        dtype = f"torch_dtype=torch.{self.dtype}"
+        load = [f'"{self.model}"', *filter(None, self.parts.split(", ")), dtype]
         return "\n".join(
             [
                 *self.before,
-                f"pipe = diffusers.{pipeline}.from_pretrained(",
-                f'    "{self.model}", {parts}torch_dtype=torch.{self.dtype}',
-                ').to("cuda")',
+                _write_call(f"pipe = diffusers.{pipeline}.from_pretrained", load),
+                'pipe.to("cuda")',
                 "fast_pipe = pabc.compile_pipeline(pipe, pabc.auto(speedup=2))",
-                f"{RESULTS[self.result]} = fast_pipe({self.call}){self.result}",
+                _write_call(f"{RESULTS[self.result]} = fast_pipe", self.call.split(", "))
+                + self.result,
             ]
         )
+
+
+def _write_call(function: str, arguments: Sequence[str]) -> str:
+    """Returns a call in one line, or with a line for each argument."""
+    line = f"{function}({', '.join(arguments)})"
+    if len(line) <= 88:
+        return line
+    return "\n".join([f"{function}(", *(f"    {argument}," for argument in arguments), ")"])
 
 
 RESULTS = {
