@@ -13,9 +13,9 @@ Nothing of it has run on a GPU yet: it was written and tested on a CPU alone, wh
   themselves; the timestep guard; slots as bf16, fp8 or in host memory, with their bytes; `save` and
   `load`; the first step of models of published size. Several tasks run at a time.
 - `times`: kernels against PyTorch's ops, Inductor and a copy; whole loops at published sizes in
-  bf16: eager, pabc with nothing reused, 2/4/6, skips and a plan of `pabc.auto`, torch.compile; the
-  peak of allocated bytes. A variant is timed only if its first step agrees with the model's. What
-  `checks` compiled is found in the caches, if it ran before on the same machine.
+  bf16: eager, pabc with nothing reused, a pyramid, skips and a plan of `pabc.auto`, torch.compile;
+  the peak of allocated bytes. A variant is timed only if its first step agrees with the model's.
+  What `checks` compiled is found in the caches, if it ran before on the same machine.
 - `train`: the emoji model at its full size, and its accuracy.
 
 Each task is a process of its own, with a limit of its time. Rows are written at once, to
@@ -169,7 +169,8 @@ def describe_gpu(device: str) -> Row | None:
 
 def summarize(rows: Rows, path: Path) -> bool:
     """Prints the times, what failed, and what was not done; returns True if a check failed."""
-    print(f"\n{format_times(rows.rows)}")
+    if any("variants" in row for row in rows.rows.values()):
+        print(f"\n{format_times(rows.rows)}")
     failed = [name for name, row in rows.rows.items() if has_failed(row)]
     left = [name for name, row in rows.rows.items() if row.get("outcome", DONE) != DONE]
     for what, names in (("not done", left), ("failed", failed)):

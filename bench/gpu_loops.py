@@ -51,7 +51,7 @@ def list_pabc(case: Case, target: Target) -> dict[str, Prepare]:
     fast = pabc.compile(case.model, request(computed), backend=target.backend)  # type: ignore[arg-type]
     schedules = {
         "pabc, all computed": pabc.Schedule.none(steps),
-        "pabc 2/4/6": case.schedule,
+        "pabc pyramid": case.schedule,
         "pabc skip 2x": pabc.Schedule.skip(steps, computed),
     }
     found: dict[str, Prepare] = {

@@ -52,21 +52,26 @@ CHECKS = (
     _prepare("opensora", "torch.compile", 150),
     Task("tests of lowering", partial(gpu_kernels.run_tests, "lowering"), 120),
 )
-KERNEL_SECONDS = {"attention": 30, "residual_norm": 35, "permute_copy": 30}
+
+
+def _time(kernel: str, seconds: float) -> Task:
+    run = partial(gpu_kernels.time_kernel, kernel)
+    return Task(f"{gpu_kernels.TIMES} {kernel}", run, seconds)
+
+
 TIMES = (
     Task("ceilings", gpu_timing.measure_ceilings, 20),
-    *(
-        Task(
-            f"{gpu_kernels.TIMES} {kernel}",
-            partial(gpu_kernels.time_kernel, kernel),
-            KERNEL_SECONDS.get(kernel, 20),
-        )
-        for kernel in gpu_kernels.BENCHMARKS
-    ),
+    _time("attention", 30),
+    _time("residual_norm", 35),
+    _time("short_attention", 20),
+    _time("text_attention", 20),
+    _time("joint_norm", 20),
     Task("latte", partial(gpu_loops.time_loops, "latte"), 170),
     Task("opensora", partial(gpu_loops.time_loops, "opensora"), 150),
     Task("CUDA graphs", partial(gpu_timing.compare_graphs, is_timed=True), 40),
     Task("skips", gpu_skips.time_skips, 40),
+    _time("encode_rows", 20),
+    _time("permute_copy", 30),
     Task("memory", gpu_timing.measure_memory, 60),
     Task("cogvideox", partial(gpu_loops.time_loops, "cogvideox"), 150),
 )

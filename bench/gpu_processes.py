@@ -8,6 +8,7 @@ all processes that it started; the rows that it sent stay.
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
 from case import first_line
 from gpu_checks import Target
@@ -77,7 +79,7 @@ class Process:
             return f"died: exit code {self._process.exitcode}"
         if message is None:
             return DONE
-        key, row = message
+        key, row = message[0], make_finite(message[1])
         rows.add(f"{self.task.name}: {key}", row)
         print(format_row(f"{self.task.name}: {key}", row), flush=True)
         return None
@@ -92,6 +94,15 @@ class Process:
                 os.killpg(self._process.pid, signal.SIGKILL)
         self._process.join()
         self.pipe.close()
+
+
+def make_finite(value: Any) -> Any:
+    """Returns a row with text in the place of infinities and NaN, which JSON cannot hold."""
+    if isinstance(value, dict):
+        return {name: make_finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [make_finite(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def serve(pipe: Connection, task: Task, target: Target, log: Path) -> None:

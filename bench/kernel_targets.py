@@ -78,11 +78,10 @@ def compile_for_all(kernel: str, index: int, *, only: str | None = None) -> dict
 
 
 def format_row(row: dict[str, Any]) -> str:
-    """Returns a line of registers, spilled bytes and shared bytes for each target."""
+    """Returns a line of registers, spilled bytes and shared bytes for each of its targets."""
     cells = []
     for target in TARGETS:
         if target.name not in row:
-            cells.append(f"{target.name} not for it")
             continue
         usage = row[target.name]
         text = f"{usage['registers']} {usage['spilled']} {usage['shared']}"

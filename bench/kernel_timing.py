@@ -33,6 +33,8 @@ from triton.testing import do_bench
 from pabc.kernels.gains import TABLE
 
 QUANTILES = (0.5, 0.2, 0.8)
+MILLISECONDS = (10, 60)
+"""Of calls to warm up, and of calls that are timed."""
 Sizes = tuple[int, ...]
 EVERYTHING = slice(None)
 QUERIES_CHECKED = 64
@@ -87,7 +89,9 @@ def compare(
     source = torch.empty(nbytes // 2, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     timed = {**calls, "copy": lambda: target.copy_(source)}
-    times = {each: do_bench(call, quantiles=QUANTILES) for each, call in timed.items()}
+    times = {
+        each: do_bench(call, *MILLISECONDS, quantiles=QUANTILES) for each, call in timed.items()
+    }
     row["times"] = {
         each: dict(zip(("median", "least", "most"), (1e3 * t for t in found), strict=True))
         for each, found in times.items()

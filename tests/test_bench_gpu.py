@@ -129,11 +129,20 @@ def test_a_task_that_raises_keeps_its_rows(gpu, target):
     assert pipe.sent == [("first", {"passed": True}), failed, None]
 
 
+def test_rows_hold_what_json_can(gpu):
+    row = {"error": float("nan"), "times": {"best": [1.5, float("inf")]}}
+    found = sys.modules["gpu_processes"].make_finite(row)
+    assert found == {"error": "nan", "times": {"best": [1.5, "inf"]}}
+
+
 def test_no_name_of_a_task_begins_another(gpu):
     for part in gpu.PARTS.values():
         names = [task.name for task in part.tasks]
         assert len(set(names)) == len(names) and not any(": " in name for name in names)
         assert all(task.seconds <= part.seconds for task in part.tasks)
+    kernels = sys.modules["gpu_kernels"]
+    timed = {task.name for task in gpu.PARTS["times"].tasks if task.name.startswith("kernel ")}
+    assert timed == {f"{kernels.TIMES} {kernel}" for kernel in kernels.BENCHMARKS}
 
 
 def test_errors_are_relative_and_a_nan_is_one(gpu):
@@ -154,7 +163,7 @@ def test_loops_of_all_variants(gpu, target):
     assert calls == {
         "eager": None,
         "pabc, all computed": 8,
-        "pabc 2/4/6": 8,
+        "pabc pyramid": 8,
         "pabc skip 2x": 4,
         "pabc auto 2x": 4,
     }
