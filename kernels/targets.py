@@ -167,7 +167,7 @@ def _specialize_text_attention(
         yield _specialize(
             f"{dtype} S={S} D={D} {label}".strip(),
             kernel,
-            constants | text_attention.configure(1024, S, D, itemsize, backend),
+            constants | text_attention.configure(1024, S, D, itemsize, backend, constants["MASK"]),
             types,
             aligned=_find_aligned(kernel),
             targets=tuple(target.name for target in fitting if target.gpu.backend == backend),

@@ -169,7 +169,8 @@ def text_attention(given: TextAttentionArguments) -> Tensor:
     q, k, v, mask, lengths, scale = given
     (N, H, T, D), (M, _, S, _) = q.shape, k.shape
     out = allocate(q)
-    config = configure(T, S, D, q.element_size(), target_of(q.device).gpu.backend)
+    backend = target_of(q.device).gpu.backend
+    config = configure(T, S, D, q.element_size(), backend, mask_kind(mask))
     strides = [strides_of(x, 4) for x in (q, k, v, out, mask)]
     num_blocks = N // M * triton.cdiv(T, config["BLOCK_T"])
     text_attention_kernel[(triton.cdiv(num_blocks, config["BLOCKS"]), M * H)](
@@ -199,10 +200,14 @@ def fits(S: int, D: int, itemsize: int, target: Target) -> bool:
     return shared <= target.shared
 
 
-def configure(T: int, S: int, D: int, itemsize: int, backend: str) -> dict[str, int]:
-    """Returns queries of a block, blocks of a program, tiles of keys and channels, and warps."""
+def configure(T: int, S: int, D: int, itemsize: int, backend: str, mask: int) -> dict[str, int]:
+    """Returns queries of a block, blocks of a program, tiles of keys and channels, and warps.
+
+    Half the queries in float32, and where a mask that is added is read beside many scores.
+    """
     first, second = split_in_two(S)
-    block_t = 16 if itemsize == 4 else MOST_QUERIES
+    is_heavy = itemsize == 4 or (mask == 2 and first + second > 256)
+    block_t = MOST_QUERIES // 2 if is_heavy else MOST_QUERIES
     return {
         "COLUMNS": max(next_power_of_2(D), 16),
         "KEYS_A": first,
