@@ -219,12 +219,13 @@ class CompiledModel(Wrapper):
         Calls of different names share nothing but the step, and a name may be left out at some
         steps. The protocol is that of diffusers' models, some of which also state the position of
         the loop: `step_index` is the step of the calls, whichever came before;
-        `num_inference_steps`, `sigma` and `timestep` are checked against the schedule. Other
-        keywords are ignored.
+        `num_inference_steps`, `sigma` and `timestep` are checked against the schedule. Where the
+        loop states its steps with :meth:`Trajectory.at_step`, `repeat` states how many calls with
+        the same conditions came before in the step. Other keywords are ignored.
         """
-        return _within(
-            named_branch(self._recorder, Where.of(name, **where)), self._own_context(name, where)
-        )
+        named = named_branch(self._recorder, Where.of(name, **where))
+        where.pop("repeat", None)
+        return _within(named, self._own_context(name, where))
 
     def _own_context(self, name: str, where: dict[str, Any]) -> AbstractContextManager[Any]:
         """Returns the model's own `cache_context`, or a context that does nothing."""

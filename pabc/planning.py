@@ -33,7 +33,9 @@ class Course(Protocol):
 class PipelinePlans(Protocol):
     """Makes the courses of a pipeline's generations."""
 
-    needs_capture: bool
+    @property
+    def needs_capture(self) -> bool:
+        """True if what the generations follow needs what is within the models."""
 
     def course(self) -> Course:
         """Returns what a generation follows that is about to begin."""

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from small_host import SmallHost
@@ -24,8 +22,7 @@ def find_host() -> Any:
     folder = os.environ.get("PABC_COMFYUI")
     if not folder:
         return SmallHost()
-    sys.path.append(str(Path(__file__).parents[1] / "bench"))
-    from comfyui_host import ComfyHost
+    from comfy_host import ComfyHost
 
     return ComfyHost(folder)
 
@@ -70,7 +67,11 @@ class PlainLoop:
             self.orders.clear()
         batch = (*transformer_options["uuids"], *transformer_options["cond_or_uncond"])
         self.orders[batch] += 1
-        kept = self.kept.setdefault((batch, self.orders[batch]), {})
+        order = self.orders[batch]
+        if (batch, order) not in self.kept:  # as Heun's second calls, from the second step on
+            first = self.kept.get((batch, order - 1), {})
+            self.kept[batch, order] = {at: value for at, value in first.items() if at < step}
+        kept = self.kept[batch, order]
         if self.mask[step] and kept:
             values = [kept[at] for at in sorted(kept, reverse=True)]
             weights = self.weigh(step, sorted(kept, reverse=True))

@@ -1,6 +1,6 @@
 """A host in the form of ComfyUI: model patchers, wrappers around calls, and samplers.
 
-Only what nodes see of its interface is here; `bench/comfyui_host.py` is the same for ComfyUI.
+Only what nodes see of its interface is here; `comfy_host.py` is the same for ComfyUI.
 """
 
 from __future__ import annotations
@@ -253,6 +253,7 @@ class SmallHost:
     """Makes models and runs samplers, as tests ask."""
 
     samplers = ("euler", "heun", "dpm_2")
+    nests = True
     restart = staticmethod(restart)
 
     def make(self, seed: int = 0) -> Patcher:

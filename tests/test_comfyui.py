@@ -15,6 +15,7 @@ import pabc
 pytestmark = pytest.mark.runtime
 host = find_host()
 RULES = ("skip: hold", "skip: linear", "skip: quadratic")
+NESTS = pytest.mark.skipif(not host.nests, reason="the host has one run of a model at a time")
 every_sampler = pytest.mark.parametrize("sampler", host.samplers)
 
 
@@ -132,7 +133,13 @@ def test_a_lora_before_or_after_the_node() -> None:
     assert torch.equal(host.sample(fast), plain)
 
 
-@pytest.mark.parametrize("shares", [True, False], ids=["clones of one model", "two models"])
+@pytest.mark.parametrize(
+    "shares",
+    [
+        pytest.param(True, marks=NESTS, id="clones of one model"),
+        pytest.param(False, id="two models"),
+    ],
+)
 def test_models_of_one_workflow_do_not_meet(shares: bool) -> None:
     """One run within each step of the other."""
     patcher = host.make()
@@ -145,6 +152,7 @@ def test_models_of_one_workflow_do_not_meet(shares: bool) -> None:
     assert len(inner) == 12 and all(torch.equal(each, alone_b) for each in inner)
 
 
+@NESTS
 def test_a_run_within_a_run_of_the_same_model() -> None:
     fast = accelerate(host.make())
     alone = host.sample(fast)
@@ -207,6 +215,40 @@ def test_the_last_node_of_a_chain_counts() -> None:
     patcher = host.make()
     twice = accelerate(accelerate(patcher, 4.0, "skip: hold"))
     assert torch.equal(host.sample(twice), host.sample(accelerate(patcher)))
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_node_that_replaces_the_diffusion_model(
+    is_first: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the host's own node for torch.compile does: for each call, and back."""
+    patcher, calls = host.make(), list[int]()
+    own = patcher.model.diffusion_model
+
+    class Replaced(torch.nn.Module):
+        dtype = own.dtype
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            return own(*args, **kwargs)
+
+    def replace(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        kept = executor.class_obj.diffusion_model
+        executor.class_obj.diffusion_model = Replaced()
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            executor.class_obj.diffusion_model = kept
+
+    expected = host.sample(patcher)
+    clone = patcher.clone() if is_first else accelerate(patcher)
+    clone.add_wrapper_with_key("apply_model", "another", replace)
+    fast = accelerate(clone) if is_first else clone
+    found = host.sample(fast)
+    assert patcher.model.diffusion_model is own
+    assert len(calls) == 6 if is_first else len(calls) == 12
+    assert torch.equal(found, host.sample(accelerate(patcher)) if is_first else expected)
+    assert ("another node calls the diffusion model itself" in caplog.text) is not is_first
 
 
 def test_a_compiled_model_equals_the_plain_one(caplog: pytest.LogCaptureFixture) -> None:

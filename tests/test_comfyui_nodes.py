@@ -133,6 +133,29 @@ def test_batches_that_are_split_at_one_step_are_not_mixed() -> None:
     assert (whole - apart).abs().max() < 1e-5
 
 
+def test_an_interrupt_while_plans_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host asks for it after the sampler has returned; the next run is recorded anew."""
+
+    class Interrupt(Exception):
+        pass
+
+    def throw() -> None:
+        raise Interrupt
+
+    patcher = host.make()
+    fast = accelerate(patcher, rule="auto")
+    plain = host.sample(patcher)
+    with monkeypatch.context() as patch:
+        management = SimpleNamespace(throw_exception_if_processing_interrupted=throw)
+        patch.setitem(sys.modules, "comfy.model_management", management)
+        with pytest.raises(Interrupt):
+            host.sample(fast)
+    model = acceleration_of(fast)._model
+    assert model.stats.recorded == 0 and model.stats.nbytes == 0
+    assert torch.equal(host.sample(fast), plain)
+    assert model.stats.recorded == 1
+
+
 # ---- steps and names ----
 
 

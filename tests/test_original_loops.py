@@ -157,6 +157,26 @@ def test_a_branch_that_begins_late_computes_and_then_forecasts_what_it_can():
     assert not fast.stats.fallbacks
 
 
+def test_a_repeated_call_that_begins_late_begins_with_what_the_first_one_keeps():
+    """As in Heun's method, which calls the model once in the first step, and twice in others."""
+    model = Small().eval()
+    fast = skip_calls(model, LINEAR)
+    plain = generate(by_hand(model))
+    for _ in range(2):
+        found = []
+        for step in range(7):
+            fast.current.at_step(step)
+            for repeat in range(1 if step == 0 else 2):
+                with torch.no_grad(), fast.cache_context("cond", repeat=repeat):
+                    found.append(fast(*step_inputs(step)))
+        assert_alike(found[1::2], plain[1:])
+        assert_alike(found[2::2], plain[1:])
+    assert not fast.stats.fallbacks and fast.stats.nbytes == 0
+    fast.current.at_step(0)
+    with pytest.raises(TypeError, match="repeat: expected an integer"):
+        fast.cache_context("cond", repeat="second")
+
+
 @pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"])
 def test_a_second_order_scheduler_lists_a_timestep_for_each_call(name):
     scheduler = getattr(diffusers, name)()

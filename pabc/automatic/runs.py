@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -100,8 +100,7 @@ class ReplayedRuns:
             if at[index] != step:
                 trajectory.at_step(step)
                 at[index] = step
-            named = self._calls[name].name
-            with trajectory, nullcontext() if named is None else model.cache_context(named):
+            with trajectory, _named(model, self._calls[name]):
                 return model(*args, **kwargs)
 
         with torch.inference_mode() if self._is_inference else nullcontext():
@@ -110,6 +109,13 @@ class ReplayedRuns:
             finally:
                 for trajectory in trajectories:
                     trajectory.reset()
+
+
+def _named(model: CompiledModel, call: PlannedCall) -> AbstractContextManager[Any]:
+    """Returns the context in which a recorded call is the branch that it was."""
+    if call.name is None:
+        return nullcontext()
+    return model.cache_context(call.name, **({"repeat": call.order} if call.order else {}))
 
 
 def _plan(candidate: Candidate) -> tuple[Any, ...]:

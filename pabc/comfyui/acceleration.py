@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 from pabc.api import compile
 from pabc.comfyui.calls import HostCall
 from pabc.comfyui.denoiser import CompiledDenoiser, Denoiser
+from pabc.comfyui.interrupt import Interrupted, check
 from pabc.comfyui.rules import AUTO, make_plans
 from pabc.comfyui.run import Report, Run
 from pabc.comfyui.sampler import describe
@@ -72,6 +73,8 @@ class Acceleration:
             result = executor(guider, sigmas, extra, *args, **kwargs)
             run.finish()
             return result
+        except Interrupted as interrupted:
+            raise interrupted.error from None
         finally:
             run.abandon()
             self._runs.pop(run, None)
@@ -80,9 +83,8 @@ class Acceleration:
     def apply(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Calls the model, in the place of the host; its diffusion model is called, or skipped."""
         model = executor.class_obj
-        run = _find_options(args, kwargs).get(KEY)
-        patcher = self._runs.get(run)
-        if patcher is None or patcher.model is not model:
+        run: Run | None = _find_options(args, kwargs).get(KEY)
+        if run is not None and getattr(self._runs.get(run), "model", None) is not model:
             run = None
         if run is None and self._denoiser is None:
             return executor(*args, **kwargs)
@@ -92,11 +94,10 @@ class Acceleration:
     def _call(self, run: Run | None, own: Any, *args: Any, **kwargs: Any) -> Any:
         """Calls the diffusion model, or skips the call."""
         denoiser = self._denoiser
-        is_compiled = denoiser is not None and denoiser.model is own
-        function = denoiser if is_compiled else own
+        function = own if denoiser is None or denoiser.model is not own else denoiser
         if run is None or not run.is_followed:
             return function(*args, **kwargs)
-        call = HostCall(function, kwargs)
+        call = HostCall(partial(_call_unless_interrupted, run, function), kwargs)
         if call.has_control and self._rule == AUTO:
             run.leave("it uses a ControlNet, whose values are not recorded; use a skip rule")
         return run.call(call, *args, **kwargs)
@@ -143,6 +144,15 @@ def find_acceleration(patcher: Any) -> Acceleration | None:
     for wrapper in patcher.get_wrappers("sampler_sample", KEY):
         return wrapper.__self__
     return None
+
+
+def _call_unless_interrupted(
+    run: Run, function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Calls the diffusion model; once the run is over, such calls are those of plans."""
+    if not run.is_followed:
+        check()
+    return function(*args, **kwargs)
 
 
 def _find_options(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:

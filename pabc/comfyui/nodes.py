@@ -10,12 +10,13 @@ from pabc.comfyui.acceleration import Acceleration, find_acceleration
 from pabc.comfyui.picture import draw
 from pabc.comfyui.report import describe
 from pabc.comfyui.rules import RULES
+from pabc.options import Backend
 
 _CATEGORY = "model_patches/pabc"
 FASTEST = 4.0
 """The largest speed-up that can be asked for."""
-BACKENDS = ("no", "inductor", "eager")
-"""How the diffusion model is compiled."""
+BACKENDS: dict[str, Backend | None] = {"no": None, "inductor": "inductor", "eager": "eager"}
+"""Choice -> the backend with which the diffusion model is compiled; None: it is not."""
 
 
 class Accelerate:
@@ -35,7 +36,7 @@ class Accelerate:
                 "model": ("MODEL",),
                 "speedup": ("FLOAT", {**number, "tooltip": "of the model's calls; 1: as without"}),
                 "rule": (list(RULES), {"default": RULES[0], "tooltip": _RULE}),
-                "compile": (list(BACKENDS), {"default": BACKENDS[0], "tooltip": _COMPILE}),
+                "compile": (list(BACKENDS), {"default": "no", "tooltip": _COMPILE}),
             }
         }
 
@@ -49,8 +50,7 @@ class Accelerate:
         for name, found, choices in (("rule", rule, RULES), ("compile", compile, BACKENDS)):
             if found not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, found {found!r}")
-        backend = None if compile == BACKENDS[0] else compile
-        return (Acceleration(speedup, rule, backend).attach(model),)
+        return (Acceleration(speedup, rule, BACKENDS[compile]).attach(model),)
 
 
 class Explain:

@@ -6,6 +6,7 @@ from pabc.base.format import format_table
 from pabc.comfyui.run import Report
 
 NOTHING = "no sampler has run with this model yet"
+FULL = "this run was computed in full"
 
 
 def describe(report: Report | None) -> str:
@@ -20,10 +21,10 @@ def describe(report: Report | None) -> str:
     ]
     rate = f", {calls / (calls - skipped):.2f} times fewer" if calls > skipped else ""
     schedule = report.schedule
-    is_full = schedule is None or not schedule.reuses
+    followed = f"schedule: {schedule.label}" if schedule is not None and schedule.reuses else FULL
     lines = [
         f"plan: {report.source}",
-        "this run was computed in full" if is_full else f"schedule: {schedule.label}",
+        followed,
         *([] if report.left is None else [f"the rest of the run was computed: {report.left}"]),
         f"{calls} calls of the model in {len(steps)} steps, {skipped} of them skipped{rate}",
         *format_table(("step", "sigma", "calls", "skipped"), rows),

@@ -80,8 +80,7 @@ class Run:
         name = self._names.name(call.options)
         order = self._orders[name]
         self._orders[name] += 1
-        named = f"{name}#{order}" if order else name
-        with self._trajectory, self._model.cache_context(named):
+        with self._trajectory, self._model.cache_context(name, repeat=order):
             return self._model(call, *args, **kwargs)
 
     def begin(self, call: HeardCall) -> None:
@@ -108,6 +107,11 @@ class Run:
 
     def finish(self) -> None:
         """Ends the run after its sampler has returned; makes a plan of what was recorded."""
+        if self.report.schedule is None:
+            logger.warning(
+                "pabc: a run skipped nothing, since another node calls the diffusion model itself; "
+                "put Accelerate (pabc) after that node"
+            )
         self._close(is_complete=self._step + 1 == len(self._sigmas.steps))
 
     def abandon(self) -> None:
@@ -123,7 +127,7 @@ class Run:
 
     def _find_step(self, call: HostCall) -> int:
         """Returns the step of a call; leaves the plan if there is none."""
-        sigma = call.options.get("sigmas")
+        sigma = call.options["sigmas"]
         known, level = self._level
         if sigma is not known:  # one tensor for all calls of one evaluation; this waits for it
             level = float(sigma.flatten()[0])

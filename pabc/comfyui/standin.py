@@ -5,23 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch import nn
 
-class _Replacement:
+
+class _Replacement(nn.Module):
     """Is called in the place of a diffusion model; has its attributes."""
 
-    def __init__(self, model: Any, call: Callable[..., Any]) -> None:
-        self._model, self._call = model, call
+    def __init__(self, model: nn.Module, call: Callable[..., Any]) -> None:
+        super().__init__()
+        vars(self).update(_replaced=model, _call=call)  # not as a module within this one
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+        return getattr(vars(self)["_replaced"], name)
 
 
 def call_around(
     executor: Any,
-    model: Any,
+    model: nn.Module,
     call: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
@@ -31,9 +34,11 @@ def call_around(
     The model is shared by all that use it, and is left as it is: a stand-in that has all of its
     attributes but that one runs in its place, within the wrappers of other nodes.
     """
+    own: Any = model.diffusion_model
     stand_in = object.__new__(type(model))
     vars(stand_in).update(vars(model))
-    vars(stand_in)["diffusion_model"] = _Replacement(model.diffusion_model, call)
+    modules = {**model._modules, "diffusion_model": _Replacement(own, call)}
+    vars(stand_in)["_modules"] = modules  # its own: other wrappers may set a module, as the host's
     original = getattr(type(model), executor.original.__name__).__get__(stand_in)
     inner = type(executor).new_class_executor(
         original, stand_in, executor.wrappers, executor.idx + 1

@@ -33,6 +33,7 @@ class Branch:
         has_reused: whether the last call reused something.
         may_repeat: whether a step may be run again, and finds then what it found before.
         is_scheduled: whether the calls are steps of the schedule.
+        origin: the branch that it has begun as a copy of; None: it has begun with nothing.
     """
 
     is_scheduled = True
@@ -47,6 +48,7 @@ class Branch:
     def _start(self) -> None:
         self.step, self.last = 0, -1
         self.clock: Clock | None = None
+        self.origin: Branch | None = None
         self.hoisted: Hoisted | None = None
         self.num_reused = self._num_wanted = 0
         self.has_reused = self.may_repeat = self._is_counted = False
@@ -143,6 +145,11 @@ class Branch:
         if step != self.step or self.may_repeat:
             self.step = step
             self.slots.free_before(step)
+
+    def begin_as(self, other: Branch, step: int) -> None:
+        """Begins at a step with what another branch keeps of the steps before it."""
+        self.origin, self.source = other, other.source
+        self.slots.copy(other.slots, before=step)
 
     def relabel(self, step: int) -> None:
         """Makes the last call this step, or, for -1, none of the generation; frees all slots."""

@@ -68,11 +68,16 @@ class KeptResults:
         branch, reused = step.branch, step.read(SLOT)
         assert isinstance(branch, Branch)
         assert reused is not None
-        described = self._results[branch]
+        described = self._results.get(branch) or self._described(branch.origin)
         with torch.no_grad():
             histories = zip(*map(described.decode, reused.history), strict=True)
             tensors = [_forecast(values, reused.weights) for values in histories]
         return described.build(tensors, step.inputs[0].leaves)
+
+    def _described(self, branch: Branch | None) -> Result:
+        """Returns the description of what a branch keeps that another has begun as a copy of."""
+        assert branch is not None
+        return self._results[branch]
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,6 +87,13 @@ class HeldSlots:
             self._account.set(self._account.nbytes + change)
         return num_stored
 
+    def copy(self, other: HeldSlots, before: int) -> None:
+        """Holds what other slots hold of the steps before one, in the place of what these hold."""
+        pairs = other._held.items()
+        older = {slot: tuple(h for h in history if h.step < before) for slot, history in pairs}
+        self._held = {slot: history for slot, history in older.items() if history}
+        self._account.set(sum(map(_sum_bytes, self._held.values())))
+
     def free_last_reads(self, slots: Iterable[int], step: int) -> None:
         """Frees those values of `slots` that no step after `step` reads."""
         self._keep_those(slots, lambda held: held.until != step)

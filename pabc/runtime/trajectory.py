@@ -222,9 +222,13 @@ class Trajectory:
         name = None if where is None else where.name
         said = _NOTHING if where is None else where.said
         if self._stated_step is not None:
-            tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
-            order = self._calls.setdefault(name, CallOrder()).index_of(tensors)
-            branch, step = self._branch(name, order), self._stated_step
+            step = self._stated_step
+            if where is not None and where.repeat is not None:
+                branch = self._repeated_branch(where.name, where.repeat, step)
+            else:
+                tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+                order = self._calls.setdefault(name, CallOrder()).index_of(tensors)
+                branch = self._branch(name, order)
             said = _NOTHING
         elif where is not None and where.step is not None:
             branch, step = self._branch(name), where.step
@@ -361,6 +365,19 @@ class Trajectory:
     def find_key(self, branch: object) -> BranchKey | None:
         """Returns the name and order of a branch; None for calls that are no steps."""
         return next((key for key, each in self._branches.items() if each is branch), None)
+
+    def _repeated_branch(self, name: str, order: int, step: int) -> Branch:
+        """Returns the branch of calls that repeat others in each step, with other latents.
+
+        A solver of second order makes one call in its first step, and two in those that follow:
+        the branch of the second ones begins with what that of the first ones keeps.
+        """
+        earlier = self._branches.get((name, order - 1))
+        is_new = (name, order) not in self._branches
+        branch = self._branch(name, order)
+        if is_new and earlier is not None:
+            branch.begin_as(earlier, step)
+        return branch
 
     def _branch(self, name: str | None, order: int = 0) -> Branch:
         branch = self._branches.get((name, order))

@@ -23,12 +23,15 @@ class Where:
         step: the step of the loop; None: it is counted.
         num_steps: how many steps the loop has; None: not stated.
         said: the timestep or noise level, by the name of the argument.
+        repeat: how many calls of this name came before in the step, which are given the same
+            conditions; None: not stated.
     """
 
     name: str
     step: int | None = None
     num_steps: int | None = None
     said: Mapping[str, Any] = field(default_factory=dict)
+    repeat: int | None = None
 
     @classmethod
     def of(
@@ -38,6 +41,7 @@ class Where:
         num_inference_steps: object = None,
         sigma: object = None,
         timestep: object = None,
+        repeat: object = None,
         **others: object,
     ) -> Where:
         """Returns what the arguments of `cache_context` state; `others` are ignored.
@@ -48,7 +52,7 @@ class Where:
         num_steps = _as_integer("num_inference_steps", num_inference_steps)
         values = {"sigma": sigma, "timestep": timestep}
         said = {key: value for key, value in values.items() if value is not None}
-        return cls(name, step, num_steps, said)
+        return cls(name, step, num_steps, said, _as_integer("repeat", repeat))
 
     def check(self, schedule: Schedule) -> None:
         """Raises GuardError where what is stated contradicts the schedule."""

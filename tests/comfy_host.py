@@ -26,11 +26,13 @@ class Family:
         config: the name of ComfyUI's configuration.
         settings: those of the diffusion model.
         latents: the shape of latents of one sample; the last number is the size.
+        masks_text: whether it needs a mask of the prompt's tokens.
     """
 
     config: str
     settings: dict[str, Any]
     latents: Callable[[int], tuple[int, ...]]
+    masks_text: bool = False
 
 
 _FLUX = {
@@ -97,7 +99,8 @@ FAMILIES = {
             "cross_attention_dim": 64,
             "caption_channels": TEXT,
         },
-        lambda size: (1, 128, 2, size, size),
+        lambda size: (1, 128, 2, size // 2, size // 2),
+        masks_text=True,
     ),
     "HunyuanVideo": Family(
         "HunyuanVideo",
@@ -119,9 +122,11 @@ class ComfyHost:
 
     Attributes:
         version: of ComfyUI.
+        nests: whether a run of a model may be within another one: its patcher knows of one alone.
     """
 
     samplers = ("euler", "heun", "dpm_2")
+    nests = False
 
     def __init__(self, folder: str | Path) -> None:
         sys.path.insert(0, str(folder))
@@ -186,8 +191,10 @@ class ComfyHost:
         comfy, cpu = self.comfy, torch.device("cpu")
         latent = torch.zeros(patcher.model.family.latents(size))
         noise = comfy.sample.prepare_noise(latent, seed)
-        conds = [self._condition(each) for each in positive or [{"context": self.context(prompt)}]]
-        negative = [self._condition({"context": self.context(0)})]
+        given = positive or [{"context": self.context(prompt)}]
+        masks = patcher.model.family.masks_text
+        conds = [self._condition(each, masks) for each in given]
+        negative = [self._condition({"context": self.context(0)}, masks)]
         kept = comfy.samplers.can_concat_cond
         if splits:
             comfy.samplers.can_concat_cond = lambda a, b: a is b
@@ -225,17 +232,18 @@ class ComfyHost:
         x = euler(model, x, sigmas[: middle + 1], callback=callback, **kw)
         return euler(model, x + 0.1, sigmas[middle - 2 :], callback=callback, **kw)
 
-    def _condition(self, given: dict[str, Any]) -> list[Any]:
+    def _condition(self, given: dict[str, Any], masks: bool) -> list[Any]:
         """Returns a condition in ComfyUI's form."""
         rest = {k: v for k, v in given.items() if k not in ("context", "area")}
         pooled = torch.ones(1, POOLED) * given["context"].mean()
         if "area" in given:
             rest["area"] = (given["area"], 8, 0, 0)
-        return [given["context"], {"pooled_output": pooled, "attention_mask": None, **rest}]
+        mask = torch.ones(given["context"].shape[:2], dtype=torch.long) if masks else None
+        return [given["context"], {"pooled_output": pooled, "attention_mask": mask, **rest}]
 
 
 def _fill(model: nn.Module, seed: int) -> None:
-    """Gives all weights values at which outputs depend on all inputs."""
+    """Gives all weights values at which outputs depend on all inputs, and change smoothly."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in (*model.named_parameters(), *model.named_buffers()):
@@ -243,7 +251,7 @@ def _fill(model: nn.Module, seed: int) -> None:
                 continue
             if weight.ndim > 1:
                 fan_in = weight[0].numel()
-                weight.normal_(0, fan_in**-0.5, generator=generator)
+                weight.normal_(0, 0.5 * fan_in**-0.5, generator=generator)
             else:
                 weight.normal_(0, 0.1, generator=generator)
                 if "norm" in name and "bias" not in name:
