@@ -22,7 +22,7 @@ from hosts import PlainLoop, accelerate, acceleration_of, find_host, schedule_of
 from torch import Tensor
 
 README = Path(__file__).parents[1] / "pabc" / "comfyui" / "README.md"
-BEGIN, END = "<!-- table: tests/write_comfyui_table.py -->\n", "<!-- end of the table -->\n"
+BEGIN, END = "<!-- table {}: tests/write_comfyui_table.py -->\n", "<!-- end of the table -->\n"
 SIZE = 24
 """Of the latents, in pixels; half of that for the model without patches."""
 SAMPLERS = (
@@ -48,6 +48,10 @@ HEADER = (
 )
 
 
+COMPILED = ("model", "captured", "with `compile`, at 1", "at 2, to the same without `compile`")
+Cells = tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Row:
     """What one model came to under one sampler; errors are relative to the largest latent."""
@@ -60,9 +64,6 @@ class Row:
     calls: str
     to_full: str
     seconds: str
-
-    def __str__(self) -> str:
-        return f"| {' | '.join(astuple(self))} |"
 
 
 def measure(host: Any, family: str, sampler: str, cfg: float, steps: int) -> Row:
@@ -92,20 +93,42 @@ def measure(host: Any, family: str, sampler: str, cfg: float, steps: int) -> Row
     )
 
 
-def measure_all(host: Any, steps: int) -> Iterator[Row]:
+def measure_runs(host: Any, steps: int) -> Iterator[Cells]:
     """Yields the rows: every sampler with guidance, and the first model without as well."""
     for i, family in enumerate(FAMILIES):
         for sampler in SAMPLERS:
-            yield measure(host, family, sampler, 3.0, steps)
+            yield astuple(measure(host, family, sampler, 3.0, steps))
             if i == 0:
-                yield measure(host, family, sampler, 1.0, steps)
+                yield astuple(measure(host, family, sampler, 1.0, steps))
 
 
-def write(rows: list[Row], text: str) -> str:
+def measure_compiled(host: Any, steps: int) -> Iterator[Cells]:
+    """Yields a row for each model: whether it is captured, and how far it is from itself."""
+    for family in FAMILIES:
+        patcher = host.make(0, family)
+        given = {"cfg": 3.0, "steps": steps}
+        found = []
+        for speedup in (1.0, 2.0):
+            fast = accelerate(patcher, speedup, compile="eager")
+            latents = host.sample(fast, **given)
+            denoiser = acceleration_of(fast)._denoiser
+            plain = host.sample(accelerate(patcher, speedup), **given)
+            found.append("equal" if torch.equal(latents, plain) else _format(latents, plain))
+        refused = "; ".join(denoiser._refused)
+        yield family, f"no: {refused}" if refused else "yes", *found
+
+
+def write(name: str, header: Cells, rows: list[Cells], text: str) -> str:
     """Returns a document with the rows in the place of those that it has."""
-    table = [f"| {' | '.join(HEADER)} |", "|---" * len(HEADER) + "|", *map(str, rows)]
-    between = re.compile(re.escape(BEGIN) + ".*" + re.escape(END), re.DOTALL)
-    return between.sub(lambda _: BEGIN + "\n".join(["", *table, ""]) + "\n" + END, text)
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    table = "\n".join(["", lines[0], "|---" * len(header) + "|", *lines[1:], ""])
+    begin = BEGIN.format(name)
+    between = re.compile(re.escape(begin) + ".*?" + re.escape(END), re.DOTALL)
+    assert between.search(text), name
+    return between.sub(lambda _: f"{begin}{table}\n{END}", text)
+
+
+PARTS = {"runs": (HEADER, measure_runs), "compiled": (COMPILED, measure_compiled)}
 
 
 def _timed(host: Any, patcher: Any, given: dict[str, Any]) -> tuple[Tensor, float]:
@@ -120,14 +143,17 @@ def _format(found: Tensor, expected: Tensor) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", choices=PARTS, nargs="+", default=list(PARTS))
     parser.add_argument("--steps", type=int, default=16)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
-    for row in measure_all(find_host(), options.steps):
-        rows.append(row)
-        print(row, file=sys.stderr, flush=True)
-    README.write_text(write(rows, README.read_text()))
+    for part in options.part:
+        header, measure_part = PARTS[part]
+        rows = []
+        for row in measure_part(find_host(), options.steps):
+            rows.append(row)
+            print(*row, sep=" | ", file=sys.stderr, flush=True)
+        README.write_text(write(part, header, rows, README.read_text()))
 
 
 if __name__ == "__main__":

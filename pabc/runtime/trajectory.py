@@ -373,9 +373,8 @@ class Trajectory:
         the branch of the second ones begins with what that of the first ones keeps.
         """
         earlier = self._branches.get((name, order - 1))
-        is_new = (name, order) not in self._branches
         branch = self._branch(name, order)
-        if is_new and earlier is not None:
+        if branch.last < 0 and earlier is not None:
             branch.begin_as(earlier, step)
         return branch
 
