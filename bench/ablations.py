@@ -22,10 +22,12 @@ import pareto_points
 import report
 import rows
 import torch
+from ablation_regions import Greedy, RegionPlan
 from pareto_methods import run_choice
 from pareto_plans import format_steps, run_schedule
 from pareto_quality import compare, mean_psnr
 from pareto_setups import Clips, Recorded, Setup, Subject, load_subject
+from torch import Tensor
 
 import pabc
 from pabc.calibration.candidates import COMPENSATION, KINDS, Candidate, Kind
@@ -77,21 +79,30 @@ class Trial:
         sizes = [float((a - b).norm()) for a, b in pairs]
         return np.array([sizes[-1] / max(size, 1e-9) for size in sizes[1:]])
 
+    def run(self, plan: Candidate | RegionPlan, clips: Clips) -> tuple[Tensor, float]:
+        """Returns the samples of a plan, and the operations that it takes, in calls."""
+        loop = self.subject.loop(self.setup, clips)
+        timesteps = loop.sampler.timesteps
+        is_whole = isinstance(plan, Candidate)
+        choice = run_schedule(plan.schedule(timesteps), "") if is_whole else plan.choose(timesteps)
+        samples, share = run_choice(loop, choice)
+        return samples, share * loop.num_calls
+
     def measure(self, candidate: Candidate) -> float:
         """Returns the PSNR of a plan on the seen clips."""
-        loop = self.subject.loop(self.setup, self.subject.seen)
-        choice = run_schedule(candidate.schedule(loop.sampler.timesteps), "")
-        samples, _ = run_choice(loop, choice)
+        samples, _ = self.run(candidate, self.subject.seen)
         return mean_psnr(samples, self.record(self.subject.seen).samples)
 
 
-Find = Callable[[Trial, int], Candidate]
-"""(trial, number of computed calls) -> plan."""
+Find = Callable[[Trial, int], Candidate | RegionPlan]
+"""(trial, number of computed calls) -> plan of as many operations."""
+FindWhole = Callable[[Trial, int], Candidate]
+"""The same, of whole calls."""
 
 
 def find_best(
     kinds: Sequence[Kind] = KINDS, *, limit: int = LIMIT, num_clips: int = 1, grows: bool = False
-) -> Find:
+) -> FindWhole:
     """Returns a way that runs the plans of some kinds on the seen clips, and takes the best."""
 
     def find(trial: Trial, computed: int) -> Candidate:
@@ -139,6 +150,20 @@ def _extrapolate(step: int, sources: Sequence[int]) -> tuple[float, ...]:
     )
 
 
+def find_with_regions(calls: int) -> Find:
+    """Returns a way that computes some calls more than allowed, and reuses regions within them
+    until as many operations are saved."""
+
+    def find(trial: Trial, computed: int) -> RegionPlan:
+        seen = trial.subject.seen
+        base = find_best()(trial, computed + calls)
+        loop = trial.subject.loop(trial.setup, seen)
+        updates = identify(trial.recording(seen))
+        return Greedy(loop, trial.record(seen), updates, base).choose(calls)
+
+    return find
+
+
 def find_with_steps(trial: Trial, computed: int) -> Candidate:
     """Returns the steps of `Schedule.skip`, with three fitted weights."""
     recording = trial.recording(trial.subject.seen)
@@ -182,6 +207,8 @@ def list_ways() -> dict[str, Find]:
         "searched steps, line": find_with_weights(1),
         "searched steps, parabola": find_with_weights(2),
     }
+    for calls in (1, 3):
+        ways[f"regions worth {calls} more computed calls"] = find_with_regions(calls)
     for sources in (1, 2, 3, 4, 6):
         for name, compensation in (("plain", 0.0), ("compensated", COMPENSATION)):
             kind = Kind(f"{sources}", sources=sources, compensation=compensation)
@@ -205,6 +232,8 @@ def main() -> None:
         setup = replace(setup, calls=6) if options.smoke else setup
         for speed in options.speeds:
             for way, find in list_ways().items():
+                if options.ways and way not in options.ways:
+                    continue
                 key = f"{setup} | {way} | {round(setup.calls / speed)}"
                 if key not in found:
                     found.add(key, measure(subject, setup, way, find, speed))
@@ -221,6 +250,7 @@ def parse_options() -> argparse.Namespace:
     add = parser.add_argument
     add("--models", type=lambda text: text.split(","), default=["digits", "emoji"])
     add("--speeds", type=lambda text: [float(x) for x in text.split(",")], default=[1.5, 2.0, 3.0])
+    add("--ways", nargs="*", metavar="WAY", help="only these, by name")
     add("--judged", type=lambda text: [int(x) for x in text.split(",")], default=[2, 3])
     add("--store", type=Path, default=Path(tempfile.gettempdir()) / "pabc-pareto")
     options = parser.parse_args()
@@ -236,13 +266,14 @@ def measure(subject: Subject, setup: Setup, way: str, find: Find, speed: float) 
     facts["commit"] = report.read_commit()
     try:
         plan = find(trial, computed)
-        loop = subject.loop(setup, subject.judged)
-        choice = run_schedule(plan.schedule(loop.sampler.timesteps), "")
-        samples, _ = run_choice(loop, choice)
+        samples, operations = trial.run(plan, subject.judged)
     except Exception as error:
         return {**facts, "error": f"{type(error).__name__}: {error}"[:200]}
     steps = format_steps(plan.computed)
-    return {**facts, "plan": f"{plan.name}: {steps}", **compare(samples, subject.full(setup))}
+    facts |= {"plan": f"{plan.name}: {steps}", "operations": round(operations, 3)}
+    if isinstance(plan, RegionPlan):
+        facts["reuses"] = [f"{step} {region.name} {rule}" for step, region, rule in plan.reuses]
+    return {**facts, **compare(samples, subject.full(setup))}
 
 
 def format_rows(found: Mapping[str, Mapping[str, Any]]) -> str:

@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("diffusers")
 BENCH = Path(__file__).parents[1] / "bench"
 MODULES = (
+    "ablation_regions",
     "ablations",
     "pairs",
     "pareto",
@@ -317,14 +318,49 @@ def test_polynomials_continue_what_they_go_through(bench):
 
 
 @pytest.mark.parametrize(
-    "way", ["all", "steps by rule, three fitted weights", "growth of errors: measured"]
+    "way",
+    [
+        "all",
+        "steps by rule, three fitted weights",
+        "growth of errors: measured",
+        "regions worth 1 more computed calls",
+    ],
 )
 def test_ways_to_find_a_plan_compute_as_many_calls(bench, subject, setup, way):
     find = bench.ablations.list_ways()[way]
     row = bench.ablations.measure(subject, setup, way, find, 2.0)
     assert row["computed"] == 3 and row["psnr"] > 10, row
+    assert 2 < row["operations"] <= 3, row
     table = bench.ablations.format_rows({way: row})
     assert way in table and f"{row['psnr']:.1f}" in table
+
+
+def test_regions_are_reused_as_pabc_reuses_them(bench, subject, setup):
+    regions, model = bench.ablation_regions, subject.model.transformer
+    loop = subject.loop(setup, subject.seen)
+    timesteps = loop.sampler.timesteps
+    base = bench.ablations.find_with_steps(bench.ablations.Trial(subject, setup), 5)
+    step = base.computed[2]
+    whole = bench.pareto_methods.run_choice(loop, regions.RegionPlan(base, ()).choose(timesteps))
+    found = {region.paths[0]: region for region in regions.find_regions(model)}
+    attention = found.get("transformer_blocks.0.attn1") or found["transformer_blocks.0.attn"]
+    block = found["transformer_blocks.0"]
+    plan = [
+        regions.Reuse(step, attention, "linear"),
+        regions.Reuse(base.computed[3], block, "hold"),
+    ]
+    choice = regions.RegionPlan(base, tuple(plan)).choose(timesteps)
+    samples, share = bench.pareto_methods.run_choice(loop, choice)
+    kind = "spatial" if "attn1" in attention.paths[0] else "joint"
+    schedule = base.schedule(timesteps)
+    for reuse, name in zip(plan, (kind, "block"), strict=True):
+        layers = [int(path.split(".")[1]) for path in reuse.region.paths]
+        mask = [i == reuse.step for i in range(NUM_CALLS)]
+        schedule = schedule.override(kind=name, layers=layers, mask=mask, forecast=reuse.rule)
+    fast = bench.pareto_plans.pabc.compile(model, schedule, backend="eager")
+    torch.testing.assert_close(samples, loop.run(fast), rtol=1e-4, atol=1e-4)
+    assert (samples - whole[0]).abs().max() > 1e-3 and share < whole[1] - 0.02
+    assert not any("forward" in vars(module) for module in model.modules()), "undone"
 
 
 @pytest.mark.slow

@@ -62,6 +62,7 @@ FLOORS = (
         "pabc.calibration.digests",
         "pabc.calibration.hearing",
         "pabc.calibration.steps",
+        "pabc.calibration.clipping",
         "pabc.calibration.replay",
         "pabc.calibration.updates",
         "pabc.calibration.growth",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from pabc.automatic.check import describe_difference, explains, find_difference, opening
-from pabc.automatic.fingerprint import describe_form
 from pabc.automatic.planner import Planner
 from pabc.automatic.plans import AutoPlan, Kind, PlannedCall
 from pabc.calibration.hearing import Hearing, name_call
@@ -48,10 +47,12 @@ class AutoCourse:
     def bind(self, timesteps: tuple[float, ...], call: HeardCall, sampler: str) -> Schedule:
         """Returns the schedule of a loop that begins with this call; records what has no plan."""
         self._forget()
-        self._kind = self._planner.kind(describe_form(call.leaves), sampler, timesteps)
+        self._kind = self._planner.kind(call.leaves, sampler, timesteps)
         self._plan = self._planner.find(self._kind)
         if self._plan is not None or not self._planner.has_given_up:
             self._hearing = Hearing()
+            if self._plan is None:
+                self._planner.record()
         return Schedule.none(timesteps) if self._plan is None else self._plan.follow(timesteps)
 
     def begin(self, call: HeardCall, step: int) -> Schedule | None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from typing import Any
 
 from pabc.automatic.check import describe_difference, explains, find_difference, opening
-from pabc.automatic.fingerprint import describe_form
 from pabc.automatic.planner import Planner
 from pabc.automatic.plans import AutoPlan, Kind, PlannedCall
 from pabc.calibration.hearing import Hearing, name_call
@@ -159,8 +159,8 @@ class _Loop:
                     "generations at a time needs a trajectory of its own, `with fast.trajectory():`"
                 )
             else:
-                whole = Kind(kind.family, kind.weights, kind.form, kind.sampler, timesteps)
-                self._planner.learn(hearing, whole, self._calls, path, left=left)
+                whole = replace(kind, timesteps=timesteps)
+                self._planner.learn(hearing, whole, self._calls, path, left=left, is_whole=False)
         self._forget()
 
     def _start(self, call: HeardCall) -> None:
@@ -172,9 +172,8 @@ class _Loop:
             self._begin_unplanned(call, ended)
             return
         self._is_begun = True
-        form = describe_form(call.leaves)
-        self._kind = self._planner.kind(form, "", ())
-        self._plan = self._find(call, form)
+        self._kind = self._planner.kind(call.leaves, "", ())
+        self._plan = self._find(call)
         if self._plan is not None:
             self._hearing = Hearing()
             call.trajectory.schedule = self._plan.schedule
@@ -182,15 +181,16 @@ class _Loop:
         elif self._planner.has_given_up:
             self._begin_unplanned(call, None)
         else:
+            self._planner.record()
             self._hearing = Hearing()
             call.trajectory.schedule = UNPLANNED
             self._record(call)
 
-    def _find(self, call: HeardCall, form: str) -> AutoPlan | None:
+    def _find(self, call: HeardCall) -> AutoPlan | None:
         """Returns the plan for a generation whose first call this is."""
         numbers = self._read(call.structure, call.leaves)
         for number in (*dict.fromkeys(numbers.values()), 0.0):
-            plan = self._planner.find(self._planner.kind(form, "", (number,)))
+            plan = self._planner.find(self._planner.kind(call.leaves, "", (number,)))
             if plan is not None and self._is_first_of(plan, call):
                 return plan
         return None

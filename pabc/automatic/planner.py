@@ -8,20 +8,23 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 from torch import nn
 
 from pabc.automatic.check import NOISY, TRANSITIONS
-from pabc.automatic.fingerprint import describe_family, versions_of
+from pabc.automatic.ends import reaches_end
+from pabc.automatic.fingerprint import describe_family, describe_form, versions_of
 from pabc.automatic.plans import AutoPlan, Kind, PlannedCall
 from pabc.automatic.runs import SEED, ReplayedRuns
 from pabc.automatic.store import Store
 from pabc.calibration.calibration import Calibration
 from pabc.calibration.choice import Choice
-from pabc.calibration.digests import describe_weights
+from pabc.calibration.digests import describe_precision, describe_weights
 from pabc.calibration.hearing import HeardGeneration, Hearing, name_call
 from pabc.calibration.target import Target
+from pabc.calibration.updates import identify
 from pabc.compiled import CompiledModel
 from pabc.runtime.timesteps import ArgPath
 
@@ -29,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 FEWEST = 4
 """The steps of a generation below which there is nothing to plan."""
+_NONE = "no generation of this kind is recorded yet, all steps are computed"
+_MOST_UNENDED = 16
+"""Generations that seem to have been left before their end, and are remembered."""
 _MOST_REFUSALS = 3
 """Generations that could not be planned, after which none is recorded any more."""
 
@@ -48,23 +54,27 @@ class Planner:
         self._floor, self._candidates, self._store = floor, candidates, store
         self._modules: dict[str, nn.Module] = {n: m._orig_mod for n, m in models.items()}
         self._plans: list[AutoPlan] | None = None
-        self._describe(f"{target}: no generation is recorded yet, all steps are computed")
+        self._note = _NONE
+        self.record()
         self._lock = threading.RLock()
         self._weights: tuple[int, str] = 0, ""
         self._family = ""
         self._doubted: AutoPlan | None = None
         self._latest: AutoPlan | None = None
         self._refusals = 0
+        self._unended: list[Kind] = []
 
-    def kind(self, form: str, sampler: str, timesteps: Sequence[float]) -> Kind:
-        """Returns what is known of a generation that begins."""
+    def kind(self, leaves: Sequence[Any], sampler: str, timesteps: Sequence[float]) -> Kind:
+        """Returns what is known of a generation that begins with a call with these arguments."""
         with self._lock:
             versions = versions_of(self._modules.values())
             if not self._weights[1] or self._weights[0] != versions:
                 self._weights = versions, describe_weights(self._modules)
             if not self._family:
                 self._family = describe_family(self._modules)
-            return Kind(self._family, self._weights[1], form, sampler, tuple(timesteps))
+            form, precision = describe_form(leaves), describe_precision(leaves)
+            weights, steps = self._weights[1], tuple(timesteps)
+            return Kind(self._family, weights, form, sampler, steps, precision)
 
     def find(self, kind: Kind) -> AutoPlan | None:
         """Returns the plan for a generation that begins like this; None: it is to be recorded.
@@ -99,7 +109,8 @@ class Planner:
     def refuse(self, reason: str) -> None:
         """Says why a generation cannot be planned."""
         self._refusals += 1
-        self._describe(f"{self.target}: all steps are computed, since {reason}")
+        self._note = f"all steps are computed, since {reason}"
+        self.record()
         if self._refusals == 1:
             warnings.warn(f"pabc.auto: all steps are computed, since {reason}", stacklevel=2)
 
@@ -113,6 +124,10 @@ class Planner:
         """Says that a generation follows a plan."""
         self._latest = plan
         self._describe(str(plan))
+
+    def record(self) -> None:
+        """Says that a generation is computed, to be recorded, and why."""
+        self._describe(f"{self.target}: {self._note}")
 
     def record_rest(self, reason: str) -> None:
         """Says that a generation leaves its plan, and is recorded."""
@@ -136,11 +151,16 @@ class Planner:
         path: ArgPath | None = None,
         *,
         left: float = 0.0,
+        is_whole: bool = True,
     ) -> None:
         """Makes the plan for generations like one that was recorded.
 
-        `left`: by how much its latents differed from what the sampler of another plan makes, which
-        it began to follow; 0: it followed none.
+        Args:
+            hearing, kind, calls, path: the generation.
+            left: by how much its latents differed from what the sampler of another plan makes,
+                which it began to follow; 0: it followed none.
+            is_whole: whether it is known to have come to its end. If not, and its last step leaves
+                noise, it is planned only once another one has ended at the same step.
         """
         n = hearing.num_steps
         if n < FEWEST:
@@ -154,6 +174,8 @@ class Planner:
             return
         with self._lock:
             try:
+                if not is_whole and not self._ends(heard, kind):
+                    return
                 plan = self._make(heard, kind, calls, path)
             except Exception as error:  # the generation itself is done, and its result is not lost
                 logger.info("pabc.auto: no plan could be made", exc_info=True)
@@ -161,13 +183,14 @@ class Planner:
                 return
             if plan is None:
                 return
-            self._doubted = None
-            known = next((p for p in self._plans or () if _is_replaced(p, plan)), None)
+            self._doubted, self._note = None, _NONE
+            replaced = [p for p in self._plans or () if _is_replaced(p, plan)]
+            known = next((p for p in replaced if p.is_like(plan)), None)
             if left and known is not None:
                 if float(plan.calibration.updates.residual[:TRANSITIONS].max()) > NOISY:
                     return  # of a known sampler, but something else has changed the latents
                 plan = replace(plan, slack=max(known.slack, 1.5 * left))
-            self._plans = [p for p in self._plans or [] if not _is_replaced(p, plan)] + [plan]
+            self._plans = [p for p in self._plans or [] if p not in replaced] + [plan]
             self._latest = plan
             self._describe(str(plan), recorded=1)
             logger.info(
@@ -177,7 +200,22 @@ class Planner:
                 nbytes,
             )
             if self._store is not None:
-                self._store.save(plan)
+                self._store.save(plan, replaced)
+
+    def _ends(self, heard: HeardGeneration, kind: Kind) -> bool:
+        """Returns whether a generation came to its end, by its last steps, or by one before it."""
+        n = len(kind.timesteps)
+        if any(len(e.timesteps) == n and e.is_start_of(kind) for e in self._unended):
+            return True
+        if reaches_end(kind.timesteps, identify(heard.recording)):
+            return True
+        self._unended = [*self._unended[1 - _MOST_UNENDED :], kind]
+        self._note = (
+            "all steps are computed, since the generation before ended with noise left, at "
+            f"timestep {kind.timesteps[-1]:g}; it is planned once another one ends there"
+        )
+        self.record()
+        return False
 
     def _make(
         self,
@@ -202,7 +240,7 @@ class Planner:
             self._floor,
             (SEED,),
         )
-        rest = float(calibration.updates.residual.max())
+        rest = runs.residual
         if rest > NOISY:
             warnings.warn(
                 f"pabc.auto: up to {rest:.0%} of what the sampler does does not follow from the "
@@ -235,11 +273,12 @@ class Planner:
 
 
 def _is_replaced(old: AutoPlan, new: AutoPlan) -> bool:
-    """Returns whether a plan is of generations like those of another: kind and sampler."""
-    if not old.is_like(new) or old.kind.form != new.kind.form:
+    """Returns whether a plan is of generations like those of another, or of such that were left
+    before their end: kind and sampler."""
+    if not old.kind.is_start_of(new.kind) or old.kind.form != new.kind.form:
         return False
     mine, theirs = old.calibration.updates, new.calibration.updates
-    if mine.outputs.shape != theirs.outputs.shape:
+    if mine.outputs.shape[1:] != theirs.outputs.shape[1:]:
         return False
     return np.allclose(mine.outputs[:3], theirs.outputs[:3], rtol=0.01, atol=1e-6)
 

@@ -37,6 +37,7 @@ class Kind:
         form: shapes and dtypes of the arguments of its first call.
         sampler: a digest of the scheduler's settings; empty: not known.
         timesteps: of its steps; before its end, those that are known: the first, or all.
+        precision: the dtypes of the arguments of its first call, and the autocast around it.
     """
 
     family: str
@@ -44,6 +45,21 @@ class Kind:
     form: str
     sampler: str
     timesteps: tuple[float, ...]
+    precision: str
+
+    def is_related(self, other: Kind) -> bool:
+        """Returns whether both are of the same models, precision and settings of the scheduler."""
+        mine, theirs = self, other
+        return (mine.family, mine.sampler, mine.precision) == (
+            theirs.family,
+            theirs.sampler,
+            theirs.precision,
+        )
+
+    def is_start_of(self, other: Kind) -> bool:
+        """Returns whether all its timesteps are the first ones of `other`."""
+        steps = other.timesteps[: len(self.timesteps)]
+        return self.is_related(other) and _are_close(self.timesteps, steps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,19 +103,12 @@ class AutoPlan:
 
     def suits(self, kind: Kind) -> bool:
         """Returns whether a generation that begins like `kind` may follow this plan."""
-        mine, theirs = self.kind, kind
-        known = len(theirs.timesteps)
-        return (
-            mine.family == theirs.family
-            and mine.sampler == theirs.sampler
-            and _are_close(mine.timesteps[:known], theirs.timesteps)
-            and (known == 1 or known == len(mine.timesteps))
-        )
+        known = len(kind.timesteps)
+        return kind.is_start_of(self.kind) and known in (1, len(self.kind.timesteps))
 
     def is_related(self, other: AutoPlan) -> bool:
-        """Returns whether both are for the same models, and the same settings of the scheduler."""
-        a, b = self.kind, other.kind
-        return (a.family, a.sampler) == (b.family, b.sampler)
+        """Returns whether both are for the same models, precision and settings of the scheduler."""
+        return self.kind.is_related(other.kind)
 
     def is_like(self, other: AutoPlan) -> bool:
         """Returns whether generations that one is for may follow the other, by all that is known

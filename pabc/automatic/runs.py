@@ -55,6 +55,11 @@ class ReplayedRuns:
         return self._replay.can_run
 
     @property
+    def residual(self) -> float:
+        """The largest relative residual of the sampler's transitions, as they are replayed."""
+        return float(self._replay.residual.max())
+
+    @property
     def costs(self) -> Costs:
         """The seconds of full and skipped calls."""
         return Costs.of(self._full, self._skipped)

@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from pabc.automatic.plans import AutoPlan
@@ -15,7 +16,7 @@ from pabc.calibration.calibration import Calibration
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 
 
 def default_folder() -> Path:
@@ -49,8 +50,9 @@ class Store:
                 logger.warning("the plan in %s is left out: %s", path, error)
         return found
 
-    def save(self, plan: AutoPlan) -> None:
-        """Writes a plan, and beside it its calibration; each whole or not at all."""
+    def save(self, plan: AutoPlan, replaced: Iterable[AutoPlan] = ()) -> None:
+        """Writes a plan, and beside it its calibration, each whole or not at all; removes those
+        that it takes the place of."""
         folder = self._folder_of(plan.kind.family)
         path = folder / f"{_digest(plan)}.json"
         try:
@@ -60,6 +62,9 @@ class Store:
             content = {"version": VERSION, **plan.to_content()}
             beside.write_text(json.dumps(content, indent=1))
             beside.replace(path)
+            for other in {_digest(old) for old in replaced} - {path.stem}:
+                for suffix in (".json", ".npz"):
+                    (folder / f"{other}{suffix}").unlink(missing_ok=True)
         except OSError as error:
             logger.warning("a plan is not kept for other processes: %s", error)
 
@@ -79,7 +84,8 @@ def _read(path: Path) -> AutoPlan:
 def _digest(plan: AutoPlan) -> str:
     kind = plan.kind
     target = str(plan.target)
-    text = repr((kind.weights, kind.form, kind.sampler, kind.timesteps, plan.calls[0].name, target))
+    sampling = kind.sampler, kind.timesteps, kind.precision
+    text = repr((kind.weights, kind.form, sampling, plan.calls[0].name, target))
     guided = plan.calibration.updates.outputs[0].round(3).tolist()
     return hashlib.sha256(f"{text}{guided}".encode()).hexdigest()[:20]
 

@@ -64,7 +64,10 @@ def calibrate(
         components: of a pipeline, as in :func:`pabc.compile_pipeline`.
         progress: shows generations as they are done, on stderr.
         resume: a file for what was recorded and measured so far, written after each generation. If
-            it exists, what it holds is not run again.
+            it exists, what it holds is not run again, but for the first three steps of one recorded
+            generation: other prompts, noise, shapes, precision, guidance, samplers or timesteps
+            are refused. What shows only later cannot be known without a run, and is taken to be as
+            it was: a `sample` that goes on otherwise, or makes something else of the same latents.
 
     Returns:
         The plans, of which `schedule()` gives the one for the first target.
@@ -72,7 +75,7 @@ def calibrate(
     Raises:
         TypeError: no module or pipeline; `sample` returns nothing that can be compared.
         ValueError: a bad argument; `sample` does not call the model, or not with the same inputs
-            for the same seed; a file for `resume` that is of another model.
+            for the same seed; a file for `resume` that is of another model, or another `sample`.
     """
     targets = Target.all_of(speedup=speedup, psnr=psnr, calls=calls)
     chosen, limit, least = as_seeds(seeds), as_count(candidates), as_floor(floor)

@@ -13,6 +13,7 @@ import torch
 from pabc.base.structure import Structure, flatten
 from pabc.calibration.recording import Recorder, Recording, Vector
 from pabc.internals.tensors import version_of
+from pabc.runtime.autocast import Autocast, active_autocast
 
 _SMALL = 4096
 """The most elements of a tensor that is copied, in case the caller's loop fills it anew."""
@@ -45,6 +46,7 @@ class KeptCall:
         structure: the containers around them, `(args, kwargs)`.
         outputs: copies of the floating-point tensors of the result.
         versions: of the tensors among the leaves, to tell whether they were written to since.
+        autocast: that it ran under.
     """
 
     model: int
@@ -52,6 +54,7 @@ class KeptCall:
     structure: Structure
     outputs: Vector
     versions: tuple[int, ...]
+    autocast: Autocast = ()
 
     @property
     def is_intact(self) -> bool:
@@ -161,7 +164,8 @@ class Hearing:
         outputs = find_outputs(result)
         kept = [_keep(leaf, outputs) for leaf in leaves]
         copies = [output.detach().clone() for output in outputs]
-        call = KeptCall(model, kept, structure, copies, _versions(kept))
+        versions, autocast = _versions(kept), active_autocast(kept)
+        call = KeptCall(model, kept, structure, copies, versions, autocast)
         self._calls.setdefault(step, {})[name] = call
 
     def finish(

@@ -32,11 +32,13 @@ class Reference:
         recording: the inner products.
         result: the numbers in what it returned.
         opening: step -> numbers out of the inputs of its first call.
+        precision: of its first call; empty in notes that do not say.
     """
 
     recording: Recording
     result: list[torch.Tensor]
     opening: dict[int, list[torch.Tensor]]
+    precision: str = ""
 
 
 @dataclass
@@ -125,6 +127,7 @@ class Notes:
 
 def _to_arrays(reference: Reference) -> Arrays:
     arrays: Arrays = nest("recording", reference.recording.to_arrays())
+    arrays["precision"] = np.asarray(reference.precision)
     arrays |= {f"result.{i}": tensor.numpy() for i, tensor in enumerate(reference.result)}
     for step, parts in reference.opening.items():
         arrays |= {f"opening.{step}.{i}": part.numpy() for i, part in enumerate(parts)}
@@ -137,6 +140,7 @@ def _from_arrays(arrays: Arrays) -> Reference:
         Recording.from_arrays(unnest("recording", arrays)),
         _tensors(unnest("result", arrays)),
         {step: _tensors(unnest(f"opening.{step}", arrays)) for step in sorted(openings)},
+        str(arrays.get("precision", "")),
     )
 
 

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
+from pabc.calibration.clipping import Clip, find_clip
 from pabc.calibration.hearing import HeardGeneration, find_outputs
 from pabc.calibration.recording import Vector
 from pabc.calibration.updates import Updates
+from pabc.runtime.autocast import with_autocast
 
 MakeCall = Callable[[int, str, int, tuple[Any, ...], dict[str, Any]], Any]
 """Calls model `index` at a step, under a name: `(step, name, index, args, kwargs) -> result`."""
+
+
+LINEAR = 0.01
+"""The relative residual up to which a transition is taken for linear."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +43,34 @@ class Replay:
     """Runs a recorded generation again.
 
     The sampler is not called. What it would give is the recorded input plus the difference that
-    other outputs make, which is linear in them: exact for samplers that are linear, and close for
-    those that clip; noise that a sampler adds is that of the recording.
+    other outputs make. This is linear in them, or, where a transition is told to clip, follows from
+    how it does; noise that a sampler adds is that of the recording.
     """
 
     def __init__(self, heard: HeardGeneration, sampler: Updates) -> None:
         self._heard, self._sampler = heard, sampler
         recording = heard.recording
         self._branches = {name: i for i, name in enumerate(recording.branches)}
+        self._shares = sampler.shares()
+
+    @cached_property
+    def _clips(self) -> dict[int, Clip]:
+        """How transitions clip that are not linear, by step."""
+        found = {}
+        for step in np.flatnonzero(self._sampler.residual[:-1] > LINEAR).tolist():
+            following = self._heard.inputs(step + 1)
+            clip = find_clip(self._heard.inputs(step), self._recorded(step), following)
+            if clip is not None:
+                found[step] = clip
+        return found
+
+    @property
+    def residual(self) -> np.ndarray:
+        """The relative residuals of the transitions, [n], as they are taken here."""
+        found = self._sampler.residual.copy()
+        for step, clip in self._clips.items():
+            found[step] = min(found[step], clip.residual)
+        return found
 
     @property
     def can_run(self) -> bool:
@@ -71,7 +98,8 @@ class Replay:
             for name, kept in heard.calls[step].items():
                 args, kwargs = heard.with_inputs(step, name, latents)
                 start = _now(latents)
-                outputs = find_outputs(call(step, name, kept.model, args, kwargs))
+                with with_autocast(kept.autocast, kept.leaves):
+                    outputs = find_outputs(call(step, name, kept.model, args, kwargs))
                 seconds[step] += _now(latents) - start
                 made = heard.outputs(step, name, outputs)
                 before = heard.outputs(step, name, kept.outputs)
@@ -85,8 +113,29 @@ class Replay:
             del strayed[lags:], history[lags:]
         return Replayed(errors, seconds)
 
+    def _recorded(self, step: int) -> Vector:
+        """Returns the guided output of a step of the recording."""
+        outputs: dict[str, Vector] = {}
+        for name, call in self._heard.calls[step].items():
+            outputs |= self._heard.outputs(step, name, call.outputs)
+        return self._guide(step, outputs)
+
+    def _guide(self, step: int, outputs: Mapping[str, Vector]) -> Vector:
+        """Returns the guided output of a step, a sum of the branches."""
+        found: Vector = []
+        for branch, vector in outputs.items():
+            weight = float(self._shares[step, self._branches[branch]])
+            parts = [weight * part.float() for part in vector]
+            found = [a + b for a, b in zip(found, parts, strict=True)] if found else parts
+        return found
+
     def _update(self, step: int, strayed: list[Vector], history: list[dict[str, Vector]]) -> Vector:
         """Returns the difference of the next inputs from the recorded ones."""
+        clip = self._clips.get(step)
+        if clip is not None:
+            recorded = [x.float() for x in self._heard.inputs(step)]
+            changes = strayed[0], self._guide(step, history[0])
+            return clip.change(recorded, self._recorded(step), *changes)
         inputs, outputs = self._sampler.inputs[step], self._sampler.outputs[step]
         result: Vector = [torch.zeros_like(d) for d in strayed[0]]
         for lag in range(min(outputs.shape[-1], len(history))):

@@ -14,6 +14,7 @@ from pabc.calibration.notes import Notes, Reference
 from pabc.calibration.progress import Progress
 from pabc.calibration.recording import Recording
 from pabc.calibration.results import decibels
+from pabc.calibration.resumption import check_resumed
 from pabc.calibration.subject import Run, Sample, Subject
 from pabc.calibration.updates import identify
 
@@ -58,14 +59,22 @@ class SampledRuns:
         self._progress.expect(runs)
 
     def record(self) -> Recording:
-        """Records the seeds that are not recorded yet; returns the sum of all."""
+        """Records the seeds that are not recorded yet; returns the sum of all.
+
+        If some are, from an earlier run, their first steps are compared: see `check_resumed`.
+        """
+        known = self._notes.references
+        if known:
+            seed = next((seed for seed in self.seeds if seed in known), min(known))
+            check_resumed(self._subject, self._sample, seed, known[seed], self._notes.path)
         missing = [seed for seed in self.seeds if seed not in self._notes.references]
         self._progress.expect(len(missing))
         for seed in missing:
             self._progress.begin(f"recording seed {seed}")
             run = self._subject.record(self._sample, seed)
             assert run.recording is not None
-            reference = Reference(run.recording, run.result, run.watch.opening)
+            watch = run.watch
+            reference = Reference(run.recording, run.result, watch.opening, watch.precision)
             self._notes.full += run.watch.full if not self._notes.skipped else []
             self._notes.add_reference(seed, reference)
             self._progress.finish(f"recorded seed {seed}")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -43,6 +43,27 @@ class Run:
     result: list[torch.Tensor]
     watch: Watch
     recording: Recording | None = None
+
+
+@dataclass(frozen=True)
+class FirstSteps:
+    """The first steps of a generation.
+
+    Attributes:
+        timesteps: those that are known.
+        is_whole: whether they are those of all steps.
+        inputs: step -> numbers out of the inputs of its first call.
+        precision: of the first call.
+    """
+
+    timesteps: tuple[float, ...]
+    is_whole: bool
+    inputs: Mapping[int, Sequence[torch.Tensor]]
+    precision: str
+
+
+class _Seen(BaseException):
+    """Leaves a generation of which enough was seen."""
 
 
 class Subject:
@@ -118,6 +139,16 @@ class Subject:
         run.recording = hearing.finish(self.timesteps).recording
         return run
 
+    def open(self, sample: Sample, seed: int, last: int) -> FirstSteps:
+        """Runs the first steps of a full generation, up to the first call of the step `last`."""
+        self.timesteps = None
+        ear = _Ear(self._models.values(), None, last)
+        with suppress(_Seen):
+            self._run(sample, seed, None, ear)
+        told, self.timesteps = self.timesteps, None
+        timesteps = ear.timesteps() if told is None else told
+        return FirstSteps(timesteps, told is not None, ear.watch.opening, ear.watch.precision)
+
     def run(self, sample: Sample, seed: int, schedule: Schedule | None) -> Run:
         """Runs a generation by a schedule; None: in full."""
         return self._run(sample, seed, schedule, _Ear(self._models.values(), None))
@@ -158,11 +189,14 @@ class _Ear:
         counts_steps: whether steps are told from the calls, not from the schedule.
     """
 
-    def __init__(self, models: Iterable[CompiledModel], hearing: Hearing | None) -> None:
+    def __init__(
+        self, models: Iterable[CompiledModel], hearing: Hearing | None, last: int | None = None
+    ) -> None:
+        """`last`: the step at whose first call the generation is left; None: it is not."""
         self.watch = Watch()
         self.counts_steps = False
         self._models = list(models)
-        self._hearing = hearing
+        self._hearing, self._last = hearing, last
         self._steps = Steps(ReadNumbers(self._models[0]._programs.timesteps))
         self._place: tuple[int, str] = -1, ""
 
@@ -203,6 +237,8 @@ class _Ear:
         if self._hearing is not None:
             model = self._models.index(call.model)
             self._hearing.hear(step, name, call.leaves, call.structure, result, model=model)
+        if self._last is not None and step >= self._last:
+            raise _Seen
 
     def _find_step(self, call: HeardCall) -> None:
         name = _name_of(call)

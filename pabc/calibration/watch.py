@@ -10,9 +10,14 @@ from typing import Any
 
 import torch
 
-OPENING = (0, 1)
-"""The steps whose inputs tell whether two generations of one seed are the same: the first follows
-from the noise, the second from the first, which every plan computes."""
+from pabc.calibration.digests import describe_precision
+
+OPENING = (0, 1, 2)
+"""The steps whose inputs tell whether two full generations are the same: the first follows from the
+prompts and the noise, the others from the sampler (multistep ones differ at the third) and the
+guidance scale."""
+COMPUTED = 1
+"""The last of these whose inputs are the same whatever the plan: each computes the first step."""
 SAMPLED = 1024
 """The elements of a tensor that are kept for that, evenly spaced, at most."""
 
@@ -25,12 +30,14 @@ class Watch:
         full, skipped: the seconds of calls that were computed, and of those that were forecast.
         opening: step -> numbers out of each floating-point input of its first call.
         num_skipped: step -> the calls that were forecast.
+        precision: of the first call: the dtypes of its arguments, and autocast.
     """
 
     full: list[float] = field(default_factory=list)
     skipped: list[float] = field(default_factory=list)
     opening: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     num_skipped: Counter[int] = field(default_factory=Counter)
+    precision: str = ""
     _began: float = 0.0
 
     def start(self) -> None:
@@ -47,6 +54,7 @@ class Watch:
         self.num_skipped[step] += was_reused
         if step in OPENING and step not in self.opening:
             self.opening[step] = _sample(leaves)
+            self.precision = self.precision or describe_precision(leaves)
 
 
 def _now() -> float:

@@ -41,6 +41,19 @@ def without_autocast(inputs: Sequence[Any]) -> AbstractContextManager[object]:
         return stack.pop_all()
 
 
+def with_autocast(autocast: Autocast, inputs: Sequence[Any]) -> AbstractContextManager[object]:
+    """Enables autocast within the context as `active_autocast` returned it, and no other."""
+    active = active_autocast(inputs)
+    if active == autocast:
+        return _AS_IT_IS
+    with ExitStack() as stack:
+        for device in {device for device, _ in active} - {device for device, _ in autocast}:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        for device, dtype in autocast:
+            stack.enter_context(torch.autocast(device, dtype))
+        return stack.pop_all()
+
+
 def without_grad() -> AbstractContextManager[object]:
     """Disables gradients within the context, where they are enabled."""
     return torch.no_grad() if torch.is_grad_enabled() else _AS_IT_IS
