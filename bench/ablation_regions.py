@@ -209,7 +209,7 @@ class Greedy:
     full: Recorded
     updates: Updates
     base: Candidate
-    limit: int = 80
+    limit: int = 40
 
     def choose(self, calls: float) -> RegionPlan:
         """Returns the plan that takes at least so many calls' operations less than `base`.

@@ -272,6 +272,8 @@ def measure(subject: Subject, setup: Setup, way: str, find: Find, speed: float) 
     steps = format_steps(plan.computed)
     facts |= {"plan": f"{plan.name}: {steps}", "operations": round(operations, 3)}
     if isinstance(plan, RegionPlan):
+        without, _ = trial.run(plan.base, subject.judged)
+        facts["psnr_without_regions"] = compare(without, subject.full(setup))["psnr"]
         facts["reuses"] = [f"{step} {region.name} {rule}" for step, region, rule in plan.reuses]
     return {**facts, **compare(samples, subject.full(setup))}
 

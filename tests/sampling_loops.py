@@ -1,4 +1,5 @@
-"""A small denoiser, and loops around it as people write them: flow Euler, with guidance or not."""
+"""A small denoiser, and loops around it as people write them: flow Euler, with guidance or not; and
+`pabc.auto` for these."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import pabc
 from pabc import Schedule
 
 
@@ -110,3 +112,21 @@ def weigh(kept: Sequence[Tensor], row: Any) -> Tensor:
     for weight, value in zip(row, kept, strict=False):
         total = total + weight * value
     return total
+
+
+def compile_auto(model: nn.Module, cache: Any = False, **options: Any) -> Any:
+    asked = {} if options.keys() & {"speedup", "psnr"} else {"calls": 7, "floor": 5.0}
+    backend = options.pop("backend", "original")
+    return pabc.compile(model, pabc.auto(**{**asked, **options}, cache=cache), backend=backend)
+
+
+def run(fast: Any, loop: Loop, seed: int) -> tuple[Tensor, pabc.Stats]:
+    """Runs a generation; returns its result, and what was counted before and after."""
+    with torch.no_grad():
+        result = loop(fast, seed)
+    return result, fast.stats
+
+
+def plan_of(fast: Any) -> pabc.Schedule:
+    """Returns the schedule of the last generation."""
+    return fast.current.schedule

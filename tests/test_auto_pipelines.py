@@ -101,12 +101,11 @@ def test_settings_of_the_sampler_are_recorded_apart() -> None:
 
 
 def test_autocast_is_recorded_apart() -> None:
-    pipe = make_wan()
-    with make_auto(pipe, calls=7) as fast:
+    with make_auto(make_wan(), calls=7) as fast:
         for seed, enabled in enumerate((True, False, False, True)):
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
                 found = generate(WAN, fast, seed, 12)
-                plain = generate(WAN, pipe, seed, 12) if seed == 1 else found
+                plain = generate(WAN, make_wan(), seed, 12) if seed == 1 else found
             assert torch.equal(found, plain)
             assert counts(fast) == ((1, 0), (2, 0), (2, 10), (2, 20))[seed]
 

@@ -13,6 +13,7 @@ import torch
 from pabc.base.structure import flatten
 from pabc.calibration.hearing import HeardGeneration, Hearing
 from pabc.calibration.replay import Replay
+from pabc.calibration.updates import Updates
 
 STEPS = 5
 SIGMAS = torch.linspace(1, 0, STEPS + 1)
@@ -56,14 +57,12 @@ class Sampler:
         return x
 
 
-class Euler:
-    """The sampler in numbers: [n, lags], and [n, branches, lags]."""
-
-    def __init__(self, guidance: float, further: float = 0.0) -> None:
-        steps = SIGMAS.diff().numpy().astype(float)
-        weights = [1 - guidance, guidance + further, *([-further] if further else [])]
-        self.inputs = np.ones((STEPS, 1))
-        self.outputs = np.stack([steps * weight for weight in weights], 1)[:, :, None]
+def euler(guidance: float, further: float = 0.0) -> Updates:
+    """Returns the sampler in numbers: [n, lags], and [n, branches, lags]."""
+    steps = SIGMAS.diff().numpy().astype(float)
+    weights = [1 - guidance, guidance + further, *([-further] if further else [])]
+    outputs = np.stack([steps * weight for weight in weights], 1)[:, :, None]
+    return Updates(np.ones((STEPS, 1)), outputs, np.zeros(STEPS))
 
 
 def hear(sampler: Sampler) -> HeardGeneration:
@@ -118,7 +117,7 @@ def test_a_replay_is_the_sampler(batched: bool, channels: int, order: str, furth
         return changed(step, name, args)
 
     expected = (sampler.run(changed) - sampler.run(lambda s, n, args: model(*args))).square()
-    replay = Replay(heard, Euler(sampler.guidance, further))
+    replay = Replay(heard, euler(sampler.guidance, further))
     assert replay.can_run
     errors = replay.run(replayed).errors
     assert not errors[:3].any() and errors[3] > 0
@@ -134,9 +133,9 @@ def test_arguments_that_were_written_to_since() -> None:
         leaves, structure = flatten(((x, big), {}))
         hearing.hear(i, "", leaves, structure, x + 1)
     heard = hearing.finish()
-    assert Replay(heard, Euler(1.0)).can_run
+    assert Replay(heard, euler(1.0)).can_run
     big += 1
-    assert not Replay(heard, Euler(1.0)).can_run
+    assert not Replay(heard, euler(1.0)).can_run
 
 
 def test_experts_and_missing_branches() -> None:
