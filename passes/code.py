@@ -12,8 +12,10 @@ import torch
 
 BlockFunction = Callable[[list[Any]], Sequence[torch.Tensor]]
 """The list of a block's inputs, which it may clear -> the block's results."""
-_KERNEL = re.compile(r"^(\w+) = async_compile\.(\w+)\(", re.MULTILINE)
-"""The line that defines a kernel in Python code of Inductor: its name, and what compiles it."""
+_KERNEL = re.compile(r"^(\w+) = async_compile\.cpp_pybinding\(", re.MULTILINE)
+"""The line that defines a kernel for CPUs in Python code of Inductor: its name."""
+_COMPILED = re.compile(r"async_compile\.(?!wait\()|CodeCache\.")
+"""Occurs where that code compiles something: once for each kernel for CPUs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +41,9 @@ class Listing:
         call = compiled.current_callable
         namespace = getattr(call, "__func__", call).__globals__
         kernels = _KERNEL.findall(compiled.source_code)
-        if compiled.constants or any(kind != "cpp_pybinding" for _, kind in kernels):
+        if compiled.constants or len(_COMPILED.findall(compiled.source_code)) > len(kernels):
             return None
-        paths = {name: Path(namespace[name].__self__.__file__) for name, _ in kernels}
+        paths = {name: Path(namespace[name].__self__.__file__) for name in kernels}
         try:
             libraries = {name: path.read_bytes() for name, path in paths.items()}
         except FileNotFoundError:  # compiled earlier in this process, and deleted since

@@ -71,7 +71,8 @@ def _compile_block(gm: GraphModule) -> tuple[BlockFunction, Any]:
 
     with torch.no_grad(), lowering_onednn(), _overlapping(gm), fixing_threads():
         compiled: Any = compile_fx(gm, example_inputs(gm), inner_compile=compile_inner)
-    if len(found) == 1 and widths[0] == widths[1] and _is_on_cpu(gm):
+    is_alone = len(found) == 1 and widths[0] == widths[1] and hasattr(found[0], "source_code")
+    if is_alone and _is_on_cpu(gm):
         (inner,) = found
         has_parts = "self.partitions[" in inner.source_code  # which are gone when `inner` is
         return (inner if has_parts else inner.current_callable), inner
