@@ -10,8 +10,13 @@ import ast
 import inspect
 import os
 
-import diffusers
 import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+pytest.importorskip("peft")
+
+import diffusers
 from matrix import table
 from matrix.columns import COLUMNS
 from matrix.row import Row
@@ -26,8 +31,6 @@ every_row = pytest.mark.parametrize("row", ROWS, ids=str)
 
 @every_row
 def test_the_cells_are_what_is_found(row: Row) -> None:
-    pytest.importorskip("peft")
-    pytest.importorskip("accelerate")
     trial = Trial(row)
     columns = [column for column in COLUMNS if column.is_cheap or EVERYTHING]
     found = {column.name: column(trial) for column in columns}

@@ -29,7 +29,7 @@ def find_capture(trial: Trial) -> Cell:
         if each.uncaptured is not None:
             return f"no: {each.uncaptured}"
     outside = [line for each in explanations for line in each.outside]
-    return f"no: in part; {outside[0]}" if outside else "yes"
+    return f"in part: {outside[0]}" if outside else "yes"
 
 
 def find_kinds(trial: Trial) -> Cell:

@@ -59,7 +59,7 @@ def skips_calls(trial: Trial, offload: Callable[[Any], None]) -> Cell:
     try:
         trial.row.run(pipe)
     except Exception as error:
-        return f"untried: the plain pipeline fails so on a CPU: {describe(error)}"
+        return f"no: the plain pipeline fails, too: {describe(error)}"
     found = [skip_calls(trial.row, put_on) for put_on in (offload, lambda _: None)]
     if not all(reused for _, reused in found):
         return "no: no call is skipped"

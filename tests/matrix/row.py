@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 NUM_STEPS = 6
 Cell = str
-"""`yes`, `no: REASON`, `untried`, or a value."""
+"""`yes`, `no: REASON`, `in part: REASON`, `untried`, or a value."""
 
 
 @dataclass(frozen=True)
