@@ -105,6 +105,12 @@ class CompiledModel(Wrapper):
         with self._peers.step() as step:
             return call_around(model, partial(self._run, step, True), args, kwargs, self.reset)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls `forward`, which torch.compile does not trace into."""
+        if torch.compiler.is_compiling():
+            return inplace.call_apart(self, super().__call__, args, kwargs)
+        return super().__call__(*args, **kwargs)
+
     def _run(
         self, step_of_ranks: RankStep | None, within_hooks: bool, /, *args: Any, **kwargs: Any
     ) -> Any:
@@ -240,6 +246,14 @@ class CompiledModel(Wrapper):
             self._take_back()
             self._take_back = None
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles the model itself (:meth:`torch.nn.Module.compile`), where it is called as it is.
+
+        Raises ValueError where it is captured: its phases are compiled already.
+        """
+        inplace.check_may_compile(self)
+        self._orig_mod.compile(*args, **kwargs)
+
     def install(self, module: nn.Module) -> None:
         """Makes calls of `module`, the model or a wrapper of it, calls of this object."""
         self._take_back = inplace.install(self, module)
@@ -276,6 +290,11 @@ class CompiledModel(Wrapper):
     def is_sharded(self) -> bool:
         """True if processes share the work of each call."""
         return self._peers is not None
+
+    @property
+    def calls_original(self) -> bool:
+        """True if nothing is captured, and computed steps call the model as it is."""
+        return self._programs.runs_hooks
 
     @property
     def needs_capture(self) -> bool:

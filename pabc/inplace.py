@@ -6,10 +6,12 @@ pickles leave it out. :meth:`torch.nn.Module.compile` uses the same protocol.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import nn
 
 from pabc.internals.modules import COMPILED_CALL, call_within_hooks, children_of
@@ -35,6 +37,11 @@ class InPlace:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the module."""
+        if torch.compiler.is_compiling():
+            return call_apart(self._module, self._call, args, kwargs)
+        return self._call(*args, **kwargs)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
         model = self.current
         if children_of(model)["_orig_mod"] is self._module:
             return model.forward(*args, **kwargs)
@@ -53,6 +60,12 @@ class InPlace:
                 if model.has_entered_trajectory:
                     return model
         return self._models[-1]
+
+    def check_may_compile(self) -> None:
+        """Raises ValueError unless all models that are installed here are called as they are."""
+        for model in self._models:
+            if model is not self._module:
+                check_may_compile(model)
 
     def prefer(self, model: Wrapper) -> None:
         """Makes `model` the last one."""
@@ -79,6 +92,51 @@ class _CacheContext:
         return getattr, (self._module, "cache_context")
 
 
+class _Compile:
+    """Stands for a module's `compile`, which would put another call in the place of pabc's."""
+
+    __slots__ = ("_module", "_place")
+
+    def __init__(self, module: nn.Module, place: InPlace) -> None:
+        self._module, self._place = module, place
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles what computed steps run; see :meth:`torch.nn.Module.compile`.
+
+        Raises ValueError where a graph runs in the place of the module.
+        """
+        self._place.check_may_compile()
+        self._place.replaced = torch.compile(call_within_hooks(self._module), *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return getattr, (self._module, "compile")
+
+
+def check_may_compile(model: Any) -> None:
+    """Raises ValueError unless a model is called as it is, so that its own call can be compiled."""
+    if not model.calls_original:
+        raise ValueError(
+            "compile: expected a model that pabc calls as it is, found one that it captures: pabc "
+            "compiles the phases itself (backend='inductor'), and torch.compile would not meet "
+            "them; leave compile() out, or use backend='original', where steps that are computed "
+            "run what compile() made"
+        )
+
+
+@torch.compiler.disable(reason="pabc compiles this model itself")
+def call_apart(module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Makes a call of a compiled model that torch.compile meets, without tracing into it."""
+    if not torch.compiler.is_exporting():
+        name = type(getattr(module, "_orig_mod", module)).__name__
+        warnings.warn(
+            f"pabc: {name} follows a schedule, and is called within torch.compile, which compiles "
+            "nothing of it: pabc compiles its phases (backend='inductor'). With backend='original' "
+            "compile the model first, model.compile(), and then pabc's: its computed steps run that",
+            stacklevel=3,
+        )
+    return call(*args, **kwargs)
+
+
 def check_place(module: nn.Module) -> None:
     """Raises ValueError if another compiler has compiled the module in place."""
     found = vars(module).get(COMPILED_CALL)
@@ -99,6 +157,7 @@ def install(model: Wrapper, module: nn.Module) -> Callable[[], None]:
         if hasattr(type(module), "cache_context"):
             replaced = state.get("cache_context")
             state["cache_context"] = _CacheContext(module, place, replaced)
+        state.setdefault("compile", _Compile(module, place))
     place._models.append(model)
 
     def take_back() -> None:
@@ -119,6 +178,12 @@ def find_own_call(module: nn.Module) -> Callable[..., Any]:
     return place.replaced or call_within_hooks(module)
 
 
+def is_installed(model: Wrapper, module: nn.Module) -> bool:
+    """Returns True if calls of `module` come to `model`, or to others in its place."""
+    place = vars(module).get(COMPILED_CALL)
+    return isinstance(place, InPlace) and model in place._models
+
+
 def prefer(model: Wrapper, module: nn.Module) -> None:
     """Makes calls of `module` those of `model`, where several are in its place."""
     place = vars(module).get(COMPILED_CALL)
@@ -131,6 +196,8 @@ def _leave(state: dict[str, Any], place: InPlace) -> None:
         del state[COMPILED_CALL]
         if place.replaced is not None:
             state[COMPILED_CALL] = place.replaced
+    if isinstance(state.get("compile"), _Compile):
+        del state["compile"]
     named = state.get("cache_context")
     if isinstance(named, _CacheContext):
         del state["cache_context"]

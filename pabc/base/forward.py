@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from pabc.internals.modules import COMPILED_CALL, HOOKS
+from pabc.internals.modules import COMPILED_CALL, HOOKS, MARKED_AS_COMPILED
 
 AROUND = frozenset(
     (
@@ -20,7 +20,9 @@ AROUND = frozenset(
         "_hf_hook",
         "_old_forward",
         COMPILED_CALL,
+        MARKED_AS_COMPILED,
         "cache_context",
+        "compile",
     )
 )
 """Attributes of a model that belong to what runs around its forward."""
@@ -44,9 +46,23 @@ def inner_forward(model: nn.Module) -> Callable[..., Any]:
 def state_within(state: Mapping[str, Any], owner: type | None) -> dict[str, Any]:
     """Returns those attributes of a captured model, of class `owner`, that its forward can meet."""
     within = {name: value for name, value in state.items() if name not in AROUND}
-    if "forward" in state:
-        if hook_around(state) is not None:
-            within["forward"] = state["_old_forward"]
-        if getattr(within["forward"], "__func__", None) is getattr(owner, "forward", None):
-            del within["forward"]
+    if "forward" in state and hook_around(state) is not None:
+        within["forward"] = state["_old_forward"]
+    if _is_own_forward(within.get("forward"), state, owner):
+        del within["forward"]
     return within
+
+
+def state_of_part(state: Mapping[str, Any], owner: type | None) -> Mapping[str, Any]:
+    """Returns the attributes of a module within a model, of class `owner`. Leaves out a `forward`
+    that is the class's own, which hooks put there when they are removed."""
+    if not _is_own_forward(state.get("forward"), state, owner):
+        return state
+    return {name: value for name, value in state.items() if name != "forward"}
+
+
+def _is_own_forward(forward: Any, state: Mapping[str, Any], owner: type | None) -> bool:
+    """Returns True for the method of the class, bound to the module that has these attributes."""
+    if getattr(forward, "__func__", None) is not getattr(owner, "forward", None):
+        return False
+    return forward is not None and getattr(forward.__self__, "__dict__", None) is state

@@ -7,6 +7,7 @@
 - `call_within_hooks` (`_call_impl`): what `__call__` runs by default.
 - `COMPILED_CALL`, `compiled_call`: the attribute that it calls instead, by which
   `torch.nn.Module.compile` and `inplace=True` work.
+- `MARKED_AS_COMPILED`: an attribute that `torch.compile(module)` sets on the module.
 - `APPLY`, `apply`: the method that moves and casts modules.
 
 Names in capitals, but for the global hooks, are those of attributes in `vars(module)`.
@@ -29,6 +30,7 @@ CHILDREN = "_modules"
 FORWARD_HOOKS = "_forward_hooks"
 FORWARD_PRE_HOOKS = "_forward_pre_hooks"
 COMPILED_CALL = "_compiled_call_impl"
+MARKED_AS_COMPILED = "_is_torch_compile"
 APPLY = "_apply"
 HOOKS = (
     FORWARD_HOOKS,

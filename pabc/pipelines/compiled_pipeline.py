@@ -5,6 +5,7 @@ The pipeline's transformers follow a schedule of the timesteps that the schedule
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -15,7 +16,7 @@ from torch import nn
 
 from pabc.api import compile, compile_or_call
 from pabc.compiled import CompiledModel
-from pabc.inplace import check_place, prefer
+from pabc.inplace import check_place, is_installed, prefer
 from pabc.passes import (
     refuse_hooks,
 )
@@ -25,6 +26,8 @@ from pabc.pipelines.scheduler import follow
 from pabc.planning import SelfPlanning
 from pabc.runtime.listening import HeardCall
 from pabc.schedule import Schedule
+
+logger = logging.getLogger(__name__)
 
 
 def compile_pipeline(
@@ -114,11 +117,28 @@ class CompiledPipeline:
                 if model.needs_capture or self._plans.needs_capture:
                     raise ValueError(f"{name}: {error}") from error
 
+    def _check_parts(self) -> None:
+        """Raises ValueError where calls of the pipeline do not come to the compiled models."""
+        for name, part in self._parts.items():
+            found, model = getattr(self.pipe, name, part), self.models[name]
+            if found is not part:
+                where = f"another {type(found).__name__} in its place"
+            elif model is not part and not is_installed(model, part):
+                where = "another call of it, as torch.nn.Module.compile makes"
+            else:
+                continue
+            raise ValueError(
+                f"{name}: expected the module that compile_pipeline compiled, found {where}; undo() "
+                "this pipeline, and compile the one that is to run (torch.compile comes before "
+                "pabc, and only with backend='original')"
+            )
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the pipeline."""
         if self._leave is None:
             raise RuntimeError("expected a compiled pipeline, found one that was undone")
         self._observe()
+        self._check_parts()
         self._check_hooks(self.models)
         generation = Generation(self._plans.course(), self._observed)
         with ExitStack() as stack:
@@ -231,7 +251,14 @@ def _compiled(model: nn.Module, options: Mapping[str, Any]) -> CompiledModel:
         own = model._orig_mod if isinstance(model, CompiledModel) else model
         return compile(own, nothing, **options)
     check_place(model)
-    return compile_or_call(getattr(model, "_orig_mod", model), nothing, **options)
+    own = getattr(model, "_orig_mod", model)
+    if own is not model and not isinstance(model, CompiledModel):
+        logger.warning(
+            "what torch.compile made of %s is not used: a graph runs in its place, which pabc "
+            "compiles itself (backend='inductor')",
+            type(own).__name__,
+        )
+    return compile_or_call(own, nothing, **options)
 
 
 def _check_scheduler(pipe: Any) -> None:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from pabc.internals.modules import buffers_of, parameters_of
-from pabc.passes import Description, HolderKey
-from pabc.runtime.state import Watch
+from pabc.passes import ModelState
+from pabc.runtime.state import StateCheck, Watch
 
 MAX_KNOWN = 8
 """Python states that are told apart; a flag may be set for one call, and reset after it."""
@@ -43,7 +43,7 @@ class Configurations:
         self._model = model
         self._lock = threading.Lock()  # calls of several threads end at the same time
         self._watch = Watch(model)
-        self._known: deque[tuple[dict[HolderKey, Description], int]] = deque(maxlen=MAX_KNOWN)
+        self._known: deque[tuple[StateCheck, int]] = deque(maxlen=MAX_KNOWN)
         self._num_states = self._num_replaced = self._python = 0
         self._serial = -1
         self._holders: tuple[dict[str, Any], ...] = ()
@@ -59,7 +59,7 @@ class Configurations:
     def _look(self, closely: bool) -> Configuration:
         if self._watch.look(closely=closely) != self._serial:
             self._serial = self._watch.serial
-            self._python = self._number_of(self._watch.state)
+            self._python = self._find_number()
             self._find_holders()
         elif not self._are_there():
             self._num_replaced += 1
@@ -72,18 +72,23 @@ class Configurations:
         with self._lock:
             if self._watch.look() != self._serial:
                 self._serial = self._watch.serial
-                self._known.append((self._watch.state, self._python))
+                self._known.append((self._check(), self._python))
                 self._find_holders()
             else:
                 self._tensors = gc.get_referents(*self._holders)
 
-    def _number_of(self, state: dict[HolderKey, Description]) -> int:
+    def _find_number(self) -> int:
+        """Returns the number of the state that the watch last saw, a new one for a new state."""
         for known, number in self._known:
-            if known == state:
+            if known.hold(self._watch):
                 return number
         self._num_states += 1
-        self._known.append((state, self._num_states))
+        self._known.append((self._check(), self._num_states))
         return self._num_states
+
+    def _check(self) -> StateCheck:
+        """Returns what compares later states with the one that the watch last saw."""
+        return StateCheck(ModelState(self._watch.state, frozenset(), frozenset()))
 
     def _find_holders(self) -> None:
         modules = list(self._model.modules())

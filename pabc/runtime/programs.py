@@ -51,6 +51,7 @@ class Programs:
         self.code = BlockCode()
         self._last: tuple[CallKey, Program] | None = None
         self._watch: Watch | None = None
+        self._has_logged_compiled = False
 
     def __len__(self) -> int:
         """Returns how many keys are served."""
@@ -104,6 +105,7 @@ class Programs:
             options = replace(options, sharding=replace(options.sharding, weigh=weigh))
         program = self._capture(args, kwargs, structure, leaves, options)
         self.recorder.add(captures=1)
+        self._log_what_was_compiled(program)
         _warn_of_reads(differences)
         return program
 
@@ -135,6 +137,20 @@ class Programs:
         stale = [p for p in fitting if not p.keeps_up(self._model, at_start)]
         programs[:] = [p for p in programs if p not in stale]
         return [p for p in fitting if p not in stale]
+
+    def _log_what_was_compiled(self, program: Program) -> None:
+        """Logs, once, which parts of the model were under torch.compile, whose code is not used."""
+        parts = program.guarded.captured.compiled
+        if not parts or self._has_logged_compiled:
+            return
+        self._has_logged_compiled = True
+        others = f", and {len(parts) - 1} more" if len(parts) > 1 else ""
+        logger.warning(
+            "what torch.compile made of %s%s is not used: a graph runs in its place, which pabc "
+            "compiles itself (backend='inductor')",
+            parts[0],
+            others,
+        )
 
     def _log_what_changed(self, key: CallKey) -> None:
         """Logs in what the model's state differs from that of an earlier call of this key."""

@@ -115,6 +115,8 @@ class Trajectory:
         self._last: tuple[Branch, CandidateStep] | None = None
         """The branch of the last call, with the step assumed until its timestep arrives."""
         self._stated_step: int | None = None
+        self._is_asserted = self._is_running = False
+        """Whether the user stated that step; whether a call is under way."""
         self._stated_clock: Clock | None = None
         """The clock of the last call, if its step was stated."""
         self._calls: dict[str | None, CallOrder] = {}
@@ -142,14 +144,15 @@ class Trajectory:
         """States that the calls that follow are this step of the plan, until the next statement.
 
         Several calls under one name in one step are separate branches, told apart by the tensors
-        that a branch is given at every step, or, if there are none, by order. What
-        :meth:`CompiledModel.cache_context` states of the step is ignored.
+        that a branch is given at every step, or, if there are none, by order.
+        :meth:`CompiledModel.cache_context` may state the same step, no other one (GuardError);
+        where those who listen to the calls, such as a pipeline, state the step, it is ignored.
         Raises ValueError for a step below 0.
         """
         if step < 0:
             raise ValueError(f"at_step: expected a step of 0 or more, found {step}")
         with self._lock:
-            self._stated_step = step
+            self._stated_step, self._is_asserted = step, not self._is_running
             if step == 0:
                 self._calls.clear()
                 self._begin()
@@ -222,6 +225,7 @@ class Trajectory:
         name = None if where is None else where.name
         said = _NOTHING if where is None else where.said
         if self._stated_step is not None:
+            self._check_context(where)
             step = self._stated_step
             if where is not None and where.repeat is not None:
                 branch = self._repeated_branch(where.name, where.repeat, step)
@@ -257,6 +261,15 @@ class Trajectory:
         branch.clock.settle(has_reused=False)
         branch.clock.ask(expected, structure, leaves, said)
         return PlacedCall(branch, schedule, True)
+
+    def _check_context(self, where: Where | None) -> None:
+        """Raises GuardError where the context of a call states another step than `at_step` did."""
+        stated = None if where is None or not self._is_asserted else where.step
+        if stated is not None and stated != self._stated_step:
+            raise GuardError(
+                f"step_index: expected {self._stated_step}, the step that trajectory.at_step "
+                f"stated, found {stated} in cache_context; state the step in one of the two ways"
+            )
 
     def _place_counted(
         self,
@@ -424,6 +437,7 @@ class _Running:
                 "expected one step of a trajectory at a time, found another one under way; "
                 "`with fast.trajectory():` gives each thread its own"
             )
+        self._trajectory._is_running = True
 
     def __exit__(
         self,
@@ -437,6 +451,7 @@ class _Running:
                 trajectory.num_failures += 1
                 trajectory.reset()
         finally:
+            trajectory._is_running = False
             trajectory._lock.release()
 
 

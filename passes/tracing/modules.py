@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pabc.base.forward import state_within
+from pabc.base.forward import state_of_part, state_within
 
 from .frozen import Same, freeze
 from .holders import Holder, HolderKind
@@ -98,7 +98,8 @@ Paths = Mapping[int, str]
 
 
 def _describe_module(holder: Holder, paths: Paths) -> Description:
-    state = holder.value if holder.path else state_within(holder.value, holder.owner)
+    find = state_of_part if holder.path else state_within
+    state = find(holder.value, holder.owner)
     own = {name: _value(x, paths) for name, x in state.items() if name not in _BOOKKEEPING}
     return {"the class": Same(holder.owner), **own}
 
