@@ -131,7 +131,7 @@ def call_apart(module: nn.Module, call: Callable[..., Any], args: Any, kwargs: A
         warnings.warn(
             f"pabc: {name} follows a schedule, and is called within torch.compile, which compiles "
             "nothing of it: pabc compiles its phases (backend='inductor'). With backend='original' "
-            "compile the model first, model.compile(), and then pabc's: its computed steps run that",
+            "call model.compile() instead: computed steps run what it makes",
             stacklevel=3,
         )
     return call(*args, **kwargs)

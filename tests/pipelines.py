@@ -55,9 +55,10 @@ class ByHand(nn.Module):
         due = [
             m for m, kind in self.points.items() if kind in self.masks and self.masks[kind][step]
         ]
+        due = [m for m in due if m in kept]  # a layer that is skipped in this branch never runs
         for module in due:
             mask = self.masks[self.points[module]]
-            if module not in kept or not all(mask[kept[module][0] + 1 : step]):
+            if not all(mask[kept[module][0] + 1 : step]):
                 due = []
 
         def keep(module: nn.Module, _: Any, output: Any) -> Any:

@@ -128,9 +128,9 @@ class CompiledPipeline:
             else:
                 continue
             raise ValueError(
-                f"{name}: expected the module that compile_pipeline compiled, found {where}; undo() "
-                "this pipeline, and compile the one that is to run (torch.compile comes before "
-                "pabc, and only with backend='original')"
+                f"{name}: expected the module that compile_pipeline compiled, found {where}; call "
+                "undo(), and compile_pipeline again (what torch.compile makes is run with "
+                "backend='original' alone)"
             )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
