@@ -53,17 +53,18 @@ def make_modular(guider: Any) -> Any:
     return pipe
 
 
+MODULAR_CALL = {
+    "prompt_embeds": text(1, 0),
+    "negative_prompt_embeds": text(1, 1),
+    "latents": noise(1, 4, 3, 6, 8),
+    "height": 48,
+    "width": 64,
+    "num_frames": 9,
+}
+
+
 def run_modular(pipe: Any, num_steps: int = NUM_STEPS) -> Tensor:
-    return pipe(
-        prompt_embeds=text(1, 0),
-        negative_prompt_embeds=text(1, 1),
-        latents=noise(1, 4, 3, 6, 8),
-        height=48,
-        width=64,
-        num_frames=9,
-        num_inference_steps=num_steps,
-        output="latents",
-    )
+    return pipe(**MODULAR_CALL, num_inference_steps=num_steps, output="latents")
 
 
 def modular_masks(num_steps: int) -> dict[str, list[bool]]:

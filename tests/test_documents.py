@@ -29,6 +29,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from modular import MODULAR_CALL, make_modular
 from pipelines import call_latte
 from pipelines import make_latte as make_pipeline
 from small_latte import make_latte
@@ -128,6 +129,8 @@ PROVIDED: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "fast": make_fast,
     "pipe": lambda _: make_pipeline(),
     "prompt": lambda _: {k: v for k, v in call_latte(1, 1).items() if k != "latents"},
+    "modular_pipe": lambda _: make_modular(diffusers.ClassifierFreeGuidance()),
+    "embeds": lambda _: MODULAR_CALL,
 }
 """Name -> what makes it, of the names before it."""
 
