@@ -105,12 +105,6 @@ class CompiledModel(Wrapper):
         with self._peers.step() as step:
             return call_around(model, partial(self._run, step, True), args, kwargs, self.reset)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls `forward`, which torch.compile does not trace into."""
-        if torch.compiler.is_compiling():
-            return inplace.call_apart(self, super().__call__, args, kwargs)
-        return super().__call__(*args, **kwargs)
-
     def _run(
         self, step_of_ranks: RankStep | None, within_hooks: bool, /, *args: Any, **kwargs: Any
     ) -> Any:

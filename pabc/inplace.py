@@ -6,7 +6,6 @@ pickles leave it out. :meth:`torch.nn.Module.compile` uses the same protocol.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -16,7 +15,7 @@ from torch import nn
 
 from pabc.internals.modules import COMPILED_CALL, call_within_hooks, children_of
 from pabc.runtime.around import call_around
-from pabc.wrapper import Wrapper
+from pabc.wrapper import Wrapper, call_apart
 
 
 class InPlace:
@@ -37,11 +36,8 @@ class InPlace:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the module."""
-        if torch.compiler.is_compiling():
-            return call_apart(self._module, self._call, args, kwargs)
-        return self._call(*args, **kwargs)
-
-    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            return call_apart(self, args, kwargs)
         model = self.current
         if children_of(model)["_orig_mod"] is self._module:
             return model.forward(*args, **kwargs)
@@ -121,20 +117,6 @@ def check_may_compile(model: Any) -> None:
             "them; leave compile() out, or use backend='original', where steps that are computed "
             "run what compile() made"
         )
-
-
-@torch.compiler.disable(reason="pabc compiles this model itself")
-def call_apart(module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Makes a call of a compiled model that torch.compile meets, without tracing into it."""
-    if not torch.compiler.is_exporting():
-        name = type(getattr(module, "_orig_mod", module)).__name__
-        warnings.warn(
-            f"pabc: {name} follows a schedule, and is called within torch.compile, which compiles "
-            "nothing of it: pabc compiles its phases (backend='inductor'). With backend='original' "
-            "call model.compile() instead: computed steps run what it makes",
-            stacklevel=3,
-        )
-    return call(*args, **kwargs)
 
 
 def check_place(module: nn.Module) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sized
+import warnings
+from collections.abc import Callable, Iterable, Sized
 from typing import Any
 
+import torch
 from torch import nn
 
 from pabc.internals.modules import children_of, compiled_call, forward_hooks, forward_pre_hooks
@@ -29,6 +31,8 @@ class Wrapper(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls `forward` within hooks that were registered on this object, if there are any."""
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            return call_apart(self, args, kwargs)
         hooked = compiled_call(self) or forward_hooks(self) or forward_pre_hooks(self)
         return super().__call__(*args, **kwargs) if hooked else self.forward(*args, **kwargs)
 
@@ -94,3 +98,15 @@ class Wrapper(nn.Module):
         raise TypeError(
             "a compiled model cannot be copied or pickled: copy the model, and compile the copy"
         )
+
+
+@torch.compiler.disable(reason="pabc compiles this model itself")
+def call_apart(called: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Makes a call of a compiled model that torch.compile meets, which does not trace into it."""
+    warnings.warn(
+        "pabc: a model that follows a schedule is called within torch.compile, which compiles "
+        "nothing of it: pabc compiles its phases (backend='inductor'). With backend='original' "
+        "call model.compile() instead: computed steps run what it makes",
+        stacklevel=3,
+    )
+    return called(*args, **kwargs)

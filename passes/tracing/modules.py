@@ -100,7 +100,9 @@ Paths = Mapping[int, str]
 def _describe_module(holder: Holder, paths: Paths) -> Description:
     find = state_of_part if holder.path else state_within
     state = find(holder.value, holder.owner)
-    own = {name: _value(x, paths) for name, x in state.items() if name not in _BOOKKEEPING}
+    own: Description = {
+        name: _value(x, paths) for name, x in state.items() if name not in _BOOKKEEPING
+    }
     return {"the class": Same(holder.owner), **own}
 
 
