@@ -37,13 +37,13 @@ def test_the_plan_as_a_picture_and_a_table() -> None:
     image, table = explain(fast)
     assert image.shape == (1, 48, 6 * 26 - 2, 3) and image.dtype == torch.float32
     lines = table.splitlines()
-    assert lines[1] == "schedule: skip 3 of 6 model linear"
-    assert lines[2] == "11 calls of the model in 6 steps, 6 of them skipped, 2.20 times fewer"
+    assert lines[0] == "schedule: skip 3 of 6 model linear"
+    assert lines[1] == "11 calls of the model in 6 steps, 6 of them skipped, 2.20 times fewer"
     mask = acceleration_of(fast).report.schedule.mask("model")
     for step, is_skipped in enumerate(mask):
         color = torch.tensor(SKIPPED if is_skipped else COMPUTED)
         assert torch.equal(image[0, 0, 26 * step], color)
-        assert lines[4 + step].split()[-1] == str(2 * is_skipped)
+        assert lines[3 + step].split()[-1] == str(2 * is_skipped)
 
 
 def test_a_run_that_was_recorded_says_so() -> None:

@@ -23,7 +23,7 @@ def describe(report: Report | None) -> str:
     schedule = report.schedule
     followed = f"schedule: {schedule.label}" if schedule is not None and schedule.reuses else FULL
     lines = [
-        f"plan: {report.source}",
+        *([f"plan: {report.source}"] if report.source else []),
         followed,
         *([] if report.left is None else [f"the rest of the run was computed: {report.left}"]),
         f"{calls} calls of the model in {len(steps)} steps, {skipped} of them skipped{rate}",

@@ -15,6 +15,7 @@ from pabc.comfyui.sigmas import Sigmas
 from pabc.compiled import CompiledModel
 from pabc.planning import Course
 from pabc.runtime.listening import HeardCall
+from pabc.runtime.stats import GIVEN
 from pabc.schedule import Schedule
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ class Report:
     Attributes:
         sigmas: the level at which each step begins.
         schedule: what it followed; None: no call was made.
-        source: where the plan comes from.
+        source: where a plan comes from that made itself; empty: it did not.
         calls: the calls of each step.
         skipped: those of them that were forecast.
         left: why the run was computed from some step on; None: it followed its plan to the end.
@@ -147,4 +148,5 @@ class Run:
         self._trajectory.reset()
         if self.report.schedule is not None:
             self._course.finish(is_complete=is_complete)
-        self.report.source = self._model.stats.plan_source
+        source = self._model.stats.plan_source
+        self.report.source = "" if source == GIVEN else source

@@ -34,4 +34,4 @@ def run_comfyui(options: argparse.Namespace) -> None:
         print(f"removed {target}; restart ComfyUI")
         return
     print(f"wrote {target}; restart ComfyUI")
-    print("its Python needs pabc: run `python -m pip install` there as you did here")
+    print("if ComfyUI has a Python of its own, run `python -m pip install pabc` with that one, too")
