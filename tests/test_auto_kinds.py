@@ -44,6 +44,18 @@ def test_autocast_is_part_of_the_kind(
             assert run(fast, loop, 5)[1].reused == 5, "and kept"
 
 
+def test_dtype_is_part_of_the_kind() -> None:
+    loop, model = Loop(), make_denoiser()
+    fast = compile_auto(model)
+    for seed in range(2):
+        run(fast, loop, seed)
+    model.double()
+    double = loop.but(dtype=torch.float64)
+    found, stats = run(fast, double, 2)
+    assert torch.equal(found, double(model, 2)) and stats.reused == 5
+    assert run(fast, double, 3)[1].recorded == 2
+
+
 def test_plans_are_tried_under_the_autocast_of_the_recording() -> None:
     """Though the recording ends, by `reset`, outside of it."""
     seen = []
