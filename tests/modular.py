@@ -13,6 +13,7 @@ import diffusers
 import torch
 from diffusers import guiders
 from diffusers.modular_pipelines.wan.modular_blocks_wan import WanCoreDenoiseStep
+from diffusers.modular_pipelines.wan.modular_blocks_wan22 import Wan22CoreDenoiseStep
 from pipelines import WAN_KINDS, ByHand, build, noise, text
 from torch import Tensor
 
@@ -49,6 +50,20 @@ def make_modular(guider: Any) -> Any:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     model = build("Wan", num_layers=2)
     pipe.update_components(transformer=model, scheduler=scheduler, guider=guider)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def make_modular_experts() -> Any:
+    """Two experts, with a guider for each: both skip layers."""
+    pipe = Wan22CoreDenoiseStep().init_pipeline()
+    first, second = build("Wan", num_layers=2), build("Wan", num_layers=2)
+    with torch.no_grad():
+        for parameter in second.parameters():
+            parameter.mul_(0.9)
+    guides = {"guider": GUIDERS["skip-layer"](), "guider_2": GUIDERS["auto-guidance"]()}
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe.update_components(transformer=first, transformer_2=second, scheduler=scheduler, **guides)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -4,7 +4,14 @@ import diffusers
 import pytest
 import torch
 from diffusers import guiders
-from modular import GUIDERS, make_modular, modular_masks, run_modular, run_modular_by_hand
+from modular import (
+    GUIDERS,
+    make_modular,
+    make_modular_experts,
+    modular_masks,
+    run_modular,
+    run_modular_by_hand,
+)
 from pipelines import ByHand, Masks
 from zoo.image import PIXART
 
@@ -71,6 +78,21 @@ def test_auto_plans_the_calls_of_a_guider(name):
         found = run_modular(fast, 12)
         assert stats_of(fast).recorded == 1 and stats_of(fast).reused >= 4
         assert not torch.equal(found, plain)
+
+
+def test_two_experts_with_a_guider_each():
+    plain = run_modular(make_modular_experts())
+    schedule = pabc.Schedule.none
+    with pabc.compile_pipeline(
+        make_modular_experts(), lambda ts: schedule(ts), backend="eager"
+    ) as fast:
+        assert torch.equal(run_modular(fast), plain)
+        schedule = reuse
+        found = run_modular(fast)
+        assert torch.equal(run_modular(fast), found) and not torch.equal(found, plain)
+        for model in fast.models.values():
+            stats = model.stats
+            assert stats.captures == 2 and stats.reused > 0 and set(stats.fallbacks) <= {"missing"}
 
 
 STEPS = (900.0, 700.0, 500.0, 300.0)
