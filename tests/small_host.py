@@ -217,27 +217,22 @@ def euler(denoise: Any, x: Tensor, sigmas: Tensor, callback: Any) -> Tensor:
     return x
 
 
-def heun(denoise: Any, x: Tensor, sigmas: Tensor, callback: Any) -> Tensor:
-    for i, (here, there) in enumerate(pairwise(sigmas)):
-        d = (x - denoise(x, here)) / here
-        if there > 0:
-            y = x + d * (there - here)
-            d = (d + (y - denoise(y, there)) / there) / 2
-        x = x + d * (there - here)
-        callback(i)
-    return x
+def _second_order(has_end: bool) -> Any:
+    """Returns Heun's method, whose second calls are at the end of a step, or DPM-Solver-2."""
 
+    def sample(denoise: Any, x: Tensor, sigmas: Tensor, callback: Any) -> Tensor:
+        for i, (here, there) in enumerate(pairwise(sigmas)):
+            d = (x - denoise(x, here)) / here
+            if there > 0:
+                at = there if has_end else (here * there).sqrt()
+                y = x + d * (at - here)
+                second = (y - denoise(y, at)) / at
+                d = (d + second) / 2 if has_end else second
+            x = x + d * (there - here)
+            callback(i)
+        return x
 
-def dpm_2(denoise: Any, x: Tensor, sigmas: Tensor, callback: Any) -> Tensor:
-    for i, (here, there) in enumerate(pairwise(sigmas)):
-        d = (x - denoise(x, here)) / here
-        if there > 0:
-            middle = (here * there).sqrt()
-            y = x + d * (middle - here)
-            d = (y - denoise(y, middle)) / middle
-        x = x + d * (there - here)
-        callback(i)
-    return x
+    return sample
 
 
 def restart(denoise: Any, x: Tensor, sigmas: Tensor, callback: Any) -> Tensor:
@@ -246,7 +241,7 @@ def restart(denoise: Any, x: Tensor, sigmas: Tensor, callback: Any) -> Tensor:
     return euler(denoise, x + 0.1, sigmas[middle - 2 :], callback)
 
 
-SAMPLERS = {f.__name__: f for f in (euler, heun, dpm_2, restart)}
+SAMPLERS = {"euler": euler, "heun": _second_order(True), "dpm_2": _second_order(False)}
 
 
 class SmallHost:
