@@ -343,17 +343,20 @@ def test_regions_are_reused_as_pabc_reuses_them(bench, subject, setup):
     step = base.computed[2]
     whole = bench.pareto_methods.run_choice(loop, regions.RegionPlan(base, ()).choose(timesteps))
     found = {region.paths[0]: region for region in regions.find_regions(model)}
-    attention = found.get("transformer_blocks.0.attn1") or found["transformer_blocks.0.attn"]
-    block = found["transformer_blocks.0"]
-    plan = [
-        regions.Reuse(step, attention, "linear"),
-        regions.Reuse(base.computed[3], block, "hold"),
-    ]
+    parts = {  # a block of pabc is a spatial and a temporal one of Latte
+        "digits": {
+            "spatial": "transformer_blocks.0.attn1",
+            "temporal": "temporal_transformer_blocks.0.attn1",
+        },
+        "emoji": {"joint": "transformer_blocks.0.attn", "block": "transformer_blocks.0"},
+    }[subject.model.name]
+    first, second = (found[path] for path in parts.values())
+    later = base.computed[3]
+    plan = [regions.Reuse(step, first, "linear"), regions.Reuse(later, second, "hold")]
     choice = regions.RegionPlan(base, tuple(plan)).choose(timesteps)
     samples, share = bench.pareto_methods.run_choice(loop, choice)
-    kind = "spatial" if "attn1" in attention.paths[0] else "joint"
     schedule = base.schedule(timesteps)
-    for reuse, name in zip(plan, (kind, "block"), strict=True):
+    for reuse, name in zip(plan, parts, strict=True):
         layers = [int(path.split(".")[1]) for path in reuse.region.paths]
         mask = [i == reuse.step for i in range(NUM_CALLS)]
         schedule = schedule.override(kind=name, layers=layers, mask=mask, forecast=reuse.rule)
