@@ -251,20 +251,20 @@ def test_pictures_are_those_of_the_captions(gpu):
 
 
 @pytest.mark.slow
-def test_all_checks_run_on_a_cpu(gpu, tmp_path):
-    names = [task.name for task in gpu.PARTS["checks"].tasks]
-    names = [name for name in names if name not in ("latte", "cogvideox", "timestep guard")]
-    run(tmp_path, "--part", "checks", "--budget-seconds", "900", "--only", ";".join(names))
+def test_checks_run_on_a_cpu(gpu, tmp_path):
+    left_out = ("latte", "cogvideox", "timestep guard", "kernels in models")
+    names = [task.name for task in gpu.PARTS["checks"].tasks if task.name not in left_out]
+    names = [name for name in names if not name.startswith("opensora")]
+    run(tmp_path, "--part", "checks", "--only", ";".join(names))
     rows = read(tmp_path, "checks")["rows"]
     assert all(rows[name]["outcome"] == "done" for name in names)
     assert sum("passed" in row for row in rows.values()) > 20
 
 
 @pytest.mark.slow
-def test_all_is_timed_on_a_cpu(gpu, tmp_path):
-    names = [task.name for task in gpu.PARTS["times"].tasks if task.name != "cogvideox"]
-    options = ("--part", "times", "--budget-seconds", "900", "--only", ";".join(names))
+def test_compiled_loops_are_timed_on_a_cpu(tmp_path):
+    options = ("--part", "times", "--only", "latte; kernel encode_rows; ceilings")
     printed = run(tmp_path, *options, "--backend", "inductor")
     rows = read(tmp_path, "times")["rows"]
-    assert all(rows[name]["outcome"] == "done" for name in names)
-    assert "torch.compile" in rows["latte: time"]["speedup"] and "latte: torch.compile" in printed
+    assert rows["kernel encode_rows: smoke"]["passed"] and "latte: torch.compile" in printed
+    assert {"eager", "torch.compile", "pabc auto 2x"} < set(rows["latte: time"]["speedup"])
