@@ -26,6 +26,15 @@ def test_a_hash_tells_values_apart(dtype):
     assert hash_values([x], 48) != hash_values([other], 48)
 
 
+def test_values_of_all_dtypes_are_hashed_together():
+    """Those of Lumina 2 are real and complex."""
+    tensors = [draw(dtype) for dtype in DTYPES]
+    found = hash_values(tensors, 48)
+    assert found == hash_values([x.clone() for x in tensors], 48)
+    tensors[3] = tensors[3] * 2
+    assert tensors[3].is_complex() and found != hash_values(tensors, 48)
+
+
 def test_a_hash_is_of_values_whatever_their_strides():
     x = draw(torch.float32)
     assert hash_values([x], 48) == hash_values([x.T.contiguous().T], 48)

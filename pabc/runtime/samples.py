@@ -28,5 +28,5 @@ def _sample(tensor: torch.Tensor, count: int) -> torch.Tensor:
     step = max(1, -(-flat.numel() // count)) | 1  # odd: not always the same of 2^n channels
     found = flat[::step].clone(memory_format=torch.contiguous_format)  # one element: of stride 1
     if found.is_complex():
-        found = torch.view_as_real(found.resolve_conj())
+        found = torch.view_as_real(found.resolve_conj()).flatten()
     return found.view(torch.uint8)
