@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from pabc.internals.modules import CHILDREN, children_of
+
 
 class _Replacement(nn.Module):
     """Is called in the place of a diffusion model; has its attributes."""
@@ -37,8 +39,8 @@ def call_around(
     own: Any = model.diffusion_model
     stand_in = object.__new__(type(model))
     vars(stand_in).update(vars(model))
-    modules = {**model._modules, "diffusion_model": _Replacement(own, call)}
-    vars(stand_in)["_modules"] = modules  # its own: other wrappers may set a module, as the host's
+    modules = {**children_of(model), "diffusion_model": _Replacement(own, call)}
+    vars(stand_in)[CHILDREN] = modules  # its own: other wrappers may set a module, as the host's
     original = getattr(type(model), executor.original.__name__).__get__(stand_in)
     inner = type(executor).new_class_executor(
         original, stand_in, executor.wrappers, executor.idx + 1
