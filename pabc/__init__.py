@@ -26,7 +26,7 @@ from pabc.runtime.stats import Stats
 from pabc.runtime.trajectory import Trajectory
 from pabc.schedule import Schedule
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Action",
