@@ -14,6 +14,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -71,15 +72,15 @@ def _read_class(kind: type) -> ClassCode:
         for _, name, code in methods
         if name != "__init__"
     ]
+    own = {base for base in kind.__mro__ if not _is_library(base.__module__)}
     read = [
-        _attributes(code, "LOAD_ATTR", "LOAD_METHOD")
-        for base, _, code in methods
-        if not _is_library(base.__module__)
+        _attributes(code, "LOAD_ATTR", "LOAD_METHOD") for base, _, code in methods if base in own
     ]
     private = {name for name in set().union(*read) if name.startswith("_")}
     return ClassCode(digest, versions, frozenset().union(*changing), frozenset(private))
 
 
+@cache
 def version(library: str) -> str:
     """Returns the version of an installed library; empty if there is no such library."""
     try:
@@ -175,14 +176,15 @@ def _constant(value: Any) -> str:
     return repr(value)
 
 
-def _attributes(code: CodeType, *operations: str) -> set[str]:
+@lru_cache(maxsize=1024)  # all modules share the methods of `nn.Module`
+def _attributes(code: CodeType, *operations: str) -> frozenset[str]:
     """Returns the attributes that code accesses by the named bytecode operations."""
-    return {
+    return frozenset(
         str(instruction.argval)
         for part in _nested(code)
         for instruction in dis.get_instructions(part)
         if instruction.opname in operations
-    }
+    )
 
 
 def _contents(cell: Any) -> Any:
