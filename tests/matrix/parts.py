@@ -18,6 +18,10 @@ class Part(nn.Module):
 
     device, dtype = torch.device("cpu"), torch.float32
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))  # offloading looks at the first one's device
+
 
 class StandIn(Part):
     """A VAE, or another part, that is asked for attributes alone.
