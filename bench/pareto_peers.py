@@ -181,24 +181,37 @@ def choose_taylorseer(subject: Subject, setup: Setup, computed: int) -> list[Cho
 
 
 def choose_cache_dit(subject: Subject, setup: Setup, computed: int) -> list[Choice]:
-    """Returns settings of cache-dit's DBCache: thresholds, one block always computed."""
+    """Returns settings of cache-dit's DBCache, alone and with its TaylorSeer: thresholds, one block
+    always computed.
+
+    It takes transformers outside of pipelines by a description of their blocks.
+    """
     import cache_dit
 
-    def make(threshold: float) -> Choice:
+    def make(threshold: float, order: int) -> Choice:
         def prepare(loop: Loop) -> Ready:
-            peer = copy_model(loop)
+            peer = copy_paired(loop)
+            pattern = cache_dit.ForwardPattern
+            adapter = cache_dit.BlockAdapter(
+                transformer=peer.model,
+                blocks=peer.model.transformer_blocks,
+                forward_pattern=pattern.Pattern_3 if peer.is_pair else pattern.Pattern_1,
+                check_forward_pattern=False,
+            )
             config = cache_dit.DBCacheConfig(
                 num_inference_steps=loop.num_calls,
                 max_warmup_steps=min(8, loop.num_calls // 3),
                 Fn_compute_blocks=1,
                 residual_diff_threshold=threshold,
             )
-            cache_dit.enable_cache(peer.model, cache_config=config)
-            return Ready(peer.call, Clock(model=peer.model).on_step)
+            taylor = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=order) if order else None
+            cache_dit.enable_cache(adapter, cache_config=config, calibrator_config=taylor)
+            return Ready(peer.call, Clock().on_step)
 
-        return Choice(f"F1B0, threshold {threshold:.3g}", prepare)
+        about = f", TaylorSeer of order {order}" if order else ""
+        return Choice(f"F1B0, threshold {threshold:.3g}{about}", prepare)
 
-    return list(map(make, THRESHOLDS[1:]))
+    return [make(*each) for each in itertools.product(THRESHOLDS[1:], (0, 1, 2))]
 
 
 def _iterate() -> Iterator[Method]:
