@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -280,7 +280,16 @@ def measure(subject: Subject, setup: Setup, way: str, find: Find, speed: float) 
 
 def format_rows(found: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns a table per setup: a line per way, a column per number of computed calls."""
-    parts = []
+    return "\n".join(
+        f"\n{setup}: PSNR in dB to the full run, mean (worst)\n{report.format_table(header, lines)}"
+        for setup, header, lines in list_tables(found)
+    )
+
+
+def list_tables(
+    found: Mapping[str, Mapping[str, Any]],
+) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Yields the name, the header and the lines of each setup's table."""
     for setup in dict.fromkeys(row["setup"] for row in found.values()):
         own = [row for row in found.values() if row["setup"] == setup]
         counts = sorted({row["computed"] for row in own}, reverse=True)
@@ -290,9 +299,7 @@ def format_rows(found: Mapping[str, Mapping[str, Any]]) -> str:
             line = [cells.get((way, count), {}) for count in counts]
             shown = [f"{r['psnr']:.1f} ({r['psnr_min']:.1f})" if "psnr" in r else "" for r in line]
             lines.append([way, *shown])
-        parts.append(f"\n{setup}: PSNR in dB to the full run, mean (worst)")
-        parts.append(report.format_table(["way", *(f"{c} calls" for c in counts)], lines))
-    return "\n".join(parts)
+        yield setup, ["way", *(f"{count} calls" for count in counts)], lines
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import report
@@ -15,9 +16,18 @@ FLOOR = 40.0
 """PSNR in dB under which no plan should be taken."""
 
 
-def format_grids(rows: Mapping[str, Row]) -> str:
-    """Returns PSNR to the fine solution by calls, sampler and grid, and the calls that suffice."""
-    parts = []
+@dataclass(frozen=True)
+class Grids:
+    """The table of one model, and sentences on the calls that suffice."""
+
+    model: str
+    header: list[str]
+    lines: list[list[str]]
+    verdicts: list[str]
+
+
+def list_grids(rows: Mapping[str, Row]) -> Iterator[Grids]:
+    """Yields PSNR to the fine solution by calls, sampler and grid, for each model."""
     for model in dict.fromkeys(row["model"] for row in rows.values()):
         own = [row for row in rows.values() if row["model"] == model and "fine_psnr" in row]
         plans = [row for row in own if row["method"] == CALIBRATED.name]
@@ -32,10 +42,17 @@ def format_grids(rows: Mapping[str, Row]) -> str:
             for sampler in dict.fromkeys(row["sampler"] for row in full)
         ]
         header = ["sampler and grid", *(f"{count} calls" for count in counts)]
-        parts += [f"\n{model}: PSNR in dB to the fine solution, mean (worst)"]
-        parts += [report.format_table(header, lines)]
-        parts += [_find_calls(full, plans, calls) for calls in find_full_counts(full)]
-    return "\n".join(parts)
+        verdicts = [_find_calls(full, plans, calls) for calls in find_full_counts(full)]
+        yield Grids(model, header, lines, verdicts)
+
+
+def format_grids(rows: Mapping[str, Row]) -> str:
+    """Returns the tables of all models as text."""
+    return "\n".join(
+        f"\n{found.model}: PSNR in dB to the fine solution, mean (worst)\n"
+        + "\n".join([report.format_table(found.header, found.lines), *found.verdicts])
+        for found in list_grids(rows)
+    )
 
 
 def find_full_counts(full: list[Row]) -> list[int]:

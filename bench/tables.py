@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ablations
+import pareto_grids
 import pareto_table
 import report
 
@@ -209,6 +211,44 @@ def write_frontier(content: Content) -> str:
     return _with_date(content, pareto_table.format_documents(content["rows"]))
 
 
+def write_seconds(content: Content) -> str:
+    """Returns the tables of the points of the frontier that were timed."""
+    header = ("variant", "s / generation", "over torch.compile", "PSNR (worst)")
+    parts = []
+    for row in content["rows"].values():
+        lines = [
+            [
+                name,
+                report.format_spread(found["seconds"]),
+                f"{found['over_torch_compile']:.2f}x",
+                f"{found['psnr']:.1f} ({found['psnr_min']:.1f})",
+            ]
+            for name, found in row["variants"].items()
+            if "seconds" in found
+        ]
+        parts.append(report.format_markdown(header, lines))
+    return _with_date(content, "\n\n".join(parts))
+
+
+def write_ablations(content: Content) -> str:
+    """Returns the table of each setup of `ablations.py`."""
+    parts = [
+        f"{setup}, PSNR in dB to the full run, mean (worst):\n\n{report.format_markdown(*table)}"
+        for setup, *table in ablations.list_tables(content["rows"])
+    ]
+    return _with_date(content, "\n\n".join(parts))
+
+
+def write_grids(content: Content) -> str:
+    """Returns the table of each model of `pareto.py --part grids`, with what suffices."""
+    parts = []
+    for found in pareto_grids.list_grids(content["rows"]):
+        verdicts = "\n".join(f"- {line}" for line in found.verdicts)
+        table = report.format_markdown(found.header, found.lines)
+        parts.append(f"{found.model}:\n\n{table}\n\n{verdicts}")
+    return _with_date(content, "\n\n".join(parts))
+
+
 def _with_date(content: Content, table: str, *notes: str) -> str:
     facts = [content["date"][:10], content["cpu"], f"{content['threads']} threads", *notes]
     return f"{', '.join(facts)}:\n\n{table}"
@@ -226,6 +266,12 @@ TABLES: dict[str, tuple[str, Callable[[Content], str]]] = {
     "equal calls": ("peers_skips.json", write_equal_calls),
     "frontier, digits": ("pareto_digits.json", write_frontier),
     "frontier, emoji": ("pareto_emoji.json", write_frontier),
+    "seconds, digits": ("pareto_seconds.json", write_seconds),
+    "seconds, emoji": ("pareto_seconds_emoji.json", write_seconds),
+    "ablations, digits": ("ablations.json", write_ablations),
+    "ablations, emoji": ("ablations_emoji.json", write_ablations),
+    "grids, digits": ("pareto_grids.json", write_grids),
+    "grids, emoji": ("pareto_grids_emoji.json", write_grids),
 }
 """Name of a table -> its file, and what makes it."""
 
