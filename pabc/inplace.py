@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,8 +67,8 @@ class InPlace:
     def prefer(self, model: Wrapper) -> None:
         """Makes `model` the last one."""
         if model in self._models:
-            self._models.remove(model)
-            self._models.append(model)
+            # At once: calls of other threads look for their models meanwhile.
+            self._models = [*(other for other in self._models if other is not model), model]
 
 
 class _CacheContext:
@@ -163,6 +164,8 @@ def find_own_call(module: nn.Module) -> Callable[..., Any]:
 def is_installed(model: Wrapper, module: nn.Module) -> bool:
     """Returns True if calls of `module` come to `model`, or to others in its place."""
     place = vars(module).get(COMPILED_CALL)
+    if isinstance(place, partial):  # a capture in another thread, which puts back what was here
+        return True
     return isinstance(place, InPlace) and model in place._models
 
 
