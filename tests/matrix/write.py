@@ -28,7 +28,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="*", metavar="NAME", help="only these")
     parser.add_argument("--columns", nargs="*", metavar="NAME", help="only these")
     parser.add_argument("--missing", action="store_true", help="only cells that are not filled")
-    return parser.parse_args()
+    asked = parser.parse_args()
+    known = {"rows": [row.name for row in ROWS], "columns": [column.name for column in COLUMNS]}
+    for option, names in known.items():
+        if unknown := set(getattr(asked, option) or ()) - set(names):
+            parser.error(
+                f"--{option}: expected some of {names}, found {', '.join(sorted(unknown))}"
+            )
+    return asked
 
 
 def fill(trial: Trial, columns: Collection[Column]) -> Iterator[tuple[str, str]]:
