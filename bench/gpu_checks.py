@@ -49,7 +49,7 @@ class Target:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What rows depend on."""
+        """Returns what rows depend on."""
         names = ("device", "is_smoke", "backend", "steps", "rounds")
         return {name: getattr(self, name) for name in names}
 

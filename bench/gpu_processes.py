@@ -35,7 +35,7 @@ STOPPED = "stopped: out of time"
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What one process does.
+    """The work of one process.
 
     Attributes:
         run: yields rows by name.

@@ -34,7 +34,7 @@ from pabc.kernels.gains import TABLE
 
 QUANTILES = (0.5, 0.2, 0.8)
 MILLISECONDS = (10, 60)
-"""Of calls to warm up, and of calls that are timed."""
+"""The milliseconds of calls to warm up, and of calls that are timed."""
 Sizes = tuple[int, ...]
 EVERYTHING = slice(None)
 QUERIES_CHECKED = 64

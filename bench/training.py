@@ -37,7 +37,7 @@ class Run:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What a checkpoint contains."""
+        """The content of a checkpoint."""
         return {
             "trainee": self.trainee.state_dict(),
             "ema": self.ema.state_dict(),

@@ -26,9 +26,9 @@ SHARES = (0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.98)
 """The shares of elements within the limit that are tried first."""
 ROUNDS = 14
 SHRINK = 0.6
-"""By how much each round of the search narrows the range of the one before."""
+"""The range of each round of the search, relative to that of the one before."""
 CLEAR = 10.0
-"""How many times more than by chance clipping has to reduce the squares that are left (F)."""
+"""The least ratio of what clipping explains to what it would by chance (the F statistic)."""
 
 
 @dataclass(frozen=True)

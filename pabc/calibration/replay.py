@@ -55,7 +55,7 @@ class Replay:
 
     @cached_property
     def _clips(self) -> dict[int, Clip]:
-        """How transitions clip that are not linear, by step."""
+        """The clipping of transitions that are not linear, by step."""
         found = {}
         for step in np.flatnonzero(self._sampler.residual[:-1] > LINEAR).tolist():
             following = self._heard.inputs(step + 1)
