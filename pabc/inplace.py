@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from pabc.internals.modules import COMPILED_CALL, call_within_hooks, children_of
+from pabc.passes import before_trace
 from pabc.runtime.around import call_around
 from pabc.wrapper import Wrapper, call_apart
 
@@ -163,9 +163,7 @@ def find_own_call(module: nn.Module) -> Callable[..., Any]:
 
 def is_installed(model: Wrapper, module: nn.Module) -> bool:
     """Returns True if calls of `module` come to `model`, or to others in its place."""
-    place = vars(module).get(COMPILED_CALL)
-    if isinstance(place, partial):  # a capture in another thread, which puts back what was here
-        return True
+    place = before_trace(vars(module).get(COMPILED_CALL))
     return isinstance(place, InPlace) and model in place._models
 
 

@@ -86,6 +86,7 @@ from .sharding.places import Ranks
 from .sharding.sharder import Output
 from .specialize import runs_nothing, specialize_phase_pass, verify_phase
 from .tag import tag_attention_pass, tagged, verify_tags
+from .tracing.alone import before_trace
 from .tracing.calls import ResultForm
 from .tracing.fakes import share_fake_mode
 from .tracing.foreign import refuse_hooks
@@ -121,6 +122,7 @@ from .tracing.walk import find_holders
 
 __all__ = [  # noqa: RUF022
     # The passes, in the order in which they run, and what checks their results.
+    "before_trace",
     "capture",
     "canonicalize_pass",
     "name_axes_pass",

@@ -76,6 +76,16 @@ def test_the_plan_that_is_kept_is_the_one_that_is_followed(tmp_path: Path) -> No
         assert torch.equal(generate(WAN, fast, 1, 12), found)
 
 
+def test_one_step_is_no_longer_generation() -> None:
+    """Its one timestep is the first of the plan's."""
+    pipe = make_wan()
+    plain = [generate(WAN, pipe, 0, num_steps) for num_steps in (12, 1)]
+    with make_auto(pipe, calls=7) as fast:
+        assert torch.equal(generate(WAN, fast, 0, 12), plain[0])
+        assert torch.equal(generate(WAN, fast, 0, 1), plain[1])
+        assert not torch.equal(generate(WAN, fast, 0, 12), plain[0]), "the plan is there"
+
+
 def test_settings_of_the_sampler_are_recorded_apart() -> None:
     pipe = make_wan()
     with make_auto(pipe, calls=7) as fast:

@@ -88,3 +88,28 @@ def test_a_trajectory_and_a_context_state_one_step_or_raise():
     with pytest.raises(pabc.GuardError, match=r"step_index: expected 0, .*at_step stated, found 1"):
         loop(fast, both(1), lambda step: NAMES[:1])
     assert fast.stats.nbytes == 0
+
+
+def test_repeated_calls_of_a_stated_step_are_kept_apart():
+    """As if each had a model; the second ones begin late, with what the first ones keep."""
+    model = build("Wan", num_layers=1)
+    scheduler = make_scheduler()
+    schedule, latents = reuse(scheduler.timesteps), noise(1, 4, 3, 6, 8)
+    fast, first, second = (pabc.compile(model, schedule, backend="eager") for _ in range(3))
+
+    def call(compiled, x, step, **where):
+        t = scheduler.timesteps[step].expand(1)
+        with torch.no_grad(), compiled.cache_context("cond", step_index=step, **where):
+            return compiled(x, t, text(1, 0), return_dict=False)[0]
+
+    for step in range(NUM_STEPS):
+        expected = call(first, latents, step)
+        assert torch.equal(call(fast, latents, step, repeat=0), expected)
+        if not step:
+            call(second, latents, step)
+            continue
+        assert torch.equal(
+            call(fast, 2 * latents, step, repeat=1), call(second, 2 * latents, step)
+        ), step
+        latents = latents - expected / NUM_STEPS
+    assert not fast.stats.fallbacks

@@ -11,6 +11,8 @@ from pipelines import build, noise, text
 from torch import nn
 
 import pabc
+from pabc.inplace import is_installed
+from pabc.passes.tracing.alone import calling_forward_alone
 
 STEPS = (3, 2, 1)
 SCHEDULE = pabc.Schedule.from_masks(
@@ -120,3 +122,15 @@ def test_what_torch_compiled_in_place_is_refused(model):
     fast = pabc.compile(model, pabc.Schedule.none(STEPS), backend="eager")
     assert torch.equal(run(fast), plain), "the forward within is compiled"
     assert isinstance(model, nn.Module) and model._compiled_call_impl is not None
+
+
+def test_a_trace_in_another_thread_leaves_it_installed(model):
+    fast = compile_in_place(model)
+    assert is_installed(fast, model)
+    with calling_forward_alone(model):
+        assert is_installed(fast, model)
+        assert not is_installed(compile_in_place(nn.Linear(2, 2)), model)
+    assert vars(model)["_compiled_call_impl"].current is fast
+    fast.undo()
+    with calling_forward_alone(model):
+        assert not is_installed(fast, model)

@@ -48,7 +48,7 @@ class AutoCourse:
         """Returns the schedule of a loop that begins with this call; records what has no plan."""
         self._forget()
         self._kind = self._planner.kind(call.leaves, sampler, timesteps)
-        self._plan = self._planner.find(self._kind)
+        self._plan = self._planner.find(self._kind, len(timesteps))
         if self._plan is not None or not self._planner.has_given_up:
             self._hearing = Hearing()
             if self._plan is None:

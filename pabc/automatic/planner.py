@@ -76,16 +76,21 @@ class Planner:
             weights, steps = self._weights[1], tuple(timesteps)
             return Kind(self._family, weights, form, sampler, steps, precision)
 
-    def find(self, kind: Kind) -> AutoPlan | None:
+    def find(self, kind: Kind, num_steps: int | None = None) -> AutoPlan | None:
         """Returns the plan for a generation that begins like this; None: it is to be recorded.
 
+        `num_steps`: of the generation; None: not known, as its first timestep alone is.
         A plan that was recorded with other weights or shapes will do; its remark says so. Of
         several, the one with the fewest differences, and of these the latest, is taken.
         """
         with self._lock:
             if self._plans is None:
                 self._plans = self._load(kind.family)
-            known = [plan for plan in self._plans if plan.suits(kind)]
+            known = [
+                plan
+                for plan in self._plans
+                if plan.suits(kind) and num_steps in (None, len(plan.kind.timesteps))
+            ]
             if not known:
                 return None
             least = min(plan.distance(kind) for plan in known)

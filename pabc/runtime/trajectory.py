@@ -235,7 +235,11 @@ class Trajectory:
                 branch = self._branch(name, order)
             said = _NOTHING
         elif where is not None and where.step is not None:
-            branch, step = self._branch(name), where.step
+            step = where.step
+            if where.repeat is None:
+                branch = self._branch(name)
+            else:
+                branch = self._repeated_branch(where.name, where.repeat, step)
             if step < self._step or step == branch.last == 0:  # it may be of another loop
                 self._begin(branch)
             where.check(self._following or default)
