@@ -140,7 +140,9 @@ def install(model: Wrapper, module: nn.Module) -> Callable[[], None]:
         if hasattr(type(module), "cache_context"):
             replaced = state.get("cache_context")
             state["cache_context"] = _CacheContext(module, place, replaced)
-        state.setdefault("compile", _Compile(module, place))
+        # A copy of a module that was compiled in place has the method of its class here.
+        if "compile" not in state or getattr(state["compile"], "__self__", None) is module:
+            state["compile"] = _Compile(module, place)
     place._models.append(model)
 
     def take_back() -> None:

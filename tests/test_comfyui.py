@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -215,6 +216,17 @@ def test_the_last_node_of_a_chain_counts() -> None:
     patcher = host.make()
     twice = accelerate(accelerate(patcher, 4.0, "skip: hold"))
     assert torch.equal(host.sample(twice), host.sample(accelerate(patcher)))
+
+
+def test_a_node_that_copies_the_options_of_a_run() -> None:
+    def copy_options(executor: Any, *args: Any, transformer_options: Any, **kwargs: Any) -> Any:
+        copied = copy.deepcopy(transformer_options)
+        return executor(*args, transformer_options=copied, **kwargs)
+
+    fast = accelerate(host.make())
+    expected = host.sample(fast)
+    fast.add_wrapper_with_key("apply_model", "another", copy_options)
+    assert torch.equal(host.sample(fast), expected)
 
 
 @pytest.mark.parametrize("is_first", [True, False])

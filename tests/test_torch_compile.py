@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import pickle
 
 import pytest
 import torch
@@ -58,6 +59,18 @@ def test_compile_of_a_captured_model_is_refused(backend):
     fast.undo()
     model.compile(backend=backend)
     assert "compile" not in vars(model)
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_that_is_compiled_in_place_is_guarded_as_well(make, backend):
+    model = make_denoiser()
+    pabc.compile(model, REUSE, backend="eager", inplace=True)
+    copied = make(model)
+    fast = pabc.compile(copied, REUSE, backend="eager", inplace=True)
+    with pytest.raises(ValueError, match=REFUSED):
+        copied.compile(backend=backend)
+    run(copied)
+    assert fast.stats.reused
 
 
 @pytest.mark.parametrize("when", ["before", "after", "not in place"])

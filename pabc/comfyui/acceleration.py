@@ -48,6 +48,10 @@ class Acceleration:
         self._runs: dict[Run, Any] = {}
         """Run under way -> the patcher that it is a run of."""
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Acceleration:
+        """Returns this very object: nodes may copy the options of a run, which hold its methods."""
+        return self
+
     def attach(self, patcher: Any) -> Any:
         """Returns a clone of a model patcher whose runs are accelerated by this and nothing else of
         pabc."""

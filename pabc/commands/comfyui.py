@@ -34,4 +34,4 @@ def run_comfyui(options: argparse.Namespace) -> None:
         print(f"removed {target}; restart ComfyUI")
         return
     print(f"wrote {target}; restart ComfyUI")
-    print("if ComfyUI has a Python of its own, run `python -m pip install pabc` with that one, too")
+    print("if ComfyUI has a Python of its own, install pabc with that one, too")
