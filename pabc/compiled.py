@@ -380,7 +380,7 @@ class CompiledModel(Wrapper):
         """
         if not isinstance(self._programs, Programs):
             raise ArtifactError(
-                "expected a captured model, found backend='original', which captures and compiles "
+                "backend: expected one that captures the model, found 'original', which compiles "
                 "nothing that a file could hold; save the schedule: Schedule.to_json"
             )
         with self._lock:
@@ -393,7 +393,7 @@ class CompiledModel(Wrapper):
         schedule = self._schedule if self._plans is None else self._plans.schedule()
         if schedule is None:
             raise ArtifactError(
-                "expected a plan to save, found none yet: run a generation, and reset() after it"
+                "schedule: expected a plan to save, found none yet; run a generation, then reset()"
             )
         return schedule
 

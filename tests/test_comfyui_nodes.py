@@ -70,6 +70,7 @@ def test_the_inputs_of_the_nodes() -> None:
     [
         ({"speedup": 0.5}, "speedup: expected 1 to 4, found 0.5"),
         ({"speedup": 5.0}, "speedup: expected 1 to 4, found 5.0"),
+        ({"speedup": "2"}, "speedup: expected 1 to 4, found '2'"),
         ({"rule": "skip"}, "rule: expected one of auto, skip: linear, .*, found 'skip'"),
         ({"compile": "yes"}, "compile: expected one of no, inductor, eager, found 'yes'"),
     ],

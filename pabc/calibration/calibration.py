@@ -280,9 +280,9 @@ def _format_decibels(value: float | None) -> str:
 def _explain_floor(
     target: Target, row: FrontierRow | None, above: FrontierRow, floor: float
 ) -> str:
-    found = "no plan" if row is None else f"{row.decibels:.1f} dB at best"
+    found = "no plan that fast" if row is None else f"{row.decibels:.1f} dB at best"
     return (
-        f"pabc: {target}: expected {floor:g} dB or more, found {found}; taken is the fastest plan "
-        f"above that, {above.speedup:.2f}x with {above.computed} computed steps, "
-        f"{above.decibels:.1f} dB"
+        f"pabc: {target}: expected {floor:g} dB or more, found {found}; the plan taken is the "
+        f"fastest one that has {floor:g} dB: {above.speedup:.2f}x with {above.computed} computed "
+        f"steps, {above.decibels:.1f} dB"
     )

@@ -45,7 +45,7 @@ class Accelerate:
 
         Raises: ValueError for a setting that is not offered.
         """
-        if not 1.0 <= speedup <= FASTEST:
+        if not isinstance(speedup, (int, float)) or not 1.0 <= speedup <= FASTEST:
             raise ValueError(f"speedup: expected 1 to {FASTEST:g}, found {speedup!r}")
         for name, found, choices in (("rule", rule, RULES), ("compile", compile, BACKENDS)):
             if found not in choices:

@@ -142,6 +142,13 @@ ROWS = (
                 "transformer = diffusers.HunyuanVideoFramepackTransformer3DModel.from_pretrained(",
                 '    "lllyasviel/FramePackI2V_HY", torch_dtype=torch.bfloat16',
                 ")",
+                'vision = "lllyasviel/flux_redux_bfl"',
+                "feature_extractor = transformers.SiglipImageProcessor.from_pretrained(",
+                '    vision, subfolder="feature_extractor"',
+                ")",
+                "image_encoder = transformers.SiglipVisionModel.from_pretrained(",
+                '    vision, subfolder="image_encoder", torch_dtype=torch.bfloat16',
+                ")",
             ),
             parts="transformer=transformer, image_encoder=image_encoder, "
             "feature_extractor=feature_extractor",

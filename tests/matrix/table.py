@@ -87,10 +87,11 @@ def format_recipes() -> str:
 
 HEAD = """# Recipes
 
-A pipeline each, with published weights. They take `import diffusers, pabc, torch`, a `prompt`, and
-what else is named: a `negative_prompt`, an `image`. The first call is recorded, and those after it
-follow the plan ([what `pabc.auto` takes](../automatic/README.md)). A model that does not fit is
-offloaded as diffusers does it, before or after `compile_pipeline`: see
+A pipeline each, with published weights. They take `import diffusers, pabc, torch, transformers`, a
+`prompt`, and what else they name: a `negative_prompt`, an `image`, for Wan VACE a list of `frames`
+and one of `masks`. The first call is recorded; make it again, with any prompt, and it follows the
+plan ([what `pabc.auto` takes](../automatic/README.md)). A model that does not fit is offloaded as
+diffusers does it, before or after `compile_pipeline`: see
 [which pipelines are tried](README.md#pipelines-that-are-tried).
 
 `python tests/matrix/write.py` writes this document.
