@@ -218,8 +218,8 @@ class CompiledModel(Wrapper):
 
         Calls of different names share nothing but the step, and a name may be left out at some
         steps. The protocol is that of diffusers' models, some of which also state the position of
-        the loop: `step_index` is the step of the calls, whichever came before;
-        `num_inference_steps`, `sigma` and `timestep`, beside it, are checked against the schedule.
+        the loop: `step_index` is the step of the calls, whichever came before; what else it states,
+        `num_inference_steps`, `sigma` and `timestep`, is checked against the schedule.
         Where the loop states its steps, in this way or with :meth:`Trajectory.at_step`, `repeat`
         states how many calls with the same conditions came before in the step. Other keywords are
         ignored.

@@ -226,6 +226,26 @@ def test_what_a_context_says_is_checked(model, where, message):
         fast.cache_context("cond", step_index=1.5)
 
 
+@pytest.mark.parametrize("states_step", [False, True])
+def test_what_a_context_says_is_checked_where_another_states_the_step(model, states_step):
+    """Where `at_step` does, or nobody: the calls are counted."""
+    fast = compile_eager(model)
+    says = {"num_inference_steps": 5, "sigma": 0.9, "timestep": torch.tensor(900.0)}
+    if states_step:
+        fast.current.at_step(0)
+    with fast.cache_context("cond", **says):
+        fast(*make_call(0, 0))
+    says = {"sigma": 0.5} if states_step else {"num_inference_steps": 4}
+    with (
+        pytest.raises(pabc.GuardError, match=rf"{next(iter(says))}: expected .*, found"),
+        fast.cache_context("cond", **says),
+    ):
+        if states_step:
+            fast.current.at_step(1)
+        fast(*make_call(0, 1))
+    assert fast.stats.nbytes == 0
+
+
 def test_a_stated_step_that_the_timestep_contradicts(model):
     fast = compile_eager(model)
     for step in range(2):

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import cache
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -242,12 +243,16 @@ class Trajectory:
                 branch = self._repeated_branch(where.name, where.repeat, step)
             if step < self._step or step == branch.last == 0:  # it may be of another loop
                 self._begin(branch)
-            where.check(self._following or default)
             branch.may_repeat = True
         else:
             branch = self._branch(name)
-            return self._place_counted(branch, default, structure, leaves, said)
+            placed = self._place_counted(branch, default, structure, leaves, said)
+            if where is not None:
+                where.check(placed.schedule)
+            return placed
         schedule = self._following = self._following or default
+        if where is not None and (self._stated_step is None or self._is_asserted):
+            replace(where, step=step).check(schedule)
         if step >= schedule.num_steps:
             raise GuardError(
                 f"expected a step below {schedule.num_steps}, as many as the schedule has, found "
