@@ -37,7 +37,7 @@ class InPlace:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the module."""
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        if torch.compiler.is_dynamo_compiling():
             return call_apart(self, args, kwargs)
         model = self.current
         if children_of(model)["_orig_mod"] is self._module:

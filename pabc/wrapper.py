@@ -31,7 +31,7 @@ class Wrapper(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls `forward` within hooks that were registered on this object, if there are any."""
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        if torch.compiler.is_dynamo_compiling():
             return call_apart(self, args, kwargs)
         hooked = compiled_call(self) or forward_hooks(self) or forward_pre_hooks(self)
         return super().__call__(*args, **kwargs) if hooked else self.forward(*args, **kwargs)

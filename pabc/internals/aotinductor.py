@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,20 @@ def compile_library(graph: GraphModule, inputs: Sequence[torch.Tensor | None], p
     given: list[Any] = [*inputs]
     outputs = compile_fx_aot(graph, given, config_patches=OPTIONS)
     assert isinstance(outputs, list)
-    package_aoti(str(path), [file for file in outputs if not str(file).endswith(".cpp")])
+    with tempfile.TemporaryDirectory() as folder:
+        package_aoti(
+            str(path), [_without_source(Path(str(file)), Path(folder)) for file in outputs]
+        )
+
+
+def _without_source(file: Path, folder: Path) -> str:
+    """Returns a path of this name: an empty file in `folder` for source, which the library does
+    not need. To leave it out would not do: PyTorch 2.11 takes other names from its name."""
+    if file.suffix != ".cpp":
+        return str(file)
+    empty = folder / file.name
+    empty.touch()
+    return str(empty)
 
 
 def load_library(path: Path, device: torch.device) -> Any:
