@@ -76,10 +76,10 @@ class Choice:
         if best is not None and best.mean >= self._floor:
             return best.candidate
         above = self._find_fastest(self._floor, above=computed)
-        found = "no plan that fast" if best is None else f"{best.mean:.1f} dB at best"
+        known = "no plan that fast" if best is None else f"{best.mean:.1f} dB at best"
         n = self._search.num_steps
         warnings.warn(
-            f"pabc: {target}: expected {self._floor:g} dB or more, found {found}; the plan taken "
+            f"pabc: {target}: expected {self._floor:g} dB or more, found {known}; the plan taken "
             f"is the fastest one that has {self._floor:g} dB: it computes {len(above.computed)} of "
             f"{n} steps",
             stacklevel=4,
