@@ -51,6 +51,8 @@ MAX_LENGTH = 64
 """Queries, and keys, of a sequence at most."""
 ROWS = 64
 """Rows of queries, and of keys, of one program at most."""
+FEW_ROWS = 32
+"""Rows for which four warps have the registers, whatever the arguments."""
 PAIRS = ("none", "halves", "neighbors")
 """The pairs of channels that a rotary embedding turns: i and i + D/2 (halves), or 2i and 2i + 1."""
 
@@ -242,16 +244,14 @@ def configure(
 
     Half the rows where registers would not suffice: in float32, with both norm and rotary
     embedding, and with channels that are not contiguous. Twice the warps for these, for a rotary
-    embedding alone, and for more than 64 channels.
+    embedding alone, and for more than 64 channels, unless there are few rows.
     """
     is_heavy = itemsize == 4 or is_apart or (norms and turns)
     group = max((ROWS // 2 if is_heavy else ROWS) // max(T, S), 1)
     sizes = {"ROWS_T": group * T, "ROWS_S": group * S, "COLUMNS": D, "HALF": (D + 1) // 2}
-    return {
-        "GROUP": group,
-        **{name: max(next_power_of_2(size), 16) for name, size in sizes.items()},
-        "num_warps": 8 if is_heavy or turns or D > 64 else 4,
-    }
+    blocks = {name: max(next_power_of_2(size), 16) for name, size in sizes.items()}
+    is_large = (is_heavy or turns or D > 64) and max(blocks["ROWS_T"], blocks["ROWS_S"]) > FEW_ROWS
+    return {"GROUP": group, **blocks, "num_warps": 8 if is_large else 4}
 
 
 OP = SIGNATURE.register(

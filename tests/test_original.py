@@ -302,7 +302,7 @@ def test_what_is_told_of_the_model(tmp_path):
     assert fast.phases == () and not found.attention
     fast.dump(tmp_path / "dump")
     assert pabc.Plan.from_json((tmp_path / "dump" / "plan.json").read_text()) == fast.plan
-    with pytest.raises(pabc.ArtifactError, match="found backend='original'"):
+    with pytest.raises(pabc.ArtifactError, match="found 'original'"):
         fast.save(tmp_path / "file")
 
 
