@@ -51,7 +51,7 @@ class Trial:
 
     def record(self, clips: Clips) -> Recorded:
         """Returns the full run of clips."""
-        key = ("recorded", clips.prompts)
+        key = ("recorded", clips.prompts, float(clips.noise.double().sum()))
         loop = self.subject.loop(self.setup, clips)
         return Recorded(*self.subject.keep(self.setup, key, lambda: tuple(loop.record())))
 
@@ -201,7 +201,6 @@ def list_ways() -> dict[str, Find]:
         "growth of errors: measured": find_best(grows=True),
         "costs of all steps alike": find_best(_change(cost="flat", growth="none")),
         "branches alike, not guided": find_best(_change(is_guided=False)),
-        "noise in the fit: none": find_best(_change(noise=0.0)),
         "recorded four clips": find_best(num_clips=4),
         "steps by rule, three fitted weights": find_with_steps,
         "searched steps, line": find_with_weights(1),

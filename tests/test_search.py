@@ -27,7 +27,6 @@ SIMPLE = (
     Kind("flat", cost="flat"),
     Kind("propagated", cost="propagated"),
     Kind("raw", is_guided=False),
-    Kind("noise", noise=0.02),
     Kind("growth", growth="decay"),
 )
 
@@ -67,7 +66,6 @@ def skipped_steps(
             np.array(i),
             np.array(sources),
             is_fitted=kind.is_fitted,
-            noise=kind.noise,
         )
         yield i, sources, weights
 

@@ -37,8 +37,6 @@ class Kind:
         growth: what becomes of errors on their way to the result: `"none"`, nothing; `"early"`,
             those of the first steps grow (see `amplify_early`); `"decay"`, they decay with the
             noise (see `expect_growth`), and fewer of the early steps are computed.
-        noise: of the sources in the fit, relative to their norms: weights become smaller, and
-            errors of the sources count less.
     """
 
     name: str
@@ -48,31 +46,25 @@ class Kind:
     cost: Cost = "direct"
     is_guided: bool = True
     growth: Growth = "early"
-    noise: float = 0.0
 
 
 COMPENSATION = 0.5
 """Half: errors change on their way through the model. To make up for all of what they would have
 been without it is no better at many computed steps, and worse at few."""
-NOISE = 0.01
-"""More than sources differ between the plan and the recording, except at few computed steps."""
 
 KINDS = (
     Kind("6 weights, compensated", sources=6, compensation=COMPENSATION),
+    Kind("2 weights, decay, each branch", sources=2, growth="decay", is_guided=False),
+    Kind("hold, decay, each branch", is_fitted=False, sources=1, growth="decay", is_guided=False),
+    Kind("4 weights, compensated", sources=4, compensation=COMPENSATION),
     Kind("2 weights, decay", sources=2, growth="decay"),
     Kind("hold, decay", sources=1, is_fitted=False, growth="decay"),
-    Kind("3 weights"),
-    Kind("4 weights, compensated, noise", sources=4, compensation=COMPENSATION, noise=NOISE),
-    Kind("4 weights, compensated", sources=4, compensation=COMPENSATION),
-    Kind("3 weights, flat", cost="flat"),
-    Kind("3 weights, compensated, decay", compensation=COMPENSATION, growth="decay"),
-    Kind("4 weights, compensated, decay", sources=4, compensation=COMPENSATION, growth="decay"),
 )
 """The kinds that are searched, those that are most often best first.
 
 Kinds of few weights are right where few steps are computed, and compensated ones where many are.
-Where both compensation and decay are assumed, plans are often the best on the recorded noise, and
-15 dB worse on other noise: they come last.
+Plans that assume both compensation and decay are not among them: they are often the best on the
+recorded noise, and 15 dB worse on other noise.
 """
 
 
@@ -107,6 +99,11 @@ class Candidate:
         for row, weights in zip(rows, self.weights, strict=True):
             row[: len(weights)] = weights
         return Schedule.skip(timesteps, self.computed, forecast=rows, label=label or self.name)
+
+    @property
+    def is_held(self) -> bool:
+        """True if all forecasts repeat the last output: no weight was fitted."""
+        return all(weights in ((), (1.0,)) for weights in self.weights)
 
     def decibels(self, peak: float) -> float:
         """Returns the predicted PSNR of the final result, whose values have this range."""

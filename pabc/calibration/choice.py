@@ -118,7 +118,7 @@ class Choice:
                     self._runs.expect(len(found) - len(left))
                     found = found[-1:]
                     break
-            found.sort(key=lambda each: -each.mean)
+            found.sort(key=lambda each: -each.merit)
             left = [each.candidate for each in found[: (len(found) + 1) // 2]]
         return best_of(found)
 

@@ -92,7 +92,6 @@ def compensate(
     *,
     sources: int,
     starts: tuple[int, ...] = (0,),
-    noise: float = 0.0,
     compensation: float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the weights of plans, [p, n, k], and the norms of what they err, [p, n].
@@ -105,7 +104,6 @@ def compensate(
         effects: [n] of the guided output of a step on the final result.
         sources: k, the last computed outputs that a forecast is the weighted sum of, at most.
         starts: steps at which another model takes over.
-        noise: of the sources in the fit; see `fit_weights`.
         compensation: the share of the error so far that a forecast makes up for.
     """
     histories = find_histories(computed, starts, sources)
@@ -124,7 +122,7 @@ def compensate(
             known = np.where(history >= 0, history, history[:, :1])
             inner = gram[known[:, :, None], known[:, None, :]]
             cross = np.take_along_axis(wanted, known, 1)
-            weights[rows, step] = solve_weights(inner, cross, history, noise=noise)
+            weights[rows, step] = solve_weights(inner, cross, history)
         errors = add_errors(outputs, errors, step, rows, histories, weights, effects)
         norms[:, step] = outputs.norms(errors)
     return weights, norms

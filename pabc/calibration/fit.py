@@ -16,7 +16,6 @@ def fit_weights(
     sources: np.ndarray,
     *,
     is_fitted: bool = True,
-    noise: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns weights [..., k] and squared errors [...] of forecasts of outputs from others.
 
@@ -29,7 +28,6 @@ def fit_weights(
         target: [...] the steps that are forecast.
         sources: [..., k] the steps that they are forecast from, the newest first; -1 for none.
         is_fitted: False: the newest source is held.
-        noise: relative error of each source; larger ones make smaller weights.
     """
     target, sources = np.asarray(target), np.asarray(sources)
     known = sources >= 0
@@ -39,20 +37,17 @@ def fit_weights(
         weights = np.zeros(sources.shape)
         weights[..., 0] = 1.0
         return weights, _error(products, weights)
-    weights = solve_weights(products[..., 1:, 1:], products[..., 1:, 0], sources, noise=noise)
+    weights = solve_weights(products[..., 1:, 1:], products[..., 1:, 0], sources)
     return weights, _error(products, weights)
 
 
-def solve_weights(
-    inner: np.ndarray, cross: np.ndarray, sources: np.ndarray, *, noise: float = 0.0
-) -> np.ndarray:
+def solve_weights(inner: np.ndarray, cross: np.ndarray, sources: np.ndarray) -> np.ndarray:
     """Returns the weights [..., k] of sources in the sum that is nearest to a wanted vector.
 
     Args:
         inner: [..., k, k] inner products of the sources.
         cross: [..., k] inner products of the sources with the wanted vector.
         sources: [..., k] their steps, the newest first; -1 for none, whose products do not count.
-        noise: as in `fit_weights`.
     """
     known = sources >= 0
     basis = _build_basis(sources, known)
@@ -65,10 +60,6 @@ def solve_weights(
     regular = regular * (kept[..., :, None] & kept[..., None, :])
     found, basis = found * kept, basis * kept[..., None]
     np.einsum("...rr->...r", regular)[...] *= 1.0 + RIDGE
-    if noise:
-        spread = noise**2 * np.einsum("...aa->...a", inner) * known
-        regular = regular + np.einsum("...ra,...a,...sa->...rs", basis, spread, basis)
-        found = found - basis[..., 0] * spread[..., :1]
     weights = np.einsum("...r,...ra->...a", _solve(regular, found), basis)
     weights[..., 0] += 1.0
     return weights

@@ -134,8 +134,8 @@ def _predicted_row(
 
 
 def best_of(measured: Sequence[Measurement]) -> Measurement:
-    """Returns the measurement with the highest mean of those that were run on the most seeds."""
-    return max(measured, key=lambda each: (len(each.decibels), each.mean))
+    """Returns the measurement of the highest merit of those that were run on the most seeds."""
+    return max(measured, key=lambda each: (len(each.decibels), each.merit))
 
 
 def winning_kinds(measured: Sequence[Measurement]) -> tuple[Kind, ...]:

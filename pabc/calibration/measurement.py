@@ -16,6 +16,10 @@ from pabc.schedule import Schedule
 Plan = tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]
 """The computed steps and the weights per step: what tells plans apart."""
 
+FLATTERY = 3.0
+"""The dB by which fitted weights do better on the recorded noise than on other noise, as far as
+held outputs, to which nothing is fitted, do not."""
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -46,6 +50,11 @@ class Measurement:
     def worst(self) -> float:
         """The lowest of all seeds."""
         return min(self.decibels.values())
+
+    @property
+    def merit(self) -> float:
+        """What plans are compared by: the mean, less what fitted weights owe to the recording."""
+        return self.mean if self.candidate.is_held else self.mean - FLATTERY
 
     @property
     def plan(self) -> Plan:

@@ -28,7 +28,6 @@ def refine(
     *,
     sources: int,
     starts: tuple[int, ...] = (0,),
-    noise: float = 0.0,
     compensation: float = 1.0,
     max_gap: int | None = None,
 ) -> tuple[int, ...]:
@@ -42,7 +41,6 @@ def refine(
     how: dict[str, Any] = {
         "sources": sources,
         "starts": starts,
-        "noise": noise,
         "compensation": compensation,
     }
     n = outputs.num_steps

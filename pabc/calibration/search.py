@@ -53,7 +53,6 @@ class _Found:
             how: dict[str, Any] = {
                 "sources": self.kind.sources,
                 "starts": starts,
-                "noise": self.kind.noise,
                 "compensation": self.kind.compensation,
             }
             path = refine(self._outputs, path, self._effects, max_gap=self._max_gap, **how)
@@ -176,7 +175,7 @@ def search(
     for kind in kinds:
         sources = min(kind.sources, len(MAX_GAPS))
         grid = Grid(n, starts, choose_gaps(n, max_gap or MAX_GAPS[sources]), sources)
-        key = (sources, kind.is_fitted, kind.is_guided, kind.noise)
+        key = (sources, kind.is_fitted, kind.is_guided)
         if key not in amplitudes:
             amplitudes[key] = find_amplitudes(grams[kind.is_guided], grid, kind)
         costs = (*key, kind.cost, kind.growth)
@@ -219,7 +218,7 @@ def find_amplitudes(gram: np.ndarray, grid: Grid, kind: Kind) -> np.ndarray:
         if len(targets) and possible.any():
             used = np.repeat(sources[possible][:, None], len(targets), 1)
             steps = np.broadcast_to(targets, used.shape[:-1])
-            _, errors = fit_weights(gram, steps, used, is_fitted=kind.is_fitted, noise=kind.noise)
+            _, errors = fit_weights(gram, steps, used, is_fitted=kind.is_fitted)
             found[step][possible, : len(targets)] = np.sqrt(errors)
     return found
 
@@ -232,9 +231,7 @@ def find_weights(
     rows: list[tuple[float, ...]] = [()] * n
     for step in find_skipped(computed, n):
         sources = find_history(computed, starts, step, kind.sources)
-        weights, _ = fit_weights(
-            gram, np.array(step), np.array(sources), is_fitted=kind.is_fitted, noise=kind.noise
-        )
+        weights, _ = fit_weights(gram, np.array(step), np.array(sources), is_fitted=kind.is_fitted)
         rows[step] = tuple(map(float, weights))
     return tuple(rows)
 
