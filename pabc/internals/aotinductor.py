@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,19 +42,38 @@ def compile_library(graph: GraphModule, inputs: Sequence[torch.Tensor | None], p
     outputs = compile_fx_aot(graph, given, config_patches=OPTIONS)
     assert isinstance(outputs, list)
     with tempfile.TemporaryDirectory() as folder:
-        package_aoti(
-            str(path), [_without_source(Path(str(file)), Path(folder)) for file in outputs]
-        )
+        files = [_as_packaged(Path(str(file)), Path(folder)) for file in outputs]
+        package_aoti(str(path), files)
 
 
-def _without_source(file: Path, folder: Path) -> str:
-    """Returns a path of this name: an empty file in `folder` for source, which the library does
-    not need. To leave it out would not do: PyTorch 2.11 takes other names from its name."""
-    if file.suffix != ".cpp":
-        return str(file)
-    empty = folder / file.name
-    empty.touch()
-    return str(empty)
+def _as_packaged(file: Path, folder: Path) -> str:
+    """Returns the path of what a package has for a file that was made, of the same name.
+
+    For source, which the library does not need, an empty one in `folder`: PyTorch 2.11 takes other
+    names from its name. For calls of ops on 2.11, one with the dtypes as it reads them.
+    """
+    changed = folder / file.name
+    if file.suffix == ".cpp":
+        changed.touch()
+        return str(changed)
+    if file.suffix == ".json" and torch.__version__ < "2.12":
+        text = file.read_text()
+        if _DTYPE.search(text):
+            changed.write_text(_DTYPE.sub(_renumber, text))
+            return str(changed)
+    return str(file)
+
+
+_DTYPE = re.compile(r'(?<="as_scalar_type": )\d+')
+_NUMBERS = {"7": "6", "6": "5", "13": "15"}
+"""float32, float16 and bfloat16, which ops of pabc.kernels are given: the number that is written
+-> the one that PyTorch 2.11 reads as that dtype. Later releases read what is written."""
+
+
+def _renumber(found: re.Match[str]) -> str:
+    if found[0] not in _NUMBERS:
+        raise NotImplementedError(f"dtype: expected one of {[*_NUMBERS]}, found {found[0]}")
+    return _NUMBERS[found[0]]
 
 
 def load_library(path: Path, device: torch.device) -> Any:
