@@ -39,6 +39,15 @@ def pytest_configure() -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests that `slow.txt` names, before they are chosen by their marks."""
+    slow = {*Path(__file__).with_name("slow.txt").read_text().split()}
+    for item in items:
+        if item.nodeid.partition("[")[0] in slow:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that all processes of a run of the tests have: for what is to be made once."""

@@ -361,7 +361,6 @@ def test_numpy_numbers_are_lifted_too(inputs):
     assert len(fast._programs) == 1
 
 
-@pytest.mark.slow
 def test_a_lifted_number_is_compiled_once(inputs):
     model, x = Embedded().eval(), inputs[0]
     fast = pabc.compile(model, pabc.Schedule.pyramid(range(5), full=1))

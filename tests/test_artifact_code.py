@@ -21,7 +21,7 @@ from pabc.artifact.listings import load_listing, reduce_listing
 from pabc.artifact.packages import compile_package, load_package, used_inputs
 from pabc.passes import compile_blocks
 
-pytestmark = [pytest.mark.runtime, pytest.mark.slow]
+pytestmark = pytest.mark.runtime
 CASE = next(case for case in CASES if case.name == "Packed")
 
 SECOND = """

@@ -13,7 +13,7 @@ from pabc.artifact.listings import reduce_listing
 from pabc.artifact.packages import compile_package
 from pabc.passes import compile_blocks
 
-pytestmark = [pytest.mark.kernels, pytest.mark.slow]
+pytestmark = pytest.mark.kernels
 SECOND = """
 import pickle, sys, torch
 from pathlib import Path

@@ -160,7 +160,6 @@ def test_fewer_key_heads():
     assert found.flops == pabc.explain(Image(Branch(), Mlp()).eval(), **IMAGE.call()).flops
 
 
-@pytest.mark.slow
 def test_flex_attention_with_a_score_function_that_reads_the_model():
     class Flex(Attention):
         def __init__(self):

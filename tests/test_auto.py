@@ -376,7 +376,6 @@ def test_another_process_starts_with_the_plan(
     assert calibration.num_steps == 12 and len(calibration.chosen.computed) == 7
 
 
-@pytest.mark.slow
 def test_the_plan_is_saved_with_the_code(tmp_path: Path) -> None:
     loop, model = Loop(), make_denoiser()
     fast = compile_auto(model, backend="inductor")

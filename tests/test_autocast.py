@@ -69,7 +69,6 @@ def test_autocast_around_the_calls_has_the_effect_that_it_has_on_the_model(block
         assert torch.equal(output, expected)
 
 
-@pytest.mark.slow
 def test_attention_inside_of_a_conditional_is_reported():
     class Conditional(Branch):
         def forward(self, x, emb, text=None):

@@ -16,7 +16,6 @@ def auto():
     return auto
 
 
-@pytest.mark.slow
 def test_the_second_process_records_nothing(auto):
     first, second = auto.measure_processes(smoke=True, backend="original")
     assert [row["recorded"] for row in first["generations"]] == [1, 0, 0]

@@ -46,7 +46,6 @@ def test_rows_are_processes_and_are_kept(tmp_path):
     assert refused.returncode == 2 and "found torchcompile" in refused.stderr
 
 
-@pytest.mark.slow
 def test_blocks_are_compiled_cold_and_warm(tmp_path):
     out = tmp_path / "compile_time.json"
     run("--out", str(out), "--variants", "regional")

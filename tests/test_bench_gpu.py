@@ -250,7 +250,6 @@ def test_pictures_are_those_of_the_captions(gpu):
     assert torch.equal(table[places], pictures.render(captions))
 
 
-@pytest.mark.slow
 def test_checks_run_on_a_cpu(gpu, tmp_path):
     left_out = ("latte", "cogvideox", "timestep guard", "kernels in models")
     names = [task.name for task in gpu.PARTS["checks"].tasks if task.name not in left_out]
@@ -261,7 +260,6 @@ def test_checks_run_on_a_cpu(gpu, tmp_path):
     assert sum("passed" in row for row in rows.values()) > 20
 
 
-@pytest.mark.slow
 def test_compiled_loops_are_timed_on_a_cpu(tmp_path):
     options = ("--part", "times", "--only", "latte; kernel encode_rows; ceilings")
     printed = run(tmp_path, *options, "--backend", "inductor")

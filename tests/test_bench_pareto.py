@@ -366,7 +366,6 @@ def test_regions_are_reused_as_pabc_reuses_them(bench, subject, setup):
     assert not any("forward" in vars(module) for module in model.modules()), "undone"
 
 
-@pytest.mark.slow
 def test_an_interrupted_run_goes_on_point_by_point(tmp_path):
     out = tmp_path / "pareto.json"
     options = ["--smoke", "--models", "emoji", "--out", str(out), "--store", str(tmp_path / "s")]

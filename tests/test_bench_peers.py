@@ -26,7 +26,6 @@ def run(*options, check=True):
     return subprocess.run(command, capture_output=True, text=True, check=check)
 
 
-@pytest.mark.slow
 def test_caches_of_one_schedule_run_the_same_attentions(tmp_path):
     out = tmp_path / "peers.json"
     variants = "diffusers PAB; pabc eager; FirstBlockCache; fewer steps; TaylorSeer, equal calls"

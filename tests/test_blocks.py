@@ -243,7 +243,6 @@ def test_inputs_that_are_returned_stay():
     assert torch.equal(results[0], torch.full((1,), 2.0)) and results[1] is x and results[2] is y
 
 
-@pytest.mark.slow
 def test_no_fusion_is_lost(captured, monkeypatch):
     """Block by block, no more kernels run than when the phase is compiled as one graph."""
     sources = []

@@ -60,7 +60,6 @@ def content(out: Path) -> dict[str, Any]:
     return json.loads((out / "metrics.json").read_text())
 
 
-@pytest.mark.slow
 def test_metrics_hold_every_figure(content: dict[str, Any]) -> None:
     assert tuple(content["variants"]) == VARIANTS
     assert (content["steps"], content["batch"], content["clips"]) == (4, 2, 4)
@@ -78,7 +77,6 @@ def test_metrics_hold_every_figure(content: dict[str, Any]) -> None:
     assert {"device", "torch", "pabc", "python", "cpus", "date", "warnings"} <= content.keys()
 
 
-@pytest.mark.slow
 def test_full_equals_itself_and_reuse_does_not(content: dict[str, Any]) -> None:
     rows = content["variants"]
     assert rows["full"]["psnr"] is None
@@ -93,7 +91,6 @@ def test_full_equals_itself_and_reuse_does_not(content: dict[str, Any]) -> None:
     assert rows["pabc 2/4/6"]["schedule"].startswith("pyramid spatial=2")
 
 
-@pytest.mark.slow
 def test_half_of_the_calls_are_skipped(content: dict[str, Any]) -> None:
     row = content["variants"]["skip 2x"]
     assert (row["steps"], row["calls"], row["call_share"], row["phases"]) == (4, 2, 0.5, 2)
@@ -102,7 +99,6 @@ def test_half_of_the_calls_are_skipped(content: dict[str, Any]) -> None:
     assert row["schedule"] == "skip 2 of 4 model linear"
 
 
-@pytest.mark.slow
 def test_the_headline_is_what_holds_on_all_machines(out: Path, content: dict[str, Any]) -> None:
     page, row = (out / "report.html").read_text(), content["variants"]["calibrated 2x"]
     headline = re.search(r"<h1>(.*)</h1>", page)
@@ -114,7 +110,6 @@ def test_the_headline_is_what_holds_on_all_machines(out: Path, content: dict[str
     assert "torch.compile" not in headline[1]
 
 
-@pytest.mark.slow
 def test_calibrated_variants_follow_their_plans(content: dict[str, Any]) -> None:
     """And compute no more calls than variants by rule that are as fast."""
     rows, found = content["variants"], content["calibration"]
@@ -127,7 +122,6 @@ def test_calibrated_variants_follow_their_plans(content: dict[str, Any]) -> None
         assert (plan["judged"], plan["judged_worst"]) == (row["psnr"], row["psnr_min"])
 
 
-@pytest.mark.slow
 def test_the_frontier_and_predictions_are_kept(content: dict[str, Any]) -> None:
     found = content["calibration"]
     assert [row["computed"] for row in found["frontier"]] == [2, 3]
@@ -141,7 +135,6 @@ def test_the_frontier_and_predictions_are_kept(content: dict[str, Any]) -> None:
     assert -1 <= found["correlation"] <= 1
 
 
-@pytest.mark.slow
 def test_calibration_sees_no_judged_caption(
     content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,7 +172,6 @@ def test_predictions_are_compared_where_there_are_enough() -> None:
     assert "b: predicted 20.0 dB, measured 20.0 dB" in svg
 
 
-@pytest.mark.slow
 def test_the_worst_sample_is_shown_beside_the_full_one(
     out: Path, content: dict[str, Any], weights: Path
 ) -> None:
@@ -205,7 +197,6 @@ def test_skips_are_named_by_what_they_save() -> None:
     assert {steps: variants.name_skip(steps) for steps in names} == names
 
 
-@pytest.mark.slow
 def test_fewer_steps_are_judged_against_all_steps(content: dict[str, Any]) -> None:
     rows = content["variants"]
     for name, calls in {"3 steps": 3, "2 steps": 2}.items():
@@ -217,7 +208,6 @@ def test_fewer_steps_are_judged_against_all_steps(content: dict[str, Any]) -> No
         assert row["timesteps"] != rows["full"]["timesteps"][:calls]
 
 
-@pytest.mark.slow
 def test_less_work_and_other_code_make_the_speedup(content: dict[str, Any]) -> None:
     """What a machine's libraries contribute is apart from what the variant leaves out."""
     rows = content["variants"]
@@ -252,12 +242,10 @@ def test_fewer_steps_are_shares_of_all_steps() -> None:
         assert [f"{each.steps} step" in each.name for each in made[2:]] == [True] * len(expected)
 
 
-@pytest.mark.slow
 def test_poor_accuracy_is_warned_of(content: dict[str, Any]) -> None:
     assert any("the full model's digit accuracy" in warning for warning in content["warnings"])
 
 
-@pytest.mark.slow
 def test_pictures_show_every_frame(out: Path) -> None:
     assert {path.name for path in out.iterdir()} == set(FILES)
     with Image.open(out / "clips.gif") as gif:
@@ -267,7 +255,6 @@ def test_pictures_show_every_frame(out: Path) -> None:
         assert still.width > 4 * 3 * digits.CANVAS * 4
 
 
-@pytest.mark.slow
 def test_report_needs_nothing_beside_itself(out: Path) -> None:
     page = (out / "report.html").read_text()
     assert page.count('src="data:image/gif') == 1
@@ -300,7 +287,6 @@ def test_given_captions_are_kept_in_every_round() -> None:
     assert [batch.seed for batch in planned] == [0, 1, 2]
 
 
-@pytest.mark.slow
 def test_two_processes_give_the_same_clips(weights: Path, tmp_path: Path) -> None:
     """What each variant of one process has, next to it."""
     options = ["--steps", "4", "--clips", "1", "--repeats", "1", "--backend", "eager"]

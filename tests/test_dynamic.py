@@ -152,7 +152,6 @@ def test_a_size_that_is_guarded_is_not_served():
     assert sizes.bind(inputs) is None, "the time has another batch size than the latents"
 
 
-@pytest.mark.slow
 def test_inductor_compiles_per_size_from_one_capture():
     model = IMAGE.model()
     compiled = pabc.compile(model, SCHEDULE, dynamic=True)

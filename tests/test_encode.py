@@ -302,7 +302,6 @@ def steps_apart(a, b):
     return (rank(a) - rank(b)).abs()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("cache_dtype", ["bf16", "fp8"])
 def test_inductor_decodes_alike_and_encodes_to_a_neighbor_at_most(cache_dtype, captured):
     """Of equal bytes it makes equal values, within its own tolerance. What it stores may be the

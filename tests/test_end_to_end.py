@@ -89,7 +89,6 @@ def test_second_generation_starts_afresh(latte):
     assert torch.equal(generate(fast, TIMESTEPS), first)
 
 
-@pytest.mark.slow
 def test_inductor_equals_the_oracle(latte):
     schedule = pabc.Schedule.pyramid(
         TIMESTEPS, spatial=2, temporal=4, cross=6, fraction=(0.15, 0.85)
@@ -101,7 +100,6 @@ def test_inductor_equals_the_oracle(latte):
     assert again < INDUCTOR_TOLERANCE
 
 
-@pytest.mark.slow
 def test_inductor_follows_new_weights_without_recompiling():
     model = make_latte(num_layers=1)
     schedule = pabc.Schedule.pyramid(TIMESTEPS[:4], spatial=2)

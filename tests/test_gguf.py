@@ -59,7 +59,6 @@ def test_quantized_weights_are_unpacked_by_the_graph(kind):
     assert model.query.weight.quant_type is kind
 
 
-@pytest.mark.slow
 def test_quantized_weights_with_inductor():
     model = Model(quantized(FORMATS[0])).eval()
     fast = pabc.compile(model, pabc.Schedule.none(STEPS))

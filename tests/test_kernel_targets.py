@@ -11,7 +11,6 @@ pytestmark = pytest.mark.kernels
 BENCH = Path(__file__).parents[1] / "bench"
 
 
-@pytest.mark.slow
 def test_every_configuration_fits_every_target(tmp_path):
     out = tmp_path / "targets.json"
     command = [sys.executable, str(BENCH / "kernel_targets.py"), "--out", str(out)]

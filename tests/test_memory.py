@@ -210,7 +210,6 @@ def test_outputs_are_off_by_no_more_than_the_format_rounds(entry, add_row, captu
     assert 8 < error["fp8"].norm() / error["bf16"].norm() < 32
 
 
-@pytest.mark.slow
 @pytest.mark.runtime
 @pytest.mark.parametrize("cache_dtype", ["bf16", "fp8"])
 def test_inductor_equals_the_oracle_but_for_ties(cache_dtype):

@@ -140,7 +140,6 @@ def test_a_phase_fetches_one_ahead_and_stashes_what_it_stores(captured):
     assert nodes.index(fetches[1]) < nodes.index(computed) < nodes.index(fetches[2])
 
 
-@pytest.mark.slow
 def test_inductor_takes_the_ops(captured):
     gm = offload(FACTORIZED, captured, "bf16")
     kept, call = store_all(gm, FACTORIZED.call(step=0)), FACTORIZED.call(step=1)

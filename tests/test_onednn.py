@@ -67,7 +67,6 @@ def test_projections_become_onednns(faster):
         assert found.stride() == expected.stride()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("rows", [(4, 16), (16, 4)])
 def test_inductor_compiles_them_for_weights_that_change(faster, rows):
     call = make_call(rows)

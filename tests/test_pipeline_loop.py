@@ -269,7 +269,6 @@ def test_calls_of_one_pipeline_in_threads_are_kept_apart():
         assert fast.models["transformer"].stats.nbytes == 0
 
 
-@pytest.mark.slow
 def test_inductor(loop):
     call = loop_call()
     masks = {"full": [False, True, True], "mlp": [False, True, True]}

@@ -129,7 +129,6 @@ FORECASTS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"cache_dtype": "bf16"}], ids=str)
 def test_nested_forecasts_on_inductor(options, compiled):
     (case,) = (c for c in CASES if c.name == "Refined")

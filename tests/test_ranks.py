@@ -88,7 +88,6 @@ def params(chosen: Callable[[RankCase], bool] = lambda case: True) -> list[Any]:
     ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("case", "num_ranks"), params())
 def test_every_step_equals_one_rank(case, num_ranks, run_on, add_row):
     ranks = run_on(num_ranks)[case]
@@ -109,7 +108,6 @@ def test_every_step_equals_one_rank(case, num_ranks, run_on, add_row):
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("case", "num_ranks"), params())
 def test_what_is_sent_is_what_was_predicted(case, num_ranks, run_on):
     """Collectives and bytes of each step, as each rank counted them when it sent them."""
@@ -121,13 +119,11 @@ def test_what_is_sent_is_what_was_predicted(case, num_ranks, run_on):
     assert imagined in ("", ranks[0]["communication"]), "pabc.explain without ranks says otherwise"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("case", "num_ranks"), params(lambda case: "shard" in case.options))
 def test_the_dimension_asked_for_is_divided(case, num_ranks, run_on):
     assert run_on(num_ranks)[case][0]["dims"] == [case.options["shard"]]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("case", "num_ranks"), params(lambda case: case.batch_ranks is not None))
 def test_a_mesh_of_two_dimensions_divides_samples_and_tokens(case, num_ranks, run_on):
     dims = run_on(num_ranks)[case][0]["dims"]

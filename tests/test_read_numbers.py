@@ -72,7 +72,6 @@ def test_numbers_read_from_the_timestep(model_class, captures, monkeypatch):
     assert len(count) == captures
 
 
-@pytest.mark.slow
 def test_a_number_of_the_graph_in_a_compiled_phase():
     model, calls = make(Scaled), make_calls()
     compiled = pabc.compile(model, FULL)

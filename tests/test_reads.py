@@ -252,7 +252,6 @@ def test_a_mask_that_leaves_nothing_out():
             assert torch.equal(compiled(**call), model(**call))
 
 
-@pytest.mark.slow
 def test_lengths_are_read_where_sizes_were_to_stay_open():
     """As `dynamic=True` falls back to; no mark of the first trace is left on the user's tensors."""
     model = make(TextLengths, Branch())

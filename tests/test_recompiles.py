@@ -11,7 +11,6 @@ from torch._dynamo.utils import counters
 
 import pabc
 
-pytestmark = pytest.mark.slow
 TIMESTEPS = (900, 750, 600, 450, 300, 150)
 SCHEDULE = pabc.Schedule.pyramid(TIMESTEPS, spatial=2, temporal=3, cross=3)
 BRANCHES = ("cond", "uncond")

@@ -10,7 +10,6 @@ import pytest
 SCRIPT = Path(__file__).parents[1] / "bench" / "stress.py"
 
 
-@pytest.mark.slow
 @pytest.mark.runtime
 def test_trajectories_that_change_threads_stay_equal_and_leave_nothing(tmp_path):
     out = tmp_path / "stress.json"
