@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import operator
+import sys
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -39,6 +41,8 @@ _REACHED: tuple[HolderKind, ...] = (
 """Kinds of holders that are new only where something that leads to them is, which tells more."""
 _SLOW: tuple[HolderKind, ...] = ("slots", "array")
 """Kinds of holders that are described at each call."""
+_HAS_VERSIONS = sys.version_info < (3, 13)
+"""Whether a write to an attribute changes the version of the dictionary that has it."""
 _contents = operator.attrgetter("cell_contents")
 _ORDER: tuple[HolderKind, ...] = (*_OF_MODULES, *_REACHED[1:])
 """Kinds of holders, those first that tell a user most."""
@@ -47,11 +51,11 @@ _ORDER: tuple[HolderKind, ...] = (*_OF_MODULES, *_REACHED[1:])
 class Watch:
     """The Python state of a model as it is now; it is described again only when it changes.
 
-    :meth:`look` compares versions of dictionaries, in loops without Python code: those of objects'
-    attributes, of classes, and of globals that are read. The attributes of modules that PyTorch
-    defines are numbers that are set once: of those it compares the count, which a replaced
-    `forward` changes, and their versions only if asked to look `closely`, at the start of a
-    generation.
+    :meth:`look` compares versions of dictionaries (from Python 3.13 on, what they hold), in loops
+    without Python code: those of objects' attributes, of classes, and of globals that are read. The
+    attributes of modules that PyTorch defines are numbers that are set once: of those it compares
+    the count, which a replaced `forward` changes, and the attributes only if asked to look
+    `closely`, at the start of a generation.
 
     Attributes:
         state: the description of each place.
@@ -114,6 +118,7 @@ class _Look:
         self._contents = list(map(_contents, self._cells))  # so that no other gets its address
         empty = [h for h in variables if not h.read()]
         self._slow = [*empty, *(h for kind in _SLOW for h in rest[kind])]
+        self._held = [] if _HAS_VERSIONS else _values(self._versioned)  # so that ids stay theirs
         self._found = self._read()
 
     def hold(self) -> bool:
@@ -125,7 +130,7 @@ class _Look:
 
     def _read(self) -> tuple[object, ...]:
         return (
-            list(map(dict_version, self._versioned)),
+            _read_versions(self._versioned),
             list(map(len, self._counted)),
             gc.get_referents(*self._children),
             RemovableHandle.next_id,
@@ -134,6 +139,19 @@ class _Look:
             list(map(id, map(_contents, self._cells))),
             [describe_object(h, {}) for h in self._slow] if self._slow else None,
         )
+
+
+def _read_versions(dictionaries: Sequence[dict[Any, Any]]) -> tuple[object, ...]:
+    """Returns what a write to one of the dictionaries changes: their versions, or, from Python 3.13
+    on, their keys and the identities of their values."""
+    if _HAS_VERSIONS:
+        return (*map(dict_version, dictionaries),)
+    names = list(chain.from_iterable(dictionaries))
+    return list(map(len, dictionaries)), names, list(map(id, _values(dictionaries)))
+
+
+def _values(dictionaries: Iterable[dict[Any, Any]]) -> list[Any]:
+    return list(chain.from_iterable(map(dict.values, dictionaries)))
 
 
 def _quick(holders: Collection[Holder]) -> _Look:
