@@ -8,6 +8,7 @@ from models import Branch, Mlp, run_by_hand
 from reading import FULL, MASKS, NUM_STEPS, Plain, generate, make, make_calls
 
 import pabc
+from pabc.runtime import state
 
 NONE = pabc.Schedule.none(range(NUM_STEPS, 0, -1))
 
@@ -134,7 +135,11 @@ def test_a_hook_set_for_one_call_of_a_step_has_a_branch_and_a_program_of_its_own
     assert fast.stats.captures == 2
 
 
-def test_a_flag_that_is_set_for_one_call_of_a_step():
+@pytest.mark.parametrize("has_versions", sorted({state._HAS_VERSIONS, False}))
+def test_a_flag_that_is_set_for_one_call_of_a_step(has_versions, monkeypatch):
+    """Also where, as from Python 3.13 on, versions of dictionaries do not tell."""
+    monkeypatch.setattr(state, "_HAS_VERSIONS", has_versions)
+
     class Switched(Branch):
         on = True
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from torch._dynamo import OptimizedModule
 from torch.utils._pytree import tree_structure
 
 from pabc import internals
+from pabc.internals import aotinductor
 from pabc.internals.release import SUPPORTED, expecting
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -217,3 +219,27 @@ def test_what_a_release_lacks_is_an_error_of_the_import(
 def test_other_errors_are_left_alone() -> None:
     with pytest.raises(ValueError, match="mine"), expecting("nothing"):
         raise ValueError("mine")
+
+
+@pytest.mark.parametrize(("release", "number"), [("2.11.0+cu130", 15), ("2.13.0", 13)])
+def test_dtypes_of_ops_are_written_as_the_release_reads_them(
+    release: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(release))
+    (tmp_path / "changed").mkdir()
+    calls = tmp_path / "a.wrapper.json"
+    calls.write_text('{"arg": {"as_scalar_type": 13}, "other": {"as_int": 13}}')
+    found = json.loads(Path(aotinductor._as_packaged(calls, tmp_path / "changed")).read_text())
+    assert found == {"arg": {"as_scalar_type": number}, "other": {"as_int": 13}}
+    calls.write_text('{"as_scalar_type": 8}')
+    if number == 15:
+        with pytest.raises(NotImplementedError, match=r"dtype: expected one of .*, found 8"):
+            aotinductor._as_packaged(calls, tmp_path / "changed")
+
+
+def test_source_is_not_packaged(tmp_path: Path) -> None:
+    (tmp_path / "changed").mkdir()
+    source = tmp_path / "a.wrapper.cpp"
+    source.write_text("int x;")
+    packaged = Path(aotinductor._as_packaged(source, tmp_path / "changed"))
+    assert packaged.name == source.name and not packaged.read_text()

@@ -42,7 +42,7 @@ def compile_library(graph: GraphModule, inputs: Sequence[torch.Tensor | None], p
     outputs = compile_fx_aot(graph, given, config_patches=OPTIONS)
     assert isinstance(outputs, list)
     with tempfile.TemporaryDirectory() as folder:
-        files = [_as_packaged(Path(str(file)), Path(folder)) for file in outputs]
+        files: list[Any] = [_as_packaged(Path(str(file)), Path(folder)) for file in outputs]
         package_aoti(str(path), files)
 
 
