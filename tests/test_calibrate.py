@@ -40,7 +40,7 @@ NONE = pabc.Schedule.none(TIMESTEPS)
 def test_the_plan_gives_a_user_what_was_measured(loop: Any, branches: int) -> None:
     model = Denoiser().eval()
     calibration = calibrate(loop, model, calls=8, seeds=(3,))
-    best = max(calibration.measured, key=lambda each: each.mean)
+    best = max(calibration.measured, key=lambda each: each.merit)
     assert calibration.timesteps == TIMESTEPS
     assert len(calibration.recording.branches) == branches
     assert best.candidate == calibration.chosen and best.num_computed == 8
@@ -69,7 +69,7 @@ def test_the_best_of_what_was_run_is_taken() -> None:
     for target, plan in calibration.plans:
         known = [each for each in calibration.measured if each.num_computed == target.value]
         assert len(known) > 1
-        assert plan == max(known, key=lambda each: each.mean).candidate
+        assert plan == max(known, key=lambda each: each.merit).candidate
 
 
 def test_a_speedup_follows_from_the_seconds_of_calls() -> None:

@@ -22,6 +22,7 @@ from filelock import FileLock
 from PIL import Image
 
 from pabc.__main__ import main
+from pabc.calibration.measurement import FLATTERY
 from pabc.demo import calibrated, charts, digits, latte, machine, metrics, timing, variants, worst
 from pabc.demo.files import FILES
 from pabc.demo.run import DemoOptions, plan_rounds
@@ -127,7 +128,10 @@ def test_the_frontier_and_predictions_are_kept(content: dict[str, Any]) -> None:
     assert [row["computed"] for row in found["frontier"]] == [2, 3]
     for row in found["frontier"]:
         runs = [run for run in found["runs"] if run["computed"] == row["computed"]]
-        assert row["measured"] == max(run["measured"] for run in runs)
+        best = max(
+            runs, key=lambda run: run["measured"] + FLATTERY * run["plan"].startswith("hold")
+        )
+        assert (row["plan"], row["measured"]) == (best["plan"], best["measured"])
         assert row["speedup"] <= 4 / row["computed"]
     assert {run["computed"] for run in found["runs"]} == {2, 3}
     misses = [abs(run["predicted"] - run["measured"]) for run in found["runs"]]
