@@ -228,7 +228,7 @@ def test_what_a_context_says_is_checked(model, where, message):
 
 @pytest.mark.parametrize("states_step", [False, True])
 def test_what_a_context_says_is_checked_where_another_states_the_step(model, states_step):
-    """Where `at_step` does, or nobody: the calls are counted."""
+    """Checks both ways: `at_step` states the step, or nobody does, and the calls are counted."""
     fast = compile_eager(model)
     says = {"num_inference_steps": 5, "sigma": 0.9, "timestep": torch.tensor(900.0)}
     if states_step:

@@ -17,8 +17,7 @@ Plan = tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]
 """The computed steps and the weights per step: what tells plans apart."""
 
 FLATTERY = 3.0
-"""The dB by which fitted weights do better on the recorded noise than on other noise, as far as
-held outputs, to which nothing is fitted, do not."""
+"""Decibels that plans with fitted weights owe to the recorded noise, to which they were fitted."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Measurement:
 
     @property
     def merit(self) -> float:
-        """What plans are compared by: the mean, less what fitted weights owe to the recording."""
+        """Returns the mean, less what fitted weights owe to the recording, to compare plans by."""
         return self.mean if self.candidate.is_held else self.mean - FLATTERY
 
     @property

@@ -42,7 +42,7 @@ _REACHED: tuple[HolderKind, ...] = (
 _SLOW: tuple[HolderKind, ...] = ("slots", "array")
 """Kinds of holders that are described at each call."""
 _HAS_VERSIONS = sys.version_info < (3, 13)
-"""Whether a write to an attribute changes the version of the dictionary that has it."""
+"""True where a write to an attribute changes the version of the dictionary that has it."""
 _contents = operator.attrgetter("cell_contents")
 _ORDER: tuple[HolderKind, ...] = (*_OF_MODULES, *_REACHED[1:])
 """Kinds of holders, those first that tell a user most."""
