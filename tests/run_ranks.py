@@ -69,7 +69,7 @@ def main(report: str, *names: str) -> None:
         found[case.name] = every
         if dist.get_rank() == 0:
             Path(report).write_text(json.dumps(found))
-    dist.barrier()  # else gloo's threads may still hold tensors when Python ends, and abort it
+    dist.barrier()  # a rank that leaves closes its connections to the others
     dist.destroy_process_group()
 
 

@@ -59,7 +59,7 @@ def main(*names: str) -> None:
         dist.all_gather_object(cells, cell)
         if dist.get_rank() == 0:
             print(f"{MARK}{name}\t{next((c for c in cells if c != 'yes'), 'yes')}", flush=True)
-    dist.barrier()  # else gloo's threads may still hold tensors when Python ends, and abort it
+    dist.barrier()  # a rank that leaves closes its connections to the others
     dist.destroy_process_group()
 
 
