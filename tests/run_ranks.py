@@ -116,7 +116,7 @@ def run_case(case: RankCase, find_reference: Reference) -> Found:
         "predicted": [[int(at[step.index]) for at in each[step.generation]] for step in steps],
         "plans": [plan.to_json() for plan in plans],
         "dims": dims,
-        "imagined": str(imagine(case, subject)) if not case.options else "",
+        "imagined": imagine(case, subject) if dist.get_rank() == 0 and not case.options else "",
         "communication": str(communication),
     }
 
@@ -207,14 +207,14 @@ def find_error(x: Tensor, y: Tensor) -> float:
     return float((x - y).abs().max().nan_to_num(float("inf")))
 
 
-def imagine(case: RankCase, subject: Subject) -> Any:
+def imagine(case: RankCase, subject: Subject) -> str:
     """What is said of as many ranks that are not there."""
     num_ranks = dist.get_world_size()
     over = case.batch_ranks
     ranks = num_ranks if over is None else (over, num_ranks // over)
     call = subject.call(0, 0)
     found = pabc.explain(subject.model, ranks=ranks, schedule=case.schedules[0], **call)
-    return found.communication
+    return str(found.communication)
 
 
 if __name__ == "__main__":
