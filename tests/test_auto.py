@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from damage import damage
 from sampling_loops import Loop, compile_auto, make_denoiser, plan_of, run
 from torch import Tensor, nn
 
@@ -407,6 +408,25 @@ def test_damaged_and_foreign_files_are_left_out(
         run(fast, loop, 0)
         assert fast.stats.reused == 0
     assert "is left out" in caplog.text
+
+
+def test_a_generation_is_not_lost_to_a_damaged_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loop, model = Loop(), make_denoiser()
+    fast = compile_auto(model, cache=tmp_path)
+    run(fast, loop, 0)
+    fast.reset()
+    for file in (next(tmp_path.rglob("*.npz")), next(tmp_path.rglob("*.json"))):
+        whole = file.read_bytes()
+        for damaged in damage(whole):
+            file.write_bytes(damaged)
+            found, stats = run(compile_auto(model, cache=tmp_path), loop, 0)
+            if stats.reused == 0:
+                assert f"{file}: expected a " in caplog.text
+                assert torch.equal(found, loop(model, 0))
+            caplog.clear()
+        file.write_bytes(whole)
 
 
 def test_what_is_refused() -> None:

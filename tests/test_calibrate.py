@@ -10,11 +10,13 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from damage import damage
 from denoising import NUM_STEPS, TIMESTEPS, Denoiser, draw_noise, sample, sample_guided
 from loops import Loop, loop_call, make_denoiser
 from torch import Tensor
 
 import pabc
+from pabc.calibration.notes import Notes, fingerprint
 from pabc.calibration.results import as_tensors, decibels
 
 pytestmark = pytest.mark.runtime
@@ -205,6 +207,19 @@ def test_notes_of_another_model_are_refused(tmp_path: Path) -> None:
     calibrate(sample, model, calls=8, candidates=1, resume=tmp_path / "notes.npz")
     with pytest.raises(ValueError, match="resume: expected notes of this model"):
         calibrate(sample, other, calls=8, candidates=1, resume=tmp_path / "notes.npz")
+
+
+def test_damaged_notes_are_refused(tmp_path: Path) -> None:
+    notes, model = tmp_path / "notes.npz", Denoiser().eval()
+    calibrate(sample, model, calls=8, candidates=1, resume=notes)
+    refused = list[str]()
+    for damaged in damage(notes.read_bytes(), 200):
+        notes.write_bytes(damaged)
+        try:
+            Notes.open(fingerprint(model), notes)
+        except ValueError as error:
+            refused.append(str(error))
+    assert len(refused) > 150 and all(str(notes) in each for each in refused)
 
 
 # ---- generations that are not what they should be ----

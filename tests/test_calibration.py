@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from damage import damage
 from denoising import NUM_STEPS, TIMESTEPS, Denoiser, sample
 
 import pabc
@@ -125,6 +127,29 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     for name in ("text", "arrays.npz"):
         with pytest.raises(ValueError, match=f"{name}: expected a"):
             pabc.Calibration.load(tmp_path / name)
+
+
+def test_damaged_files_are_refused(calibration: pabc.Calibration, tmp_path: Path) -> None:
+    whole = calibration.save(tmp_path / "whole").read_bytes()
+    path, refused = tmp_path / "damaged", list[str]()
+    for damaged in damage(whole, 400):
+        path.write_bytes(damaged)
+        try:
+            assert str(pabc.Calibration.load(path)) == str(calibration)
+        except ValueError as error:
+            refused.append(str(error))
+    assert len(refused) > 300
+    assert all(str(path) in each and len(each) < 600 for each in refused)
+    with pytest.raises(FileNotFoundError):
+        pabc.Calibration.load(tmp_path / "nowhere")
+
+
+def test_threads_may_write_one_file(calibration: pabc.Calibration, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        saved = [pool.submit(calibration.save, tmp_path / "found") for _ in range(40)]
+    paths = {each.result() for each in saved}
+    assert list(tmp_path.iterdir()) == list(paths)
+    assert str(pabc.Calibration.load(*paths)) == str(calibration)
 
 
 def test_measurements_as_arrays(calibration: pabc.Calibration) -> None:

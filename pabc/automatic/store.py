@@ -8,15 +8,19 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from pabc.automatic.plans import AutoPlan
 from pabc.calibration.calibration import Calibration
+from pabc.calibration.files import parsing, replacing
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2
+KIND = "plan of pabc.auto"
+VERSION = 3
+"""Of the format; also raised where plans of earlier versions may be wrong."""
 
 
 def default_folder() -> Path:
@@ -46,8 +50,8 @@ class Store:
         for path in sorted(self._folder_of(family).glob("*.json"), key=_written):
             try:
                 found.append(_read(path))
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                logger.warning("the plan in %s is left out: %s", path, error)
+            except (OSError, ValueError) as error:
+                logger.warning("a plan is left out: %s", error)
         return found
 
     def save(self, plan: AutoPlan, replaced: Iterable[AutoPlan] = ()) -> None:
@@ -58,10 +62,8 @@ class Store:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             plan.calibration.save(path.with_suffix(".npz"))
-            beside = path.with_suffix(f".{os.getpid()}.part")
-            content = {"version": VERSION, **plan.to_content()}
-            beside.write_text(json.dumps(content, indent=1))
-            beside.replace(path)
+            with replacing(path) as beside:
+                beside.write_text(_pack(plan.to_content()))
             for other in {_digest(old) for old in replaced} - {path.stem}:
                 for suffix in (".json", ".npz"):
                     (folder / f"{other}{suffix}").unlink(missing_ok=True)
@@ -73,12 +75,28 @@ class Store:
 
 
 def _read(path: Path) -> AutoPlan:
-    content = json.loads(path.read_text())
-    if content["version"] != VERSION:
-        raise ValueError(f"version: expected {VERSION}, found {content['version']}")
+    data = path.read_bytes()
+    with parsing(path, KIND):
+        content = json.loads(data)
+        version, checksum = content.pop("version"), content.pop("checksum", None)
+    if version != VERSION:
+        raise ValueError(f"{path}: expected a {KIND} of version {VERSION}, found version {version}")
     calibration = Calibration.load(path.with_suffix(".npz"))
     day = time.strftime("%Y-%m-%d", time.localtime(_written(path)))
-    return AutoPlan.from_content(content, calibration, f"recorded on {day}, from {path}")
+    with parsing(path, KIND):
+        if checksum != _checksum(content):
+            raise ValueError("checksum: expected that of the contents, found another")
+        return AutoPlan.from_content(content, calibration, f"recorded on {day}, from {path}")
+
+
+def _pack(content: Mapping[str, Any]) -> str:
+    """Returns what is known of a plan as JSON, with a checksum: damage may leave it well-formed."""
+    whole = {"version": VERSION, "checksum": _checksum(content), **content}
+    return json.dumps(whole, indent=1)
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(plan: AutoPlan) -> str:

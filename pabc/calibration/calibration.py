@@ -16,7 +16,7 @@ from pabc.base.format import format_table
 from pabc.calibration import measurement
 from pabc.calibration.candidates import Candidate
 from pabc.calibration.costs import Costs
-from pabc.calibration.files import nest, read_arrays, unnest, write_arrays
+from pabc.calibration.files import Arrays, nest, read_arrays, unnest, write_arrays
 from pabc.calibration.frontier import FrontierRow, best_within, find_frontier, winning_kinds
 from pabc.calibration.measurement import Measurement, schedule_of
 from pabc.calibration.plot import draw
@@ -217,8 +217,14 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
-        """Returns the calibration in a file. Raises ValueError for a file of another kind."""
-        arrays = read_arrays(path, KIND)
+        """Returns the calibration in a file.
+
+        Raises ValueError for a file of another kind, or a damaged one; FileNotFoundError.
+        """
+        return read_arrays(path, KIND, cls._from_arrays)
+
+    @classmethod
+    def _from_arrays(cls, arrays: Arrays) -> Calibration:
         plans = measurement.from_arrays(unnest("plans", arrays))
         pairs = zip(arrays["measures"].tolist(), arrays["values"].tolist(), strict=True)
         targets = [Target(measure, value) for measure, value in pairs]

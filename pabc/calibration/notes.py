@@ -64,13 +64,18 @@ class Notes:
     def open(cls, model: str, path: str | os.PathLike[str] | None) -> Notes:
         """Returns the notes in a file, or new ones if there is no such file.
 
-        Raises ValueError for a file of another kind, or of another model.
+        Raises ValueError for a file of another kind or model, or a damaged one.
         """
         notes = cls(model, None if path is None else Path(path))
         if notes.path is not None and not notes.path.parent.is_dir():
             raise ValueError(f"resume: expected a file in a folder, found no {notes.path.parent}")
         if notes.path is not None and notes.path.exists():
-            notes._read(read_arrays(notes.path, KIND))
+            found = read_arrays(notes.path, KIND, cls._from_arrays)
+            if found.model != model:
+                raise ValueError(
+                    f"resume: expected notes of this model, found those of another in {notes.path}"
+                )
+            return replace(found, path=notes.path)
         return notes
 
     @property
@@ -113,16 +118,17 @@ class Notes:
         found = measurement.to_arrays(tuple(self.measured.values()), num_steps)
         write_arrays(self.path, KIND, arrays | nest("measured", found))
 
-    def _read(self, arrays: Arrays) -> None:
-        if str(arrays["model"]) != self.model:
-            raise ValueError(
-                f"resume: expected notes of this model, found those of another in {self.path}"
-            )
-        self.full, self.skipped = arrays["full"].tolist(), arrays["skipped"].tolist()
-        for seed in arrays["seeds"].tolist():
-            self.references[seed] = _from_arrays(unnest(f"reference.{seed}", arrays))
+    @classmethod
+    def _from_arrays(cls, arrays: Arrays) -> Notes:
+        seeds = arrays["seeds"].tolist()
         found = measurement.from_arrays(unnest("measured", arrays))
-        self.measured = {each.plan: each for each in found}
+        return cls(
+            str(arrays["model"]),
+            references={s: _from_arrays(unnest(f"reference.{s}", arrays)) for s in seeds},
+            measured={each.plan: each for each in found},
+            full=arrays["full"].tolist(),
+            skipped=arrays["skipped"].tolist(),
+        )
 
 
 def _to_arrays(reference: Reference) -> Arrays:
