@@ -38,7 +38,7 @@ def test_no_plan_is_cheaper(kind: Kind, starts: tuple[int, ...]) -> None:
     vectors = draw_smooth(n, seed=4)
     recording = record_outputs(vectors, starts=starts)
     found = search(recording, identify(recording), growth=growth, kinds=[kind])
-    scale = {"none": np.ones(n), "early": amplify_early(n), "decay": growth}[kind.growth]
+    scale = {"none": np.ones(n), "early": amplify_early(n), "decay": growth**2}[kind.growth]
     for computed in range(len({*starts, n - 1}), n + 1):
         plan = found.best(computed)
         costs = {
