@@ -52,7 +52,7 @@ class AutoCourse:
         if self._plan is not None or not self._planner.has_given_up:
             self._hearing = Hearing()
             if self._plan is None:
-                self._planner.record()
+                self._kind = self._planner.begin_recording(self._kind)
         return Schedule.none(timesteps) if self._plan is None else self._plan.follow(timesteps)
 
     def begin(self, call: HeardCall, step: int) -> Schedule | None:
@@ -74,7 +74,7 @@ class AutoCourse:
                 if step >= opening(other):
                     self._hearing = None
                 return other.follow(kind.timesteps)
-        self._planner.record_rest(describe_difference(step, residual))
+        self._kind = self._planner.record_rest(kind, describe_difference(step, residual))
         self._plan, self._left = None, residual
         return Schedule.none(kind.timesteps)
 

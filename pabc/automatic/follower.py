@@ -181,7 +181,7 @@ class _Loop:
         elif self._planner.has_given_up:
             self._begin_unplanned(call, None)
         else:
-            self._planner.record()
+            self._kind = self._planner.begin_recording(self._kind)
             self._hearing = Hearing()
             call.trajectory.schedule = UNPLANNED
             self._record(call)
@@ -305,8 +305,8 @@ class _Loop:
                 self._hear_opening(call, other, other.calls[self._position])
                 call.trajectory.at_step(step)
                 return
-        self._planner.record_rest(reason)
-        self._plan = None
+        assert self._kind is not None
+        self._kind, self._plan = self._planner.record_rest(self._kind, reason), None
         call.trajectory.switch(UNPLANNED)
         self._record(call)
 

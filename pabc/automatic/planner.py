@@ -67,14 +67,27 @@ class Planner:
     def kind(self, leaves: Sequence[Any], sampler: str, timesteps: Sequence[float]) -> Kind:
         """Returns what is known of a generation that begins with a call with these arguments."""
         with self._lock:
-            versions = versions_of(self._modules.values())
-            if not self._weights[1] or self._weights[0] != versions:
-                self._weights = versions, describe_weights(self._modules)
+            if not self._weights[1] or self._weights[0] != versions_of(self._modules.values()):
+                self._read_weights()
             if not self._family:
                 self._family = describe_family(self._modules)
             form, precision = describe_form(leaves), describe_precision(leaves)
             weights, steps = self._weights[1], tuple(timesteps)
             return Kind(self._family, weights, form, sampler, steps, precision)
+
+    def begin_recording(self, kind: Kind) -> Kind:
+        """Says that a generation is recorded, and why; returns its kind.
+
+        Its weights are read anew: writes to `weight.data` are not told by versions.
+        """
+        self.record()
+        with self._lock:
+            self._read_weights()
+            return replace(kind, weights=self._weights[1])
+
+    def _read_weights(self) -> None:
+        versions = versions_of(self._modules.values())
+        self._weights = versions, describe_weights(self._modules)
 
     def find(self, kind: Kind, num_steps: int | None = None) -> AutoPlan | None:
         """Returns the plan for a generation that begins like this; None: it is to be recorded.
@@ -134,11 +147,14 @@ class Planner:
         """Says that a generation is computed, to be recorded, and why."""
         self._describe(f"{self.target}: {self._note}")
 
-    def record_rest(self, reason: str) -> None:
-        """Says that a generation leaves its plan, and is recorded."""
+    def record_rest(self, kind: Kind, reason: str) -> Kind:
+        """Says that a generation leaves its plan, and is recorded; returns its kind, as
+        `begin_recording` does."""
+        kind = self.begin_recording(kind)
         text = f"{reason}; this generation is computed and recorded"
         logger.info("pabc.auto: %s", text)
         self._describe(text)
+        return kind
 
     def doubt(self, plan: AutoPlan, reason: str) -> None:
         """Says that a generation left its plan; the next one like it is recorded anew."""
@@ -222,6 +238,15 @@ class Planner:
         self.record()
         return False
 
+    def _drop(self, change: str) -> None:
+        """Says that a recording is of no use, since the model has changed."""
+        self._note = (
+            "all steps are computed, since the model changed after the generation before was "
+            f"recorded: {change}; where it is to change after a generation, call fast.reset() first"
+        )
+        logger.warning("pabc.auto: %s", self._note)
+        self.record()
+
     def _make(
         self,
         heard: HeardGeneration,
@@ -232,6 +257,10 @@ class Planner:
         runs = ReplayedRuns(heard, self.models, {_spell(c): c for c in calls})
         if not runs.can_run:
             self.refuse("arguments of its calls were written to after them")
+            return None
+        change = runs.find_change()
+        if change is not None:
+            self._drop(change)
             return None
         choice = Choice(heard.recording, runs, limit=self._candidates, floor=self._floor)
         chosen = choice.meet(self.target)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from pabc.calibration.candidates import Candidate
 from pabc.calibration.costs import Costs
 from pabc.calibration.hearing import HeardGeneration
 from pabc.calibration.measurement import Measurement, schedule_of
-from pabc.calibration.replay import Replay, Replayed
+from pabc.calibration.replay import MakeCall, Replay, Replayed
 from pabc.calibration.updates import identify
 from pabc.compiled import CompiledModel
 from pabc.schedule import Schedule
@@ -96,7 +96,29 @@ class ReplayedRuns:
         self.measured.append(measured)
         return measured
 
+    def find_change(self) -> str | None:
+        """Returns in what the models are not what they were when they were recorded, as text; None:
+        in nothing.
+
+        Weights, flags, adapters and hooks matter by what they change: the calls of the first, a
+        middle and the last step are made again, and give the recorded outputs, or do not.
+        """
+        timesteps = self._heard.recording.timesteps
+        last = len(timesteps) - 1
+        with self._following(Schedule.none(timesteps)) as call:
+            for step in sorted({0, last // 2, last}):
+                difference = self._replay.find_difference(step, call)
+                if difference is not None:
+                    return f"its outputs at step {step} differ by {difference:.1%} from those then"
+        return None
+
     def _run(self, schedule: Schedule) -> Replayed:
+        with self._following(schedule) as call:
+            return self._replay.run(call)
+
+    @contextmanager
+    def _following(self, schedule: Schedule) -> Iterator[MakeCall]:
+        """Gives what makes calls of the models that follow a schedule."""
         trajectories = [m.trajectory(schedule, private=True) for m in self._models]
         at = [-1] * len(trajectories)
 
@@ -110,7 +132,7 @@ class ReplayedRuns:
 
         with torch.inference_mode() if self._is_inference else nullcontext():
             try:
-                return self._replay.run(call)
+                yield call
             finally:
                 for trajectory in trajectories:
                     trajectory.reset()

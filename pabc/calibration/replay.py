@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pabc.calibration.clipping import Clip, find_clip
-from pabc.calibration.hearing import HeardGeneration, find_outputs
+from pabc.calibration.hearing import HeardGeneration, KeptCall, find_outputs
 from pabc.calibration.recording import Vector
 from pabc.calibration.updates import Updates
 from pabc.runtime.autocast import with_autocast
@@ -23,6 +23,9 @@ MakeCall = Callable[[int, str, int, tuple[Any, ...], dict[str, Any]], Any]
 
 LINEAR = 0.01
 """The relative residual up to which a transition is taken for linear."""
+SAME = 1e-3
+"""The relative difference up to which outputs are those of the same model, in float32: mostly,
+the same code runs again, and they are equal."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,36 @@ class Replay:
             del strayed[lags:], history[lags:]
         return Replayed(errors, seconds)
 
+    @torch.no_grad()
+    def find_difference(self, step: int, call: MakeCall) -> float | None:
+        """Makes the calls of a step again, and returns the relative root mean squared difference
+        of their outputs from the recorded ones.
+
+        None: they are those of the same model. It may round differently, or draw random numbers:
+        then two more runs differ as well.
+        """
+        calls = self._heard.calls[step].values()
+        kept = [x for each in calls for x in each.outputs]
+        found = self._make_again(step, call)
+        if [x.shape for x in found] != [x.shape for x in kept]:
+            return float("inf")
+        size = max(_rms(kept), 1e-30)
+        difference = _rms_of_difference(found, kept) / size
+        if not difference > max(map(_rounding, calls)):
+            return None
+        chance = _rms_of_difference(found, self._make_again(step, call)) / size
+        return difference if difference > 2 * chance else None
+
+    def _make_again(self, step: int, call: MakeCall) -> Vector:
+        heard = self._heard
+        found: list[torch.Tensor] = []
+        for name, kept in heard.calls[step].items():
+            args, kwargs = heard.with_inputs(step, name, heard.inputs(step))
+            with with_autocast(kept.autocast, kept.leaves):
+                outputs = find_outputs(call(step, name, kept.model, args, kwargs))
+            found += [output.clone() for output in outputs]
+        return found
+
     def _recorded(self, step: int) -> Vector:
         """Returns the guided output of a step of the recording."""
         outputs: dict[str, Vector] = {}
@@ -168,6 +201,16 @@ def _add_rounded(x: torch.Tensor, difference: torch.Tensor, generator: Any) -> t
 def _rms(vector: Vector) -> float:
     total = sum(float(x.double().square().sum()) for x in vector)
     return float(np.sqrt(total / max(1, sum(x.numel() for x in vector))))
+
+
+def _rounding(call: KeptCall) -> float:
+    """Returns the relative difference up to which outputs of a call are those of one model."""
+    dtypes = [x.dtype for x in call.outputs] + [dtype for _, dtype in call.autocast]
+    return max([SAME, *(2 * torch.finfo(dtype).eps for dtype in dtypes)])
+
+
+def _rms_of_difference(a: Vector, b: Vector) -> float:
+    return _rms([x.float() - y.float() for x, y in zip(a, b, strict=True)])
 
 
 def _now(tensors: Vector) -> float:
