@@ -171,6 +171,13 @@ def test_too_few_steps_and_models_without_latents() -> None:
     for seed in range(3):
         run(fast, Loop(num_steps=3), seed)
     assert fast.stats.recorded == 0 and fast.stats.reused == 0
+    assert "had 3 steps: there is nothing to skip in fewer than 4" in fast.stats.plan_source
+    fast = compile_auto(make_denoiser())
+    for seed in range(3):
+        run(fast, Loop(num_steps=1), seed)
+    assert "no argument has changed as a timestep does in 3 steps" in fast.stats.plan_source
+    fast.reset()
+    assert fast.stats.reused == 0
 
     class Sum(nn.Module):
         def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
@@ -181,6 +188,18 @@ def test_too_few_steps_and_models_without_latents() -> None:
     with pytest.warns(UserWarning, match="all steps are computed, since latents: expected"):
         run(fast, Loop(num_steps=5), 1)
     assert fast.stats.reused == 0 and "all steps are computed" in fast.stats.plan_source
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_model_of_zeros_is_told_of(form: str) -> None:
+    """As one whose last layer is initialized with zeros."""
+    model = make_denoiser()
+    model.register_forward_hook(lambda module, args, output: output * 0)
+    fast = compile_auto(model)
+    run(fast, Loop(form), 0)
+    with pytest.warns(UserWarning, match="found none; the outputs are .*, and 0 in every call"):
+        run(fast, Loop(form), 1)
+    assert "and 0 in every call" in fast.stats.plan_source
 
 
 def test_two_numbers_of_steps_in_turn() -> None:

@@ -262,6 +262,15 @@ def test_calls_without_names_in_one_step_are_refused() -> None:
         calibrate(unnamed, Denoiser().eval(), calls=8)
 
 
+def test_a_model_of_zeros_is_refused() -> None:
+    model = Denoiser().eval()
+    with torch.no_grad():
+        model.register_forward_hook(lambda module, args, output: output * 0)
+    for run_full in (sample, sample_guided):
+        with pytest.raises(ValueError, match=r"latents: expected .*, and 0 in every call"):
+            calibrate(run_full, model, calls=8)
+
+
 def test_two_generations_in_one_are_refused() -> None:
     def twice(model: Any, seed: int) -> Tensor:
         return sample(model, seed) + sample(model, seed + 1)

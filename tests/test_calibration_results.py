@@ -58,6 +58,9 @@ def test_pictures_and_outputs_of_pipelines() -> None:
 
 
 def test_results_without_finite_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected a result of finite numbers, found none in \(0"):
+        as_tensors([NUMBERS[:0], NUMBERS[:0]])
+    assert len(as_tensors([NUMBERS, NUMBERS[:0]])) == 2
     with pytest.raises(TypeError, match="found NoneType without any"):
         as_tensors(None)
     with pytest.raises(ValueError, match="found NaN or infinity"):

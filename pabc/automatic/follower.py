@@ -21,6 +21,8 @@ UNPLANNED = Schedule.none(range(64))
 """The schedule of calls that are computed in full: it has no timesteps, and reuses nothing."""
 NO_TIMESTEP = 64
 """The steps within which an argument must have changed that may be a timestep."""
+SUSPICIOUS = 3
+"""The steps after which it is told that none has changed, as where each is a generation."""
 MOST_STEPS = 1000
 """The most steps of a generation that is recorded."""
 
@@ -212,7 +214,8 @@ class _Loop:
             self.finish()
             self._start(call)
             return
-        found = self._steps.begin(name, call.leaves, call.structure)
+        stated = None if call.where is None else call.where.step
+        found = self._steps.begin(name, call.leaves, call.structure, stated)
         if found.index == NO_TIMESTEP and self._steps.path is None:
             self._planner.refuse(
                 f"no argument changes as a timestep does in {NO_TIMESTEP} steps; end each "
@@ -220,6 +223,11 @@ class _Loop:
             )
             self._begin_unplanned(call, None)
             return
+        if found.index + 1 == SUSPICIOUS and self._steps.path is None:
+            self._planner.explain(
+                f"no argument has changed as a timestep does in {SUSPICIOUS} steps; end each "
+                "generation by fast.reset()"
+            )
         if found.index == MOST_STEPS:
             self._planner.refuse(f"a generation does not end within {MOST_STEPS} steps")
             self._begin_unplanned(call, None)
@@ -245,7 +253,8 @@ class _Loop:
         if expected.step >= opening(plan):
             self._hearing = None
             return
-        self._steps.begin(expected.name, call.leaves, call.structure)
+        stated = None if call.where is None else call.where.step
+        self._steps.begin(expected.name, call.leaves, call.structure, stated)
         self._calls.append(expected)
 
     def _find_fault(self, call: HeardCall, plan: AutoPlan, expected: PlannedCall) -> str | None:

@@ -124,11 +124,15 @@ class Planner:
         """True if nothing is recorded any more, since nothing could be planned."""
         return self._refusals >= _MOST_REFUSALS
 
+    def explain(self, reason: str) -> None:
+        """Says why nothing is planned so far."""
+        self._note = f"all steps are computed, since {reason}"
+        self.record()
+
     def refuse(self, reason: str) -> None:
         """Says why a generation cannot be planned."""
         self._refusals += 1
-        self._note = f"all steps are computed, since {reason}"
-        self.record()
+        self.explain(reason)
         if self._refusals == 1:
             warnings.warn(f"pabc.auto: all steps are computed, since {reason}", stacklevel=2)
 
@@ -185,6 +189,11 @@ class Planner:
         """
         n = hearing.num_steps
         if n < FEWEST:
+            steps = "1 step" if n == 1 else f"{n} steps"
+            self.explain(
+                f"the generation before had {steps}: there is nothing to skip in fewer than "
+                f"{FEWEST}"
+            )
             return
         start = perf_counter()
         nbytes = hearing.nbytes
@@ -231,21 +240,19 @@ class Planner:
         if reaches_end(kind.timesteps, identify(heard.recording)):
             return True
         self._unended = [*self._unended[1 - _MOST_UNENDED :], kind]
-        self._note = (
-            "all steps are computed, since the generation before ended with noise left, at "
-            f"timestep {kind.timesteps[-1]:g}; it is planned once another one ends there"
+        self.explain(
+            f"the generation before ended with noise left, at timestep {kind.timesteps[-1]:g}; it "
+            "is planned once another one ends there"
         )
-        self.record()
         return False
 
     def _drop(self, change: str) -> None:
         """Says that a recording is of no use, since the model has changed."""
-        self._note = (
-            "all steps are computed, since the model changed after the generation before was "
-            f"recorded: {change}; where it is to change after a generation, call fast.reset() first"
+        self.explain(
+            f"the model changed after the generation before was recorded: {change}; where it is to "
+            "change after a generation, call fast.reset() first"
         )
         logger.warning("pabc.auto: %s", self._note)
-        self.record()
 
     def _make(
         self,

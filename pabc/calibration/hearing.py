@@ -243,9 +243,11 @@ def find_streams(calls: Sequence[KeptCall]) -> tuple[Stream, ...]:
             found.append(Stream(leaf, i, _are_last(values, output)))
     if not found:
         shapes = ", ".join(str(tuple(output.shape)) for output in first.outputs) or "no tensor"
+        is_zero = not any(bool(output.any()) for call in calls for output in call.outputs)
+        zeros = ", and 0 in every call" if is_zero and first.outputs else ""
         raise ValueError(
             "latents: expected an argument of the shape of an output that changes at every step, "
-            f"found none; the outputs are {shapes}"
+            f"found none; the outputs are {shapes}{zeros}"
         )
     return tuple(found)
 

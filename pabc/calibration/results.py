@@ -17,7 +17,7 @@ def as_tensors(result: Any) -> list[torch.Tensor]:
     `result`: a tensor, an array, a picture, or mappings, sequences and dataclasses of these, such
     as a pipeline's output. Anything else in it, and arrays of bools, are ignored.
 
-    Raises TypeError if there is none, ValueError for NaN and infinity.
+    Raises TypeError if there is none, ValueError for NaN and infinity, and if all are empty.
     """
     found = list(_find_tensors(result))
     if not found:
@@ -25,6 +25,9 @@ def as_tensors(result: Any) -> list[torch.Tensor]:
             "sample: expected it to return a tensor, an array or pictures, found "
             f"{type(result).__name__} without any"
         )
+    if not any(tensor.numel() for tensor in found):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in found)
+        raise ValueError(f"sample: expected a result of finite numbers, found none in {shapes}")
     if not all(bool(tensor.isfinite().all()) for tensor in found):
         raise ValueError("sample: expected a result of finite numbers, found NaN or infinity")
     return found

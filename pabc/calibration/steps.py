@@ -33,20 +33,25 @@ class FoundStep:
 
 @dataclass(slots=True)
 class _Step:
-    """One step: the name and numbers of its first call, the latents of each name's first call."""
+    """One step: the name, the numbers and the stated step of its first call, the latents of each
+    name's first call, and, of the first step, whether all outputs were 0."""
 
     name: str | None
     numbers: Numbers
+    stated: int | None
     latents: dict[str | None, list[torch.Tensor]] = field(default_factory=dict)
     counts: dict[str | None, int] = field(default_factory=dict)
+    is_zero: bool = True
 
 
 class Steps:
     """Counts the steps of generations whose timesteps nobody has stated.
 
     A call is of the same step as the one before if it is given the same latents, as the calls of
-    guidance are, or if its name is new in the step and its numbers are the same. It begins a new
-    generation if its numbers are those of the first step again, after others.
+    guidance are, or if its name is new in the step and its numbers are the same. The same latents
+    tell nothing where another step is stated, or another timestep is given; which number that is,
+    is known from the second step on, or if outputs of 0 have left the latents as they were. It
+    begins a new generation if its numbers are those of the first step again, after others.
     """
 
     def __init__(self, read: Callable[[Structure, Sequence[Any]], Numbers]) -> None:
@@ -80,14 +85,20 @@ class Steps:
             return tuple(map(float, range(self.num_steps)))
         return tuple(step.numbers[path] for step in self._steps)
 
-    def begin(self, name: str | None, leaves: Sequence[Any], structure: Structure) -> FoundStep:
-        """Returns the step of a call that is about to be made."""
+    def begin(
+        self,
+        name: str | None,
+        leaves: Sequence[Any],
+        structure: Structure,
+        stated: int | None = None,
+    ) -> FoundStep:
+        """Returns the step of a call that is about to be made; `stated`: beside the call."""
         numbers = self._read(structure, leaves)
         is_new = not self._steps or self._is_first(numbers, name)
         if is_new:
             self.restart()
-        if is_new or not self._is_same_step(numbers, name, leaves):
-            self._steps.append(_Step(name, numbers))
+        if is_new or not self._is_same_step(numbers, name, leaves, stated):
+            self._steps.append(_Step(name, numbers, stated))
         step = self._steps[-1]
         order = step.counts.get(name, 0)
         step.counts[name] = order + 1
@@ -97,11 +108,14 @@ class Steps:
 
     def end(self, name: str | None, leaves: Sequence[Any], result: Any) -> None:
         """Notes what the call came to, which tells what its latents are."""
+        outputs = find_outputs(result)
+        step = self._steps[-1]
+        if self.num_steps == 1 and step.is_zero:
+            step.is_zero = not any(bool(output.any()) for output in outputs)
         if self._latents is None:
-            outputs = find_outputs(result)
             alike = (i for i, x in enumerate(leaves) if any(is_like(x, o) for o in outputs))
             self._latents = tuple(alike)
-            self._keep(self._steps[-1], name, leaves)
+            self._keep(step, name, leaves)
 
     def _keep(self, step: _Step, name: str | None, leaves: Sequence[Any]) -> None:
         """Keeps copies of latents, which a loop may update in place."""
@@ -122,13 +136,19 @@ class Steps:
         moved = [p for p, x in first.numbers.items() if last.numbers.get(p, x) != x]
         return bool(moved) and all(numbers.get(p) == first.numbers[p] for p in moved)
 
-    def _is_same_step(self, numbers: Numbers, name: str | None, leaves: Sequence[Any]) -> bool:
+    def _is_same_step(
+        self, numbers: Numbers, name: str | None, leaves: Sequence[Any], stated: int | None
+    ) -> bool:
         step = self._steps[-1]
+        if None not in (stated, step.stated) and stated != step.stated:
+            return False
+        common = numbers.keys() & step.numbers.keys()
+        moved = {p for p in common if numbers[p] != step.numbers[p]}
         now = [leaves[i] for i in self._latents or ()]
         if any(all(map(_are_equal, then, now)) for then in step.latents.values() if then):
-            return True
-        common = numbers.keys() & step.numbers.keys()
-        return name not in step.counts and all(numbers[p] == step.numbers[p] for p in common)
+            is_other = step.is_zero if self.num_steps == 1 else self.path in moved
+            return not (moved and is_other)
+        return name not in step.counts and not moved
 
 
 def _are_equal(a: Any, b: Any) -> bool:

@@ -242,7 +242,8 @@ class _Ear:
 
     def _find_step(self, call: HeardCall) -> None:
         name = _name_of(call)
-        found = self._steps.begin(name, call.leaves, call.structure)
+        stated = None if call.where is None else call.where.step
+        found = self._steps.begin(name, call.leaves, call.structure, stated)
         if found.is_new and self._place[0] > 0:
             raise ValueError(
                 "sample: expected one generation, found that another begins after "
