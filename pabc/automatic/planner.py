@@ -10,18 +10,14 @@ from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
-import numpy as np
-from torch import nn
-
 from pabc.automatic.check import NOISY, TRANSITIONS
 from pabc.automatic.ends import reaches_end
-from pabc.automatic.fingerprint import describe_family, describe_form, versions_of
+from pabc.automatic.kinds import Kinds
 from pabc.automatic.plans import AutoPlan, Kind, PlannedCall
 from pabc.automatic.runs import SEED, ReplayedRuns
 from pabc.automatic.store import Store
 from pabc.calibration.calibration import Calibration
 from pabc.calibration.choice import Choice
-from pabc.calibration.digests import describe_precision, describe_weights
 from pabc.calibration.hearing import HeardGeneration, Hearing, name_call
 from pabc.calibration.target import Target
 from pabc.calibration.updates import identify
@@ -52,13 +48,11 @@ class Planner:
     ) -> None:
         self.target, self.models = target, tuple(models.values())
         self._floor, self._candidates, self._store = floor, candidates, store
-        self._modules: dict[str, nn.Module] = {n: m._orig_mod for n, m in models.items()}
+        self._kinds = Kinds({n: m._orig_mod for n, m in models.items()})
         self._plans: list[AutoPlan] | None = None
         self._note = _NONE
         self.record()
         self._lock = threading.RLock()
-        self._weights: tuple[int, str] = 0, ""
-        self._family = ""
         self._doubted: AutoPlan | None = None
         self._latest: AutoPlan | None = None
         self._refusals = 0
@@ -67,27 +61,13 @@ class Planner:
     def kind(self, leaves: Sequence[Any], sampler: str, timesteps: Sequence[float]) -> Kind:
         """Returns what is known of a generation that begins with a call with these arguments."""
         with self._lock:
-            if not self._weights[1] or self._weights[0] != versions_of(self._modules.values()):
-                self._read_weights()
-            if not self._family:
-                self._family = describe_family(self._modules)
-            form, precision = describe_form(leaves), describe_precision(leaves)
-            weights, steps = self._weights[1], tuple(timesteps)
-            return Kind(self._family, weights, form, sampler, steps, precision)
+            return self._kinds.of(leaves, sampler, timesteps)
 
     def begin_recording(self, kind: Kind) -> Kind:
-        """Says that a generation is recorded, and why; returns its kind.
-
-        Its weights are read anew: writes to `weight.data` are not told by versions.
-        """
+        """Says that a generation is recorded, and why; returns its kind, with the weights read."""
         self.record()
         with self._lock:
-            self._read_weights()
-            return replace(kind, weights=self._weights[1])
-
-    def _read_weights(self) -> None:
-        versions = versions_of(self._modules.values())
-        self._weights = versions, describe_weights(self._modules)
+            return self._kinds.read_again(kind)
 
     def find(self, kind: Kind, num_steps: int | None = None) -> AutoPlan | None:
         """Returns the plan for a generation that begins like this; None: it is to be recorded.
@@ -214,7 +194,7 @@ class Planner:
             if plan is None:
                 return
             self._doubted, self._note = None, _NONE
-            replaced = [p for p in self._plans or () if _is_replaced(p, plan)]
+            replaced = [p for p in self._plans or () if p.is_replaced_by(plan)]
             known = next((p for p in replaced if p.is_like(plan)), None)
             if left and known is not None:
                 if float(plan.calibration.updates.residual[:TRANSITIONS].max()) > NOISY:
@@ -311,17 +291,6 @@ class Planner:
     def _describe(self, text: str, **counts: int) -> None:
         for model in self.models:
             model.describe_plan(text, **counts)
-
-
-def _is_replaced(old: AutoPlan, new: AutoPlan) -> bool:
-    """Returns whether a plan is of generations like those of another, or of such that were left
-    before their end: kind and sampler."""
-    if not old.kind.is_start_of(new.kind) or old.kind.form != new.kind.form:
-        return False
-    mine, theirs = old.calibration.updates, new.calibration.updates
-    if mine.outputs.shape[1:] != theirs.outputs.shape[1:]:
-        return False
-    return np.allclose(mine.outputs[:3], theirs.outputs[:3], rtol=0.01, atol=1e-6)
 
 
 def _spell(call: PlannedCall) -> str:

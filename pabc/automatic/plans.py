@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from pabc.calibration.calibration import Calibration
 from pabc.calibration.hearing import Stream
 from pabc.calibration.target import Target
@@ -145,6 +147,16 @@ class AutoPlan:
             f"{self.target}: computes {n - skipped} of {n} steps ({chosen.name}{told}); "
             f"{self.origin}{self.remark}"
         )
+
+    def is_replaced_by(self, new: AutoPlan) -> bool:
+        """Returns whether this is of generations like those of another plan, or of such that were
+        left before their end: kind and sampler."""
+        if not self.kind.is_start_of(new.kind) or self.kind.form != new.kind.form:
+            return False
+        mine, theirs = self.calibration.updates, new.calibration.updates
+        if mine.outputs.shape[1:] != theirs.outputs.shape[1:]:
+            return False
+        return np.allclose(mine.outputs[:3], theirs.outputs[:3], rtol=0.01, atol=1e-6)
 
     def to_content(self) -> dict[str, Any]:
         """Returns what is known beside the calibration, as plain values."""
