@@ -252,21 +252,6 @@ def test_an_edit_of_a_forward_is_noticed() -> None:
     assert len(set(digests)) == 3
 
 
-def test_what_is_a_setting() -> None:
-    class Counting(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.size, self.calls, self._scale, self._note = 3, 0, 2.0, "loaded"
-
-        def forward(self, x: Any) -> Any:
-            self.calls += 1
-            return x * self._scale
-
-    table = compatibility.describe_model(Counting())
-    settings = {name for name in table if name.startswith("setting")}
-    assert settings == {"setting size", "setting _scale"}
-
-
 def test_a_video_model_is_no_image_model(artifact: Path) -> None:
     with pytest.raises(ArtifactError, match=r"and \d+ more"):
         pabc.load(artifact, BY_NAME["Factorized"].model())

@@ -11,7 +11,6 @@ import platform
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +19,6 @@ from pabc.artifact.errors import ArtifactError
 from pabc.artifact.sources import code_of_class, version
 
 PropertyTable = dict[str, str]
-_SETTING_TYPES = (bool, int, float, str, type(None), torch.dtype, torch.device)
 _FLAGS = "CPU flags"
 
 
@@ -49,10 +47,11 @@ def describe_hardware(devices: Iterable[torch.device]) -> PropertyTable:
 
 
 def describe_model(model: nn.Module) -> PropertyTable:
-    """Returns the layouts of parameters and buffers, which of them are tied, the settings of
-    modules, and digests of their code.
+    """Returns the layouts of parameters and buffers, which of them are tied, and digests of the
+    code of modules.
 
-    The values of tensors are not included: an artifact fits any weights.
+    The values of tensors are not included: an artifact fits any weights. Nor are settings: see
+    :mod:`pabc.artifact.state`.
     """
     table: PropertyTable = {}
     seen: dict[int, str] = {}
@@ -61,16 +60,10 @@ def describe_model(model: nn.Module) -> PropertyTable:
         layout = f"{tuple(tensor.shape)} {tensor.stride()} {tensor.dtype} {tensor.device}"
         kind = type(tensor).__qualname__
         table[f"tensor {name}"] = f"{kind} {layout}" if shared == name else f"is {shared}"
-    for path, module in model.named_modules():
+    for module in model.modules():
         code = code_of_class(type(module))
         table[f"code of {type(module).__qualname__}"] = code.digest
         table.update((f"version of {name}", found) for name, found in code.versions)
-        for name, value in vars(module).items():
-            is_open = not name.startswith("_") or name in code.private
-            if is_open and name not in code.changing and name != "training":
-                text = _plain_text(value)
-                if text is not None:
-                    table[f"setting {path}.{name}".replace(" .", " ")] = text
     return table
 
 
@@ -121,19 +114,3 @@ def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
     ]
-
-
-def _plain_text(value: Any, depth: int = 0) -> str | None:
-    """Returns the value of a setting as text, or None for an object, which is not a setting."""
-    if type(value) in _SETTING_TYPES:
-        return repr(value)
-    if depth > 4:
-        return None
-    if isinstance(value, (list, tuple)):
-        items = [_plain_text(item, depth + 1) for item in value]
-    elif isinstance(value, dict) and all(type(key) in _SETTING_TYPES for key in value):
-        pairs = sorted(value.items(), key=lambda pair: repr(pair[0]))
-        items = [f"{key!r}: {_plain_text(item, depth + 1)}" for key, item in pairs]
-    else:
-        return None
-    return f"{type(value).__name__}({', '.join(map(str, items))})"

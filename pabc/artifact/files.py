@@ -18,8 +18,10 @@ from pabc.artifact.compatibility import (
     describe_versions,
 )
 from pabc.artifact.container import read_container, write_container
+from pabc.artifact.differences import check_state
 from pabc.artifact.errors import ArtifactError
 from pabc.artifact.programs import read_key, read_program, write_key, write_program
+from pabc.artifact.state import describe_state
 from pabc.artifact.values import Json, decode, encode
 from pabc.options import Options
 from pabc.plan import Plan
@@ -28,7 +30,7 @@ from pabc.runtime.programs import Programs
 from pabc.runtime.stats import Recorder
 from pabc.schedule import Schedule
 
-FORMAT = 4
+FORMAT = 5
 FilePath = str | os.PathLike[str]
 
 
@@ -69,6 +71,7 @@ def write_artifact(
         "versions": describe_versions(),
         "hardware": describe_hardware(_devices(model)),
         "model": describe_model(model),
+        "state": describe_state(model).table,
         "options": _write_options(programs.options),
         "schedule": schedule.to_json(),
         "keys": [write_key(key) for key, _ in ordered],
@@ -126,6 +129,8 @@ def _read_model(manifest: Json, members: dict[str, bytes], model: nn.Module) -> 
         if program.bind(schedule).plan != Plan.from_json(plan):
             raise ArtifactError("schedule: expected the plan that was saved, found another")
         programs.add(read_key(key), program)
+    states = [program.guarded.captured.modules for _, program in programs.items()]
+    check_state(manifest["state"], model, states)
     return SavedModel(schedule=schedule, options=options, programs=programs)
 
 

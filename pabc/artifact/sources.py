@@ -10,11 +10,13 @@ from __future__ import annotations
 import dis
 import hashlib
 import importlib.metadata
+import inspect
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import chain
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -29,6 +31,7 @@ _INSTALLED = tuple(
         *(path for path in sys.path if Path(path).name in _FOLDERS),
     )
 )
+_READS = ("LOAD_ATTR", "LOAD_METHOD")
 _CONSTANT_TYPES = (bool, int, float, complex, str, bytes, type(None))
 
 
@@ -39,14 +42,10 @@ class ClassCode:
     Attributes:
         digest: SHA-256 as hex; empty if all of the code comes from installed libraries.
         versions: names and versions of these libraries.
-        changing: attributes that methods other than `__init__` set: state, not settings.
-        private: attributes with a leading underscore that the user's own methods read.
     """
 
     digest: str
     versions: tuple[tuple[str, str], ...]
-    changing: frozenset[str]
-    private: frozenset[str]
 
 
 def code_of_class(kind: type) -> ClassCode:
@@ -61,23 +60,49 @@ def _read_class(kind: type) -> ClassCode:
     digest = hashlib.sha256(text.encode()).hexdigest() if text else ""
     libraries = {base.__module__.partition(".")[0] for base in kind.__mro__}
     versions = tuple((name, found) for name in sorted(libraries) if (found := version(name)))
-    methods = [
-        (base, name, function.__code__)
-        for base in kind.__mro__
-        for name, function in vars(base).items()
-        if isinstance(function, FunctionType)
-    ]
-    changing = [
-        _attributes(code, "STORE_ATTR", "DELETE_ATTR")
-        for _, name, code in methods
-        if name != "__init__"
-    ]
-    own = {base for base in kind.__mro__ if not _is_library(base.__module__)}
-    read = [
-        _attributes(code, "LOAD_ATTR", "LOAD_METHOD") for base, _, code in methods if base in own
-    ]
-    private = {name for name in set().union(*read) if name.startswith("_")}
-    return ClassCode(digest, versions, frozenset().union(*changing), frozenset(private))
+    return ClassCode(digest, versions)
+
+
+@lru_cache(maxsize=256)
+def attributes_forward_sets(kind: type) -> frozenset[str]:
+    """Returns the attributes that a class's `forward` sets, or methods that it reaches by name."""
+    return frozenset().union(*(_attributes(c, "STORE_ATTR") for c in _reached(kind)))
+
+
+@lru_cache(maxsize=256)
+def attributes_forward_reads(kind: type) -> frozenset[str]:
+    """Returns the attributes that a class's `forward` reads, or methods that it reaches by name."""
+    return frozenset().union(*(_attributes(c, *_READS) for c in _reached(kind)))
+
+
+@lru_cache(maxsize=256)
+def attributes_methods_read(kind: type) -> frozenset[str]:
+    """Returns the attributes that the methods of a class and of its bases read."""
+    return frozenset().union(*(_attributes(c, *_READS) for c in chain(*_methods(kind).values())))
+
+
+def _reached(kind: type) -> list[CodeType]:
+    """Returns the code of `forward`, and of the methods that it reaches by name."""
+    methods = _methods(kind)
+    waiting, reached = ["forward", "__call__"], set[str]()
+    while waiting:
+        name = waiting.pop()
+        if name in methods and name not in reached:
+            reached.add(name)
+            waiting += [n for m in methods[name] for code in _nested(m) for n in code.co_names]
+    return [code for name in reached for code in methods[name]]
+
+
+def _methods(kind: type) -> dict[str, list[CodeType]]:
+    """Returns the code of a class's methods and properties by name, with those they override."""
+    found: dict[str, list[CodeType]] = {}
+    for base in kind.__mro__:
+        for name, value in vars(base).items():
+            function: Any = value.fget if isinstance(value, property) else value
+            function = inspect.unwrap(getattr(function, "__func__", function))
+            if isinstance(function, FunctionType):
+                found.setdefault(name, []).append(function.__code__)
+    return found
 
 
 @cache
@@ -87,6 +112,13 @@ def version(library: str) -> str:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+@lru_cache(maxsize=4096)
+def digest_code(code: CodeType) -> str:
+    """Returns a digest of the code of a function, and of those that are nested in it."""
+    lines = (line for part in _nested(code) for line in _of_code(part))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 _KNOWN: WeakKeyDictionary[type, ClassCode] = WeakKeyDictionary()
@@ -131,8 +163,7 @@ class _CodeText:
         for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).items()):
             yield from self._of_value("", default)
         for code in _nested(function.__code__):
-            yield code.co_code.hex()
-            yield repr((code.co_names, code.co_varnames, [*map(_constant, code.co_consts)]))
+            yield from _of_code(code)
             for name in code.co_names:
                 if name in function.__globals__:
                     yield from self._of_global(name, function.__globals__[name])
@@ -155,6 +186,11 @@ def _is_library(module: str | None) -> bool:
     if module == "__main__" or file is None:
         return module != "__main__"
     return str(Path(file).resolve()).startswith(_INSTALLED)
+
+
+def _of_code(code: CodeType) -> tuple[str, str]:
+    names = (code.co_names, code.co_varnames, [*map(_constant, code.co_consts)])
+    return code.co_code.hex(), repr(names)
 
 
 def _nested(code: CodeType) -> Iterator[CodeType]:
