@@ -34,6 +34,7 @@ class Mode(Enum):
 class Config:
     scale: float = 1.0
     modes: frozenset[Mode] = frozenset(Mode)
+    _bias: float = field(default=0.0, compare=False, repr=False)
     _note: str = field(default="", compare=False, repr=False)
 
 
@@ -49,6 +50,10 @@ def scaled(x: Any, by: float) -> Any:
 
 def by_global(x: Any) -> Any:
     return x * FACTOR * TABLE["factor"]
+
+
+def biased(x: Any, config: Config) -> Any:
+    return x + config._bias
 
 
 class Adapted(nn.Module):
@@ -86,7 +91,10 @@ class Model(nn.Module):
     def forward(self, x: Any, t: Any) -> Any:
         y = self.head(self.adapted(x)) * self.config.scale + float(self.array[0])
         y = y * self.held[0]._scale * self.held[1][0].scale + ("b" in self.names)
-        return self.call_other(self.part(by_global(y)) * self.tensors[0]) * (t / 1000)[:, None]
+        return (
+            self.call_other(self.part(by_global(biased(y, self.config))) * self.tensors[0])
+            * (t / 1000)[:, None]
+        )
 
 
 def generate(model: Any) -> list[Any]:
@@ -147,6 +155,10 @@ EDITS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "an object in a tuple": (
         lambda m: setattr(m.held[0], "_scale", 0.5),
         r"held\[0\]._scale: expected 1.0, found 0.5",
+    ),
+    "what a function alone reads": (
+        lambda m: setattr(m.config, "_bias", 0.5),
+        "config._bias: expected 0.0, found 0.5",
     ),
     "an object in a list": (
         lambda m: setattr(m.held[1][0], "scale", 0.5),

@@ -81,6 +81,11 @@ def attributes_methods_read(kind: type) -> frozenset[str]:
     return frozenset().union(*(_attributes(c, *_READS) for c in chain(*_methods(kind).values())))
 
 
+def attributes_code_reads(code: CodeType) -> frozenset[str]:
+    """Returns the attributes that the code of a function reads."""
+    return _attributes(code, *_READS)
+
+
 def _reached(kind: type) -> list[CodeType]:
     """Returns the code of `forward`, and of the methods that it reaches by name."""
     methods = _methods(kind)

@@ -11,12 +11,17 @@ from collections.abc import Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
 
-from pabc.artifact.sources import attributes_forward_reads, attributes_methods_read
+from pabc.artifact.sources import (
+    attributes_code_reads,
+    attributes_forward_reads,
+    attributes_methods_read,
+)
 from pabc.artifact.texts import hash_of_bytes, hash_of_values, text_of, text_of_key
 from pabc.passes import (
     Description,
@@ -60,7 +65,11 @@ def describe_state(model: nn.Module) -> DescribedState:
     holders = find_holders([("", "", model)])
     owners = {_clean(h.path): h.owner for h in holders if h.owner}
     tensors = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    read = frozenset().union(*map(attributes_forward_reads, {*owners.values()}))
+    functions = (f for h in holders for f in h.read().values() if isinstance(f, FunctionType))
+    read = frozenset().union(
+        *map(attributes_forward_reads, {*owners.values()}),
+        *(attributes_code_reads(f.__code__) for f in functions),
+    )
     return DescribedState(_Table(tensors, read).of(holders), owners)
 
 
@@ -70,7 +79,7 @@ class _Table:
 
     Attributes:
         tensors: identities of the model's tensors, whose values are no part of the state.
-        read: attributes that forwards read.
+        read: attributes that forwards, and functions that they reach, read.
         left_out: paths that are no part of the state.
     """
 
