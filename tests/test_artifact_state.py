@@ -79,10 +79,11 @@ class Model(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.adapted, self.head, self.other = Adapted(), nn.Linear(4, 4), nn.Linear(4, 4)
-        self.config, self.held, self.names = Config(), (Holder(), [Holder()]), {"a"}
+        self.config, self.held, self.names = Config(), (Holder(), [Holder()], Holder()), {"a"}
         self.array, self.tensors = np.ones(2), [torch.ones(4)]
         self.part = partial(scaled, by=1.5)
         self.close_over(1.0)
+        self.active = self.held[2]
 
     def close_over(self, scale: float) -> None:
         own, config = self.other, {"scale": scale}
@@ -90,6 +91,7 @@ class Model(nn.Module):
 
     def forward(self, x: Any, t: Any) -> Any:
         y = self.head(self.adapted(x)) * self.config.scale + float(self.array[0])
+        y = y * self.active.scale
         y = y * self.held[0]._scale * self.held[1][0].scale + ("b" in self.names)
         return (
             self.call_other(self.part(by_global(biased(y, self.config))) * self.tensors[0])
@@ -159,6 +161,10 @@ EDITS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "what a function alone reads": (
         lambda m: setattr(m.config, "_bias", 0.5),
         "config._bias: expected 0.0, found 0.5",
+    ),
+    "which of two equal objects is meant": (
+        lambda m: setattr(m, "active", m.held[0]),
+        r"held: expected .*, 2 at active, found .*, 0 at active",
     ),
     "an object in a list": (
         lambda m: setattr(m.held[1][0], "scale", 0.5),

@@ -7,7 +7,7 @@ them within a process; the texts here are the same in every process of the same 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
@@ -70,7 +70,9 @@ def describe_state(model: nn.Module) -> DescribedState:
         *map(attributes_forward_reads, {*owners.values()}),
         *(attributes_code_reads(f.__code__) for f in functions),
     )
-    return DescribedState(_Table(tensors, read).of(holders), owners)
+    # Those that code alone reaches are found in no order that two processes share.
+    paths = {id(h.value): _clean(h.path) for h in reversed(holders) if h.module is not None}
+    return DescribedState(_Table(tensors, read, paths).of(holders), owners)
 
 
 @dataclass
@@ -80,11 +82,13 @@ class _Table:
     Attributes:
         tensors: identities of the model's tensors, whose values are no part of the state.
         read: attributes that forwards, and functions that they reach, read.
-        left_out: paths that are no part of the state.
+        paths: the path at which an object is described, by the identity of what holds its contents.
+    left_out: paths that are no part of the state.
     """
 
     tensors: Collection[int]
     read: Collection[str]
+    paths: Mapping[int, str]
     left_out: set[str] = field(default_factory=set)
 
     def of(self, holders: Iterable[Holder]) -> StateTable:
@@ -108,7 +112,8 @@ class _Table:
             if self._is_left_out(holder, key, value):
                 self.left_out.add(_clean(holder.name_of(key)))
                 continue
-            text, name = self._text(holder, value, frozen), text_of_key(key)
+            name = text_of_key(key)
+            text = self._text(holder, value, frozen) + self._elsewhere(value, holder.name_of(key))
             if name is None:
                 unnamed.append(text)
             else:
@@ -121,7 +126,7 @@ class _Table:
         if holder.kind == "array":
             return f"values {hash_of_bytes(value)}"
         if holder.kind == "children":
-            return text_of((tuple, frozen))
+            return ", ".join(self._child(holder, *item) for item in holder.value.items())
         if holder.kind == "hooks":
             hooks: Any = frozen
             return ", ".join(text_of(hook) for _, hook, _ in hooks)
@@ -131,6 +136,22 @@ class _Table:
         if _is_short_list(value):  # JSON makes lists of tuples
             return text_of(freeze(tuple(value)))
         return text_of(frozen)
+
+    def _child(self, holder: Holder, name: str, module: nn.Module | None) -> str:
+        path = f"{holder.path}.{name}" if holder.path else name
+        return f"{name}: {text_of(freeze(module))}{self._elsewhere(module, path)}"
+
+    def _elsewhere(self, value: Any, path: str) -> str:
+        """Returns the path at which an object is described, if that is not the one given."""
+        if isinstance(value, (torch.Tensor, Enum)) or _is_short_list(value):
+            return ""  # these are told by value
+        if isinstance(value, tuple):
+            found = ((i, self._elsewhere(x, f"{path}[{i}]")) for i, x in enumerate(value))
+            return "".join(f", {i}{where}" for i, where in found if where)
+        own = getattr(value, "__dict__", None)
+        first = self.paths.get(id(own)) if type(own) is dict else None
+        first = first or self.paths.get(id(value))
+        return "" if first is None or first == _clean(path) else f" at {first}"
 
     def _is_left_out(self, holder: Holder, key: Hashable, value: Any) -> bool:
         """Returns True for what Python or a library notes for itself."""
