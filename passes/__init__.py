@@ -118,7 +118,7 @@ from .tracing.records import (
 from .tracing.sizes import Sizes, concrete, hinted
 from .tracing.tensor_call import ResultLayout, TensorCall
 from .tracing.untouched import untouched
-from .tracing.walk import find_holders
+from .tracing.walk import StateWalk, walk_from
 
 __all__ = [  # noqa: RUF022
     # The passes, in the order in which they run, and what checks their results.
@@ -269,12 +269,13 @@ __all__ = [  # noqa: RUF022
     "Same",
     "FrozenObject",
     "Snapshot",
+    "StateWalk",
     "Change",
     "MISSING",
     "freeze",
     "describe",
     "describe_object",
-    "find_holders",
+    "walk_from",
     "is_library",
     "is_state",
     "has_functions_of_its_own",

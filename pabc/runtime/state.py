@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import operator
 import sys
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from itertools import chain
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -21,11 +23,12 @@ from pabc.passes import (
     HolderKind,
     ModelState,
     Same,
+    StateWalk,
     describe,
     describe_object,
-    find_holders,
     is_library,
     is_state,
+    walk_from,
 )
 
 _OF_MODULES: tuple[HolderKind, ...] = ("module", "children", "tensors", "hooks", "object")
@@ -44,6 +47,7 @@ _SLOW: tuple[HolderKind, ...] = ("slots", "array")
 _HAS_VERSIONS = sys.version_info < (3, 13)
 """True where a write to an attribute changes the version of the dictionary that has it."""
 _contents = operator.attrgetter("cell_contents")
+_code = operator.attrgetter("__code__", "__defaults__", "__kwdefaults__")
 _ORDER: tuple[HolderKind, ...] = (*_OF_MODULES, *_REACHED[1:])
 """Kinds of holders, those first that tell a user most."""
 
@@ -53,18 +57,21 @@ class Watch:
 
     :meth:`look` compares versions of dictionaries (from Python 3.13 on, what they hold), in loops
     without Python code: those of objects' attributes, of classes, and of globals that are read. The
-    attributes of modules that PyTorch defines are numbers that are set once: of those it compares
-    the count, which a replaced `forward` changes, and the attributes only if asked to look
-    `closely`, at the start of a generation.
+    attributes of modules that PyTorch defines are numbers that are set once: where a module has
+    none but those, it compares their count, which a replaced `forward` changes, and the attributes
+    only if asked to look `closely`, at the start of a generation. Then it compares the code of
+    functions, too, which an editor may replace.
 
     Attributes:
         state: the description of each place.
+        names: what the code that may run names.
         serial: the number of changes seen.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.serial = 0
         self.state: dict[HolderKey, Description] = {}
+        self.names: frozenset[str] = frozenset()
         self._model = model
         self._changed: list[frozenset[HolderKey]] = []
         self._refresh()
@@ -80,11 +87,11 @@ class Watch:
         return set().union(*self._changed[serial:])
 
     def _refresh(self) -> None:
-        holders = find_holders([("", "", self._model)])
-        state = describe(holders)
+        walk = walk_from([("", "", self._model)])
+        state = describe(walk.holders)
         both = {**state, **self.state}
         changed = frozenset(p for p in both if state.get(p) != self.state.get(p))
-        self._quick, self._close = _quick(holders), _close(holders)
+        self._quick, self._close, self.names = _quick(walk), _close(walk), walk.names
         if changed:
             self.state = state
             self.serial += 1
@@ -99,8 +106,10 @@ class _Look:
         versions: Iterable[dict[Any, Any]],
         lengths: Iterable[dict[Any, Any]],
         rest: Mapping[HolderKind, Sequence[Holder]],
+        functions: Sequence[FunctionType] = (),
     ) -> None:
-        """Takes dictionaries to compare by version, or by length, and the other holders."""
+        """Takes dictionaries to compare by version, or by length, the other holders, and functions
+        whose code is compared."""
         contained = [h.value for h in rest["container"] if is_state(h)]
         self._versioned = [
             *versions,
@@ -111,14 +120,20 @@ class _Look:
         # A module's globals come and go: those that are read are looked up.
         pairs = [(h.value, name) for h in rest["globals"] for name in h.names or ()]
         self._spaces, self._names = [space for space, _ in pairs], [name for _, name in pairs]
+        self._functions = functions
         self._others = [value for value in contained if not isinstance(value, dict)]
         self._children = tuple(h.value for h in rest["children"] if h.value)
         variables = rest["variable"]
         self._cells = [h.value for h in variables if h.read()]
-        self._contents = list(map(_contents, self._cells))  # so that no other gets its address
         empty = [h for h in variables if not h.read()]
         self._slow = [*empty, *(h for kind in _SLOW for h in rest[kind])]
-        self._held = [] if _HAS_VERSIONS else _values(self._versioned)  # so that ids stay theirs
+        self._kept = [  # so that no other object takes the address of one whose id is compared
+            *map(_contents, self._cells),
+            *map(dict.get, self._spaces, self._names),
+            *chain.from_iterable(self._others),
+            *(_values(self._versioned) if not _HAS_VERSIONS else ()),
+            *chain.from_iterable(map(_code, functions)),
+        ]
         self._found = self._read()
 
     def hold(self) -> bool:
@@ -135,9 +150,11 @@ class _Look:
             gc.get_referents(*self._children),
             RemovableHandle.next_id,
             list(map(id, map(dict.get, self._spaces, self._names))),
-            list(map(list, self._others)) if self._others else None,
+            list(map(len, self._others)),
+            list(map(id, chain.from_iterable(self._others))),
             list(map(id, map(_contents, self._cells))),
             [describe_object(h, {}) for h in self._slow] if self._slow else None,
+            list(map(id, chain.from_iterable(map(_code, self._functions)))),
         )
 
 
@@ -154,19 +171,20 @@ def _values(dictionaries: Iterable[dict[Any, Any]]) -> list[Any]:
     return list(chain.from_iterable(map(dict.values, dictionaries)))
 
 
-def _quick(holders: Collection[Holder]) -> _Look:
+def _quick(walk: StateWalk) -> _Look:
     """Returns what is compared in each call."""
-    kinds = _by_kind(holders)
-    own = [h.value for h in kinds["module"] if not _is_of_library(h)]
+    kinds = _by_kind(walk.holders)
+    own = [h.value for h in kinds["module"] if not _is_plain(h)]
     hooked = [h.value for h in kinds["hooks"] if h.value]  # a new hook has a new number
     versions = (*own, *(h.value for h in kinds["object"]), *hooked)
-    return _Look(versions, (h.value for h in kinds["module"] if _is_of_library(h)), kinds)
+    return _Look(versions, (h.value for h in kinds["module"] if _is_plain(h)), kinds)
 
 
-def _close(holders: Collection[Holder]) -> _Look:
+def _close(walk: StateWalk) -> _Look:
     """Returns what is compared, too, where a generation starts."""
-    kinds = _by_kind(holders)
-    return _Look((h.value for name in _OF_MODULES for h in kinds[name]), (), kinds)
+    kinds = _by_kind(walk.holders)
+    modules = (h.value for name in _OF_MODULES for h in kinds[name])
+    return _Look(modules, (), kinds, walk.functions)
 
 
 def _class_dict(cls: type) -> dict[str, Any]:
@@ -181,8 +199,19 @@ def _by_kind(holders: Iterable[Holder]) -> dict[HolderKind, list[Holder]]:
     return kinds
 
 
-def _is_of_library(holder: Holder) -> bool:
-    return holder.owner is not None and is_library(holder.owner.__module__)
+def _is_plain(holder: Holder) -> bool:
+    """Returns True for a module of a class of PyTorch's with the attributes that this gives it."""
+    cls: Any = holder.owner
+    return is_library(cls.__module__) and holder.value.keys() <= _attributes_of(cls)
+
+
+@functools.cache
+def _attributes_of(cls: Hashable) -> frozenset[str]:
+    """Returns the names of the attributes that a class's instances are made with."""
+    assert isinstance(cls, type)
+    made = (vars(base).get("__init__") for base in cls.__mro__)
+    codes = (function.__code__ for function in made if isinstance(function, FunctionType))
+    return frozenset(vars(nn.Module())).union(*(code.co_names for code in codes))
 
 
 class StateCheck:
@@ -212,12 +241,17 @@ class StateCheck:
             self._differing.pop(place, None)
             if self._modules.excludes(place):
                 continue
-            reason = self._differ(place, self._modules.expected.get(place), watch.state.get(place))
+            expected, found = self._modules.expected.get(place), watch.state.get(place)
+            reason = self._differ(place, expected, found, watch.names)
             if reason is not None:
                 self._differing[place] = reason
 
     def _differ(
-        self, place: HolderKey, old: Description | None, new: Description | None
+        self,
+        place: HolderKey,
+        old: Description | None,
+        new: Description | None,
+        names: Collection[str],
     ) -> str | None:
         where = place[0] or "the model"
         if old == new or (place[1] == "hooks" and self._are_alike(old, new)):
@@ -229,7 +263,7 @@ class StateCheck:
         for name in {**old, **new}:
             if old.get(name) == new.get(name) or (place, name) in self._modules.written:
                 continue
-            if name not in old and place[1] == "module" and _is_unread(name, new):
+            if name not in old and name not in names and _is_unread(name, place, new):
                 continue
             return f"{name} of {where} changed"
         return None
@@ -244,9 +278,12 @@ class StateCheck:
         )
 
 
-def _is_unread(name: Hashable, state: Description) -> bool:
-    """Returns True if a new attribute is an object that hides nothing of the class, so that the
-    trace cannot have met it. Libraries keep notes of their own on modules in this way."""
+def _is_unread(name: Hashable, place: HolderKey, state: Description) -> bool:
+    """Returns True if a new attribute that no code names is an object that hides nothing of the
+    class, so that the trace cannot have met it. Libraries keep notes of their own on modules in
+    this way."""
+    if place[1] != "module":
+        return False
     owner = state["the class"]
     assert isinstance(owner, Same)
     is_object = isinstance(state[name], (Same, FrozenObject))

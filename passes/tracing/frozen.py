@@ -123,5 +123,12 @@ def slots_of(cls: Hashable) -> frozenset[str]:
     assert isinstance(cls, type)
     for base in cls.__mro__:
         own = vars(base).get("__slots__", ())
-        found.update((own,) if isinstance(own, str) else own)
+        names = (own,) if isinstance(own, str) else own
+        found.update(_mangle(base, name) for name in names)
     return frozenset(found - {"__dict__", "__weakref__"})
+
+
+def _mangle(cls: type, name: str) -> str:
+    """Returns the name that Python stores for a name in the body of a class."""
+    is_private = name.startswith("__") and not name.endswith("__")
+    return f"_{cls.__name__.lstrip('_')}{name}" if is_private else name

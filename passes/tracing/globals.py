@@ -8,25 +8,37 @@ from collections.abc import Iterable, Iterator
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+from torch import nn
+
 from .frozen import is_library
 
 ENTRIES = ("forward", "__call__")
 """The methods that calls of a model, or of an object in it, start with."""
+_NOT_CALLED = frozenset(
+    ("__repr__", "__str__", "__del__", "__dir__", "__sizeof__", "__reduce__", "__reduce_ex__")
+    + ("__getstate__", "__setstate__", "__init_subclass__", "__class_getitem__", "__deepcopy__")
+)
+"""Methods that a forward has no use for."""
 
 
 class CodeScan:
     """Finds the globals that a call may reach.
 
-    A method may be reached if reachable code names it: on which object it is called is unknown.
-    Functions that are globals themselves are followed.
+    A method may be reached if reachable code names it, in a string as well: on which object it is
+    called is unknown. Python calls those named `__x__` by itself. Functions that are globals are
+    followed, and what code names in modules of the user's.
+
+    Attributes:
+        functions: the functions that may be reached.
+        names: what their code names: variables, attributes, and strings that may be such.
     """
 
     def __init__(self, functions: dict[FunctionType, None]) -> None:
         """Starts from functions that objects hold, such as replaced methods and hooks."""
         self._held = functions
-        self._called: set[str] = set(ENTRIES)
+        self.names: set[str] = set(ENTRIES)
         self._waiting: dict[str, list[FunctionType]] = {}
-        self._scanned: set[FunctionType] = set()
+        self.functions: dict[FunctionType, None] = {}
 
     def follow(self, classes: Iterable[type]) -> Iterator[tuple[dict[str, Any], str]]:
         """Adds classes, and yields what is found: a dictionary of globals and a name in it."""
@@ -34,23 +46,46 @@ class CodeScan:
         for cls in classes:
             for name, value in vars(cls).items():
                 for function in _functions_in(value):
-                    if name in self._called:
+                    if name in self.names or _is_implicit(name, cls):
                         ready.append(function)
                     else:
                         self._waiting.setdefault(name, []).append(function)
         while ready:
             function = ready.pop()
-            if function in self._scanned or is_of_library(function):
+            if function in self.functions or is_of_library(function):
                 continue
-            self._scanned.add(function)
-            for name in _names_in(function.__code__) - self._called:
-                self._called.add(name)
+            self.functions[function] = None
+            named = _names_in(function.__code__)
+            for name in named - self.names:
+                self.names.add(name)
                 ready += self._waiting.pop(name, [])
-            for name in _globals_in(function.__code__) & function.__globals__.keys():
-                value = function.__globals__[name]
-                ready += _functions_in(value)
-                if not isinstance(value, ModuleType):
-                    yield function.__globals__, name
+            for space, name in _find_globals(function, named):
+                ready += _functions_in(space[name])
+                yield space, name
+
+
+def _find_globals(
+    function: FunctionType, named: frozenset[str]
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yields the globals of a function, and those of modules of the user's that code may read as
+    their attributes: a dictionary and a name in it."""
+    waiting = [(function.__globals__, _globals_in(function.__code__))]
+    entered = set()
+    while waiting:
+        space, names = waiting.pop()
+        for name in names & space.keys():
+            value = space[name]
+            if not isinstance(value, ModuleType):
+                yield space, name
+            elif not is_library(value.__name__) and value not in entered:
+                entered.add(value)
+                waiting.append((vars(value), named))
+
+
+def _is_implicit(name: str, cls: type) -> bool:
+    """Returns True for a method that Python may call though no code names it."""
+    is_special = name.startswith("__") and name.endswith("__") and name not in _NOT_CALLED
+    return is_special and not (name == "__init__" and issubclass(cls, nn.Module))
 
 
 def _functions_in(value: Any) -> list[FunctionType]:
@@ -71,8 +106,10 @@ def _functions_in(value: Any) -> list[FunctionType]:
 
 @functools.cache
 def _names_in(code: CodeType) -> frozenset[str]:
+    """Returns the names in the code, and the strings: `getattr` and `hasattr` take such."""
     inner = (_names_in(c) for c in code.co_consts if isinstance(c, CodeType))
-    return frozenset(code.co_names).union(*inner)
+    strings = (c for c in code.co_consts if isinstance(c, str) and c.isidentifier())
+    return frozenset(code.co_names).union(strings, *inner)
 
 
 @functools.cache

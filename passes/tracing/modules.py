@@ -23,6 +23,7 @@ from .walk import find_holders, hook_path
 
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
 _CONTAINERS = (dict, list, set)
+_ORDER = "the order of keys"
 _WITHIN = ("", ".", ":", "[")
 """Follows the path of something in the paths of what is within it."""
 HolderKey = tuple[str, HolderKind]
@@ -87,10 +88,19 @@ def describe(holders: Iterable[Holder]) -> dict[HolderKey, Description]:
     for holder in known:
         description = _DESCRIBE[holder.kind](holder, paths)
         if description is not None:
-            state[holder.path, holder.kind] = (
-                state.get((holder.path, holder.kind), {}) | description
-            )
+            place = _find_place(holder, state)
+            state[place] = state.get(place, {}) | description
     return state
+
+
+def _find_place(holder: Holder, taken: Mapping[HolderKey, Description]) -> HolderKey:
+    """Returns a key of its own for a holder: classes and functions may have the same name. Only a
+    module's parameters and buffers are one place."""
+    path, number = holder.path, 1
+    while holder.kind != "tensors" and (path, holder.kind) in taken:
+        number += 1
+        path = f"{holder.path} ({number})"
+    return path, holder.kind
 
 
 Paths = Mapping[int, str]
@@ -131,11 +141,11 @@ def _describe_hooks(holder: Holder, paths: Paths) -> Description | None:
 
 
 def _describe_container(holder: Holder, paths: Paths) -> Description | None:
-    return describe_object(holder, paths) if is_state(holder) else None
-
-
-def _describe_globals(holder: Holder, paths: Paths) -> Description:
-    return {name: _value(x, paths) for name, x in holder.read().items()}
+    if not is_state(holder):
+        return None
+    contents = describe_object(holder, paths)
+    is_ordered = isinstance(holder.value, dict)
+    return {**contents, _ORDER: tuple(holder.value)} if is_ordered else contents
 
 
 def _value(value: Any, paths: Paths) -> Hashable:
@@ -157,6 +167,6 @@ _DESCRIBE: dict[HolderKind, Callable[[Holder, Paths], Description | None]] = {
     "slots": describe_object,
     "array": describe_object,
     "variable": describe_object,
-    "class": _describe_globals,
-    "globals": _describe_globals,
+    "class": describe_object,
+    "globals": describe_object,
 }

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import random
 import weakref
-from collections import UserDict, UserList, deque
+from collections import ChainMap, UserDict, UserList, deque
 from collections.abc import Iterable
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import (
+    CellType,
+    CodeType,
+    FunctionType,
+    MappingProxyType,
+    MethodType,
+    ModuleType,
+    SimpleNamespace,
+)
 from typing import Any
 
 import numpy as np
@@ -28,6 +37,7 @@ _PLAIN_OBJECTS = (
     argparse.Namespace,
     UserDict,
     UserList,
+    ChainMap,
     weakref.WeakKeyDictionary,
     weakref.WeakValueDictionary,
 )
@@ -61,11 +71,15 @@ class StateWalk:
     Attributes:
         holders: the holders that were found.
         iterators: paths of objects whose state cannot be seen.
+        functions: those that may be called.
+        names: what their code names.
     """
 
     def __init__(self) -> None:
         self.holders: list[Holder] = []
         self.iterators: list[str] = []
+        self.functions: tuple[FunctionType, ...] = ()
+        self.names: frozenset[str] = frozenset()
         self._seen: set[int] = set()
         self._kept: list[Any] = []  # so that no other object takes the address of one that was seen
         self._classes: dict[type, None] = {}
@@ -83,6 +97,7 @@ class StateWalk:
         scan = CodeScan(self._functions)
         names: dict[int, tuple[dict[str, Any], str, set[str]]] = {}
         done: set[type] = set()
+        known_functions = -1
         while True:
             fresh = [cls for cls in self._classes if cls not in done]
             for cls in fresh:
@@ -101,8 +116,12 @@ class StateWalk:
                 if name not in known:
                     known.add(name)
                     self.visit(f"{file}.{name}", None, space[name])
-            if not fresh:
+            for function in tuple(scan.functions):
+                self.visit(f"{function.__module__}.{function.__qualname__}", None, function)
+            if not fresh and len(scan.functions) == known_functions:
                 break
+            known_functions = len(scan.functions)
+        self.functions, self.names = tuple(scan.functions), frozenset(scan.names)
         for space, file, known in names.values():
             self.holders.append(Holder(file, None, space, "globals", None, frozenset(known)))
 
@@ -166,6 +185,8 @@ class StateWalk:
             self._hold(path, module, value)
         elif isinstance(value, (tuple, frozenset)):
             self._later(*((f"{path}[{i}]", module, x) for i, x in enumerate(value)))
+        elif isinstance(value, MappingProxyType):
+            self._later(*((path, module, x) for x in gc.get_referents(value)))
         elif isinstance(value, np.ndarray):
             if value.nbytes <= _LARGE and value.dtype != object and value.flags.writeable:
                 self._add(Holder(path, module, value, "array"))

@@ -1,0 +1,265 @@
+"""A model is captured anew where something that its forward reads beside the arguments changes."""
+
+from __future__ import annotations
+
+import types
+from collections import ChainMap
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pabc
+
+pytestmark = pytest.mark.runtime
+TIMESTEPS = (900.0, 600.0, 300.0)
+settings = types.ModuleType("settings_of_a_user")
+settings.SCALE = 1.5
+offset = torch.ones(4)
+
+
+class Scale:
+    """An object that a model may hold, or call."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+chosen = Scale(1.5)
+
+
+class Slotted:
+    __slots__ = ("__scale",)
+
+    def __init__(self, scale: float) -> None:
+        self.set(scale)
+
+    def set(self, scale: float) -> None:
+        self.__scale = scale
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * self.__scale
+
+
+class Model(nn.Module):
+    """Applies `extra`, which reads what a test changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Linear(4, 4).requires_grad_(False)
+
+    def extra(self, x: Tensor) -> Tensor:
+        return x
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.extra(self.inner(x)) * t.view(-1, 1) / 1000
+
+
+Change = Callable[[], Any]
+CASES: dict[str, Callable[[], tuple[Model, Change]]] = {}
+
+
+def case(make: Callable[[], tuple[Model, Change]]) -> None:
+    CASES[make.__name__.replace("_", " ").strip()] = make
+
+
+@case
+def _a_number_beside_a_replaced_forward_of_a_plain_module():
+    model = Model()
+    own, inner = model.inner.forward, model.inner
+    inner.strength = 1.5
+    inner.forward = lambda x: own(x) * inner.strength
+    return model, lambda: setattr(inner, "strength", 0.5)
+
+
+@case
+def _an_object_under_a_name_that_was_not_there():
+    class Adapted(Model):
+        def extra(self, x: Tensor) -> Tensor:
+            adapter = getattr(self, "adapter", None)
+            return x if adapter is None else adapter(x)
+
+    model = Adapted()
+    return model, lambda: setattr(model, "adapter", Scale(2.0))
+
+
+@case
+def _a_tensor_of_a_class():
+    class Offset(Model):
+        offset = torch.ones(4)
+
+        def extra(self, x: Tensor) -> Tensor:
+            return x + self.offset
+
+    return Offset(), lambda: setattr(Offset, "offset", torch.zeros(4))
+
+
+@case
+def _a_global_tensor():
+    class Offset(Model):
+        def extra(self, x: Tensor) -> Tensor:
+            return x + offset
+
+    return Offset(), lambda: globals().update(offset=offset + torch.arange(4.0))
+
+
+@case
+def _a_variable_that_a_method_closes_over():
+    known = {"scale": 1.5}
+
+    class Closing(Model):
+        def extra(self, x: Tensor) -> Tensor:
+            return x * known["scale"]
+
+    return Closing(), lambda: known.update(scale=2.5)
+
+
+@case
+def _a_default_of_a_method():
+    class Default(Model):
+        def extra(self, x: Tensor, scales: list[float] = [1.5]) -> Tensor:  # noqa: B006
+            return x * scales[0]
+
+    return Default(), lambda: Default.extra.__defaults__[0].insert(0, 2.5)
+
+
+@case
+def _a_constant_of_a_module_of_the_users():
+    class Configured(Model):
+        def extra(self, x: Tensor) -> Tensor:
+            return x * settings.SCALE
+
+    return Configured(), lambda: setattr(settings, "SCALE", settings.SCALE + 1)
+
+
+@case
+def _a_global_object_at_the_address_of_the_old_one():
+    class Chosen(Model):
+        def extra(self, x: Tensor) -> Tensor:
+            return chosen(x)
+
+    def change() -> None:
+        scale = chosen.scale
+        globals().update(chosen=None)
+        globals().update(chosen=Scale(scale + 1))
+
+    return Chosen(), change
+
+
+@case
+def _the_order_of_keys():
+    class Ordered(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps = {"double": 1, "add": 1}
+
+        def extra(self, x: Tensor) -> Tensor:
+            for step in self.steps:
+                x = x * 2 if step == "double" else x + 1
+            return x
+
+    model = Ordered()
+    return model, lambda: model.steps.update(double=model.steps.pop("double"))
+
+
+@case
+def _a_slot_with_a_private_name():
+    class Private(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = Slotted(1.5)
+
+        def extra(self, x: Tensor) -> Tensor:
+            return self.scale(x)
+
+    model = Private()
+    return model, lambda: model.scale.set(2.5)
+
+
+@case
+def _one_of_two_classes_of_one_name():
+    class Two(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scales = [type("Scales", (), {"scale": scale})() for scale in (1.5, 2.5)]
+
+        def extra(self, x: Tensor) -> Tensor:
+            return x * self.scales[0].scale
+
+    model = Two()
+    return model, lambda: setattr(type(model.scales[0]), "scale", 3.5)
+
+
+@case
+def _a_dictionary_behind_a_view():
+    known = {"scale": 1.5}
+
+    class Viewing(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.known = types.MappingProxyType(known)
+            self.chain = ChainMap({}, known)
+
+        def extra(self, x: Tensor) -> Tensor:
+            return x * self.known["scale"] * self.chain["scale"]
+
+    return Viewing(), lambda: known.update(scale=2.5)
+
+
+@case
+def _a_global_in_a_method_that_python_calls_by_itself():
+    class Indexed:
+        def __getitem__(self, key: int) -> float:
+            return settings.SCALE
+
+    class Indexing(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scales = Indexed()
+
+        def extra(self, x: Tensor) -> Tensor:
+            return x * self.scales[0]
+
+    return Indexing(), lambda: setattr(settings, "SCALE", settings.SCALE + 1)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+@pytest.mark.parametrize("name", CASES)
+def test_a_change_before_a_step_is_seen(name: str, step: int):
+    model, change = CASES[name]()
+    assert_seen(model.eval(), change, step)
+
+
+def test_code_that_was_replaced_is_seen_at_the_start():
+    """As an editor does that loads changed code into running functions."""
+
+    class Edited(Model):
+        def extra(self, x: Tensor) -> Tensor:
+            return x * 2
+
+    def other(self: Model, x: Tensor) -> Tensor:
+        return x * 3
+
+    assert_seen(Edited().eval(), lambda: setattr(Edited.extra, "__code__", other.__code__), 0)
+
+
+def assert_seen(model: Model, change: Change, step: int) -> None:
+    """Changes what the model reads before a step of the second generation."""
+    fast = pabc.compile(model, pabc.Schedule.none(TIMESTEPS), backend="eager")
+    x = torch.randn(2, 4, generator=torch.Generator().manual_seed(1))
+    before = model(x, torch.ones(2))
+    with torch.no_grad():
+        for generation in range(2):
+            for index, timestep in enumerate(TIMESTEPS):
+                if (generation, index) == (1, step):
+                    change()
+                    assert not torch.equal(model(x, torch.ones(2)), before)
+                t = torch.full((2,), timestep)
+                assert torch.equal(fast(x, t), model(x, t))
+    assert fast.stats.captures == 2
