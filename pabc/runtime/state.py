@@ -64,7 +64,7 @@ class Watch:
 
     Attributes:
         state: the description of each place.
-        names: what the code that may run names.
+        names: what methods of modules name, and functions that they hold.
         serial: the number of changes seen.
     """
 

@@ -31,12 +31,15 @@ class CodeScan:
     Attributes:
         functions: the functions that may be reached.
         names: what their code names: variables, attributes, and strings that may be such.
+        names_of_modules: what methods of modules name, and functions that objects hold.
     """
 
     def __init__(self, functions: dict[FunctionType, None]) -> None:
         """Starts from functions that objects hold, such as replaced methods and hooks."""
         self._held = functions
+        self._of_modules = set(functions)
         self.names: set[str] = set(ENTRIES)
+        self.names_of_modules: set[str] = set()
         self._waiting: dict[str, list[FunctionType]] = {}
         self.functions: dict[FunctionType, None] = {}
 
@@ -46,6 +49,8 @@ class CodeScan:
         for cls in classes:
             for name, value in vars(cls).items():
                 for function in _functions_in(value):
+                    if issubclass(cls, nn.Module):
+                        self._of_modules.add(function)
                     if name in self.names or _is_implicit(name, cls):
                         ready.append(function)
                     else:
@@ -56,6 +61,8 @@ class CodeScan:
                 continue
             self.functions[function] = None
             named = _names_in(function.__code__)
+            if function in self._of_modules:
+                self.names_of_modules |= named
             for name in named - self.names:
                 self.names.add(name)
                 ready += self._waiting.pop(name, [])

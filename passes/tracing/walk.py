@@ -72,7 +72,7 @@ class StateWalk:
         holders: the holders that were found.
         iterators: paths of objects whose state cannot be seen.
         functions: those that may be called.
-        names: what their code names.
+        names: what methods of modules name, and functions that objects hold.
     """
 
     def __init__(self) -> None:
@@ -116,12 +116,12 @@ class StateWalk:
                 if name not in known:
                     known.add(name)
                     self.visit(f"{file}.{name}", None, space[name])
-            for function in tuple(scan.functions):
+            for function in filter(_holds_something, tuple(scan.functions)):
                 self.visit(f"{function.__module__}.{function.__qualname__}", None, function)
             if not fresh and len(scan.functions) == known_functions:
                 break
             known_functions = len(scan.functions)
-        self.functions, self.names = tuple(scan.functions), frozenset(scan.names)
+        self.functions, self.names = tuple(scan.functions), frozenset(scan.names_of_modules)
         for space, file, known in names.values():
             self.holders.append(Holder(file, None, space, "globals", None, frozenset(known)))
 
@@ -231,6 +231,12 @@ class StateWalk:
         for base in cls.__mro__:
             if issubclass(base, nn.Module) or not is_library(base.__module__):
                 self._classes[base] = None
+
+
+def _holds_something(function: FunctionType) -> bool:
+    """Returns True for a function with variables of its own, or defaults."""
+    held = function.__closure__, function.__defaults__, function.__kwdefaults__, vars(function)
+    return any(held)
 
 
 def hook_path(path: str, hook: Any) -> str:
