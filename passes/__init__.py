@@ -118,7 +118,7 @@ from .tracing.records import (
 from .tracing.sizes import Sizes, concrete, hinted
 from .tracing.tensor_call import ResultLayout, TensorCall
 from .tracing.untouched import untouched
-from .tracing.walk import StateWalk, walk_from
+from .tracing.walk import StateWalk, find_holders, walk_from
 
 __all__ = [  # noqa: RUF022
     # The passes, in the order in which they run, and what checks their results.
@@ -275,6 +275,7 @@ __all__ = [  # noqa: RUF022
     "freeze",
     "describe",
     "describe_object",
+    "find_holders",
     "walk_from",
     "is_library",
     "is_state",
