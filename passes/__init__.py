@@ -95,6 +95,7 @@ from .tracing.guards import Reads
 from .tracing.holders import MISSING, Change, Holder, HolderKind
 from .tracing.hooks import HookCall
 from .tracing.modules import (
+    ORDER,
     Description,
     HolderKey,
     ModelState,
@@ -263,6 +264,7 @@ __all__ = [  # noqa: RUF022
     # The Python state of a model, which the runtime watches.
     "ModelState",
     "Description",
+    "ORDER",
     "Holder",
     "HolderKey",
     "HolderKind",

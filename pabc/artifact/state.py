@@ -24,6 +24,7 @@ from pabc.artifact.sources import (
 )
 from pabc.artifact.texts import hash_of_bytes, hash_of_values, text_of, text_of_key
 from pabc.passes import (
+    ORDER,
     Description,
     Holder,
     HolderKind,
@@ -108,6 +109,8 @@ class _Table:
         """Yields names and texts of what a holder has."""
         unnamed, contents = [], holder.read()
         for key, frozen in description.items():
+            if key == ORDER:  # what a forward only writes, it may write in another order
+                continue
             value = contents.get(key)
             if self._is_left_out(holder, key, value):
                 self.left_out.add(_clean(holder.name_of(key)))

@@ -118,33 +118,39 @@ class Replay:
 
     @torch.no_grad()
     def find_difference(self, step: int, call: MakeCall) -> float | None:
-        """Makes the calls of a step again, and returns the relative root mean squared difference
-        of their outputs from the recorded ones.
+        """Makes the calls of a step again, and returns the least relative root mean squared
+        difference of their outputs from the recorded ones.
 
-        None: they are those of the same model. It may round differently, or draw random numbers:
-        then two more runs differ as well.
+        None: a call gave what it gave, so that the model is the same. Others of the step may
+        differ: guiders set hooks for one call, and remove them after it. The model may round
+        differently, or draw random numbers: then two more runs differ as well.
         """
-        calls = self._heard.calls[step].values()
-        kept = [x for each in calls for x in each.outputs]
-        found = self._make_again(step, call)
-        if [x.shape for x in found] != [x.shape for x in kept]:
+        found = []
+        for name in self._heard.calls[step]:
+            difference = self._find_difference(step, name, call)
+            if difference is None:
+                return None
+            found.append(difference)
+        return min(found, default=None)
+
+    def _find_difference(self, step: int, name: str, call: MakeCall) -> float | None:
+        kept = self._heard.calls[step][name]
+        found = self._make_again(step, name, call)
+        if [x.shape for x in found] != [x.shape for x in kept.outputs]:
             return float("inf")
-        size = max(_rms(kept), 1e-30)
-        difference = _rms_of_difference(found, kept) / size
-        if not difference > max(map(_rounding, calls)):
+        size = max(_rms(kept.outputs), 1e-30)
+        difference = _rms_of_difference(found, kept.outputs) / size
+        if not difference > _rounding(kept):
             return None
-        chance = _rms_of_difference(found, self._make_again(step, call)) / size
+        chance = _rms_of_difference(found, self._make_again(step, name, call)) / size
         return difference if difference > 2 * chance else None
 
-    def _make_again(self, step: int, call: MakeCall) -> Vector:
-        heard = self._heard
-        found: list[torch.Tensor] = []
-        for name, kept in heard.calls[step].items():
-            args, kwargs = heard.with_inputs(step, name, heard.inputs(step))
-            with with_autocast(kept.autocast, kept.leaves):
-                outputs = find_outputs(call(step, name, kept.model, args, kwargs))
-            found += [output.clone() for output in outputs]
-        return found
+    def _make_again(self, step: int, name: str, call: MakeCall) -> Vector:
+        kept = self._heard.calls[step][name]
+        args, kwargs = self._heard.with_inputs(step, name, self._heard.inputs(step))
+        with with_autocast(kept.autocast, kept.leaves):
+            outputs = find_outputs(call(step, name, kept.model, args, kwargs))
+        return [output.clone() for output in outputs]
 
     def _recorded(self, step: int) -> Vector:
         """Returns the guided output of a step of the recording."""

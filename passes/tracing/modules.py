@@ -23,7 +23,8 @@ from .walk import find_holders, hook_path
 
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
 _CONTAINERS = (dict, list, set)
-_ORDER = "the order of keys"
+ORDER = "the order of keys"
+"""The name under which the description of a dictionary has its keys."""
 _WITHIN = ("", ".", ":", "[")
 """Follows the path of something in the paths of what is within it."""
 HolderKey = tuple[str, HolderKind]
@@ -145,7 +146,7 @@ def _describe_container(holder: Holder, paths: Paths) -> Description | None:
         return None
     contents = describe_object(holder, paths)
     is_ordered = isinstance(holder.value, dict)
-    return {**contents, _ORDER: tuple(holder.value)} if is_ordered else contents
+    return {**contents, ORDER: tuple(holder.value)} if is_ordered else contents
 
 
 def _value(value: Any, paths: Paths) -> Hashable:
