@@ -263,3 +263,24 @@ def assert_seen(model: Model, change: Change, step: int) -> None:
                 t = torch.full((2,), timestep)
                 assert torch.equal(fast(x, t), model(x, t))
     assert fast.stats.captures == 2
+
+
+class Peer:
+    """An object that leads to all others, each of which does so, too."""
+
+
+def test_objects_that_lead_to_one_another_are_described_in_little_time_and_memory():
+    peers = [Peer() for _ in range(40)]
+    for number, peer in enumerate(peers):
+        peer.scale = float(number)
+        vars(peer).update((f"peer_{i}", other) for i, other in enumerate(peers))
+
+    class Peering(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.peer = peers[3]
+
+        def extra(self, x: Tensor) -> Tensor:
+            return x * self.peer.peer_5.scale
+
+    assert_seen(Peering().eval(), lambda: setattr(peers[5], "scale", 7.0), 1)

@@ -39,6 +39,8 @@ _OWN = tuple(
 _VALUES = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
 _NESTING = 4
 """The depth to which objects within objects are compared by their attributes."""
+_MANY = 100
+"""Of more objects within one, the others are compared by identity."""
 
 
 def is_library(name: Any) -> bool:
@@ -72,32 +74,43 @@ class FrozenObject:
     held: Hashable
 
 
-def freeze(value: Any, within: tuple[int, ...] = ()) -> Hashable:
-    """Returns a hashable that is equal for equal values, now and later.
+def freeze(value: Any) -> Hashable:
+    """Returns a hashable that is equal for equal values, now and later."""
+    return _freeze(value, (), {})
 
-    `within` are the identities of the objects around the value, which may occur in it again.
-    """
+
+def _freeze(value: Any, within: tuple[int, ...], known: dict[int, int]) -> Hashable:
+    """Freezes a value. `within` are the identities of the objects around it, which may occur in it
+    again; `known` the number of each object that was met, so that none is looked into twice."""
     if isinstance(value, _VALUES):
         return type(value), value
     if id(value) in within:
         return "again", within.index(id(value))
+    if id(value) in known:
+        return "as before", known[id(value)]
     inner = (*within, id(value))
-    if isinstance(value, FunctionType):
-        cells = (freeze(_content(cell), inner) for cell in value.__closure__ or ())
-        return FunctionType, value.__code__, tuple(cells), freeze(value.__defaults__, inner)
+    if isinstance(value, FunctionType) and len(known) < _MANY:
+        known[id(value)] = len(known)
+        cells = (_freeze(_content(cell), inner, known) for cell in value.__closure__ or ())
+        return FunctionType, value.__code__, tuple(cells), _freeze(value.__defaults__, inner, known)
     if isinstance(value, MethodType):
-        return MethodType, freeze(value.__func__, inner), freeze(value.__self__, inner)
+        return (
+            MethodType,
+            _freeze(value.__func__, inner, known),
+            _freeze(value.__self__, inner, known),
+        )
     if type(value) is functools.partial:
         parts = (value.func, value.args, *value.keywords.items())
-        return functools.partial, tuple(freeze(part, inner) for part in parts)
+        return functools.partial, tuple(_freeze(part, inner, known) for part in parts)
     if type(value) is tuple:
-        return tuple, tuple(freeze(item, inner) for item in value)
+        return tuple, tuple(_freeze(item, inner, known) for item in value)
     if type(value) is frozenset:
-        return frozenset, frozenset(freeze(item, inner) for item in value)
-    if _is_plain_object(value) and len(within) < 3 * _NESTING:
+        return frozenset, frozenset(_freeze(item, inner, known) for item in value)
+    if _is_plain_object(value) and len(within) < 3 * _NESTING and len(known) < _MANY:
+        known[id(value)] = len(known)
         kind: Any = type(value)
         names = (*getattr(value, "__dict__", ()), *sorted(slots_of(kind)))
-        held = ((name, freeze(getattr(value, name, None), inner)) for name in names)
+        held = ((name, _freeze(getattr(value, name, None), inner, known)) for name in names)
         return FrozenObject(kind, tuple(held))
     return Same(value)
 
