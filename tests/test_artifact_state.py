@@ -5,123 +5,35 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from enum import Enum
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+import saved_states
 import torch
-from torch import nn
+from saved_states import (
+    STEPS,
+    TABLE,
+    Adapted,
+    Mode,
+    Model,
+    Noting,
+    check_loads,
+    generate,
+    save,
+    scaled,
+)
 
 import pabc
 from pabc import ArtifactError
 
 pytestmark = pytest.mark.runtime
-STEPS = [900.0, 500.0, 100.0]
-FACTOR = 1.5
-TABLE = {"factor": 1.5}
-
-
-class Mode(Enum):
-    SLOW = 1
-    FAST = 2
-
-
-@dataclass
-class Config:
-    scale: float = 1.0
-    modes: frozenset[Mode] = frozenset(Mode)
-    _bias: float = field(default=0.0, compare=False, repr=False)
-    _note: str = field(default="", compare=False, repr=False)
-
-
-class Holder:
-    def __init__(self) -> None:
-        self.scale = 1.0
-        self._scale = 1.0
-
-
-def scaled(x: Any, by: float) -> Any:
-    return x * by
-
-
-def by_global(x: Any) -> Any:
-    return x * FACTOR * TABLE["factor"]
-
-
-def biased(x: Any, config: Config) -> Any:
-    return x + config._bias
-
-
-class Adapted(nn.Module):
-    factor = 1.5
-    factors = (1.5,)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.base, self.up = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.enabled, self._scale, self.mode = True, 1.0, Mode.SLOW
-
-    def set_adapter(self, enabled: bool, scale: float = 1.0, mode: Mode = Mode.SLOW) -> None:
-        self.enabled, self._scale, self.mode = enabled, scale, mode
-
-    def forward(self, x: Any) -> Any:
-        if not self.enabled or self.mode is Mode.FAST:
-            return self.base(x)
-        return self.base(x) * self.factor * self.factors[0] + self._scale * self.up(x)
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.adapted, self.head, self.other = Adapted(), nn.Linear(4, 4), nn.Linear(4, 4)
-        self.config, self.held, self.names = Config(), (Holder(), [Holder()], Holder()), {"a"}
-        self.array, self.tensors = np.ones(2), [torch.ones(4)]
-        self.part = partial(scaled, by=1.5)
-        self.close_over(1.0)
-        self.active = self.held[2]
-
-    def close_over(self, scale: float) -> None:
-        own, config = self.other, {"scale": scale}
-        self.__dict__["call_other"] = lambda x: own(x) * config["scale"]
-
-    def forward(self, x: Any, t: Any) -> Any:
-        y = self.head(self.adapted(x)) * self.config.scale + float(self.array[0])
-        y = y * self.active.scale
-        y = y * self.held[0]._scale * self.held[1][0].scale + ("b" in self.names)
-        return (
-            self.call_other(self.part(by_global(biased(y, self.config))) * self.tensors[0])
-            * (t / 1000)[:, None]
-        )
-
-
-def generate(model: Any) -> list[Any]:
-    x = torch.randn(2, 4, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        return [model(x, torch.full((2,), t)) for t in STEPS]
-
-
-def save(model: nn.Module, path: Path) -> Path:
-    fast = pabc.compile(model, pabc.Schedule.none(STEPS), backend="eager")
-    generate(fast)
-    fast.save(path)
-    return path
 
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: Any) -> Path:
     return save(Model().eval(), tmp_path_factory.mktemp("artifact") / "fast.pabc")
-
-
-def check_loads(path: Path, model: nn.Module) -> None:
-    expected = generate(model)
-    loaded = pabc.load(path, model)
-    assert all(map(torch.equal, generate(loaded), expected))
-    assert loaded.stats.captures == 0
 
 
 def test_a_model_in_the_same_state_is_taken(artifact: Path) -> None:
@@ -208,17 +120,14 @@ def test_a_model_in_another_state_is_refused(kind: str, artifact: Path) -> None:
         pabc.load(artifact, model)
 
 
-THIS = sys.modules[__name__]
-
-
 @pytest.mark.parametrize(
     ("owner", "name", "value", "difference"),
     [
         (Adapted, "factor", 3.0, "class Adapted.factor: expected 1.5, found 3.0"),
         (Adapted, "factors", (3.0,), r"class Adapted.factors: expected \(1.5\), found \(3.0\)"),
         (Adapted, "forward", lambda self, x: x, "class Adapted.forward: expected def forward"),
-        (THIS, "FACTOR", 3.0, "test_artifact_state.FACTOR: expected 1.5, found 3.0"),
-        (THIS, "by_global", lambda x: x, "test_artifact_state.by_global: expected def by_global"),
+        (saved_states, "FACTOR", 3.0, "saved_states.FACTOR: expected 1.5, found 3.0"),
+        (saved_states, "by_global", lambda x: x, "saved_states.by_global: expected def by_global"),
     ],
 )
 def test_another_class_attribute_or_global_is_refused(
@@ -252,36 +161,6 @@ def test_the_state_at_the_time_of_saving_counts(tmp_path: Path) -> None:
         assert all(map(torch.equal, generate(loaded), generate(other)))
 
 
-class Counter(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def forward(self, x: Any) -> Any:
-        self.calls += 1
-        return x
-
-
-class Noting(Model):
-    """Counts its calls, builds a table at the first one, and has notes that differ each time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counter, self.memo, self.tables = Counter(), None, {}
-        self.held[0].address, self.config._note = id(self), f"made as {object()!r} by {id(self)}"
-
-    @cached_property
-    def size(self) -> int:
-        return 4
-
-    def forward(self, x: Any, t: Any) -> Any:
-        if self.memo is None:
-            self.memo = (torch.ones(self.size),)
-        if x.shape not in self.tables:
-            self.tables[x.shape] = torch.ones(4)
-        return super().forward(x, self.counter(t)) * self.memo[0] * self.tables[x.shape]
-
-
 @pytest.mark.parametrize("ran", [False, True])
 def test_what_a_forward_only_writes_is_no_state(ran: bool, tmp_path: Path) -> None:
     model, other = Noting().eval(), Noting().eval()
@@ -296,7 +175,8 @@ def test_what_a_forward_only_writes_is_no_state(ran: bool, tmp_path: Path) -> No
 
 PROGRAM = """
 import sys
-from test_artifact_state import *
+from saved_states import *
+from pathlib import Path
 path = Path(sys.argv[2])
 model = Noting().eval()
 save(model, path) if sys.argv[1] == "save" else check_loads(path, model)
