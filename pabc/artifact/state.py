@@ -162,7 +162,8 @@ class _Table:
             return False
         if holder.kind == "class":
             is_special = key.startswith("__") and key.endswith("__")
-            return key == "_abc_impl" or (is_special and not callable(value))
+            is_of_abc = type(value).__module__ == "_abc"  # which subclasses are registered
+            return is_of_abc or (is_special and not callable(value))
         kind = holder.owner or type(holder.value)
         if isinstance(getattr(kind, key, None), cached_property):
             return True
