@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 KIND = "plan of pabc.auto"
 VERSION = 3
-"""Of the format; also raised where plans of earlier versions may be wrong."""
+"""The version of the format; also raised where plans of earlier versions may be wrong."""
 
 
 def default_folder() -> Path:

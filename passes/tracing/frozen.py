@@ -40,7 +40,7 @@ _VALUES = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, tor
 _NESTING = 4
 """The depth to which objects within objects are compared by their attributes."""
 _MANY = 100
-"""Of more objects within one, the others are compared by identity."""
+"""The number of objects within one that are looked into; others are compared by identity."""
 
 
 def is_library(name: Any) -> bool:
