@@ -92,7 +92,7 @@ from .tracing.fakes import share_fake_mode
 from .tracing.foreign import refuse_hooks
 from .tracing.frozen import FrozenObject, Same, freeze, is_library
 from .tracing.guards import Reads
-from .tracing.holders import MISSING, Change, Holder, HolderKind
+from .tracing.holders import MISSING, Change, Holder, HolderKind, container_class
 from .tracing.hooks import HookCall
 from .tracing.modules import (
     ORDER,
@@ -268,6 +268,7 @@ __all__ = [  # noqa: RUF022
     "Holder",
     "HolderKey",
     "HolderKind",
+    "container_class",
     "Same",
     "FrozenObject",
     "Snapshot",

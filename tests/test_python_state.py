@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import types
-from collections import ChainMap
-from collections.abc import Callable
+from collections import ChainMap, OrderedDict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import pabc
+from pabc.passes import walk_from
 
 pytestmark = pytest.mark.runtime
 TIMESTEPS = (900.0, 600.0, 300.0)
@@ -227,6 +228,73 @@ def _a_global_in_a_method_that_python_calls_by_itself():
             return x * self.scales[0]
 
     return Indexing(), lambda: setattr(settings, "SCALE", settings.SCALE + 1)
+
+
+class Registry(OrderedDict[str, Any]):
+    """Makes an object of the class under a key, as a library's table of activations does."""
+
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(key)(key)
+
+
+class Weighted(list[float]):
+    """Does not yield what it holds."""
+
+    def __iter__(self) -> Iterator[float]:
+        raise AssertionError("nobody iterates over the weights")
+
+
+registry = Registry(double=lambda key: Scale(2.0))
+
+
+@case
+def _a_class_in_a_table_that_makes_objects():
+    class Registered(Model):
+        def extra(self, x: Tensor) -> Tensor:
+            return registry["double"](x)
+
+    def change() -> None:
+        registry["double"] = lambda key: Scale(len(registry) + 3.0)
+
+    registry["double"] = lambda key: Scale(2.0)
+    return Registered(), change
+
+
+@case
+def _a_list_with_an_iterator_of_its_own():
+    class Listing(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = Weighted([2.0, 3.0])
+
+        def extra(self, x: Tensor) -> Tensor:
+            return x * self.weights[1]
+
+    model = Listing()
+    return model, lambda: model.weights.__setitem__(1, 4.0)
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_settings_of_modules_are_seen_but_not_all_that_another_package_leads_to(
+    installed: bool, monkeypatch: pytest.MonkeyPatch
+):
+    other = types.ModuleType("other_package.settings")
+    other.__file__ = f"/lib/{'site-packages/' * installed}other_package/settings.py"
+    other.SCALE, other.chosen = 1.5, Scale(2.0)
+    monkeypatch.setitem(globals(), "settings", other)
+
+    class Using(Model):
+        def extra(self, x: Tensor) -> Tensor:
+            assert len(x) == 2  # pytest makes a call of a module of its own of this
+            return settings.chosen(x) * settings.SCALE
+
+    model = Using().eval()
+    assert_seen(model, lambda: setattr(other, "SCALE", 2.5), 1)
+    walk = walk_from([("", "", model)])
+    assert [h.path for h in walk.holders if h.path == "other_package.settings.chosen"] == (
+        [] if installed else ["other_package.settings.chosen"]
+    )
+    assert not [h.path for h in walk.holders if "pytest" in h.path]
 
 
 @pytest.mark.parametrize("step", [0, 1])

@@ -6,7 +6,8 @@ import functools
 import gc
 import operator
 import sys
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from types import FunctionType
 from typing import Any
@@ -24,6 +25,7 @@ from pabc.passes import (
     ModelState,
     Same,
     StateWalk,
+    container_class,
     describe,
     describe_object,
     is_library,
@@ -44,6 +46,8 @@ _REACHED: tuple[HolderKind, ...] = (
 """Kinds of holders that are new only where something that leads to them is, which tells more."""
 _SLOW: tuple[HolderKind, ...] = ("slots", "array")
 """Kinds of holders that are described at each call."""
+_BARE: tuple[Any, ...] = (list, set, deque)
+"""Containers without keys."""
 _HAS_VERSIONS = sys.version_info < (3, 13)
 """True where a write to an attribute changes the version of the dictionary that has it."""
 _contents = operator.attrgetter("cell_contents")
@@ -114,14 +118,16 @@ class _Look:
         self._versioned = [
             *versions,
             *(_class_dict(h.value) for h in rest["class"]),
-            *(value for value in contained if isinstance(value, dict)),
+            *(value for value in contained if issubclass(type(value), dict)),
         ]
         self._counted = list(lengths)
         # A module's globals come and go: those that are read are looked up.
         pairs = [(h.value, name) for h in rest["globals"] for name in h.names or ()]
         self._spaces, self._names = [space for space, _ in pairs], [name for _, name in pairs]
         self._functions = functions
-        self._others = [value for value in contained if not isinstance(value, dict)]
+        self._others = {
+            base: [v for v in contained if container_class(v) is base] for base in _BARE
+        }
         self._children = tuple(h.value for h in rest["children"] if h.value)
         variables = rest["variable"]
         self._cells = [h.value for h in variables if h.read()]
@@ -130,7 +136,7 @@ class _Look:
         self._kept = [  # so that no other object takes the address of one whose id is compared
             *map(_contents, self._cells),
             *map(dict.get, self._spaces, self._names),
-            *chain.from_iterable(self._others),
+            *chain.from_iterable(self._entries()),
             *(_values(self._versioned) if not _HAS_VERSIONS else ()),
             *chain.from_iterable(map(_code, functions)),
         ]
@@ -150,12 +156,17 @@ class _Look:
             gc.get_referents(*self._children),
             RemovableHandle.next_id,
             list(map(id, map(dict.get, self._spaces, self._names))),
-            list(map(len, self._others)),
-            list(map(id, chain.from_iterable(self._others))),
+            [list(map(base.__len__, values)) for base, values in self._others.items()],
+            [list(map(id, entries)) for entries in self._entries()],
             list(map(id, map(_contents, self._cells))),
             [describe_object(h, {}) for h in self._slow] if self._slow else None,
             list(map(id, chain.from_iterable(map(_code, self._functions)))),
         )
+
+    def _entries(self) -> Iterator[Iterator[Any]]:
+        """Yields what containers without keys hold, one iterator for each class of containers."""
+        for base, values in self._others.items():
+            yield chain.from_iterable(map(base.__iter__, values))
 
 
 def _read_versions(dictionaries: Sequence[dict[Any, Any]]) -> tuple[object, ...]:
@@ -163,7 +174,7 @@ def _read_versions(dictionaries: Sequence[dict[Any, Any]]) -> tuple[object, ...]
     on, their keys and the identities of their values."""
     if _HAS_VERSIONS:
         return (*map(dict_version, dictionaries),)
-    names = list(chain.from_iterable(dictionaries))
+    names = list(chain.from_iterable(map(dict.__iter__, dictionaries)))
     return list(map(len, dictionaries)), names, list(map(id, _values(dictionaries)))
 
 

@@ -36,7 +36,18 @@ _OWN = tuple(
         "inplace",
     )
 )
-_VALUES = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
+PLAIN_VALUES = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    type(None),
+)
 _NESTING = 4
 """The depth to which objects within objects are compared by their attributes."""
 _MANY = 100
@@ -82,7 +93,7 @@ def freeze(value: Any) -> Hashable:
 def _freeze(value: Any, within: tuple[int, ...], known: dict[int, int]) -> Hashable:
     """Freezes a value. `within` are the identities of the objects around it, which may occur in it
     again; `known` the number of each object that was met, so that none is looked into twice."""
-    if isinstance(value, _VALUES):
+    if isinstance(value, PLAIN_VALUES):
         return type(value), value
     if id(value) in within:
         return "again", within.index(id(value))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dis
 import functools
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from torch import nn
 
-from .frozen import is_library
+from .frozen import PLAIN_VALUES, is_library
 
 ENTRIES = ("forward", "__call__")
 """The methods that calls of a model, or of an object in it, start with."""
@@ -19,6 +20,8 @@ _NOT_CALLED = frozenset(
     + ("__getstate__", "__setstate__", "__init_subclass__", "__class_getitem__", "__deepcopy__")
 )
 """Methods that a forward has no use for."""
+_INSTALLED = frozenset({"site-packages", "dist-packages"})
+"""Folders that packages are installed in."""
 
 
 class CodeScan:
@@ -75,18 +78,36 @@ def _find_globals(
     function: FunctionType, named: frozenset[str]
 ) -> Iterator[tuple[dict[str, Any], str]]:
     """Yields the globals of a function, and those of modules of the user's that code may read as
-    their attributes: a dictionary and a name in it."""
-    waiting = [(function.__globals__, _globals_in(function.__code__))]
+    their attributes: a dictionary and a name in it.
+
+    Of another installed package's modules, only numbers, strings and the like are yielded: its
+    functions and objects may lead to all that a process holds.
+    """
+    package = _package_of(function.__globals__)
+    waiting = [(function.__globals__, _globals_in(function.__code__), True)]
     entered = set()
     while waiting:
-        space, names = waiting.pop()
+        space, names, is_own = waiting.pop()
         for name in names & space.keys():
             value = space[name]
             if not isinstance(value, ModuleType):
-                yield space, name
+                if is_own or isinstance(value, PLAIN_VALUES):
+                    yield space, name
             elif not is_library(value.__name__) and value not in entered:
                 entered.add(value)
-                waiting.append((vars(value), named))
+                inner = vars(value)
+                waiting.append((inner, named, _package_of(inner) in (None, package)))
+
+
+def _package_of(space: dict[str, Any]) -> str | None:
+    """Returns the installed package that globals belong to, or None for a user's own code."""
+    is_installed = _is_installed(str(space.get("__file__")))
+    return str(space.get("__name__")).partition(".")[0] if is_installed else None
+
+
+@functools.cache
+def _is_installed(file: str) -> bool:
+    return not _INSTALLED.isdisjoint(Path(file).parts)
 
 
 def _is_implicit(name: str, cls: type) -> bool:

@@ -1,7 +1,12 @@
-"""holders: places that Python code can write to, and their contents."""
+"""holders: places that Python code can write to, and their contents.
+
+Containers are read and written as the class of Python's own does it. A subclass may answer with
+something else than what it holds, such as an object that is made at each access.
+"""
 
 from __future__ import annotations
 
+from collections import OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import CellType
@@ -35,6 +40,14 @@ HolderKind = Literal[
 ]
 _NAMED = frozenset({"object", "slots", "module", "children", "tensors", "class", "globals"})
 """Kinds whose keys are attributes, or names."""
+
+
+CONTAINERS: tuple[type, ...] = (OrderedDict, dict, list, set, deque)
+
+
+def container_class(value: Any) -> Any:
+    """Returns the class of Python's own whose methods read and write what a container holds."""
+    return next(base for base in CONTAINERS if issubclass(type(value), base))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +86,17 @@ class Holder:
             return {name: value[name] for name in self.names if name in value}
         if isinstance(value, type):
             return dict(vars(value))
-        if isinstance(value, dict):
-            return dict(value)
         if isinstance(value, CellType):
             try:
                 return {"": value.cell_contents}
             except ValueError:  # empty
                 return {}
-        if isinstance(value, set):
-            return {item: item for item in value}
-        return dict(enumerate(value))
+        base = container_class(value)
+        if issubclass(base, dict):
+            return dict(base.items(value))
+        if base is set:
+            return {item: item for item in set.__iter__(value)}
+        return dict(enumerate(base.__iter__(value)))
 
     def write(self, contents: dict[Any, Any]) -> None:
         """Replaces the contents by those that :meth:`read` returned earlier."""
@@ -91,20 +105,21 @@ class Holder:
             value[...] = np.frombuffer(contents[""], value.dtype).reshape(value.shape)
         elif self.names is not None or isinstance(value, type):
             self._write_names(contents)
-        elif isinstance(value, dict):
-            value.clear()
-            value.update(contents)
         elif isinstance(value, CellType):
             if contents:
                 value.cell_contents = contents[""]
             else:
                 del value.cell_contents
-        elif isinstance(value, set):
-            value.clear()
-            value.update(contents)
         else:
-            value.clear()
-            value.extend(contents.values())
+            base = container_class(value)
+            base.clear(value)
+            if issubclass(base, dict):
+                for key, item in contents.items():
+                    base.__setitem__(value, key, item)
+            elif base is set:
+                set.update(value, contents)
+            else:
+                base.extend(value, contents.values())
 
     def _write_names(self, contents: Mapping[str, Any]) -> None:
         """Restores attributes, or globals, one by one."""

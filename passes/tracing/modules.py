@@ -145,8 +145,8 @@ def _describe_container(holder: Holder, paths: Paths) -> Description | None:
     if not is_state(holder):
         return None
     contents = describe_object(holder, paths)
-    is_ordered = isinstance(holder.value, dict)
-    return {**contents, ORDER: tuple(holder.value)} if is_ordered else contents
+    is_ordered = issubclass(type(holder.value), dict)
+    return {**contents, ORDER: tuple(contents)} if is_ordered else contents
 
 
 def _value(value: Any, paths: Paths) -> Hashable:

@@ -29,7 +29,7 @@ from pabc.internals.modules import BUFFERS, CHILDREN, FORWARD_HOOKS, FORWARD_PRE
 
 from .frozen import is_library, slots_of
 from .globals import ENTRIES, CodeScan, is_of_library
-from .holders import Holder, HolderKind
+from .holders import CONTAINERS, Holder, HolderKind
 
 HOOKS = (FORWARD_PRE_HOOKS, FORWARD_HOOKS)
 _PLAIN_OBJECTS = (
@@ -181,7 +181,7 @@ class StateWalk:
         self._later((path, module, vars(function)))
 
     def _note_object(self, path: str, module: str | None, value: Any) -> None:
-        if isinstance(value, (dict, list, set, deque)):
+        if issubclass(type(value), CONTAINERS):
             self._hold(path, module, value)
         elif isinstance(value, (tuple, frozenset)):
             self._later(*((f"{path}[{i}]", module, x) for i, x in enumerate(value)))
