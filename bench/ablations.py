@@ -207,6 +207,7 @@ def list_ways() -> dict[str, Find]:
         "compensation: none": find_best(_change(compensation=0.0)),
         "compensation: of all errors, not half": find_best(_change(compensation=1.0)),
         "growth of errors: none expected": find_best(_change(growth="none")),
+        "growth of errors: a decay as it is, not its square": find_best(_change(power=1.0)),
         "growth of errors: measured": find_best(grows=True),
         "costs of all steps alike": find_best(_change(cost="flat", growth="none")),
         "branches alike, not guided": find_best(_change(is_guided=False)),

@@ -37,6 +37,7 @@ class Kind:
         growth: what becomes of errors on their way to the result: `"none"`, nothing; `"early"`,
             those of the first steps grow (see `amplify_early`); `"decay"`, they decay with the
             noise (see `expect_growth`), and fewer of the early steps are computed.
+        power: that a decay is raised to where steps are chosen.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Kind:
     cost: Cost = "direct"
     is_guided: bool = True
     growth: Growth = "early"
+    power: float = 2.0
 
 
 COMPENSATION = 0.5

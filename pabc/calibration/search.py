@@ -178,7 +178,7 @@ def search(
         key = (sources, kind.is_fitted, kind.is_guided)
         if key not in amplitudes:
             amplitudes[key] = find_amplitudes(grams[kind.is_guided], grid, kind)
-        costs = (*key, kind.cost, kind.growth)
+        costs = (*key, kind.cost, kind.growth, kind.power)
         if costs not in paths:
             scale = weigh_steps(updates, kind, growths[kind.growth])
             paths[costs] = find_paths(grid, amplitudes[key], scale)
@@ -239,13 +239,13 @@ def find_weights(
 def weigh_steps(updates: Updates, kind: Kind, growth: np.ndarray) -> np.ndarray:
     """Returns what an error of the guided output at each step costs in the search, [n].
 
-    Where the sampler is not known, all cost the same. A decay counts twice, as its square: of 40
-    choices on the emoji, on noise that was not recorded, the plans were 1.5 dB better in the mean.
+    Where the sampler is not known, all cost the same. A decay counts as its square: of 40 choices on
+    the emoji, on noise that was not recorded, the plans were 1.5 dB better in the mean.
     """
     scale = np.ones(updates.num_steps)
     if kind.cost != "flat" and is_known(updates):
         scale = np.abs(updates.direct if kind.cost == "direct" else updates.propagated())
-    return scale * (growth**2 if kind.growth == "decay" else growth)
+    return scale * (growth**kind.power if kind.growth == "decay" else growth)
 
 
 def find_effects(updates: Updates, growth: np.ndarray) -> np.ndarray:
