@@ -352,3 +352,18 @@ def test_objects_that_lead_to_one_another_are_described_in_little_time_and_memor
             return x * self.peer.peer_5.scale
 
     assert_seen(Peering().eval(), lambda: setattr(peers[5], "scale", 7.0), 1)
+
+
+def test_a_recapture_names_what_changed_not_the_object_that_leads_to_it(
+    caplog: pytest.LogCaptureFixture,
+):
+    model = Model()
+    model.pipe = types.SimpleNamespace(scheduler=Scale(1.0))
+    model.pipe.owner = Peer()
+    model.pipe.owner.steps = Scale(0.0)
+    fast = pabc.compile(model.eval(), pabc.Schedule.none(TIMESTEPS), backend="eager")
+    x = torch.randn(2, 4)
+    for step, timestep in enumerate(TIMESTEPS):
+        model.pipe.owner.steps.scale = float(step > 1)
+        fast(x, torch.full((2,), timestep))
+    assert "scale of pipe.owner.steps changed" in caplog.text

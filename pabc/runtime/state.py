@@ -230,7 +230,7 @@ class StateCheck:
 
     def __init__(self, modules: ModelState) -> None:
         self._modules = modules
-        self._differing: dict[HolderKey, str] = {}
+        self._differing: dict[HolderKey, tuple[str, str]] = {}
         self._seen: tuple[Watch, int] | None = None
 
     def hold(self, watch: Watch) -> bool:
@@ -238,14 +238,23 @@ class StateCheck:
         return self.difference(watch) is None
 
     def difference(self, watch: Watch) -> str | None:
-        """Returns the first difference in words, or None."""
+        """Returns the first difference in words, or None.
+
+        Of an object that is described by what it leads to, it names what changed, not the object.
+        """
         if self._seen is None or self._seen[0] is not watch:
             self._compare(watch, {**watch.state, **self._modules.expected})
         elif self._seen[1] != watch.serial:
             self._compare(watch, watch.changed_since(self._seen[1]))
         self._seen = watch, watch.serial
         first = min(self._differing, key=lambda place: _ORDER.index(place[1]), default=None)
-        return None if first is None else self._differing[first]
+        if first is None:
+            return None
+        reason, path = self._differing[first]
+        deeper = {place[0]: found for place, found in self._differing.items() if place != first}
+        while path in deeper:
+            reason, path = deeper.pop(path)
+        return reason
 
     def _compare(self, watch: Watch, places: Iterable[HolderKey]) -> None:
         for place in places:
@@ -253,9 +262,9 @@ class StateCheck:
             if self._modules.excludes(place):
                 continue
             expected, found = self._modules.expected.get(place), watch.state.get(place)
-            reason = self._differ(place, expected, found, watch.names)
-            if reason is not None:
-                self._differing[place] = reason
+            difference = self._differ(place, expected, found, watch.names)
+            if difference is not None:
+                self._differing[place] = difference
 
     def _differ(
         self,
@@ -263,20 +272,21 @@ class StateCheck:
         old: Description | None,
         new: Description | None,
         names: Collection[str],
-    ) -> str | None:
+    ) -> tuple[str, str] | None:
+        """Returns a difference in words, and the path of what differs; or None."""
         where = place[0] or "the model"
         if old == new or (place[1] == "hooks" and self._are_alike(old, new)):
             return None
         if old is None and place[1] in _REACHED:
             return None
         if old is None or new is None:
-            return f"{where} is {'new' if old is None else 'gone'}"
+            return f"{where} is {'new' if old is None else 'gone'}", place[0]
         for name in {**old, **new}:
             if old.get(name) == new.get(name) or (place, name) in self._modules.written:
                 continue
             if name not in old and name not in names and _is_unread(name, place, new):
                 continue
-            return f"{name} of {where} changed"
+            return f"{name} of {where} changed", f"{place[0]}.{name}".lstrip(".")
         return None
 
     def _are_alike(self, old: Description | None, new: Description | None) -> bool:
