@@ -239,8 +239,8 @@ def find_weights(
 def weigh_steps(updates: Updates, kind: Kind, growth: np.ndarray) -> np.ndarray:
     """Returns what an error of the guided output at each step costs in the search, [n].
 
-    Where the sampler is not known, all cost the same. A decay counts as its square: of 40 choices on
-    the emoji, on noise that was not recorded, the plans were 1.5 dB better in the mean.
+    Where the sampler is not known, all cost the same. A decay counts as its square: of 40 choices
+    on the emoji, on noise that was not recorded, the plans were 1.5 dB better in the mean.
     """
     scale = np.ones(updates.num_steps)
     if kind.cost != "flat" and is_known(updates):
