@@ -127,11 +127,17 @@ class Model(nn.Module):
             self.diffusion_model = Net()
         self.model_sampling = Flow()
 
-    def apply_model(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
-        options = kwargs["transformer_options"]
-        return run_wrapped("apply_model", self._apply_model, self, options, x, t, **kwargs)
+    def apply_model(
+        self, x: Tensor, t: Tensor, control: Any, transformer_options: Any, **kwargs: Any
+    ) -> Tensor:
+        options = transformer_options
+        inputs = x, t, control, options  # by position, as ComfyUI gives them to wrappers
+        return run_wrapped("apply_model", self._apply_model, self, options, *inputs, **kwargs)
 
-    def _apply_model(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+    def _apply_model(
+        self, x: Tensor, t: Tensor, control: Any, transformer_options: Any, **kwargs: Any
+    ) -> Tensor:
+        kwargs |= {"control": control, "transformer_options": transformer_options}
         output = self.diffusion_model(x.to(self.diffusion_model.dtype), t, **kwargs).float()
         return x - output * t.view(-1, *(1,) * (x.ndim - 1))
 

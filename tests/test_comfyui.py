@@ -219,9 +219,10 @@ def test_the_last_node_of_a_chain_counts() -> None:
 
 
 def test_a_node_that_copies_the_options_of_a_run() -> None:
-    def copy_options(executor: Any, *args: Any, transformer_options: Any, **kwargs: Any) -> Any:
-        copied = copy.deepcopy(transformer_options)
-        return executor(*args, transformer_options=copied, **kwargs)
+    def copy_options(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        copied = [copy.deepcopy(x) if isinstance(x, dict) else x for x in args]
+        assert any(isinstance(x, dict) for x in args)
+        return executor(*copied, **kwargs)
 
     fast = accelerate(host.make())
     expected = host.sample(fast)
