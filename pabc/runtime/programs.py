@@ -157,7 +157,8 @@ class Programs:
         known = self._programs.get(key, [])
         reason = known[-1].state_difference(self._model) if known else None
         if reason is not None:
-            logger.warning("recaptured: %s", reason)
+            hint = "; if forward does not read it, keep it outside of the model"
+            logger.warning("recaptured: %s%s", reason, hint if len(known) > 1 else "")
 
     def _keep(self, key: CallKey, program: Program) -> None:
         """Adds a program. Of those for other states of the model, drops the oldest beyond
