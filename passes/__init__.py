@@ -90,7 +90,7 @@ from .tracing.alone import before_trace
 from .tracing.calls import ResultForm
 from .tracing.fakes import share_fake_mode
 from .tracing.foreign import refuse_hooks
-from .tracing.frozen import FrozenObject, Same, freeze, is_library
+from .tracing.frozen import PLAIN_VALUES, FrozenObject, Same, freeze, is_library
 from .tracing.guards import Reads
 from .tracing.holders import MISSING, Change, Holder, HolderKind, container_class
 from .tracing.hooks import HookCall
@@ -100,7 +100,6 @@ from .tracing.modules import (
     HolderKey,
     ModelState,
     describe,
-    describe_object,
     is_state,
 )
 from .tracing.numbers import Comparison
@@ -275,9 +274,9 @@ __all__ = [  # noqa: RUF022
     "StateWalk",
     "Change",
     "MISSING",
+    "PLAIN_VALUES",
     "freeze",
     "describe",
-    "describe_object",
     "find_holders",
     "walk_from",
     "is_library",

@@ -297,6 +297,36 @@ def test_settings_of_modules_are_seen_but_not_all_that_another_package_leads_to(
     assert not [h.path for h in walk.holders if "pytest" in h.path]
 
 
+@pytest.mark.parametrize("settings", [{"scale": 1.5}, Scale(1.5)], ids=["dictionary", "object"])
+def test_what_an_opaque_module_shares_with_a_traced_one_is_seen(settings: Any):
+    """The graph calls the module that counts; the other one's scale is in the graph."""
+    write = settings.__setitem__ if isinstance(settings, dict) else settings.__setattr__
+    write("scale", 1.5)
+
+    class Part(nn.Module):
+        def __init__(self, counts: bool) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4).requires_grad_(False)
+            self.settings, self.counts, self.calls = settings, counts, 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.counts:
+                self.calls += 1
+            held = self.settings
+            return self.inner(x) * (held["scale"] if isinstance(held, dict) else held.scale)
+
+    class Sharing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Part(True), Part(False)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.first(x) + self.second(x) * t.view(-1, 1) / 1000
+
+    model = Sharing().eval()
+    assert_seen(model, lambda: write("scale", 2.5), 1)
+
+
 @pytest.mark.parametrize("step", [0, 1])
 @pytest.mark.parametrize("name", CASES)
 def test_a_change_before_a_step_is_seen(name: str, step: int):

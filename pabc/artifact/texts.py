@@ -36,7 +36,7 @@ def text_of(frozen: Hashable) -> str:
     if isinstance(frozen, Same):
         return _text_of_object(frozen.value)
     if isinstance(frozen, FrozenObject):
-        return _text_of_instance(frozen.kind, dict(_pairs(frozen.held)).get("_name_"))
+        return _text_of_instance(frozen.kind, dict(frozen.held).get("_name_"))
     if isinstance(frozen, tuple) and frozen:
         return _text_of_tagged(*frozen)
     return str(frozen)
@@ -119,10 +119,6 @@ def _text_of_instance(kind: type, name: Any, value: Any = None) -> str:
         return f"{kind.__qualname__}.{name}"
     own = getattr(value, "__qualname__", None)  # a function of C
     return f"a {kind.__qualname__} {own}" if isinstance(own, str) else f"a {kind.__qualname__}"
-
-
-def _pairs(held: Hashable) -> Any:
-    return held
 
 
 def _without_addresses(text: str) -> str:

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pabc.internals.dynamo import dict_version
 from pabc.passes import (
+    PLAIN_VALUES,
     Description,
     FrozenObject,
     Holder,
@@ -27,7 +28,6 @@ from pabc.passes import (
     StateWalk,
     container_class,
     describe,
-    describe_object,
     is_library,
     is_state,
     walk_from,
@@ -45,7 +45,7 @@ _REACHED: tuple[HolderKind, ...] = (
 )
 """Kinds of holders that are new only where something that leads to them is, which tells more."""
 _SLOW: tuple[HolderKind, ...] = ("slots", "array")
-"""Kinds of holders that are described at each call."""
+"""Kinds of holders that are read one by one at each call."""
 _BARE: tuple[Any, ...] = (list, set, deque)
 """Containers without keys."""
 _HAS_VERSIONS = sys.version_info < (3, 13)
@@ -159,7 +159,7 @@ class _Look:
             [list(map(base.__len__, values)) for base, values in self._others.items()],
             [list(map(id, entries)) for entries in self._entries()],
             list(map(id, map(_contents, self._cells))),
-            [describe_object(h, {}) for h in self._slow] if self._slow else None,
+            list(map(_read_slowly, self._slow)),
             list(map(id, chain.from_iterable(map(_code, self._functions)))),
         )
 
@@ -167,6 +167,12 @@ class _Look:
         """Yields what containers without keys hold, one iterator for each class of containers."""
         for base, values in self._others.items():
             yield chain.from_iterable(map(base.__iter__, values))
+
+
+def _read_slowly(holder: Holder) -> dict[Any, Hashable]:
+    """Returns what a holder holds: plain values, and other objects by identity."""
+    contents = holder.read()
+    return {k: x if isinstance(x, PLAIN_VALUES) else Same(x) for k, x in contents.items()}
 
 
 def _read_versions(dictionaries: Sequence[dict[Any, Any]]) -> tuple[object, ...]:

@@ -2,17 +2,17 @@
 
 Containers and arrays, which can change in place, are compared by identity: the walk over a model's
 state (:mod:`pabc.passes.tracing.walk`) visits their contents. So are tensors and modules. Functions
-and objects are equal if they are alike: libraries that set a hook for one call create it anew each
-time.
+and objects are equal if they are alike, since libraries that set a hook for one call create it anew
+each time: by all they hold, or, where the walk visits them, by their class and their path.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from types import FunctionType, MethodType
+from types import FunctionType, MappingProxyType, MethodType
 from typing import Any
 
 import torch
@@ -59,6 +59,10 @@ def is_library(name: Any) -> bool:
     return str(name).partition(".")[0] in LIBRARIES or str(name).startswith(_OWN)
 
 
+PLACE = "the place"
+"""The name under which an object that is described elsewhere has the path of that place."""
+
+
 class Same:
     """An object that equals itself alone. It is kept alive, so that no other gets its address."""
 
@@ -79,51 +83,80 @@ class Same:
 
 @dataclass(frozen=True, slots=True)
 class FrozenObject:
-    """An object that is compared by its attributes."""
+    """An object that is compared by its attributes.
+
+    Attributes:
+        kind: its class.
+        held: names and frozen values of its attributes; or :data:`PLACE` and the path under which
+            these are described.
+    """
 
     kind: type
-    held: Hashable
+    held: tuple[tuple[str, Hashable], ...]
 
 
-def freeze(value: Any) -> Hashable:
-    """Returns a hashable that is equal for equal values, now and later."""
-    return _freeze(value, (), {})
+def freeze(value: Any, paths: Mapping[int, str] = MappingProxyType({})) -> Hashable:
+    """Returns a hashable that is equal for equal values, now and later.
+
+    `paths`: where objects are described, by the identity of their attributes' dictionary, or of
+    objects with slots alone. Those are told by their class and that path, others by all they hold.
+    """
+    return _Freezer(paths).freeze(value, ())
 
 
-def _freeze(value: Any, within: tuple[int, ...], known: dict[int, int]) -> Hashable:
-    """Freezes a value. `within` are the identities of the objects around it, which may occur in it
-    again; `known` the number of each object that was met, so that none is looked into twice."""
-    if isinstance(value, PLAIN_VALUES):
-        return type(value), value
-    if id(value) in within:
-        return "again", within.index(id(value))
-    if id(value) in known:
-        return "as before", known[id(value)]
-    inner = (*within, id(value))
-    if isinstance(value, FunctionType) and len(known) < _MANY:
-        known[id(value)] = len(known)
-        cells = (_freeze(_content(cell), inner, known) for cell in value.__closure__ or ())
-        return FunctionType, value.__code__, tuple(cells), _freeze(value.__defaults__, inner, known)
-    if isinstance(value, MethodType):
-        return (
-            MethodType,
-            _freeze(value.__func__, inner, known),
-            _freeze(value.__self__, inner, known),
-        )
-    if type(value) is functools.partial:
-        parts = (value.func, value.args, *value.keywords.items())
-        return functools.partial, tuple(_freeze(part, inner, known) for part in parts)
-    if type(value) is tuple:
-        return tuple, tuple(_freeze(item, inner, known) for item in value)
-    if type(value) is frozenset:
-        return frozenset, frozenset(_freeze(item, inner, known) for item in value)
-    if _is_plain_object(value) and len(within) < 3 * _NESTING and len(known) < _MANY:
-        known[id(value)] = len(known)
+class _Freezer:
+    """Freezes a value, and what is within it.
+
+    Attributes:
+        paths: see :func:`freeze`.
+        known: the number of each object that was met, so that none is looked into twice.
+    """
+
+    def __init__(self, paths: Mapping[int, str]) -> None:
+        self.paths = paths
+        self.known: dict[int, int] = {}
+
+    def freeze(self, value: Any, within: tuple[int, ...]) -> Hashable:
+        """Freezes a value. `within` are the identities of the objects around it, which may occur in
+        it again."""
+        if isinstance(value, PLAIN_VALUES):
+            return type(value), value
+        if id(value) in within:
+            return "again", within.index(id(value))
+        if id(value) in self.known:
+            return "as before", self.known[id(value)]
+        inner = (*within, id(value))
+        if isinstance(value, FunctionType) and len(self.known) < _MANY:
+            self.known[id(value)] = len(self.known)
+            cells = tuple(self.freeze(_content(cell), inner) for cell in value.__closure__ or ())
+            return FunctionType, value.__code__, cells, self.freeze(value.__defaults__, inner)
+        if isinstance(value, MethodType):
+            function, owner = self.freeze(value.__func__, inner), self.freeze(value.__self__, inner)
+            return MethodType, function, owner
+        if type(value) is functools.partial:
+            parts = (value.func, value.args, *value.keywords.items())
+            return functools.partial, tuple(self.freeze(part, inner) for part in parts)
+        if type(value) is tuple:
+            return tuple, tuple(self.freeze(item, inner) for item in value)
+        if type(value) is frozenset:
+            return frozenset, frozenset(self.freeze(item, inner) for item in value)
+        if _is_plain_object(value):
+            return self._freeze_object(value, within)
+        return Same(value)
+
+    def _freeze_object(self, value: Any, within: tuple[int, ...]) -> Hashable:
         kind: Any = type(value)
-        names = (*getattr(value, "__dict__", ()), *sorted(slots_of(kind)))
-        held = ((name, _freeze(getattr(value, name, None), inner, known)) for name in names)
+        own = getattr(value, "__dict__", None)
+        path = self.paths.get(id(value) if own is None else id(own))
+        if path is not None:
+            return FrozenObject(kind, ((PLACE, path),))
+        if len(within) >= 3 * _NESTING or len(self.known) >= _MANY:
+            return Same(value)
+        self.known[id(value)] = len(self.known)
+        names = (*(own or ()), *sorted(slots_of(kind)))
+        inner = (*within, id(value))
+        held = ((name, self.freeze(getattr(value, name, None), inner)) for name in names)
         return FrozenObject(kind, tuple(held))
-    return Same(value)
 
 
 def _content(cell: Any) -> Any:

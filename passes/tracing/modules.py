@@ -8,7 +8,7 @@ may compute something else, which is another program. Here the state is describe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,11 @@ from pabc.base.forward import state_of_part, state_within
 
 from .frozen import Same, freeze
 from .holders import Holder, HolderKind
-from .walk import find_holders, hook_path
+from .walk import hook_path, walk_from
 
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
 _CONTAINERS = (dict, list, set)
+_TOLD_BY_PATH: tuple[HolderKind, ...] = ("container", "object", "slots")
 ORDER = "the order of keys"
 """The name under which the description of a dictionary has its keys."""
 _WITHIN = ("", ".", ":", "[")
@@ -40,14 +41,16 @@ class ModelState:
     Attributes:
         expected: the description of each place.
         opaque: paths of modules and hooks that the graph calls as they are, and of names that the
-            forward only writes, such as tables that are built at the first call: what is within
-            them is no part of the state.
+            forward only writes, such as tables that are built at the first call: what is reached
+            through them alone is no part of the state.
         written: those names, by place.
+        shared: places within opaque paths that are reached otherwise, too.
     """
 
     expected: Mapping[HolderKey, Description]
     opaque: frozenset[str]
     written: frozenset[tuple[HolderKey, Hashable]]
+    shared: frozenset[HolderKey] = frozenset()
 
     @classmethod
     def of(
@@ -62,13 +65,23 @@ class ModelState:
         """
         within = (path if key is None else f"{path}.{key}" for (path, _), key in written)
         excluded = frozenset((*opaque, *within))
-        state = describe(find_holders([("", "", model)]))
-        expected = {p: d for p, d in state.items() if not _is_within(p, excluded)}
-        return cls(expected, excluded, frozenset(written))
+        roots: list[tuple[str, str | None, Any]] = [("", "", model)]
+        walk = walk_from(roots, noted=excluded)
+        around = walk_from(roots, barred=walk.noted) if excluded else walk
+        reached = {id(holder.value) for holder in around.holders}
+        expected: dict[HolderKey, Description] = {}
+        shared = set()
+        for place, holder, description in _describe_each(walk.holders):
+            if _is_within(place, excluded):
+                if id(holder.value) not in reached:
+                    continue
+                shared.add(place)
+            expected[place] = expected.get(place, {}) | description
+        return cls(expected, excluded, frozenset(written), frozenset(shared))
 
     def excludes(self, place: HolderKey) -> bool:
         """Returns True if a place is no part of the state."""
-        return _is_within(place, self.opaque)
+        return place not in self.shared and _is_within(place, self.opaque)
 
 
 def _is_within(place: HolderKey, paths: Collection[str]) -> bool:
@@ -84,17 +97,27 @@ def is_state(holder: Holder) -> bool:
 def describe(holders: Iterable[Holder]) -> dict[HolderKey, Description]:
     """Returns the contents of holders, in a form that can be compared with a later state."""
     state: dict[HolderKey, Description] = {}
-    known = list(holders)
-    paths = {id(h.value): h.path for h in known if h.kind == "container"}
-    for holder in known:
-        description = _DESCRIBE[holder.kind](holder, paths)
-        if description is not None:
-            place = _find_place(holder, state)
-            state[place] = state.get(place, {}) | description
+    for place, _, description in _describe_each(holders):
+        state[place] = state.get(place, {}) | description
     return state
 
 
-def _find_place(holder: Holder, taken: Mapping[HolderKey, Description]) -> HolderKey:
+def _describe_each(
+    holders: Iterable[Holder],
+) -> Iterator[tuple[HolderKey, Holder, Description]]:
+    """Yields holders with the place and the contents of each."""
+    known = list(holders)
+    paths = {id(h.value): h.path for h in known if h.kind in _TOLD_BY_PATH}
+    taken: set[HolderKey] = set()
+    for holder in known:
+        description = _DESCRIBE[holder.kind](holder, paths)
+        if description is not None:
+            place = _find_place(holder, taken)
+            taken.add(place)
+            yield place, holder, description
+
+
+def _find_place(holder: Holder, taken: Collection[HolderKey]) -> HolderKey:
     """Returns a key of its own for a holder: classes and functions may have the same name. Only a
     module's parameters and buffers are one place."""
     path, number = holder.path, 1
@@ -105,7 +128,7 @@ def _find_place(holder: Holder, taken: Mapping[HolderKey, Description]) -> Holde
 
 
 Paths = Mapping[int, str]
-"""The path under which each container is described, by its identity."""
+"""The path under which each container, or object, is described, by its identity."""
 
 
 def _describe_module(holder: Holder, paths: Paths) -> Description:
@@ -117,7 +140,7 @@ def _describe_module(holder: Holder, paths: Paths) -> Description:
     return {"the class": Same(holder.owner), **own}
 
 
-def describe_object(holder: Holder, paths: Paths) -> Description:
+def _describe_object(holder: Holder, paths: Paths) -> Description:
     """Tells tensors of an object by identity; those of modules are compared where they are read."""
     return {
         name: Same(x) if isinstance(x, torch.Tensor) else _value(x, paths)
@@ -144,30 +167,30 @@ def _describe_hooks(holder: Holder, paths: Paths) -> Description | None:
 def _describe_container(holder: Holder, paths: Paths) -> Description | None:
     if not is_state(holder):
         return None
-    contents = describe_object(holder, paths)
+    contents = _describe_object(holder, paths)
     is_ordered = issubclass(type(holder.value), dict)
     return {**contents, ORDER: tuple(contents)} if is_ordered else contents
 
 
 def _value(value: Any, paths: Paths) -> Hashable:
-    """Tells a container by the path under which it is described."""
+    """Tells a container, or an object, by the path under which it is described."""
     if isinstance(value, torch.Tensor):
         return "a tensor"
     if type(value) in _CONTAINERS:
         return f"a {type(value).__name__}", paths.get(id(value))
-    return freeze(value)
+    return freeze(value, paths)
 
 
 _DESCRIBE: dict[HolderKind, Callable[[Holder, Paths], Description | None]] = {
     "module": _describe_module,
-    "object": describe_object,
+    "object": _describe_object,
     "children": _describe_children,
     "tensors": _describe_tensors,
     "hooks": _describe_hooks,
     "container": _describe_container,
-    "slots": describe_object,
-    "array": describe_object,
-    "variable": describe_object,
-    "class": describe_object,
-    "globals": describe_object,
+    "slots": _describe_object,
+    "array": _describe_object,
+    "variable": _describe_object,
+    "class": _describe_object,
+    "globals": _describe_object,
 }

@@ -8,7 +8,7 @@ import gc
 import random
 import weakref
 from collections import ChainMap, UserDict, UserList, deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from types import (
     CellType,
     CodeType,
@@ -56,9 +56,17 @@ def find_holders(roots: Iterable[tuple[str, str | None, Any]]) -> list[Holder]:
     return walk_from(roots).holders
 
 
-def walk_from(roots: Iterable[tuple[str, str | None, Any]]) -> StateWalk:
-    """Returns the walk over all that is reached from the roots."""
-    walk = StateWalk()
+def walk_from(
+    roots: Iterable[tuple[str, str | None, Any]],
+    *,
+    noted: Collection[str] = (),
+    barred: Iterable[Any] = (),
+) -> StateWalk:
+    """Returns the walk over all that is reached from the roots.
+
+    `noted`: paths whose values the walk keeps; `barred`: values that it does not go through.
+    """
+    walk = StateWalk(noted, barred)
     for path, module, value in roots:
         walk.visit(path, module, value)
     walk.visit_code()
@@ -73,15 +81,21 @@ class StateWalk:
         iterators: paths of objects whose state cannot be seen.
         functions: those that may be called.
         names: what methods of modules name, and functions that objects hold.
+        noted: what was found at the paths to note.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, noted: Collection[str] = (), barred: Iterable[Any] = ()) -> None:
+        """Takes paths whose values are kept, and values that are not looked into."""
         self.holders: list[Holder] = []
         self.iterators: list[str] = []
         self.functions: tuple[FunctionType, ...] = ()
         self.names: frozenset[str] = frozenset()
-        self._seen: set[int] = set()
-        self._kept: list[Any] = []  # so that no other object takes the address of one that was seen
+        self.noted: list[Any] = []
+        self._to_note = frozenset(noted)
+        self._kept: list[Any] = [
+            *barred
+        ]  # so that no other object takes the address of one that was seen
+        self._seen: set[int] = set(map(id, self._kept))
         self._classes: dict[type, None] = {}
         self._functions: dict[FunctionType, None] = {}
         self._waiting: deque[tuple[str, str | None, Any]] = deque()
@@ -126,6 +140,8 @@ class StateWalk:
             self.holders.append(Holder(file, None, space, "globals", None, frozenset(known)))
 
     def _note(self, path: str, module: str | None, value: Any) -> None:
+        if path in self._to_note:
+            self.noted.append(value)
         if id(value) in self._seen or isinstance(value, (torch.Tensor, ModuleType, CodeType)):
             return
         self._seen.add(id(value))
