@@ -16,6 +16,8 @@ from saved_states import (
     STEPS,
     TABLE,
     Adapted,
+    Config,
+    Counter,
     Mode,
     Model,
     Noting,
@@ -24,6 +26,7 @@ from saved_states import (
     save,
     scaled,
 )
+from torch import nn
 
 import pabc
 from pabc import ArtifactError
@@ -171,6 +174,38 @@ def test_what_a_forward_only_writes_is_no_state(ran: bool, tmp_path: Path) -> No
     assert all(map(torch.equal, generate(loaded), generate(other)))
     assert loaded.stats.captures == 0
     check_loads(path, other)
+
+
+class Scaled(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, x: Any) -> Any:
+        return x * self.config.scale
+
+
+class Sharing(nn.Module):
+    """A module that is called as it is, since it counts, has what another one reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counter = Counter()
+        self.counter.config = Config()
+        self.scaled = Scaled(self.counter.config)
+
+    def forward(self, x: Any, t: Any) -> Any:
+        return self.scaled(x) * self.counter(t)[:, None]
+
+
+def test_what_an_opaque_module_shares_with_a_traced_one_is_state(tmp_path: Path) -> None:
+    path = save(Sharing().eval(), tmp_path / "fast.pabc")
+    other = Sharing().eval()
+    other.counter.calls = 7
+    check_loads(path, other)
+    other.scaled.config.scale = 0.5
+    with pytest.raises(ArtifactError, match=r"config.scale: expected 1.0, found 0.5"):
+        pabc.load(path, other)
 
 
 PROGRAM = """

@@ -15,7 +15,7 @@ from pabc.artifact.errors import ArtifactError
 from pabc.artifact.sources import attributes_forward_sets, attributes_methods_read
 from pabc.artifact.state import KINDS, StateTable, describe_state
 from pabc.artifact.texts import OBJECT, text_of_key
-from pabc.passes import HolderKind, ModelState
+from pabc.passes import HolderKey, HolderKind, ModelState
 
 _REACHED = frozenset(KINDS[4:])
 """Kinds of places that are new or gone only where what leads to them is."""
@@ -75,9 +75,12 @@ class _Difference:
     def concerns(self, state: ModelState) -> bool:
         """Returns False for what is within a module that a program calls as it is, and for a name
         that its forward only writes."""
-        places = (self.path, self.kind), (self._where, self.kind)
-        written = {text_of_key(key) for place, key in state.written if place == places[0]}
-        return self.name not in written and not any(map(state.excludes, places))
+        place: HolderKey = self.path, self.kind
+        if place in state.shared:
+            return True
+        written = {text_of_key(key) for other, key in state.written if other == place}
+        excluded = map(state.excludes, (place, (self._where, self.kind)))
+        return self.name not in written and not any(excluded)
 
     def is_harmless(self, owner: type | None) -> bool:
         """Returns True for a note, and for what is made at the first call; `owner` is the class of
