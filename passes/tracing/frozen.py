@@ -52,15 +52,13 @@ _NESTING = 4
 """The depth to which objects within objects are compared by their attributes."""
 _MANY = 100
 """The number of objects within one that are looked into; others are compared by identity."""
+PLACE = "the place"
+"""The name under which an object that is described elsewhere has the path of that place."""
 
 
 def is_library(name: Any) -> bool:
     """Returns True for the name of a module in a package whose state is not looked into."""
     return str(name).partition(".")[0] in LIBRARIES or str(name).startswith(_OWN)
-
-
-PLACE = "the place"
-"""The name under which an object that is described elsewhere has the path of that place."""
 
 
 class Same:
