@@ -297,6 +297,24 @@ def test_settings_of_modules_are_seen_but_not_all_that_another_package_leads_to(
     assert not [h.path for h in walk.holders if "pytest" in h.path]
 
 
+@case
+def _the_type_of_a_number_in_a_slot():
+    class Numbered:
+        __slots__ = ("count",)
+
+    class Counting(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.number = Numbered()
+            self.number.count = 1
+
+        def extra(self, x: Tensor) -> Tensor:
+            return x * (0.5 if self.number.count is True else 2.0)
+
+    model = Counting()
+    return model, lambda: setattr(model.number, "count", True)
+
+
 @pytest.mark.parametrize("settings", [{"scale": 1.5}, Scale(1.5)], ids=["dictionary", "object"])
 def test_what_an_opaque_module_shares_with_a_traced_one_is_seen(settings: Any):
     """The graph calls the module that counts; the other one's scale is in the graph."""

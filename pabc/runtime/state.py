@@ -28,6 +28,7 @@ from pabc.passes import (
     StateWalk,
     container_class,
     describe,
+    freeze,
     is_library,
     is_state,
     walk_from,
@@ -170,9 +171,9 @@ class _Look:
 
 
 def _read_slowly(holder: Holder) -> dict[Any, Hashable]:
-    """Returns what a holder holds: plain values, and other objects by identity."""
+    """Returns what a holder holds: plain values with their types, and other objects by identity."""
     contents = holder.read()
-    return {k: x if isinstance(x, PLAIN_VALUES) else Same(x) for k, x in contents.items()}
+    return {k: freeze(x) if isinstance(x, PLAIN_VALUES) else Same(x) for k, x in contents.items()}
 
 
 def _read_versions(dictionaries: Sequence[dict[Any, Any]]) -> tuple[object, ...]:
