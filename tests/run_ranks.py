@@ -1,9 +1,11 @@
-"""Runs sharded generations in this process group, and writes what came of them.
+"""Runs sharded generations on 2, 3 and 4 ranks, and writes what came of them.
 
-    torchrun --standalone --nproc-per-node P tests/run_ranks.py REPORT [CASE]...
+    python tests/run_ranks.py FOLDER [CASE]...
 
-Each rank compares each step with one rank's and counts what it sends; rank 0 writes the report:
-case -> what each rank found. A case that raises ends the run; those before it are in the report.
+One process captures each model and computes what one rank gives; ranks are forked from it, so that
+neither is done again on each. Each rank compares each step and counts what it sends; rank 0 of P
+writes FOLDER/ranks_P.json: case -> what each rank found. A case that raises ends the run; those
+before it are in the report.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import json
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,13 +24,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from stages import copy_graph
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils import _pytree as pytree
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
-from sharded.cases import CASES, RankCase
+from sharded.cases import CASES, NUM_RANKS, RankCase
 from sharded.counting import CountSent
 from sharded.subjects import Subject, find_subject
 
@@ -35,7 +38,8 @@ import pabc
 from pabc import passes
 from pabc.plan import Plan
 
-TIMEOUT = timedelta(seconds=60)
+TIMEOUT = timedelta(seconds=300)
+"""Of a collective: one rank may still compile, on a machine with other work."""
 Found = dict[str, Any]
 
 
@@ -49,26 +53,39 @@ class Step:
     sent: tuple[int, int]
 
 
-def main(report: str, *names: str) -> None:
+def main(folder: str, *names: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=TIMEOUT)
     keep_captures()
-    num_ranks = dist.get_world_size()
-    find_reference = Reference()
+    cases = [case for case in CASES if not names or case.name in names]
+    references = References()
+    for case in cases:
+        if not case.follows_plans:
+            references.find(case)
+    for num_ranks in NUM_RANKS:
+        chosen = [case for case in cases if num_ranks in case.ranks]
+        if chosen:
+            arguments = num_ranks, chosen, references, Path(folder)
+            multiprocessing.start_processes(run_rank, arguments, num_ranks, start_method="fork")
+
+
+def run_rank(
+    rank: int, num_ranks: int, cases: list[RankCase], references: References, folder: Path
+) -> None:
+    """Runs the cases on one of the ranks."""
+    store = f"file://{folder / f'store_{num_ranks}'}"
+    dist.init_process_group("gloo", store, TIMEOUT, num_ranks, rank)
     found: dict[str, list[Found]] = {}
-    for case in CASES:
-        if num_ranks not in case.ranks or (names and case.name not in names):
-            continue
-        if dist.get_rank() == 0:
-            print(f"running {case.name}", flush=True)
+    for case in cases:
+        if rank == 0:
+            print(f"running {case.name} on {num_ranks} ranks", flush=True)
         start = time.perf_counter()
-        mine = run_case(case, find_reference)
+        mine = run_case(case, references)
         every: list[Any] = [None] * num_ranks
         dist.all_gather_object(every, {**mine, "seconds": time.perf_counter() - start})
         found[case.name] = every
-        if dist.get_rank() == 0:
-            Path(report).write_text(json.dumps(found))
+        if rank == 0:
+            (folder / f"ranks_{num_ranks}.json").write_text(json.dumps(found))
     dist.barrier()  # a rank that leaves closes its connections to the others
     dist.destroy_process_group()
 
@@ -91,7 +108,7 @@ def keep_captures() -> None:
     passes.capture = capture_once
 
 
-def run_case(case: RankCase, find_reference: Reference) -> Found:
+def run_case(case: RankCase, references: References) -> Found:
     """What this rank found."""
     subject = find_subject(case.subject, case.batch)
     mesh = make_mesh(case)
@@ -103,7 +120,7 @@ def run_case(case: RankCase, find_reference: Reference) -> Found:
     steps, plans = run_generations(case, fast, subject)
     communication = fast.explain().communication
     dims = [each.axis.dim for each in communication.sharded]
-    expected, reused = find_reference(case, subject, plans)
+    expected, reused = references.find(case, plans)
     outputs = [step.output for step in steps]
     if case.options.get("output") == "sharded":
         pairs = zip(outputs, expected, strict=True)
@@ -153,42 +170,39 @@ def first_output(result: Any) -> Tensor:
     return pytree.tree_leaves(result if not hasattr(result, "to_tuple") else result.to_tuple())[0]
 
 
-class Reference:
+class References:
     """What one rank gives for a case, and at how many steps that is not the model's own output.
 
-    Rank 0 computes it for all. Where nothing is reused, it is the model's own output.
+    Where nothing is reused, it is the model's own output.
     """
 
     def __init__(self) -> None:
         self._known: dict[Any, tuple[list[Tensor], int]] = {}
 
-    def __call__(
-        self, case: RankCase, subject: Subject, plans: list[Plan]
-    ) -> tuple[list[Tensor], int]:
+    def find(self, case: RankCase, plans: Sequence[Plan] = ()) -> tuple[list[Tensor], int]:
+        """Returns the outputs of all calls; `plans` are those of the ranks."""
         if case.reference not in self._known:
-            made = [self._make(case, subject, plans) if dist.get_rank() == 0 else None]
-            dist.broadcast_object_list(made)
-            self._known[case.reference] = made[0]  # type: ignore[assignment]
+            self._known[case.reference] = _run_one_rank(case, plans)
         return self._known[case.reference]
 
-    def _make(
-        self, case: RankCase, subject: Subject, plans: list[Plan]
-    ) -> tuple[list[Tensor], int]:
-        plain = [
-            first_output(subject.model(**subject.call(index, branch)))
-            for schedule in case.schedules
-            for index in range(schedule.num_steps)
-            for branch in range(case.branches)
-        ]
-        if not any(schedule.reuses for schedule in case.schedules):
-            return plain, 0
-        options = {name: case.options[name] for name in case.one_rank_options}
-        if "memory_budget" in case.options:
-            case = case.follow(plans)
-        fast = pabc.compile(subject.model, case.schedules[0], backend="eager", **options)
-        steps, _ = run_generations(case, fast, subject)
-        outputs = [step.output for step in steps]
-        return outputs, sum(not torch.equal(a, b) for a, b in zip(outputs, plain, strict=True))
+
+def _run_one_rank(case: RankCase, plans: Sequence[Plan]) -> tuple[list[Tensor], int]:
+    subject = find_subject(case.subject, case.batch)
+    plain = [
+        first_output(subject.model(**subject.call(index, branch)))
+        for schedule in case.schedules
+        for index in range(schedule.num_steps)
+        for branch in range(case.branches)
+    ]
+    if not any(schedule.reuses for schedule in case.schedules):
+        return plain, 0
+    options = {name: case.options[name] for name in case.one_rank_options}
+    if case.follows_plans:
+        case = case.follow(plans)
+    fast = pabc.compile(subject.model, case.schedules[0], backend="eager", **options)
+    steps, _ = run_generations(case, fast, subject)
+    outputs = [step.output for step in steps]
+    return outputs, sum(not torch.equal(a, b) for a, b in zip(outputs, plain, strict=True))
 
 
 def join_shards(x: Tensor, mesh: DeviceMesh, dims: list[int], sizes: torch.Size) -> Tensor:

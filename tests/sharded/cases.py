@@ -77,6 +77,11 @@ class RankCase:
         budget = self.options.get("memory_budget")
         return self.subject, self.batch, self.schedules, self.branches, options, budget
 
+    @property
+    def follows_plans(self) -> bool:
+        """Whether a budget decides what is reused: one rank is asked for what the ranks planned."""
+        return "memory_budget" in self.options
+
     def follow(self, plans: Sequence[Plan]) -> RankCase:
         """The same with schedules that say of each region what its plan says."""
         return replace(self, schedules=tuple(map(_follow, plans)))
@@ -157,3 +162,5 @@ CASES: tuple[RankCase, ...] = (
     RankCase(name="LTX", subject="LTX", ranks=(4,)),
     *(RankCase(name=case.name, subject=case.name, ranks=(3,)) for case in MODELS),
 )
+
+NUM_RANKS = sorted({num_ranks for case in CASES for num_ranks in case.ranks})
