@@ -225,5 +225,5 @@ def test_another_process_has_the_same_state(tmp_path: Path) -> None:
             cwd=Path(__file__).parent,
             env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[1])},
             check=True,
-            timeout=300,
+            timeout=900,
         )

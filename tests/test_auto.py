@@ -382,7 +382,7 @@ def test_another_process_starts_with_the_plan(
 
     def run_process() -> list[Any]:
         command = [sys.executable, "-c", PROCESS, str(Path(__file__).parent), "0"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=900)
         return json.loads(done.stdout.splitlines()[-1])
 
     recorded, reused, source, sums = run_process()

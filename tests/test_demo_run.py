@@ -300,7 +300,7 @@ def test_two_processes_give_the_same_clips(weights: Path, tmp_path: Path) -> Non
         [sys.executable, "-m", *command, "demo", "--mesh", "2", *options],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
     )
     assert ran.returncode == 0, ran.stderr
     found = json.loads((tmp_path / "metrics.json").read_text())["variants"]

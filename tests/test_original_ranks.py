@@ -19,7 +19,7 @@ def test_two_ranks_skip_alike():
         [*command, "--nproc-per-node", "2", str(SCRIPT)],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
     )

@@ -49,7 +49,7 @@ def _run(folder: Path) -> list[dict[str, Any]]:
         for rank in range(NUM_RANKS)
     ]
     try:
-        errors = [process.communicate(timeout=240)[1] for process in processes]
+        errors = [process.communicate(timeout=900)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()

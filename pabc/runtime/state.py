@@ -7,7 +7,7 @@ import gc
 import operator
 import sys
 from collections import deque
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from itertools import chain
 from types import FunctionType
 from typing import Any
@@ -126,9 +126,11 @@ class _Look:
         pairs = [(h.value, name) for h in rest["globals"] for name in h.names or ()]
         self._spaces, self._names = [space for space, _ in pairs], [name for _, name in pairs]
         self._functions = functions
-        self._others = {
-            base: [v for v in contained if container_class(v) is base] for base in _BARE
-        }
+        self._containers = [
+            base.__iter__.__get__(v)  # as Python stores it: a subclass may iterate in another way
+            for v in contained
+            if (base := container_class(v)) in _BARE
+        ]
         self._children = tuple(h.value for h in rest["children"] if h.value)
         variables = rest["variable"]
         self._cells = [h.value for h in variables if h.read()]
@@ -137,7 +139,7 @@ class _Look:
         self._kept = [  # so that no other object takes the address of one whose id is compared
             *map(_contents, self._cells),
             *map(dict.get, self._spaces, self._names),
-            *chain.from_iterable(self._entries()),
+            *chain.from_iterable(each() for each in self._containers),
             *(_values(self._versioned) if not _HAS_VERSIONS else ()),
             *chain.from_iterable(map(_code, functions)),
         ]
@@ -157,17 +159,11 @@ class _Look:
             gc.get_referents(*self._children),
             RemovableHandle.next_id,
             list(map(id, map(dict.get, self._spaces, self._names))),
-            [list(map(base.__len__, values)) for base, values in self._others.items()],
-            [list(map(id, entries)) for entries in self._entries()],
+            [list(map(id, each())) for each in self._containers],
             list(map(id, map(_contents, self._cells))),
             list(map(_read_slowly, self._slow)),
             list(map(id, chain.from_iterable(map(_code, self._functions)))),
         )
-
-    def _entries(self) -> Iterator[Iterator[Any]]:
-        """Yields what containers without keys hold, one iterator for each class of containers."""
-        for base, values in self._others.items():
-            yield chain.from_iterable(map(base.__iter__, values))
 
 
 def _read_slowly(holder: Holder) -> dict[Any, Hashable]:
