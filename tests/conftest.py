@@ -41,15 +41,11 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests that the lists name, before they are chosen by their marks."""
-    folder = Path(__file__).parent
-    slow, long = ({*(folder / f"{name}.txt").read_text().splitlines()} for name in ("slow", "long"))
+    """Marks the tests that `slow.txt` names, before they are chosen by their marks."""
+    slow = {*Path(__file__).with_name("slow.txt").read_text().split()}
     for item in items:
-        names = {item.nodeid, item.nodeid.partition("[")[0]}
-        if names & (slow | long):
+        if item.nodeid.partition("[")[0] in slow:
             item.add_marker(pytest.mark.slow)
-        if names & long:
-            item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture(scope="session")

@@ -7,23 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from pabc.kernels.gpus import TARGETS
-
 pytestmark = pytest.mark.kernels
 BENCH = Path(__file__).parents[1] / "bench"
 
 
-@pytest.mark.parametrize("target", [target.name for target in TARGETS])
-def test_every_configuration_fits_every_target(target, tmp_path):
+def test_every_configuration_fits_every_target(tmp_path):
     out = tmp_path / "targets.json"
-    script = [sys.executable, str(BENCH / "kernel_targets.py")]
-    options = ["--target", target, "--out", str(out)]
-    done = subprocess.run([*script, *options], capture_output=True, text=True)
+    command = [sys.executable, str(BENCH / "kernel_targets.py"), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(out.read_text())["rows"]
     assert len(rows) > 50
-    used = [row[target] for row in rows if target in row]
-    assert used and all(each["registers"] > 0 and not each["problems"] for each in used), used
+    for row in rows:
+        used = [row[t] for t in ("sm_80", "sm_90", "sm_100", "gfx942") if t in row]
+        assert used and all(each["registers"] > 0 and not each["problems"] for each in used), row
 
 
 SHARED = ("kernel_targets", "kernel_timing")
