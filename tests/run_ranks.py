@@ -39,7 +39,7 @@ from pabc import passes
 from pabc.plan import Plan
 
 TIMEOUT = timedelta(seconds=300)
-"""Of a collective: one rank may still compile, on a machine with other work."""
+"""Time that a collective may take: another rank may still compile, on a machine with other work."""
 Found = dict[str, Any]
 
 
@@ -171,9 +171,9 @@ def first_output(result: Any) -> Tensor:
 
 
 class References:
-    """What one rank gives for a case, and at how many steps that is not the model's own output.
+    """Keeps what one rank gives for each case: the outputs, and how many are not the model's own.
 
-    Where nothing is reused, it is the model's own output.
+    Where nothing is reused, all are.
     """
 
     def __init__(self) -> None:

@@ -29,12 +29,17 @@ def run(*options, check=True):
     return subprocess.run(command, capture_output=True, text=True, check=check)
 
 
-def test_rows_are_processes_and_are_kept(tmp_path):
+def test_blocks_are_compiled_cold_and_warm_and_rows_are_kept(tmp_path):
+    """In one test, as each start is a process."""
     out = tmp_path / "compile_time.json"
-    options = ("--out", str(out), "--variants", "eager")
+    options = ("--out", str(out), "--variants", "regional")
     printed = run(*options).stdout
-    assert "cold, 1+1 blocks, eager" in printed and "warm, 1+1 blocks, eager" in printed
+    assert "cold, 1+1 blocks, regional" in printed and "warm, 1+1 blocks, regional" in printed
     content = json.loads(out.read_text())
+    cold, warm = content["summary"]
+    assert (cold["state"], warm["state"]) == ("cold", "warm")
+    assert cold["codes"] == warm["codes"] == 2, "a spatial and a temporal block"
+    assert cold["cpu"]["median"] > warm["cpu"]["median"] > 0
     (row,) = content["rows"].values()
     assert row["shapes"]["latents"] == [2, 4, 4, 16, 16]
     assert row["cold"]["seconds"] > 0 and row["warm"]["imports"] > 0
@@ -46,13 +51,9 @@ def test_rows_are_processes_and_are_kept(tmp_path):
     assert refused.returncode == 2 and "found torchcompile" in refused.stderr
 
 
-def test_blocks_are_compiled_cold_and_warm(tmp_path):
-    out = tmp_path / "compile_time.json"
-    run("--out", str(out), "--variants", "regional")
-    cold, warm = json.loads(out.read_text())["summary"]
-    assert (cold["state"], warm["state"]) == ("cold", "warm")
-    assert cold["codes"] == warm["codes"] == 2, "a spatial and a temporal block"
-    assert cold["cpu"]["median"] > warm["cpu"]["median"] > 0
+def test_eager_mode_compiles_nothing(compile_time):
+    row = compile_time.measure("eager", 1, 16)
+    assert "codes" not in row and row["cpu"] > 0
 
 
 def test_all_phases_are_counted(compile_time, monkeypatch):

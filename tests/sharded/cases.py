@@ -79,7 +79,7 @@ class RankCase:
 
     @property
     def follows_plans(self) -> bool:
-        """Whether a budget decides what is reused: one rank is asked for what the ranks planned."""
+        """Returns whether one rank follows the plans of the ranks, which a budget decides."""
         return "memory_budget" in self.options
 
     def follow(self, plans: Sequence[Plan]) -> RankCase:
